@@ -1,0 +1,144 @@
+"""Report: what one ``publish()`` did, as a record that travels as JSON (one object per line in a RoundLog).
+
+Times are seconds on the publisher's monotonic clock, counted from the start of the ``publish()`` call.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import msgspec
+
+from weightcast.errors import InvalidInput
+
+Outcome = Literal["committed", "aborted"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phase:
+    """One phase of a round ("announce", "transfer", "verify", "commit", ...): when it began and how long it took."""
+
+    name: str
+    start_s: float
+    seconds: float
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise InvalidInput("a phase needs a name", field="name")
+        if not (self.start_s >= 0 and self.seconds >= 0):
+            raise InvalidInput(f"phase {self.name}: negative time {self.start_s}+{self.seconds}", field="seconds")
+
+    @property
+    def end_s(self) -> float:
+        return self.start_s + self.seconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerReport:
+    """One worker's part of a round: the transport it used and why, bytes, seconds, and the digest of what it holds."""
+
+    rank: int
+    transport: str
+    reason: str
+    nbytes: int
+    seconds: float
+    digest: str
+
+    def __post_init__(self) -> None:
+        if self.rank < 0 or self.nbytes < 0 or not self.seconds >= 0:
+            raise InvalidInput(f"worker {self.rank}: negative rank, bytes or seconds", field="nbytes")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineReport:
+    """One engine's part of a round; ``version`` is what it serves now, ``error`` says why when it is not ``ok``."""
+
+    name: str
+    kind: str
+    version: str
+    ok: bool
+    error: str | None = None
+    phases: tuple[Phase, ...] = ()
+    workers: tuple[WorkerReport, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "phases", tuple(self.phases))
+        object.__setattr__(self, "workers", tuple(self.workers))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What one round did. ``nbytes`` is the sum over all workers; ``digest`` is the hex digest of what was published."""
+
+    version: str
+    number: int
+    epoch: int
+    round: int
+    digest: str
+    mode: str
+    nbytes: int
+    total_s: float
+    outcome: Outcome
+    phases: tuple[Phase, ...] = ()
+    engines: tuple[EngineReport, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.nbytes < 0 or not self.total_s >= 0:
+            raise InvalidInput(f"report of {self.version}: negative bytes or seconds", field="total_s")
+        if self.outcome not in ("committed", "aborted"):
+            raise InvalidInput(f"outcome is committed or aborted, not {self.outcome!r}", field="outcome")
+        object.__setattr__(self, "phases", tuple(self.phases))
+        object.__setattr__(self, "engines", tuple(self.engines))
+
+    @property
+    def rate_gb_s(self) -> float:
+        """Bytes of all workers over the time of the whole round, in 10^9 bytes per second; 0.0 for an instant round."""
+        return self.nbytes / self.total_s / 1e9 if self.total_s else 0.0
+
+    @property
+    def ok(self) -> bool:
+        """True when the round committed and every engine of the fleet is well."""
+        return self.outcome == "committed" and all(engine.ok for engine in self.engines)
+
+    @property
+    def digests_match(self) -> bool:
+        """True when there is a worker and every worker proved the digest that was published."""
+        workers = [worker for engine in self.engines for worker in engine.workers]
+        return bool(workers) and all(worker.digest == self.digest for worker in workers)
+
+    def phase_seconds(self) -> dict[str, float]:
+        """Seconds per phase name, in the order the phases began; repeated phases add up."""
+        seconds: dict[str, float] = {}
+        for phase in sorted(self.phases, key=lambda phase: phase.start_s):
+            seconds[phase.name] = seconds.get(phase.name, 0.0) + phase.seconds
+        return seconds
+
+    def to_json(self) -> str:
+        """One line of JSON; ``from_json`` gives an equal report back."""
+        return msgspec.json.encode(self).decode()
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Report:
+        """Read ``to_json``'s form; raises InvalidInput that says which field is wrong. Unknown fields are ignored."""
+        try:
+            return msgspec.json.decode(text, type=cls)
+        except msgspec.DecodeError as error:
+            raise InvalidInput(f"not a report: {error}", field="report") from None
+
+    def __str__(self) -> str:
+        well = sum(engine.ok for engine in self.engines)
+        return (
+            f"{self.outcome} {self.version} on {well}/{len(self.engines)} engines, {self.mode}: "
+            f"{format_bytes(self.nbytes)} in {self.total_s * 1e3:.1f} ms ({self.rate_gb_s:.2f} GB/s)"
+        )
+
+
+def format_bytes(nbytes: int) -> str:
+    """Bytes for people, in powers of 1000: "2.57 MB"."""
+    value, unit = float(nbytes), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 1000:
+            break
+        value, unit = value / 1000, larger
+    return f"{nbytes} B" if unit == "B" else f"{value:.3g} {unit}" if value < 999.5 else f"{value:.0f} {unit}"
