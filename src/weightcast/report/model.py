@@ -52,19 +52,25 @@ class WorkerReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineReport:
-    """One engine's part of a round; ``version`` is what it serves now, ``error`` says why when it is not ``ok``."""
+    """One engine's part of a round; ``version`` is what it serves now, ``error`` says why when it is not ``ok``.
+
+    ``digest`` is that of the engine's live weights over all its workers; an engine of one worker has that worker's.
+    """
 
     name: str
     kind: str
     version: str
     ok: bool
     error: str | None = None
+    digest: str | None = None
     phases: tuple[Phase, ...] = ()
     workers: tuple[WorkerReport, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "phases", tuple(self.phases))
         object.__setattr__(self, "workers", tuple(self.workers))
+        if self.digest is None and len(self.workers) == 1:
+            object.__setattr__(self, "digest", self.workers[0].digest)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,9 +109,8 @@ class Report:
 
     @property
     def digests_match(self) -> bool:
-        """True when there is a worker and every worker proved the digest that was published."""
-        workers = [worker for engine in self.engines for worker in engine.workers]
-        return bool(workers) and all(worker.digest == self.digest for worker in workers)
+        """True when there is an engine and every engine proved the digest that was published."""
+        return bool(self.engines) and all(engine.digest == self.digest for engine in self.engines)
 
     def phase_seconds(self) -> dict[str, float]:
         """Seconds per phase name, in the order the phases began; repeated phases add up."""
