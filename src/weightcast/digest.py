@@ -1,0 +1,255 @@
+"""Digests: one 64-bit number per set of bytes that adds over shards and depends on every byte's place.
+
+Every byte of the model has a position in the image (see manifest). The image is cut into 8-byte little-endian signed words
+``W[k]`` and the digest is, modulo 2**64,
+
+    sum over k of  b[k // 4096] * a[k % 4096] * (W[k] + (W[k] >> 32))          (arithmetic shift)
+
+with odd 64-bit weights ``a`` and ``b`` from splitmix64. The term is linear in the elements of a word (each element of at
+most 4 bytes lies in one half, an element of 8 bytes is a word), so digests of any disjoint regions add up to the digest
+of the whole: shards prove the model without gathering it, and a zero byte, such as one in a gap, contributes nothing.
+Folding the high half down keeps errors in the highest bits (sign bits) from cancelling each other.
+
+A single changed word always changes the digest; otherwise two different contents have equal digests with probability of
+about 2**-32 (multilinear hashing, Carter and Wegman 1979; Lemire and Kaser, "Strongly universal string hashing is fast",
+2014). It proves that nothing was lost, torn, stale or misplaced; it is no defence against a forger.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from functools import cache
+
+import torch
+
+from weightcast.dtypes import dtype_of
+from weightcast.errors import InvalidInput
+from weightcast.layout import Layout, Placement, contiguous_strides
+from weightcast.manifest import Manifest
+from weightcast.memory import Memory
+
+BLOCK_WORDS = 4096
+WORD_NBYTES = 8
+BLOCK_NBYTES = BLOCK_WORDS * WORD_NBYTES
+CHUNK_NBYTES = 2**19
+"""Bytes digested at a time on a CPU: the working set stays in the second-level cache."""
+
+_A_SEED = 0x5745494748544131
+_B_SEED = 0x5745494748544232
+_MASK = 2**64 - 1
+
+
+def splitmix64(index: torch.Tensor, seed: int) -> torch.Tensor:
+    """The index-th output of splitmix64 started at ``seed`` (Steele, Lea, Flood 2014), as int64 bit patterns."""
+    z = (index + 1) * _signed(0x9E3779B97F4A7C15) + _signed(seed)
+    z = (z ^ _shift_right(z, 30)) * _signed(0xBF58476D1CE4E5B9)
+    z = (z ^ _shift_right(z, 27)) * _signed(0x94D049BB133111EB)
+    return z ^ _shift_right(z, 31)
+
+
+def _signed(value: int) -> int:
+    value &= _MASK
+    return value - 2**64 if value >= 2**63 else value
+
+
+def _shift_right(value: torch.Tensor, bits: int) -> torch.Tensor:
+    """Logical shift of int64 bit patterns."""
+    return (value >> bits) & ((1 << (64 - bits)) - 1)
+
+
+@cache
+def word_weights(device: torch.device) -> torch.Tensor:
+    """The weights ``a`` of the words of one block: odd int64, shape [BLOCK_WORDS]."""
+    return splitmix64(torch.arange(BLOCK_WORDS, device=device), _A_SEED) | 1
+
+
+def block_weights(blocks: torch.Tensor) -> torch.Tensor:
+    """The weights ``b`` of blocks by number: odd int64."""
+    return splitmix64(blocks, _B_SEED) | 1
+
+
+def digest_bytes(data: torch.Tensor, position: int) -> int:
+    """Digest of contiguous bytes (1-D uint8 tensor, any device) whose first lies at byte ``position`` of the image."""
+    nbytes = data.numel()
+    if nbytes == 0:
+        return 0
+    lead = position % WORD_NBYTES
+    if lead or nbytes % WORD_NBYTES or (data.storage_offset() % WORD_NBYTES) or data.data_ptr() % WORD_NBYTES:
+        return _digest_unaligned(data, position)
+    if data.is_cuda:
+        from weightcast.digest_cuda import digest_words
+
+        return digest_words(data.view(torch.int64), position // WORD_NBYTES)
+    return _digest_words(data.view(torch.int64), position // WORD_NBYTES)
+
+
+def _digest_unaligned(data: torch.Tensor, position: int) -> int:
+    """Zero bytes contribute nothing, so chunks are padded to whole words at both ends."""
+    total, start = 0, 0
+    lead = position % WORD_NBYTES
+    while start < data.numel():
+        take = min(data.numel() - start, CHUNK_NBYTES * 16 - lead)
+        size = -(-(lead + take) // WORD_NBYTES) * WORD_NBYTES
+        padded = torch.zeros(size, dtype=torch.uint8, device=data.device)
+        padded[lead : lead + take] = data[start : start + take]
+        total += digest_bytes(padded, position - lead)
+        start += take
+        position += take
+        lead = position % WORD_NBYTES
+    return total & _MASK
+
+
+def _digest_words(words: torch.Tensor, first: int) -> int:
+    """Digest of int64 words on a CPU; ``first`` is the number of the first word in the image."""
+    total, start, count = 0, 0, words.numel()
+    skip = first % BLOCK_WORDS
+    if skip:
+        start = min(BLOCK_WORDS - skip, count)
+        total += _weighted(words[:start].view(1, -1), skip, first // BLOCK_WORDS)
+    body = (count - start) // BLOCK_WORDS
+    rows = max(1, CHUNK_NBYTES // BLOCK_NBYTES)
+    scratch = torch.empty((rows, BLOCK_WORDS), dtype=torch.int64) if body else None
+    for row in range(0, body, rows):
+        number = min(rows, body - row)
+        at = start + row * BLOCK_WORDS
+        block = words[at : at + number * BLOCK_WORDS].view(number, BLOCK_WORDS)
+        total += _weighted(block, 0, (first + at) // BLOCK_WORDS, scratch)
+    tail = start + body * BLOCK_WORDS
+    if tail < count:
+        total += _weighted(words[tail:].view(1, -1), 0, (first + tail) // BLOCK_WORDS)
+    return total & _MASK
+
+
+def _weighted(block: torch.Tensor, column: int, number: int, scratch: torch.Tensor | None = None) -> int:
+    """Sum of weighted words: rows are consecutive blocks from ``number``, columns start at word ``column``."""
+    rows, width = block.shape
+    folded = scratch[:rows, :width] if scratch is not None else torch.empty_like(block)
+    torch.bitwise_right_shift(block, 32, out=folded)
+    folded.add_(block).mul_(word_weights(block.device)[column : column + width])
+    blocks = torch.arange(number, number + rows)
+    return int((folded.sum(dim=1) * block_weights(blocks)).sum())
+
+
+def digest_elements(values: torch.Tensor, positions: torch.Tensor) -> int:
+    """Digest of elements scattered over the image: ``positions[i]`` is the byte position of ``values[i]`` (a multiple of
+    the element size). Any shape and strides; slower than digest_bytes."""
+    itemsize = values.element_size()
+    if values.is_complex():
+        raise InvalidInput("complex tensors have to be contiguous to be digested")
+    bits = values.contiguous().view(_INTEGERS[itemsize]).to(torch.int64)
+    if itemsize < WORD_NBYTES:
+        bits = bits & ((1 << (8 * itemsize)) - 1)
+    word = bits << (8 * (positions % WORD_NBYTES))
+    folded = word + (word >> 32)
+    number = positions // WORD_NBYTES
+    weights = word_weights(values.device)[number % BLOCK_WORDS] * block_weights(number // BLOCK_WORDS)
+    return int((folded * weights).sum()) & _MASK
+
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def digest_tensor(tensor: torch.Tensor, position: int = 0) -> int:
+    """Digest of a whole tensor whose row-major bytes start at ``position``."""
+    flat = tensor.detach().contiguous().reshape(-1)
+    return digest_bytes(flat.view(torch.uint8), position)
+
+
+class DigestRun:
+    """Contiguous bytes of a memory that are contiguous in the image as well."""
+
+    __slots__ = ("nbytes", "offset", "position", "storage")
+
+    def __init__(self, storage: int, offset: int, position: int, nbytes: int) -> None:
+        self.storage, self.offset, self.position, self.nbytes = storage, offset, position, nbytes
+
+
+def _run_of(placement: Placement, manifest: Manifest) -> DigestRun | None:
+    spec = manifest[placement.region.name]
+    sizes, itemsize = placement.region.sizes, dtype_of(placement.dtype).itemsize
+    # Contiguous in the image: only the outermost dimension of more than one element may be cut.
+    inner = next((d for d, size in enumerate(sizes) if size > 1), len(sizes))
+    if sizes[inner + 1 :] != spec.shape[inner + 1 :]:
+        return None
+    expected = contiguous_strides(sizes)
+    if any(n > 1 and s != e for n, s, e in zip(sizes, placement.strides, expected, strict=True)):
+        return None
+    start = sum(o * s for o, s in zip(placement.region.offsets, contiguous_strides(spec.shape), strict=True))
+    position = manifest.positions[spec.name] + start * itemsize
+    return DigestRun(placement.storage, placement.offset * itemsize, position, placement.region.numel * itemsize)
+
+
+class LayoutDigest:
+    """The digest of what lies in a memory, compiled from a layout once.
+
+    Runs that continue in memory and in the image are joined; ``gaps_are_zero`` also joins across the gaps of an
+    arena. Placements whose dtype is not the manifest's are counted at the positions of their own element size.
+    """
+
+    def __init__(self, manifest: Manifest, layout: Layout, *, gaps_are_zero: bool = False) -> None:
+        self._manifest = manifest
+        self._strided: list[Placement] = []
+        runs: list[DigestRun] = []
+        for placement in layout.placements:
+            if placement.region.numel == 0:
+                continue
+            run = _run_of(placement, manifest)
+            if run is None:
+                self._strided.append(placement)
+            else:
+                runs.append(run)
+        self.runs = _join(runs, 256 if gaps_are_zero else 0)
+
+    def of(self, memory: Memory) -> int:
+        """The digest, an unsigned 64-bit number; on a GPU this waits for the result."""
+        total = sum(self._of_run(memory, run) for run in self.runs)
+        total += sum(self._of_strided(memory, placement) for placement in self._strided)
+        return total & _MASK
+
+    @staticmethod
+    def _of_run(memory: Memory, run: DigestRun) -> int:
+        return digest_bytes(memory.storages[run.storage][run.offset : run.offset + run.nbytes], run.position)
+
+    def _of_strided(self, memory: Memory, placement: Placement) -> int:
+        view = memory.view(placement.storage, placement.dtype, placement.offset, placement.region.sizes, placement.strides)
+        return digest_region(view, self._manifest, placement)
+
+
+def digest_region(values: torch.Tensor, manifest: Manifest, placement: Placement) -> int:
+    """Digest of a region's values (any strides), counted at the region's place in the image."""
+    spec = manifest[placement.region.name]
+    itemsize = values.element_size()
+    index = torch.zeros((), dtype=torch.int64, device=values.device)
+    strides = contiguous_strides(spec.shape)
+    for dim, (offset, size, stride) in enumerate(zip(placement.region.offsets, values.shape, strides, strict=True)):
+        steps = (torch.arange(size, device=values.device) + offset) * stride
+        index = index + steps.view([-1 if d == dim else 1 for d in range(values.dim())])
+    positions = manifest.positions[spec.name] + index * itemsize
+    return digest_elements(values, positions)
+
+
+def _join(runs: Sequence[DigestRun], max_gap_nbytes: int) -> list[DigestRun]:
+    joined: list[DigestRun] = []
+    for run in sorted(runs, key=lambda r: (r.storage, r.offset, r.position)):
+        last = joined[-1] if joined else None
+        if last is not None and last.storage == run.storage:
+            gap = run.offset - last.offset - last.nbytes
+            if 0 <= gap < max(max_gap_nbytes, 1) and gap == run.position - last.position - last.nbytes:
+                joined[-1] = DigestRun(
+                    last.storage, last.offset, last.position, run.offset + run.nbytes - last.offset
+                )
+                continue
+        joined.append(run)
+    return joined
+
+
+def combine(digests: Iterable[int]) -> int:
+    """The digest of disjoint parts taken together."""
+    return sum(digests) & _MASK
+
+
+def version_name(number: int, manifest: Manifest, digest: int) -> str:
+    """``n-<12 hex>``: a version number and a name of its form and content."""
+    content = hashlib.sha256(f"{manifest.digest}:{digest:016x}".encode()).hexdigest()
+    return f"{number}-{content[:12]}"

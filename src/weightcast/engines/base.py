@@ -1,0 +1,180 @@
+"""The contract between an inference engine and the server in front of it; names and shapes follow vLLM's AsyncLLM.
+
+Any engine that offers this can be served by weightcast.server: the embedded one does, a test double may.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+PauseMode = Literal["abort", "wait", "keep"]
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How to sample one request; field names and defaults are vLLM's. Validates itself (InvalidInput names the field)."""
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 or -1: all tokens."""
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    """Any signed or unsigned 64-bit number; with it a request's tokens do not depend on what else is in the batch."""
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    logprobs: int | None = None
+    """None: none; 0: of the sampled token; N: also of the N likeliest. Natural log of the distribution sampled from."""
+    prompt_logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        from weightcast.engines.sampling_checks import check_sampling_params
+
+        check_sampling_params(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Logprob:
+    """Natural log-probability of one token, its rank among all (1 is the likeliest) and its text."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VersionSpan:
+    """Tokens [start, end) of an output were produced by ``version``."""
+
+    version: str
+    start: int
+    end: int
+
+
+@dataclass(slots=True, kw_only=True)
+class CompletionOutput:
+    """One of a request's n outputs so far. Cumulative: every output object holds all tokens and text until now."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[dict[int, Logprob]] | None = None
+    cumulative_logprob: float | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    """The stop string or stop token id that ended it, if one did."""
+    weight_versions: list[VersionSpan] = field(default_factory=list)
+
+
+@dataclass(slots=True, kw_only=True)
+class RequestOutput:
+    """The state of one request: its prompt and n outputs; ``finished`` when all of them are."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    error: str | None = None
+    """Why the engine ended the request, when finish_reason is "error"."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStatus:
+    """A snapshot for /health, /metrics, /weightcast/status and the command line."""
+
+    model: str
+    weight_version: str
+    digest: str | None
+    """Hex digest the live version was committed with; None before the first sync."""
+    ready: bool
+    """False before the first sync when the engine waits for weights, while dirty, and after a fatal error."""
+    reason: str
+    """Why not ready, for a person; empty when ready."""
+    dirty: bool
+    paused: bool
+    num_running: int
+    num_waiting: int
+    num_kv_tokens: int
+    kv_capacity_tokens: int
+    num_generated_tokens: int
+    num_preemptions: int
+    num_syncs: int
+    world_size: int
+    backend: str
+
+
+class InferenceEngine(Protocol):
+    """What a server needs. All methods may be called from one event loop; ``generate`` calls run concurrently.
+
+    Errors: InvalidInput for bad arguments (nothing changes), StateError for the wrong moment, EngineError when the engine is gone.
+    """
+
+    model_name: str
+    max_model_len: int
+    tokenizer: Any
+    """A transformers tokenizer."""
+
+    def generate(
+        self, prompt: str | Sequence[int], sampling_params: SamplingParams, request_id: str | None = None
+    ) -> AsyncIterator[RequestOutput]:
+        """Stream cumulative outputs, the last one finished. Closing the iterator early aborts the request."""
+        ...
+
+    async def abort(self, request_ids: Sequence[str] | None = None) -> int:
+        """Abort some or (None) all requests; their iterators end with finish_reason "abort". Returns how many ended."""
+        ...
+
+    async def pause_generation(self, mode: PauseMode = "abort", clear_cache: bool = True) -> None:
+        """Stop stepping. abort: end all requests; wait: finish them first; keep: freeze them. New requests queue.
+        With ``clear_cache`` the keys and values of frozen requests are recomputed after resume. Idempotent."""
+        ...
+
+    async def resume_generation(self) -> None:
+        """Go on; idempotent."""
+        ...
+
+    async def is_paused(self) -> bool: ...
+
+    async def reset_prefix_cache(self, reset_running_requests: bool = False) -> bool:
+        """Forget cached keys and values; with the flag also those of running requests, which recompute them."""
+        ...
+
+    async def init_weight_transfer_engine(self, init_info: Mapping[str, Any]) -> None: ...
+
+    async def start_weight_update(self) -> None: ...
+
+    async def update_weights(self, update_info: Mapping[str, Any]) -> None: ...
+
+    async def finish_weight_update(self, weight_version: str | None = None) -> None: ...
+
+    async def shutdown_weight_transfer_engine(self) -> None: ...
+
+    async def get_world_size(self, include_dp: bool = True) -> int: ...
+
+    async def get_weight_version(self) -> str: ...
+
+    async def update_weight_version(self, new_version: str) -> None:
+        """Set the label of what is live; touches no weight."""
+        ...
+
+    async def checksums(self) -> dict[str, str]:
+        """Hex digest per live parameter."""
+        ...
+
+    async def status(self) -> EngineStatus: ...
+
+    async def shutdown(self) -> None:
+        """End all requests and the engine; idempotent."""
+        ...

@@ -1,0 +1,204 @@
+"""Every error weightcast raises.
+
+    WeightcastError
+    ├── InvalidInput          bad value from a caller; nothing changed                    (HTTP 422)
+    ├── StateError            the call is fine, the moment is not                         (HTTP 409)
+    ├── AuthError             missing or wrong token, ticket or key                       (HTTP 401)
+    ├── Unsupported           a case nobody handles, with what to do instead              (HTTP 422)
+    ├── ProtocolError         a message that is malformed, unknown or of another version
+    ├── PlanMismatch          both sides do not describe the same model
+    ├── LoadError             the engine's own loader refused the weights
+    ├── DigestMismatch        bytes arrived, and they are not the published ones
+    ├── ShadowError           no memory for the staged copy
+    ├── TransportError        bytes could not be moved
+    │   └── PeerLost          ... because the other side is gone
+    ├── DeadlineExceeded      a wait ended by its deadline
+    ├── EngineError           an engine answered with an error or cannot be reached
+    └── RoundFailed           publish() did not reach n+1; says who serves what
+
+Each carries where it happened (engine, worker, phase, round) as far as known, and a hint: what to do about it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+
+class WeightcastError(Exception):
+    """Base of all errors; ``str()`` gives the message, where it happened and what to do."""
+
+    http_status = 500
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        engine: str | None = None,
+        worker: int | None = None,
+        phase: str | None = None,
+        round: int | None = None,
+        hint: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.engine = engine
+        self.worker = worker
+        self.phase = phase
+        self.round = round
+        self.hint = hint
+
+    def at(
+        self,
+        *,
+        engine: str | None = None,
+        worker: int | None = None,
+        phase: str | None = None,
+        round: int | None = None,
+    ) -> WeightcastError:
+        """Fill in what is not yet known about where the error happened; returns itself."""
+        self.engine = self.engine if self.engine is not None else engine
+        self.worker = self.worker if self.worker is not None else worker
+        self.phase = self.phase if self.phase is not None else phase
+        self.round = self.round if self.round is not None else round
+        return self
+
+    def __str__(self) -> str:
+        where = [
+            f"{name} {value}"
+            for name, value in (
+                ("engine", self.engine),
+                ("worker", self.worker),
+                ("phase", self.phase),
+                ("round", self.round),
+            )
+            if value is not None
+        ]
+        text = f"{self.message} [{', '.join(where)}]" if where else self.message
+        return f"{text}. {self.hint}" if self.hint else text
+
+
+class InvalidInput(WeightcastError, ValueError):
+    """A value from the caller is wrong; ``field`` names it. Nothing was changed."""
+
+    http_status = 422
+
+    def __init__(self, message: str, *, field: str | None = None, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.field = field
+
+
+class StateError(WeightcastError):
+    """The call is not allowed in the present state."""
+
+    http_status = 409
+
+
+class AuthError(WeightcastError):
+    """A token, ticket or key is missing or wrong."""
+
+    http_status = 401
+
+
+class Unsupported(WeightcastError, NotImplementedError):
+    """A case that weightcast does not handle; the hint says what to do instead."""
+
+    http_status = 422
+
+
+class ProtocolError(WeightcastError):
+    """A message is malformed, unknown, stale or of another protocol version."""
+
+    http_status = 422
+
+
+class PlanMismatch(WeightcastError):
+    """Trainer and engine describe different models, or compiled different plans."""
+
+    http_status = 409
+
+
+class LoadError(WeightcastError):
+    """The engine's own weight loader raised; its traceback is in the message."""
+
+    http_status = 422
+
+
+class DigestMismatch(WeightcastError):
+    """The bytes that arrived are not the bytes that were published."""
+
+
+class ShadowError(WeightcastError):
+    """The staged copy of the weights does not fit in memory."""
+
+
+class TransportError(WeightcastError):
+    """Bytes could not be moved between two processes."""
+
+
+class PeerLost(TransportError):
+    """The process on the other side is gone."""
+
+
+class DeadlineExceeded(WeightcastError, TimeoutError):
+    """A wait ended because its deadline passed."""
+
+
+class EngineError(WeightcastError):
+    """An engine answered with an error, or cannot be reached."""
+
+
+class RoundFailed(WeightcastError):
+    """``publish()`` did not bring the fleet to the next version.
+
+    ``causes`` maps an engine's name to its error; ``serving`` maps every engine to the version it serves now;
+    engines in ``dirty`` hold weights of no version, answer 503 and are healed by the next successful round.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        round: int | None = None,
+        phase: str | None = None,
+        causes: Mapping[str, WeightcastError] | None = None,
+        serving: Mapping[str, str] | None = None,
+        dirty: tuple[str, ...] = (),
+        hint: str | None = None,
+    ) -> None:
+        super().__init__(message, round=round, phase=phase, hint=hint)
+        self.causes = dict(causes or {})
+        self.serving = dict(serving or {})
+        self.dirty = dirty
+
+    def __str__(self) -> str:
+        lines = [super().__str__()]
+        lines += [f"  {name}: {type(cause).__name__}: {cause}" for name, cause in self.causes.items()]
+        lines += [f"  {name} serves {version}" for name, version in self.serving.items()]
+        lines += [f"  {name} is DIRTY" for name in self.dirty]
+        return "\n".join(lines)
+
+
+_BY_NAME = {
+    cls.__name__: cls
+    for cls in (
+        InvalidInput,
+        StateError,
+        AuthError,
+        Unsupported,
+        ProtocolError,
+        PlanMismatch,
+        LoadError,
+        DigestMismatch,
+        ShadowError,
+        TransportError,
+        PeerLost,
+        DeadlineExceeded,
+        EngineError,
+    )
+}
+
+
+def error_from_wire(kind: str, message: str, **where: object) -> WeightcastError:
+    """Rebuild an error that a peer reported by class name; an unknown name becomes a plain WeightcastError."""
+    error = _BY_NAME.get(kind, WeightcastError)(message)
+    return error.at(**where)  # type: ignore[arg-type]

@@ -1,0 +1,132 @@
+"""Layouts: which regions of checkpoint tensors a process holds (trainer) or wants (worker), and where in its memory.
+
+A *region* is a box of a checkpoint tensor. A *placement* says where the box lies: storage number, offset and strides. A
+holding and a landing are both placements; only the side differs. Storages are flat byte ranges, numbered per process.
+"""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+
+from weightcast.dtypes import dtype_of, itemsize_of
+from weightcast.errors import InvalidInput
+from weightcast.manifest import Manifest, TensorSpec, align
+
+
+class Region(msgspec.Struct, frozen=True, kw_only=True):
+    """A box of the checkpoint tensor ``name``: per dimension where it starts and how many elements it spans."""
+
+    name: str
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.offsets) != len(self.sizes):
+            raise InvalidInput(f"region of {self.name}: {len(self.offsets)} offsets, {len(self.sizes)} sizes")
+        if any(value < 0 for value in self.offsets + self.sizes):
+            raise InvalidInput(f"region of {self.name}: negative offsets {self.offsets} or sizes {self.sizes}")
+
+    @classmethod
+    def whole(cls, spec: TensorSpec) -> Region:
+        return cls(name=spec.name, offsets=(0,) * len(spec.shape), sizes=spec.shape)
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.sizes)
+
+    def is_whole(self, spec: TensorSpec) -> bool:
+        return self.sizes == spec.shape
+
+    def intersect(self, other: Region) -> Region | None:
+        """The common box of two regions of the same tensor, or None when they share no element."""
+        offsets = tuple(map(max, self.offsets, other.offsets))
+        ends = tuple(
+            min(a + n, b + m)
+            for a, n, b, m in zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True)
+        )
+        sizes = tuple(end - start for start, end in zip(offsets, ends, strict=True))
+        if any(size <= 0 for size in sizes):
+            return None
+        return Region(name=self.name, offsets=offsets, sizes=sizes)
+
+
+def contiguous_strides(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """Row-major strides, in elements."""
+    strides, step = [], 1
+    for size in reversed(sizes):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))
+
+
+class Placement(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a region lies: ``storage`` number, ``offset`` and ``strides`` in elements of ``dtype``."""
+
+    region: Region
+    dtype: str
+    storage: int
+    offset: int
+    strides: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        dtype_of(self.dtype)
+        if len(self.strides) != len(self.region.sizes):
+            raise InvalidInput(f"placement of {self.region.name}: strides {self.strides} do not fit {self.region.sizes}")
+        if self.storage < 0 or self.offset < 0 or any(stride < 0 for stride in self.strides):
+            raise InvalidInput(f"placement of {self.region.name}: negative storage, offset or stride")
+
+    @property
+    def end_nbytes(self) -> int:
+        """One past the last byte that the placement touches, from the start of its storage."""
+        if self.region.numel == 0:
+            return self.offset * itemsize_of(self.dtype)
+        last = self.offset + sum((n - 1) * s for n, s in zip(self.region.sizes, self.strides, strict=True))
+        return (last + 1) * itemsize_of(self.dtype)
+
+
+class Layout(msgspec.Struct, frozen=True, kw_only=True):
+    """All placements of one process over its storages (``storage_nbytes[i]`` is the size of storage i).
+
+    ``through_loader`` names the tensors that have no direct landing and go through the engine's own loader.
+    """
+
+    placements: tuple[Placement, ...]
+    storage_nbytes: tuple[int, ...]
+    through_loader: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for placement in self.placements:
+            if placement.storage >= len(self.storage_nbytes):
+                raise InvalidInput(f"{placement.region.name}: storage {placement.storage} is not in the layout")
+            if placement.end_nbytes > self.storage_nbytes[placement.storage]:
+                raise InvalidInput(f"{placement.region.name}: reaches past the end of storage {placement.storage}")
+
+    def check(self, manifest: Manifest) -> None:
+        """Raise InvalidInput where a placement does not lie inside its checkpoint tensor."""
+        for placement in self.placements:
+            region = placement.region
+            if region.name not in manifest:
+                raise InvalidInput(f"the manifest has no tensor {region.name!r}", field="name")
+            shape = manifest[region.name].shape
+            if len(shape) != len(region.sizes) or any(
+                start + size > limit for start, size, limit in zip(region.offsets, region.sizes, shape, strict=True)
+            ):
+                raise InvalidInput(f"{region.name}: region {region.offsets}+{region.sizes} is outside shape {shape}")
+
+
+def image_layout(manifest: Manifest, names: tuple[str, ...] | None = None) -> Layout:
+    """Whole tensors (all, or ``names``) packed into one storage in manifest order, each 256-byte aligned."""
+    wanted = None if names is None else set(names)
+    placements, end = [], 0
+    for spec in manifest.tensors:
+        if wanted is not None and spec.name not in wanted:
+            continue
+        offset = end // itemsize_of(spec.dtype)
+        strides = contiguous_strides(spec.shape)
+        placements.append(
+            Placement(region=Region.whole(spec), dtype=spec.dtype, storage=0, offset=offset, strides=strides)
+        )
+        end = align(end + spec.nbytes)
+    return Layout(placements=tuple(placements), storage_nbytes=(end,))

@@ -1,0 +1,106 @@
+"""The manifest: the ordered checkpoint tensors that a trainer publishes, and their *image*.
+
+The image is the virtual concatenation of all tensors in manifest order, each starting at a multiple of 256 bytes. Nobody
+has to hold it: it gives every byte of the model one position, which is what digests count in and what arenas are laid
+out by. Gaps between tensors are zero bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable
+from functools import cached_property
+
+import msgspec
+
+from weightcast.dtypes import dtype_of, itemsize_of
+from weightcast.errors import InvalidInput
+
+ALIGNMENT = 256
+"""Bytes; every tensor of an image, an arena or a bucket starts at a multiple of it."""
+
+
+def align(nbytes: int) -> int:
+    """The next multiple of ALIGNMENT."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+class TensorSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """One checkpoint tensor: its name, element type (wire name, see dtypes) and global shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise InvalidInput("a tensor needs a name", field="name")
+        dtype_of(self.dtype)
+        if any(size < 0 for size in self.shape):
+            raise InvalidInput(f"{self.name}: negative size in shape {self.shape}", field="shape")
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * itemsize_of(self.dtype)
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, dict=True):
+    """The ordered checkpoint tensors of one model; names are unique."""
+
+    tensors: tuple[TensorSpec, ...]
+
+    def __post_init__(self) -> None:
+        seen: set[str] = set()
+        for spec in self.tensors:
+            if spec.name in seen:
+                raise InvalidInput(f"tensor {spec.name!r} is listed twice", field="tensors")
+            seen.add(spec.name)
+
+    @classmethod
+    def of(cls, tensors: Iterable[TensorSpec]) -> Manifest:
+        return cls(tensors=tuple(tensors))
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._index
+
+    def __getitem__(self, name: str) -> TensorSpec:
+        return self.tensors[self._index[name]]
+
+    @cached_property
+    def _index(self) -> dict[str, int]:
+        return {spec.name: i for i, spec in enumerate(self.tensors)}
+
+    @cached_property
+    def positions(self) -> dict[str, int]:
+        """Byte position of each tensor in the image."""
+        positions, end = {}, 0
+        for spec in self.tensors:
+            positions[spec.name] = end
+            end = align(end + spec.nbytes)
+        return positions
+
+    @cached_property
+    def image_nbytes(self) -> int:
+        """Size of the image, gaps included."""
+        if not self.tensors:
+            return 0
+        last = self.tensors[-1]
+        return align(self.positions[last.name] + last.nbytes)
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Sum of all tensors' bytes, gaps not included."""
+        return sum(spec.nbytes for spec in self.tensors)
+
+    @cached_property
+    def digest(self) -> str:
+        """Hex SHA-256 of the model's form (names, dtypes, shapes, order); equal forms have equal digests."""
+        return hashlib.sha256(msgspec.msgpack.encode(self)).hexdigest()

@@ -1,0 +1,45 @@
+"""Memory: the storages of one process as flat byte tensors, and typed views into them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+
+from weightcast.dtypes import dtype_of
+from weightcast.errors import InvalidInput
+
+_numbers = itertools.count(1)
+
+
+class Memory:
+    """Numbered storages (1-D uint8 tensors). ``number`` is unique in the process: compiled copies are cached by it."""
+
+    def __init__(self, storages: Sequence[torch.Tensor]) -> None:
+        for storage in storages:
+            if storage.dtype != torch.uint8 or storage.dim() != 1 or (storage.numel() and not storage.is_contiguous()):
+                raise InvalidInput("a storage is a contiguous 1-D uint8 tensor")
+        self.storages = tuple(storages)
+        self.number = next(_numbers)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(storage.numel() for storage in self.storages)
+
+    def view(
+        self, storage: int, dtype: str, offset: int, sizes: Sequence[int], strides: Sequence[int]
+    ) -> torch.Tensor:
+        """A strided view of ``dtype`` elements; offset and strides in elements. Shares memory with the storage."""
+        target = dtype_of(dtype)
+        flat = self.storages[storage]
+        if flat.storage_offset() % target.itemsize:
+            raise InvalidInput(f"storage {storage} does not start at a multiple of {target.itemsize} bytes")
+        base = torch.empty(0, dtype=target, device=flat.device)
+        start = flat.storage_offset() // target.itemsize + offset
+        return base.set_(flat.untyped_storage(), start, tuple(sizes), tuple(strides))
+
+
+def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole untyped storage behind a tensor as a flat uint8 tensor (shares memory)."""
+    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())

@@ -1,0 +1,213 @@
+"""The plan: which bytes go from which holding to which landing. A pure function of manifest and layouts.
+
+For every landing the holdings of the same tensor are intersected with it; each common box is one Copy. Where several
+trainer ranks hold the same box, the one with the least bytes assigned so far gives it, so load spreads over replicas. Both
+sides compile the plan and compare its digest before the first byte moves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import msgspec
+
+from weightcast.dtypes import itemsize_of
+from weightcast.errors import PlanMismatch
+from weightcast.layout import Layout, Placement, Region, contiguous_strides
+from weightcast.manifest import Manifest
+
+
+class Copy(msgspec.Struct, frozen=True, kw_only=True):
+    """One box of values from a source storage to a destination storage; offsets and strides in elements of each dtype.
+
+    When the dtypes differ the values are cast (round to nearest even) on the way; ``dst_dtype`` is what travels.
+    """
+
+    region: Region
+    src_storage: int
+    src_dtype: str
+    src_offset: int
+    src_strides: tuple[int, ...]
+    dst_storage: int
+    dst_dtype: str
+    dst_offset: int
+    dst_strides: tuple[int, ...]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return self.region.sizes
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that travel: the box in the destination's dtype."""
+        return self.region.numel * itemsize_of(self.dst_dtype)
+
+
+Plan = Mapping[int, tuple[Copy, ...]]
+"""Copies of one worker by trainer rank, each in manifest order."""
+
+
+def _offset_at(placement: Placement, region: Region) -> int:
+    """Element offset of ``region`` (a box inside the placement's region) in the placement's storage."""
+    start = zip(region.offsets, placement.region.offsets, placement.strides, strict=True)
+    return placement.offset + sum((at - base) * stride for at, base, stride in start)
+
+
+def _copy(holding: Placement, landing: Placement, region: Region) -> Copy:
+    return Copy(
+        region=region,
+        src_storage=holding.storage,
+        src_dtype=holding.dtype,
+        src_offset=_offset_at(holding, region),
+        src_strides=holding.strides,
+        dst_storage=landing.storage,
+        dst_dtype=landing.dtype,
+        dst_offset=_offset_at(landing, region),
+        dst_strides=landing.strides,
+    )
+
+
+def _distinct(holdings: Iterable[tuple[int, Placement]]) -> dict[tuple[tuple[int, ...], tuple[int, ...]], list[tuple[int, Placement]]]:
+    """Group replicas: holdings of the same box."""
+    boxes: dict[tuple[tuple[int, ...], tuple[int, ...]], list[tuple[int, Placement]]] = {}
+    for rank, holding in holdings:
+        boxes.setdefault((holding.region.offsets, holding.region.sizes), []).append((rank, holding))
+    return boxes
+
+
+def compile_plan(manifest: Manifest, holdings: Mapping[int, Layout], landings: Layout) -> dict[int, tuple[Copy, ...]]:
+    """The copies that fill every landing of one worker, by trainer rank (ranks that give nothing are absent).
+
+    Raises PlanMismatch when a landing is not covered by holdings, or lies outside the manifest. Distinct holdings of one
+    tensor must not overlap unless they are equal (replicas).
+    """
+    by_name: dict[str, list[tuple[int, Placement]]] = {}
+    for rank in sorted(holdings):
+        for placement in holdings[rank].placements:
+            by_name.setdefault(placement.region.name, []).append((rank, placement))
+    boxes_by_name = {name: _distinct(items) for name, items in by_name.items()}
+    wanted: dict[str, list[Placement]] = {}
+    for landing in landings.placements:
+        wanted.setdefault(landing.region.name, []).append(landing)
+    missing = [name for name in wanted if name not in manifest or name not in boxes_by_name]
+    if missing:
+        raise PlanMismatch(f"nobody holds {missing[0]!r} ({len(missing)} tensors in all)")
+    plan: dict[int, list[Copy]] = {}
+    load = dict.fromkeys(holdings, 0)
+    for spec in manifest.tensors:
+        for landing in wanted.get(spec.name, ()):
+            covered = 0
+            for replicas in boxes_by_name[spec.name].values():
+                region = landing.region.intersect(replicas[0][1].region)
+                if region is None:
+                    continue
+                rank, holding = min(replicas, key=lambda item: load[item[0]])
+                copy = _copy(holding, landing, region)
+                load[rank] += copy.nbytes
+                covered += region.numel
+                plan.setdefault(rank, []).append(copy)
+            if covered != landing.region.numel:
+                raise PlanMismatch(
+                    f"{spec.name}: {covered} of {landing.region.numel} wanted elements are held by the trainer"
+                )
+    return {rank: tuple(copies) for rank, copies in sorted(plan.items())}
+
+
+def plan_digest(plan: Plan) -> str:
+    """Hex SHA-256 of a plan; equal on both sides exactly when they compiled the same copies."""
+    return hashlib.sha256(msgspec.msgpack.encode(sorted(plan.items()))).hexdigest()
+
+
+def split(copies: Iterable[Copy], max_nbytes: int) -> Iterator[Copy]:
+    """Cut copies along their outer dimensions until each has at most ``max_nbytes`` (at least one element)."""
+    for copy in copies:
+        yield from _split_one(copy, max_nbytes)
+
+
+def _split_one(copy: Copy, max_nbytes: int) -> Iterator[Copy]:
+    if copy.nbytes <= max_nbytes:
+        yield copy
+        return
+    dim = next((d for d, size in enumerate(copy.sizes) if size > 1), None)
+    if dim is None:
+        yield copy
+        return
+    row_nbytes = copy.nbytes // copy.sizes[dim]
+    step = max(1, max_nbytes // row_nbytes)
+    for start in range(0, copy.sizes[dim], step):
+        size = min(step, copy.sizes[dim] - start)
+        yield from _split_one(_narrow(copy, dim, start, size), max_nbytes)
+
+
+def _narrow(copy: Copy, dim: int, start: int, size: int) -> Copy:
+    offsets, sizes = list(copy.region.offsets), list(copy.region.sizes)
+    offsets[dim] += start
+    sizes[dim] = size
+    return msgspec.structs.replace(
+        copy,
+        region=Region(name=copy.region.name, offsets=tuple(offsets), sizes=tuple(sizes)),
+        src_offset=copy.src_offset + start * copy.src_strides[dim],
+        dst_offset=copy.dst_offset + start * copy.dst_strides[dim],
+    )
+
+
+class Run(msgspec.Struct, frozen=True, kw_only=True):
+    """Bytes that are contiguous at both ends and need no cast: one memcpy. Offsets in bytes."""
+
+    src_storage: int
+    src_offset: int
+    dst_storage: int
+    dst_offset: int
+    nbytes: int
+
+
+def _is_contiguous(sizes: Sequence[int], strides: Sequence[int]) -> bool:
+    expected = contiguous_strides(tuple(sizes))
+    return all(size == 1 or have == want for size, have, want in zip(sizes, strides, expected, strict=True))
+
+
+def as_run(copy: Copy) -> Run | None:
+    """The copy as one run of bytes, or None when it is strided or casts."""
+    if copy.src_dtype != copy.dst_dtype:
+        return None
+    if not (_is_contiguous(copy.sizes, copy.src_strides) and _is_contiguous(copy.sizes, copy.dst_strides)):
+        return None
+    itemsize = itemsize_of(copy.dst_dtype)
+    return Run(
+        src_storage=copy.src_storage,
+        src_offset=copy.src_offset * itemsize,
+        dst_storage=copy.dst_storage,
+        dst_offset=copy.dst_offset * itemsize,
+        nbytes=math.prod(copy.sizes) * itemsize,
+    )
+
+
+def merge(copies: Iterable[Copy], max_gap_nbytes: int = 0) -> tuple[list[Run], list[Copy]]:
+    """Runs joined where both ends continue (in source order), and the copies that cannot be runs.
+
+    ``max_gap_nbytes`` > 0 joins across equal gaps of up to that size. Only for memories whose gaps belong to nobody: what
+    lies in the source's gap is then copied too.
+    """
+    runs: list[Run] = []
+    rest: list[Copy] = []
+    for copy in copies:
+        if copy.region.numel == 0:
+            continue
+        run = as_run(copy)
+        if run is None:
+            rest.append(copy)
+        else:
+            runs.append(run)
+    runs.sort(key=lambda r: (r.src_storage, r.dst_storage, r.src_offset))
+    merged: list[Run] = []
+    for run in runs:
+        last = merged[-1] if merged else None
+        if last is not None and (last.src_storage, last.dst_storage) == (run.src_storage, run.dst_storage):
+            gap = run.src_offset - last.src_offset - last.nbytes
+            if 0 <= gap <= max_gap_nbytes and gap == run.dst_offset - last.dst_offset - last.nbytes:
+                merged[-1] = msgspec.structs.replace(last, nbytes=run.src_offset + run.nbytes - last.src_offset)
+                continue
+        merged.append(run)
+    return merged, rest

@@ -1,0 +1,44 @@
+"""What a Receiver needs of the engine around it: the live model as memory, and its own loader."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+import torch
+
+from weightcast.layout import Layout
+from weightcast.manifest import Manifest
+from weightcast.memory import Memory
+
+
+class LiveModel(ABC):
+    """The model of one worker. All calls but ``layout`` come between two forward passes, on the engine's thread."""
+
+    device: torch.device
+    relocatable: bool = False
+    """True: parameters may be rebound to other storages (no captured graphs, no packed kernels hold their addresses)."""
+
+    @abstractmethod
+    def layout(self, manifest: Manifest) -> Layout:
+        """Landings of the manifest's tensors in ``memory()``, plus those that must go through the loader.
+
+        Tensors of the manifest that the model does not use at all are simply absent. A tensor the model needs and the
+        manifest lacks raises PlanMismatch, which names it. Writes nothing.
+        """
+
+    @abstractmethod
+    def memory(self) -> Memory:
+        """The storages that live parameters lie in now, numbered as in ``layout``."""
+
+    @abstractmethod
+    def rebind(self, memory: Memory) -> None:
+        """Point all live parameters at another memory of the same layout (only if ``relocatable``). Cheap, no copies."""
+
+    @abstractmethod
+    def load_weights(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
+        """Load whole checkpoint tensors through the engine's own loader, in place; raises LoadError."""
+
+    @abstractmethod
+    def checksums(self) -> dict[str, str]:
+        """Hex digest of every live parameter by name."""

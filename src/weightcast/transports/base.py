@@ -1,0 +1,126 @@
+"""The contract of a transport: it moves the bytes of a plan between one trainer process and one worker process.
+
+Both ends are given the same ordered ``copies`` (a trainer rank's part of a worker's plan). Life of a pair:
+
+    trainer                                   worker
+    end = T.trainer_end(copies, memory)
+    offer = end.offer()        ──control──▶   end = T.worker_end(offer, copies)
+    end.connect(deadline)      ◀─ data ──▶    end.connect(deadline)
+    end.send(deadline)         ── data ──▶    end.receive(memory, deadline)          once a round, in this order on both
+    end.close()                               end.close()
+
+A *pull* transport's worker reads the trainer's memory in ``receive``; its ``send`` only makes the values visible and returns.
+A *push* transport's ``send`` and ``receive`` run at the same time. Rules for every implementation:
+
+- ``receive`` writes exactly the destination elements of ``copies`` in the memory it is given, and nothing else
+  (bytes between aligned tensors of an arena that the receiver owns may be overwritten with zeros).
+- After an error or ``abort`` an end is dead: every later call raises TransportError at once; only ``close`` is left.
+- ``abort`` may be called from any thread, returns at once and ends a blocked call on this end within a second.
+- A dead peer is PeerLost, a passed deadline DeadlineExceeded; both before deadline + 1 s.
+- ``close`` is idempotent, never raises and leaves nothing behind (segments, sockets, threads, descriptors), on either
+  side, also when the other side died.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import msgspec
+
+from weightcast.deadline import Deadline
+from weightcast.memory import Memory
+from weightcast.plan import Copy
+
+DEFAULT_BUCKET_NBYTES = 64 * 2**20
+
+
+class Facts(msgspec.Struct, frozen=True, kw_only=True):
+    """What a process says about itself so that the other side can choose a transport (see transports.facts)."""
+
+    host: str
+    """Equal exactly for processes that share memory and a file system: boot id plus identity of /dev/shm."""
+    pid: int
+    device: str
+    """Where the weights lie: "cpu" or "cuda"."""
+    gpu: str = ""
+    """UUID of the GPU, empty on CPU."""
+    transports: tuple[str, ...] = ()
+    """Names this process could load and use."""
+    address: str = "127.0.0.1"
+    """Where other hosts reach this process."""
+
+
+class TrainerEnd(ABC):
+    """The sending side of one pair. Not thread-safe but for ``abort``."""
+
+    @abstractmethod
+    def offer(self) -> bytes:
+        """What the worker needs to connect, in the transport's own msgpack form."""
+
+    @abstractmethod
+    def connect(self, deadline: Deadline) -> None:
+        """Wait until the worker is connected."""
+
+    @abstractmethod
+    def send(self, deadline: Deadline) -> int:
+        """Make one round's values reach the worker (push) or visible to it (pull); returns bytes sent."""
+
+    @abstractmethod
+    def abort(self) -> None: ...
+
+    @abstractmethod
+    def close(self) -> None: ...
+
+
+class WorkerEnd(ABC):
+    """The receiving side of one pair. Not thread-safe but for ``abort``."""
+
+    @abstractmethod
+    def connect(self, deadline: Deadline) -> None:
+        """Connect to the trainer as the offer says."""
+
+    @abstractmethod
+    def receive(self, memory: Memory, deadline: Deadline) -> int:
+        """Write one round's values into ``memory``; when it returns, they are there (device work included).
+        Returns bytes received."""
+
+    @abstractmethod
+    def abort(self) -> None: ...
+
+    @abstractmethod
+    def close(self) -> None: ...
+
+
+class Transport(ABC):
+    """A way to move bytes. Stateless; the registry holds one object of each class."""
+
+    name: str
+    pulls: bool
+    """True: ``receive`` reads the trainer's memory; False: ``send`` and ``receive`` meet."""
+
+    @abstractmethod
+    def refusal(self, trainer: Facts, worker: Facts) -> str | None:
+        """Why this pair cannot use the transport, in words for a user; None when it can."""
+
+    @abstractmethod
+    def adopt(self, memory: Memory) -> Memory:
+        """Make the trainer's memory reachable for workers; called once, before any pair.
+
+        Returns the memory to use from now on: the same object, or one whose storages were moved (the source then
+        rebinds its tensors to it).
+        """
+
+    @abstractmethod
+    def release(self, memory: Memory) -> None:
+        """Give up what ``adopt`` made. Views into the memory stay valid; names of segments are gone. Never raises."""
+
+    @abstractmethod
+    def trainer_end(
+        self, copies: Sequence[Copy], memory: Memory, *, bucket_nbytes: int = DEFAULT_BUCKET_NBYTES, address: str = ""
+    ) -> TrainerEnd:
+        """The sending side for one pair; ``memory`` is what ``adopt`` returned."""
+
+    @abstractmethod
+    def worker_end(self, offer: bytes, copies: Sequence[Copy]) -> WorkerEnd:
+        """The receiving side; raises ProtocolError for a malformed offer."""

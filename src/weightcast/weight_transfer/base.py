@@ -1,0 +1,116 @@
+"""The engine's side of weight transfer, with vLLM's names: who knows one knows the other.
+
+An engine builds one WeightTransferEngine per worker and calls it on the thread that runs the model, never during a forward
+pass. Order of calls (anything else is StateError):
+
+    init_transfer_engine(init_info)                       once; again after shutdown, or when a new trainer takes over
+      ┌ start_weight_update()                             a round begins
+      │ update_weights(update_info)                       one or more times
+      └ finish_weight_update(weight_version)              the round ends; live weights are of the new version
+    shutdown()
+
+A call that raises has changed nothing that the model serves, unless ``dirty`` says so.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, TypeVar
+
+import msgspec
+
+from weightcast.errors import InvalidInput
+from weightcast.receiver.base import LiveModel
+from weightcast.weight_transfer.config import WeightTransferConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerRank:
+    """A worker's place among all workers of its engine.
+
+    ``rank`` is global over TP x PP x DP: ``data_parallel_index * (tp * pp) + rank within the replica``, as vLLM counts.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.world_size:
+            raise InvalidInput(f"rank {self.rank} is not in a world of {self.world_size}", field="rank")
+
+
+class InitInfo(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """Base of what ``init_transfer_engine`` takes; subclasses validate themselves in ``__post_init__``."""
+
+
+class UpdateInfo(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """Base of what ``update_weights`` takes."""
+
+
+InitT = TypeVar("InitT", bound=InitInfo)
+UpdateT = TypeVar("UpdateT", bound=UpdateInfo)
+
+
+class WeightTransferEngine(ABC, Generic[InitT, UpdateT]):
+    """One worker's receiver of weights. Subclasses name their info types and implement the five calls."""
+
+    init_info_cls: ClassVar[type[InitInfo]]
+    update_info_cls: ClassVar[type[UpdateInfo]]
+
+    def __init__(self, config: WeightTransferConfig, model: LiveModel, worker: WorkerRank) -> None:
+        self.config = config
+        self.model = model
+        self.worker = worker
+
+    def parse_init_info(self, data: Mapping[str, Any]) -> InitT:
+        """Validate a decoded JSON object; raises InvalidInput that names the field."""
+        return _convert(data, self.init_info_cls)  # type: ignore[return-value]
+
+    def parse_update_info(self, data: Mapping[str, Any]) -> UpdateT:
+        """Validate a decoded JSON object; raises InvalidInput that names the field."""
+        return _convert(data, self.update_info_cls)  # type: ignore[return-value]
+
+    @abstractmethod
+    def init_transfer_engine(self, init_info: InitT) -> None:
+        """Join a trainer. May be called again: the former trainer is then left."""
+
+    @abstractmethod
+    def start_weight_update(self) -> None:
+        """Open a round."""
+
+    @abstractmethod
+    def update_weights(self, update_info: UpdateT) -> None:
+        """Receive (part of) the new weights."""
+
+    @abstractmethod
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """End the round; ``weight_version`` names what is live from now on."""
+
+    @abstractmethod
+    def shutdown(self) -> None:
+        """Leave the trainer and free everything; idempotent. ``init_transfer_engine`` works again afterwards."""
+
+    @property
+    @abstractmethod
+    def weight_version(self) -> str:
+        """The version that is live, "default" before the first sync."""
+
+    @property
+    @abstractmethod
+    def dirty(self) -> bool:
+        """True while live weights belong to no version: the engine must not serve."""
+
+    def checksums(self) -> dict[str, str]:
+        """Hex digest per live parameter, computed where the data lies (optional for a backend)."""
+        return self.model.checksums()
+
+
+def _convert(data: Mapping[str, Any], cls: type[msgspec.Struct]) -> msgspec.Struct:
+    try:
+        return msgspec.convert(dict(data), cls, strict=False)
+    except msgspec.ValidationError as error:
+        text = str(error)
+        field = text.rpartition("`$.")[2].rstrip("`") if "`$." in text else None
+        raise InvalidInput(f"{cls.__name__}: {text}", field=field) from None
