@@ -26,7 +26,7 @@ import torch
 from weightcast.dtypes import dtype_of
 from weightcast.errors import InvalidInput
 from weightcast.layout import Layout, Placement, contiguous_strides
-from weightcast.manifest import Manifest
+from weightcast.manifest import ALIGNMENT, Manifest
 from weightcast.memory import Memory
 
 BLOCK_WORDS = 4096
@@ -199,7 +199,7 @@ class LayoutDigest:
                 self._strided.append(placement)
             else:
                 runs.append(run)
-        self.runs = _join(runs, 256 if gaps_are_zero else 0)
+        self.runs = _join(runs, ALIGNMENT if gaps_are_zero else 0)
 
     def of(self, memory: Memory) -> int:
         """The digest, an unsigned 64-bit number; on a GPU this waits for the result."""

@@ -14,13 +14,17 @@ _numbers = itertools.count(1)
 
 
 class Memory:
-    """Numbered storages (1-D uint8 tensors). ``number`` is unique in the process: compiled copies are cached by it."""
+    """Numbered storages (1-D uint8 tensors). ``number`` is unique in the process: compiled copies are cached by it.
 
-    def __init__(self, storages: Sequence[torch.Tensor]) -> None:
+    ``is_arena``: the bytes between placements are zero and belong to nobody, so copies and digests may run across them.
+    """
+
+    def __init__(self, storages: Sequence[torch.Tensor], *, is_arena: bool = False) -> None:
         for storage in storages:
             if storage.dtype != torch.uint8 or storage.dim() != 1 or (storage.numel() and not storage.is_contiguous()):
                 raise InvalidInput("a storage is a contiguous 1-D uint8 tensor")
         self.storages = tuple(storages)
+        self.is_arena = is_arena
         self.number = next(_numbers)
 
     @property

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from weightcast.manifest import ALIGNMENT
 from weightcast.memory import Memory
 from weightcast.plan import Copy, Run, merge
 
@@ -13,11 +14,11 @@ from weightcast.plan import Copy, Run, merge
 class Replay:
     """The copies between two memories as few, large view pairs. ``run()`` does them all; it needs no names.
 
-    ``max_gap_nbytes``: see plan.merge; 0 unless the destination is an arena that the caller owns.
+    Between two arenas the zeros of a gap are copied with the values around it, which leaves one pair for a whole model.
     """
 
-    def __init__(self, copies: Sequence[Copy], src: Memory, dst: Memory, *, max_gap_nbytes: int = 0) -> None:
-        runs, rest = merge(copies, max_gap_nbytes)
+    def __init__(self, copies: Sequence[Copy], src: Memory, dst: Memory) -> None:
+        runs, rest = merge(copies, ALIGNMENT - 1 if src.is_arena and dst.is_arena else 0)
         self.nbytes = sum(copy.nbytes for copy in copies)
         self._dst = [self._bytes(dst, run.dst_storage, run.dst_offset, run) for run in runs]
         self._src = [self._bytes(src, run.src_storage, run.src_offset, run) for run in runs]
