@@ -75,5 +75,5 @@ def answer_logprobs(model: Any, prompts: torch.Tensor, tokens: torch.Tensor) -> 
     """
     first = prompts.shape[1] - 1
     inputs = torch.cat([prompts, tokens[:, :-1]], dim=1)
-    logits = model(input_ids=inputs, use_cache=False).logits[:, first:]
+    logits: torch.Tensor = model(input_ids=inputs, use_cache=False).logits[:, first:]
     return logits.float().log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
