@@ -9,7 +9,7 @@ import json
 import math
 import secrets
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -187,14 +187,17 @@ def _values(name: str, meta: torch.Tensor, config: Any, generator: torch.Generat
     if not meta.is_floating_point():
         return torch.randint(0, 8, meta.shape, generator=generator)
     is_gemma = config.model_type.startswith("gemma")
-    draw: Callable[..., torch.Tensor] = torch.randn
     if "norm" in name and meta.dim() == 1:
         centre = 0.0 if is_gemma else 1.0  # Gemma's norms scale by 1 + weight
         return centre + torch.rand(meta.shape, generator=generator) - 0.5
     if meta.dim() <= 1:
-        return 0.2 * draw(meta.shape, generator=generator)
+        return 0.2 * _normal(meta, generator)
     if "embed" in name:
         scale = 0.2 if config.tie_word_embeddings else 1.0  # a large tied embedding would repeat its own token
-        return draw(meta.shape, generator=generator) * scale * (meta.shape[-1] ** -0.5 if is_gemma else 1.0)
+        return _normal(meta, generator) * (scale / math.sqrt(meta.shape[-1]) if is_gemma else scale)
     gain = 3.0 if name.startswith("lm_head") else 1.5
-    return draw(meta.shape, generator=generator) * gain * meta.shape[-1] ** -0.5
+    return _normal(meta, generator) * (gain / math.sqrt(meta.shape[-1]))
+
+
+def _normal(meta: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    return torch.randn(meta.shape, generator=generator)

@@ -1,0 +1,292 @@
+"""The recorder: while it is active, loaders' operations on recording tensors are followed and live memory stays untouched.
+
+Load-bearing: every write into live storages is suppressed, whatever its values are; it becomes a landing when the values
+come unchanged from checkpoint tensors, and is noted as the loader's own write when not. Works for the calling thread only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+from weightcast.dtypes import name_of
+from weightcast.errors import Unsupported
+from weightcast.layout import Placement, Region
+from weightcast.memory import Memory
+from weightcast.record.boxes import TooManyBoxes, Walk
+from weightcast.record.tensors import RecordingTensor, Untraceable, View, assembled, sources_of, spoiled
+
+_aten = torch.ops.aten
+_COPIES = {_aten.clone.default, _aten._to_copy.default, _aten.lift_fresh_copy.default}
+_SCALARS = {_aten._local_scalar_dense.default, _aten.equal.default, _aten.is_nonzero.default}
+
+
+class LiveStorages:
+    """Finds live memory by storage identity."""
+
+    def __init__(self, memory: Memory) -> None:
+        self._by_address: dict[int, list[tuple[int, int, int]]] = {}
+        for number, flat in enumerate(memory.storages):
+            if flat.numel():
+                start = flat.storage_offset()
+                span = (number, start, start + flat.numel())
+                self._by_address.setdefault(flat.untyped_storage().data_ptr(), []).append(span)
+
+    def find(self, tensor: torch.Tensor) -> tuple[int, int] | None:
+        """Storage number of a live view and its byte offset in it; None for a tensor that is not live."""
+        if isinstance(tensor, RecordingTensor) or tensor.device.type == "meta" or not tensor.numel():
+            return None
+        first = tensor.storage_offset() * tensor.itemsize
+        for number, start, end in self._by_address.get(tensor.untyped_storage().data_ptr(), ()):
+            if start <= first < end:
+                return number, first - start
+        return None
+
+
+class Recorder(TorchDispatchMode):
+    """Follows one run of a loader; the results are in ``landings``, ``loader_writes``, ``reasons`` and ``foreign``."""
+
+    def __init__(self, memory: Memory) -> None:
+        super().__init__()
+        self.landings: list[Placement] = []
+        self.reasons: dict[str, str] = {}
+        """Why a checkpoint tensor has no direct landing."""
+        self.loader_writes: list[Placement] = []
+        """Live places that the loader fills with values it computed itself (region: a box of the place)."""
+        self.foreign: list[str] = []
+        """Suppressed live writes of values that come from no checkpoint tensor."""
+        self._live = LiveStorages(memory)
+        self._replacing = _ReplacingData(self)
+
+    def __enter__(self) -> Recorder:
+        super().__enter__()
+        self._replacing.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._replacing.__exit__(kind, error, trace)
+        super().__exit__(kind, error, trace)
+
+    def spoil(self, names: set[str], reason: str) -> None:
+        """Note that checkpoint tensors go through the loader; the first reason is kept."""
+        for name in names:
+            self.reasons.setdefault(name, reason)
+
+    def keeps_place(self, target: torch.Tensor, sources: Sequence[Any]) -> bool:
+        """Whether ``target.data = source`` or ``target.set_(source)`` must not happen; notes it."""
+        names = [source.base.names for source in sources if isinstance(source, RecordingTensor)]
+        place = self._live.find(target)
+        if names:
+            self.spoil(set().union(*names), "replaces a parameter's storage instead of filling it")
+        if place is not None:
+            self._note_write(target, place, "its storage is replaced", set().union(*names))
+        return bool(names) or place is not None
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunction():
+            if func is _aten.copy_.default:
+                return self._copy(args[0], args[1])
+            if func is _aten._foreach_copy_.default:
+                for target, source in zip(args[0], args[1], strict=True):
+                    self._copy(target, source)
+                return None
+            recorded = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, RecordingTensor)]
+            if func._schema.is_mutable:
+                return self._mutate(func, args, kwargs, recorded)
+            if not recorded:
+                return func(*args, **kwargs)
+            return self._follow(func, args, kwargs, recorded)
+
+    def _copy(self, target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+        place = self._live.find(target)
+        if isinstance(target, RecordingTensor):
+            self._overwrite(target, [source] if isinstance(source, RecordingTensor) else [], "copy_")
+        elif not isinstance(source, RecordingTensor):
+            if place is None:
+                return _aten.copy_.default(target, source)
+            self._note_write(target, place, "copy_ of values that come from no checkpoint tensor", set())
+        elif place is None:
+            if target.numel():
+                self.spoil(
+                    source.base.names, f"copied into memory that is no live parameter, shape {tuple(target.shape)}"
+                )
+        else:
+            self._land(target, place, source)
+        return target
+
+    def _land(self, target: torch.Tensor, place: tuple[int, int], source: RecordingTensor) -> None:
+        storage, offset_nbytes = place
+        meta = source.meta.expand(target.shape)
+        walks = [Walk(*walk) for walk in zip(target.shape, meta.stride(), target.stride(), strict=True)]
+        try:
+            if offset_nbytes % target.itemsize:
+                raise Untraceable("the parameter is not aligned to its element size")
+            found = list(sources_of(View(source.base, meta), walks, offset_nbytes // target.itemsize, target.dtype))
+        except (Untraceable, TooManyBoxes) as error:
+            self._note_write(target, place, str(error), source.base.names)
+            return
+        dtype = name_of(target.dtype)
+        for spec, box in found:
+            region = Region(name=spec.name, offsets=box.offsets, sizes=box.sizes)
+            self.landings.append(
+                Placement(region=region, dtype=dtype, storage=storage, offset=box.target, strides=box.target_strides)
+            )
+
+    def _note_write(self, target: torch.Tensor, place: tuple[int, int], reason: str, names: set[str]) -> None:
+        """A live write that is no landing: by ``names`` that went in, or foreign."""
+        self.spoil(names, reason)
+        if not names:
+            self.foreign.append(f"storage {place[0]}, byte {place[1]}, shape {tuple(target.shape)}: {reason}")
+        region = Region(name="", offsets=(0,) * target.dim(), sizes=tuple(target.shape))
+        offset = place[1] // target.itemsize
+        self.loader_writes.append(
+            Placement(
+                region=region, dtype=name_of(target.dtype), storage=place[0], offset=offset, strides=target.stride()
+            )
+        )
+
+    def _overwrite(self, target: RecordingTensor, sources: Sequence[RecordingTensor], what: str) -> None:
+        target.base.names = target.base.names.union(*(source.base.names for source in sources))
+        target.base.spoiled = True
+        self.spoil(target.base.names, f"{what} changes it in place")
+
+    def _mutate(
+        self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], recorded: list[RecordingTensor]
+    ) -> Any:
+        """An in-place or out= operation: run it only when it touches neither live memory nor recording tensors."""
+        targets = _mutated(func, args, kwargs)
+        names = set().union(*(tensor.base.names for tensor in recorded))
+        live = False
+        for target in targets:
+            place = self._live.find(target)
+            if isinstance(target, RecordingTensor):
+                self._overwrite(target, recorded, func.__name__)
+            elif place is not None:
+                live = True
+                self._note_write(target, place, f"written by {func.__name__}", names)
+        if not live and not recorded:
+            return func(*args, **kwargs)
+        self.spoil(names, f"used by {func.__name__}")
+        returned = len(func._schema.returns)
+        return None if returned == 0 else targets[0] if returned == 1 else tuple(targets[:returned])
+
+    def _follow(
+        self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], recorded: list[RecordingTensor]
+    ) -> Any:
+        if torch.is_inference_mode_enabled() and func._can_decompose():
+            with self:  # inference mode hands over composite operations whole
+                return func.decompose(*args, **kwargs)
+        if func in _SCALARS:
+            return self._stand_in(func, recorded)
+        device = _device_of(kwargs, recorded)
+        outputs = self._on_meta(func, args, kwargs, recorded)
+        by_storage = {tensor.meta.untyped_storage()._cdata: tensor for tensor in recorded}
+
+        def wrap(output: torch.Tensor) -> RecordingTensor:
+            source = by_storage.get(output.untyped_storage()._cdata)
+            if source is not None and output.dtype == source.dtype:
+                return RecordingTensor(source.base, output, device)
+            pieces = _pieces(func, args, kwargs, output)
+            if pieces is not None:
+                return assembled(*pieces, output, device)
+            names = set().union(*(tensor.base.names for tensor in recorded))
+            self.spoil(names, f"used by {func.__name__}")
+            return spoiled(names, output, device)
+
+        return tree_map_only(torch.Tensor, wrap, outputs)
+
+    def _stand_in(self, func: Any, recorded: list[RecordingTensor]) -> bool | int | float:
+        """A number instead of a value that nobody knows; nothing computed from it reaches live memory."""
+        self.spoil(set().union(*(tensor.base.names for tensor in recorded)), f"its values are read by {func.__name__}")
+        dtype = recorded[0].dtype
+        if dtype == torch.bool or func is not _aten._local_scalar_dense.default:
+            return True
+        return 1.0 if dtype.is_floating_point else 1
+
+    def _on_meta(
+        self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], recorded: list[RecordingTensor]
+    ) -> Any:
+        meta_args, meta_kwargs = tree_map_only(torch.Tensor, _as_meta, (tuple(args), dict(kwargs)))
+        if meta_kwargs.get("device") is not None:
+            meta_kwargs["device"] = torch.device("meta")
+        if func is _aten._to_copy.default:
+            meta_kwargs.pop("pin_memory", None)
+        try:
+            return func(*meta_args, **meta_kwargs)
+        except NotImplementedError as error:
+            names = sorted(set().union(*(tensor.base.names for tensor in recorded)))
+            raise Unsupported(
+                f"the loader's {func} on {names[0]} cannot be followed: {error}",
+                hint="Load this model through its loader",
+            ) from error
+
+
+class _ReplacingData(TorchFunctionMode):
+    """Catches ``parameter.data = recording tensor`` and ``set_``: they would move the live parameter elsewhere."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        if func in _REPLACING and self._recorder.keeps_place(args[0], args[1:]):
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+_REPLACING = {torch.Tensor.data.__set__, torch.Tensor.set_}  # type: ignore[attr-defined]
+
+
+def _as_meta(tensor: torch.Tensor) -> torch.Tensor:
+    if isinstance(tensor, RecordingTensor):
+        return tensor.meta
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def _device_of(kwargs: Mapping[str, Any], recorded: list[RecordingTensor]) -> torch.device:
+    wanted = kwargs.get("device")
+    return recorded[0].device if wanted is None else torch.device(wanted)
+
+
+def _pieces(
+    func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: torch.Tensor
+) -> tuple[list[View], int] | None:
+    """For operations that only move whole values: the views that ``output`` is made of, side by side along a dimension."""
+    if func in _COPIES:
+        return [args[0].of], 0
+    if func not in (_aten.cat.default, _aten.stack.default):
+        return None
+    dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % max(output.dim(), 1)
+    parts = list(args[0])
+    if func is _aten.cat.default and any(part.dim() != output.dim() for part in parts):
+        parts = [part for part in parts if part.dim() == output.dim()]  # cat ignores empty 1-D tensors
+    if any(not isinstance(part, RecordingTensor) or part.dtype != output.dtype for part in parts):
+        return None
+    if func is _aten.stack.default:
+        return [View(part.base, part.meta.unsqueeze(dim)) for part in parts], dim
+    return [part.of for part in parts], dim
+
+
+def _mutated(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+    """The tensors that an operation writes to."""
+    targets: list[torch.Tensor] = []
+    for i, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        value = args[i] if i < len(args) else kwargs.get(argument.name)
+        values = value if isinstance(value, list | tuple) else [value]
+        targets += [item for item in values if isinstance(item, torch.Tensor)]
+    return targets

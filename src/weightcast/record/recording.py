@@ -1,0 +1,120 @@
+"""One run of an engine's own loader on recording tensors, and what it tells."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from weightcast.dtypes import dtype_of
+from weightcast.errors import LoadError, WeightcastError
+from weightcast.layout import Layout, Placement
+from weightcast.manifest import Manifest
+from weightcast.memory import Memory, bytes_of
+from weightcast.record.coverage import overlapping, unwritten_runs
+from weightcast.record.recorder import Recorder
+from weightcast.record.tensors import RecordingTensor, whole
+
+Loader = Callable[[Iterator[tuple[str, torch.Tensor]]], object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recording:
+    """What a loader does with a manifest's tensors, found without writing anything."""
+
+    layout: Layout
+    """Landings in the order the loader makes them; where two overlap, the later one wins."""
+    reasons: Mapping[str, str]
+    """Why each tensor of ``layout.through_loader`` has no direct landing."""
+    unused: tuple[str, ...]
+    """Tensors that the loader took and did nothing with, or never took."""
+    foreign_writes: tuple[str, ...]
+    """Writes into live memory of values that come from no checkpoint tensor; a replay of the landings lacks them."""
+    loader_writes: tuple[Placement, ...]
+    """Live places that the loader fills with values of its own making (their regions have no name)."""
+
+    @cached_property
+    def overlaps(self) -> tuple[tuple[str, str], ...]:
+        """Names (earlier, later) of landings that share bytes, such as tied weights listed twice; the later one wins."""
+        placements = self.layout.placements
+        pairs = ((placements[a].region.name, placements[b].region.name) for a, b in overlapping(placements))
+        return tuple(dict.fromkeys(pairs))
+
+    def unwritten(self) -> dict[int, list[tuple[int, int]]]:
+        """Byte ranges (start, end) per storage that no landing fills; storages that are filled wholly are absent."""
+        found = {}
+        for storage, nbytes in enumerate(self.layout.storage_nbytes):
+            runs = unwritten_runs([*self.layout.placements, *self.loader_writes], storage, nbytes)
+            if runs:
+                found[storage] = runs
+        return found
+
+
+def live_memory(parameters: Mapping[str, torch.Tensor]) -> Memory:
+    """The distinct storages behind live parameters, in the order in which the mapping names them first."""
+    storages: dict[int, torch.Tensor] = {}
+    for tensor in parameters.values():
+        flat = bytes_of(tensor.detach())
+        if flat.numel():
+            storages.setdefault(flat.data_ptr(), flat)
+    return Memory(list(storages.values()))
+
+
+def record_layout(
+    load: Loader,
+    manifest: Manifest,
+    live: Memory | Mapping[str, torch.Tensor],
+    device: torch.device | str,
+) -> Recording:
+    """Run ``load`` once on recording tensors of the whole manifest and return where they land in ``live``.
+
+    Nothing is written: live bytes are the same before and after. Raises LoadError, with the loader's traceback, when the
+    loader does not take the tensors; its exceptions are caught broadly because it is foreign code.
+
+    Args:
+        live: the memory that live parameters lie in, or the parameters themselves (then storages are numbered as in
+            ``live_memory``).
+        device: where loaders are to believe the tensors are.
+    """
+    memory = live if isinstance(live, Memory) else live_memory(live)
+    recorder = Recorder(memory)
+    taken: list[str] = []
+    try:
+        with torch.no_grad(), recorder:
+            load(_tensors(manifest, torch.device(device), taken))
+    except WeightcastError:
+        raise
+    except Exception as error:
+        last = f" (last tensor taken: {taken[-1]})" if taken else ""
+        text = "".join(traceback.format_exception(error))
+        raise LoadError(f"the loader failed on recording tensors{last}: {error}\n{text}") from error
+    return _recording(manifest, memory, recorder)
+
+
+def _tensors(manifest: Manifest, device: torch.device, taken: list[str]) -> Iterator[tuple[str, RecordingTensor]]:
+    for spec in manifest.tensors:
+        taken.append(spec.name)
+        meta = torch.empty(spec.shape, dtype=dtype_of(spec.dtype), device="meta")
+        yield spec.name, whole(spec, meta, device)
+
+
+def _recording(manifest: Manifest, memory: Memory, recorder: Recorder) -> Recording:
+    reasons = recorder.reasons
+    direct = tuple(landing for landing in recorder.landings if landing.region.name not in reasons)
+    lost = [landing for landing in recorder.landings if landing.region.name in reasons]
+    landed = {landing.region.name for landing in direct}
+    names = [spec.name for spec in manifest.tensors]
+    return Recording(
+        layout=Layout(
+            placements=direct,
+            storage_nbytes=tuple(storage.numel() for storage in memory.storages),
+            through_loader=tuple(name for name in names if name in reasons),
+        ),
+        reasons={name: reasons[name] for name in names if name in reasons},
+        unused=tuple(name for name in names if name not in landed and name not in reasons),
+        foreign_writes=tuple(recorder.foreign),
+        loader_writes=(*recorder.loader_writes, *lost),
+    )
