@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -13,27 +14,42 @@ from weightcast.errors import InvalidInput
 _numbers = itertools.count(1)
 
 
+class FileSpan(NamedTuple):
+    """Where the bytes of a storage lie in a file."""
+
+    path: str
+    offset: int
+
+
 class Memory:
     """Numbered storages (1-D uint8 tensors). ``number`` is unique in the process: compiled copies are cached by it.
 
     ``is_arena``: the bytes between placements are zero and belong to nobody, so copies and digests may run across them.
+    ``files``: per storage the span of a file that it is a read-only map of, or None; a transport may read the file instead.
     """
 
-    def __init__(self, storages: Sequence[torch.Tensor], *, is_arena: bool = False) -> None:
+    def __init__(
+        self,
+        storages: Sequence[torch.Tensor],
+        *,
+        is_arena: bool = False,
+        files: Sequence[FileSpan | None] = (),
+    ) -> None:
         for storage in storages:
             if storage.dtype != torch.uint8 or storage.dim() != 1 or (storage.numel() and not storage.is_contiguous()):
                 raise InvalidInput("a storage is a contiguous 1-D uint8 tensor")
         self.storages = tuple(storages)
+        if files and len(files) != len(storages):
+            raise InvalidInput(f"{len(storages)} storages, {len(files)} files", field="files")
         self.is_arena = is_arena
+        self.files = tuple(files) or (None,) * len(self.storages)
         self.number = next(_numbers)
 
     @property
     def nbytes(self) -> int:
         return sum(storage.numel() for storage in self.storages)
 
-    def view(
-        self, storage: int, dtype: str, offset: int, sizes: Sequence[int], strides: Sequence[int]
-    ) -> torch.Tensor:
+    def view(self, storage: int, dtype: str, offset: int, sizes: Sequence[int], strides: Sequence[int]) -> torch.Tensor:
         """A strided view of ``dtype`` elements; offset and strides in elements. Shares memory with the storage."""
         target = dtype_of(dtype)
         flat = self.storages[storage]

@@ -26,29 +26,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
-import msgspec
-
 from weightcast.deadline import Deadline
+from weightcast.facts import Facts
 from weightcast.memory import Memory
 from weightcast.plan import Copy
 
 DEFAULT_BUCKET_NBYTES = 64 * 2**20
 
-
-class Facts(msgspec.Struct, frozen=True, kw_only=True):
-    """What a process says about itself so that the other side can choose a transport (see transports.facts)."""
-
-    host: str
-    """Equal exactly for processes that share memory and a file system: boot id plus identity of /dev/shm."""
-    pid: int
-    device: str
-    """Where the weights lie: "cpu" or "cuda"."""
-    gpu: str = ""
-    """UUID of the GPU, empty on CPU."""
-    transports: tuple[str, ...] = ()
-    """Names this process could load and use."""
-    address: str = "127.0.0.1"
-    """Where other hosts reach this process."""
+__all__ = ["DEFAULT_BUCKET_NBYTES", "Facts", "TrainerEnd", "Transport", "WorkerEnd"]
 
 
 class TrainerEnd(ABC):

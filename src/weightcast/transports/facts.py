@@ -1,0 +1,71 @@
+"""What this process says about itself so that the other side can choose a transport."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import socket
+import uuid
+from pathlib import Path
+
+import torch
+
+from weightcast.transports.base import Facts
+from weightcast.transports.registry import registry
+
+
+def local_facts(device: torch.device | str, address: str | None = None) -> Facts:
+    """Facts of this process for weights on ``device``; ``address`` overrides where other hosts reach it."""
+    device = torch.device(device)
+    return Facts(
+        host=host_identity(),
+        pid=os.getpid(),
+        device=device.type,
+        gpu=_gpu_uuid(device),
+        transports=registry().available(),
+        address=address or outward_address(),
+    )
+
+
+def host_identity() -> str:
+    """Equal for processes that can map each other's memory: one boot, one /dev/shm, one process table, one user.
+
+    Containers on one machine differ in it unless they share their IPC and process namespaces.
+    """
+    parts = [_boot_id(), _inode("/dev/shm"), _inode("/proc/self/ns/pid"), str(os.geteuid())]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+
+def outward_address() -> str:
+    """The address of the interface that other hosts are reached through; loopback when there is none."""
+    # Connecting a datagram socket picks a route and sends nothing; the addresses are reserved for documentation.
+    for family, target in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
+        try:
+            with socket.socket(family, socket.SOCK_DGRAM) as probe:
+                probe.connect((target, 9))
+                return str(probe.getsockname()[0])
+        except OSError:
+            continue
+    return "127.0.0.1"
+
+
+def _boot_id() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return f"{platform.node()}-{uuid.getnode():x}"
+
+
+def _inode(path: str) -> str:
+    try:
+        stat = os.stat(path)
+    except OSError:
+        return "none"
+    return f"{stat.st_dev}:{stat.st_ino}"
+
+
+def _gpu_uuid(device: torch.device) -> str:
+    if device.type != "cuda":
+        return ""
+    return str(torch.cuda.get_device_properties(device).uuid)

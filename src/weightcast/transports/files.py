@@ -1,0 +1,198 @@
+"""Reading weights out of safetensors files by plan, without mapping them and without copying them first.
+
+Files are read, not mapped: a file that is truncated while it is mapped kills the reader with SIGBUS, a short read is an error.
+Where a run of bytes is contiguous at both ends it is read straight into its place.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, cast
+
+import msgspec
+import torch
+
+from weightcast.dtypes import itemsize_of
+from weightcast.errors import TransportError, Unsupported
+from weightcast.layout import Region
+from weightcast.memory import Memory
+from weightcast.plan import Copy, Run, merge
+from weightcast.replay import Replay
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+_SCRATCH_NBYTES = 16 * 2**20
+
+
+class FileRef(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A part of a file, and the identity that the file had when it was offered."""
+
+    path: str
+    offset: int
+    nbytes: int
+    device: int
+    inode: int
+    modified_ns: int
+
+
+def file_ref(path: str, offset: int, nbytes: int) -> FileRef:
+    """Describe ``nbytes`` at ``offset`` of a safetensors file; raises Unsupported for anything else."""
+    path = os.path.abspath(path)
+    descriptor = _open_safetensors(path)
+    try:
+        info = os.fstat(descriptor)
+    finally:
+        os.close(descriptor)
+    if offset < 0 or offset + nbytes > info.st_size:
+        raise TransportError(f"{path} has {info.st_size} bytes, not {offset + nbytes}")
+    return FileRef(
+        path=path,
+        offset=offset,
+        nbytes=nbytes,
+        device=info.st_dev,
+        inode=info.st_ino,
+        modified_ns=info.st_mtime_ns,
+    )
+
+
+class OpenFile:
+    """An offered file, opened read-only and recognised as the one that the trainer described."""
+
+    def __init__(self, ref: FileRef) -> None:
+        self.ref = ref
+        self.descriptor = _open_safetensors(ref.path)
+        self._close = weakref.finalize(self, os.close, self.descriptor)
+        self.check()
+
+    def check(self) -> None:
+        """Raise TransportError when the file is not, or no longer, what was offered."""
+        info = os.fstat(self.descriptor)
+        found = (info.st_dev, info.st_ino, info.st_mtime_ns)
+        if found != (self.ref.device, self.ref.inode, self.ref.modified_ns):
+            raise TransportError(f"{self.ref.path} was changed since it was offered", hint="Publish it again")
+
+    def read_into(self, target: memoryview, offset: int) -> None:
+        """Fill ``target`` from byte ``offset`` of the offered part."""
+        while target:
+            count = os.preadv(self.descriptor, [target], self.ref.offset + offset)
+            if count == 0:
+                raise TransportError(f"{self.ref.path} became shorter while it was read")
+            target, offset = target[count:], offset + count
+
+    def close(self) -> None:
+        """Idempotent."""
+        self._close()
+
+
+class ReadRun:
+    """One run of bytes of a file, read straight into its place."""
+
+    def __init__(self, file: OpenFile, offset: int, target: torch.Tensor) -> None:
+        self._file = file
+        self._offset = offset
+        self._target = _buffer(target)
+
+    def run(self) -> int:
+        self._file.read_into(self._target, self._offset)
+        return len(self._target)
+
+
+class ReadBox:
+    """A box that is strided at one end, or is cast: the bytes around it are read to a scratch and copied from there."""
+
+    def __init__(self, file: OpenFile, copy: Copy, scratch: torch.Tensor, memory: Memory) -> None:
+        self._file = file
+        itemsize = itemsize_of(copy.src_dtype)
+        self._offset = copy.src_offset * itemsize
+        self._target = _buffer(scratch[: _span_nbytes(copy)])
+        in_scratch = msgspec.structs.replace(copy, src_storage=0, src_offset=0)
+        self._replay = Replay([in_scratch], Memory([scratch]), memory)
+
+    def run(self) -> int:
+        self._file.read_into(self._target, self._offset)
+        return self._replay.run()
+
+
+def compile_reads(
+    copies: Sequence[Copy], files: Sequence[OpenFile | None], memory: Memory, max_nbytes: int
+) -> list[ReadRun | ReadBox]:
+    """The copies out of ``files`` (by source storage) into ``memory`` as steps of at most ``max_nbytes`` each."""
+    runs, rest = merge(copies)
+    steps: list[ReadRun | ReadBox] = []
+    for run in runs:
+        steps += _read_run(run, _file(files, run.src_storage), memory, max_nbytes)
+    if rest:
+        scratch = torch.empty(min(max_nbytes, _SCRATCH_NBYTES), dtype=torch.uint8)
+        steps += [
+            ReadBox(_file(files, copy.src_storage), piece, scratch, memory)
+            for copy in rest
+            for piece in _cut(copy, scratch.numel())
+        ]
+    return steps
+
+
+def _read_run(run: Run, file: OpenFile, memory: Memory, max_nbytes: int) -> Iterator[ReadRun]:
+    for start in range(0, run.nbytes, max_nbytes):
+        count = min(max_nbytes, run.nbytes - start)
+        target = memory.storages[run.dst_storage][run.dst_offset + start :][:count]
+        yield ReadRun(file, run.src_offset + start, target)
+
+
+def _buffer(tensor: torch.Tensor) -> memoryview:
+    return memoryview(cast("Buffer", tensor.numpy()))
+
+
+def _file(files: Sequence[OpenFile | None], storage: int) -> OpenFile:
+    file = files[storage]
+    assert file is not None
+    return file
+
+
+def _span_nbytes(copy: Copy) -> int:
+    """Bytes of the source from the first to the last element of the box."""
+    last = sum((size - 1) * stride for size, stride in zip(copy.sizes, copy.src_strides, strict=True))
+    return (last + 1) * itemsize_of(copy.src_dtype)
+
+
+def _cut(copy: Copy, max_span_nbytes: int) -> Iterator[Copy]:
+    """Halve the dimension that reaches farthest in the source until a part's span fits."""
+    if _span_nbytes(copy) <= max_span_nbytes:
+        yield copy
+        return
+    dim = max(range(len(copy.sizes)), key=lambda d: (copy.sizes[d] - 1) * copy.src_strides[d])
+    half = copy.sizes[dim] // 2
+    yield from _cut(_part(copy, dim, 0, half), max_span_nbytes)
+    yield from _cut(_part(copy, dim, half, copy.sizes[dim] - half), max_span_nbytes)
+
+
+def _part(copy: Copy, dim: int, start: int, size: int) -> Copy:
+    offsets, sizes = list(copy.region.offsets), list(copy.sizes)
+    offsets[dim] += start
+    sizes[dim] = size
+    return msgspec.structs.replace(
+        copy,
+        region=Region(name=copy.region.name, offsets=tuple(offsets), sizes=tuple(sizes)),
+        src_offset=copy.src_offset + start * copy.src_strides[dim],
+        dst_offset=copy.dst_offset + start * copy.dst_strides[dim],
+    )
+
+
+def _open_safetensors(path: str) -> int:
+    """A read-only descriptor; only regular files that end in .safetensors, so that an offer cannot name just any file."""
+    if not os.path.isabs(path) or not path.endswith(".safetensors"):
+        raise Unsupported(f"{path} is not the absolute path of a .safetensors file")
+    try:
+        # Non-blocking, so that a pipe in its place cannot hold the reader up.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise TransportError(
+            f"cannot open {path}: {error.strerror}", hint="Trainer and worker must see the same files"
+        ) from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise Unsupported(f"{path} is not a regular file")
+    return descriptor

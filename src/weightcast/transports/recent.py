@@ -1,0 +1,30 @@
+"""What was compiled for the last few memories."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Recent(Generic[T]):
+    """Values by memory number, at most ``size`` of them: a compiled copy keeps its memory alive, so old ones must go.
+
+    Two are in use when a shadow and the live parameters take turns.
+    """
+
+    def __init__(self, size: int = 4) -> None:
+        self._size = size
+        self._values: dict[int, T] = {}
+
+    def get(self, number: int, make: Callable[[], T]) -> T:
+        """The value of ``number``, made when it is not there; the one unused for longest makes room."""
+        value = self._values.pop(number) if number in self._values else make()
+        self._values[number] = value
+        while len(self._values) > self._size:
+            del self._values[next(iter(self._values))]
+        return value
+
+    def clear(self) -> None:
+        self._values.clear()

@@ -1,0 +1,114 @@
+"""Names to transports: built in, installed by third parties (entry point group ``weightcast.transports``) or registered."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+
+from weightcast.errors import InvalidInput, Unsupported
+from weightcast.transports.base import Facts, Transport
+
+ENTRY_POINT_GROUP = "weightcast.transports"
+
+PREFERENCE = ("cuda_ipc", "shm", "nccl", "gloo")
+"""Best first; transports of third parties come after these, in alphabetical order."""
+
+
+class TransportRegistry:
+    """One object per transport, made when its name is first asked for.
+
+    A transport whose import fails is remembered with the reason; whoever asks for it is told.
+    """
+
+    def __init__(self) -> None:
+        self._points: dict[str, EntryPoint] = {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
+        self._transports: dict[str, Transport] = {}
+        self._failures: dict[str, str] = {}
+
+    def register(self, name: str, transport_class: type[Transport]) -> None:
+        """Add a transport by hand. A name that is taken, or is not the class's own, raises InvalidInput."""
+        if name in self.names():
+            raise InvalidInput(f"transport {name!r} is registered already", field="name")
+        if getattr(transport_class, "name", None) != name:
+            raise InvalidInput(f"{transport_class.__name__}.name is not {name!r}", field="name")
+        self._transports[name] = transport_class()
+
+    def names(self) -> tuple[str, ...]:
+        """All transports that can be asked for by name, best first, whether they load or not."""
+        known = {*self._points, *self._transports}
+        return tuple(sorted(known, key=lambda name: (_rank(name), name)))
+
+    def available(self) -> tuple[str, ...]:
+        """Names of the transports that load in this process, best first."""
+        return tuple(name for name in self.names() if self.failure(name) is None)
+
+    def failure(self, name: str) -> str | None:
+        """Why the transport ``name`` does not load here; None when it does."""
+        if name not in self._transports and name not in self._failures:
+            self._load(name)
+        return self._failures.get(name)
+
+    def get(self, name: str) -> Transport:
+        """The transport of that name; Unsupported says why it cannot be had, and which can."""
+        reason = self.failure(name)
+        if reason is not None:
+            raise Unsupported(f"transport {name!r}: {reason}", hint=f"Available: {', '.join(self.available())}")
+        return self._transports[name]
+
+    def choose(self, trainer: Facts, worker: Facts, wanted: str | None = None) -> tuple[Transport, str]:
+        """The best transport that both sides can use, and why none better was taken, in words for a user.
+
+        ``wanted`` is honoured or refused by name: Unsupported carries the reason. It also says so when nothing fits.
+        """
+        if wanted is not None:
+            transport = self.get(wanted)
+            reason = self._obstacle(wanted, trainer, worker)
+            if reason is not None:
+                raise Unsupported(f"transport {wanted!r} was asked for and cannot be used: {reason}")
+            return transport, f"{wanted} (asked for)"
+        passed_over: list[str] = []
+        for name in self.names():
+            reason = self._obstacle(name, trainer, worker)
+            if reason is None:
+                why = "; ".join(passed_over)
+                return self.get(name), f"{name} ({why})" if why else f"{name} (first choice)"
+            passed_over.append(f"{name}: {reason}")
+        raise Unsupported(
+            f"no transport between trainer {trainer.pid} and worker {worker.pid}: {'; '.join(passed_over)}",
+            hint="`weightcast doctor` on both machines lists what works there",
+        )
+
+    def _obstacle(self, name: str, trainer: Facts, worker: Facts) -> str | None:
+        reason = self.failure(name)
+        if reason is not None:
+            return reason
+        for side, facts in (("trainer", trainer), ("worker", worker)):
+            if name not in facts.transports:
+                return f"the {side} cannot load it"
+        return self._transports[name].refusal(trainer, worker)
+
+    def _load(self, name: str) -> None:
+        """Import one entry point. Catches everything: an optional library may fail in any way, and is remembered."""
+        point = self._points.get(name)
+        if point is None:
+            # Not remembered: the name may be registered later.
+            raise Unsupported(f"no transport {name!r}", hint=f"Known: {', '.join(self.names())}")
+        try:
+            transport = point.load()()
+        except Exception as error:  # noqa: BLE001
+            self._failures[name] = f"{type(error).__name__}: {error}"
+            return
+        if not isinstance(transport, Transport):
+            self._failures[name] = f"{point.value} is not a Transport"
+        else:
+            self._transports[name] = transport
+
+
+def _rank(name: str) -> int:
+    return PREFERENCE.index(name) if name in PREFERENCE else len(PREFERENCE)
+
+
+@cache
+def registry() -> TransportRegistry:
+    """The registry of this process."""
+    return TransportRegistry()

@@ -1,0 +1,266 @@
+"""shm: the worker copies straight out of the trainer's memory, which lies in one nameless shared arena; same host only.
+
+Weights that are parts of safetensors files are not moved: the worker reads the files themselves. As the trainer takes no part in
+``receive``, a trainer that dies after ``connect`` does not stop it: what is mapped stays valid, and noticing the death is
+the control channel's business. ``connect`` to a dead trainer is PeerLost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol
+
+import msgspec
+import torch
+
+from weightcast.deadline import Deadline
+from weightcast.dtypes import itemsize_of
+from weightcast.errors import InvalidInput, ProtocolError, StateError, TransportError
+from weightcast.manifest import align
+from weightcast.memory import FileSpan, Memory
+from weightcast.plan import Copy, as_run, split
+from weightcast.replay import Replay
+from weightcast.transports.arena import Arena, ArenaRef, map_arena
+from weightcast.transports.base import DEFAULT_BUCKET_NBYTES, Facts, TrainerEnd, Transport, WorkerEnd
+from weightcast.transports.files import FileRef, OpenFile, compile_reads, file_ref
+from weightcast.transports.guard import EndGuard
+from weightcast.transports.recent import Recent
+
+SLICE_NBYTES = 64 * 2**20
+"""A receive looks at its deadline and for an abort after each slice: 10 to 30 ms on one core."""
+
+
+class _Span(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One storage of the trainer: part of the arena, or, with ``file``, part of a file."""
+
+    offset: int = 0
+    nbytes: int
+    file: FileRef | None = None
+
+
+class ShmOffer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where each storage of the trainer can be read. ``gaps_are_zero``: see Memory.is_arena."""
+
+    arena: ArenaRef | None
+    spans: tuple[_Span, ...]
+    gaps_are_zero: bool
+
+
+class ShmMemory(Memory):
+    """A trainer's memory whose storages lie in one arena, or are parts of files."""
+
+    def __init__(
+        self,
+        storages: Sequence[torch.Tensor],
+        arena: Arena | None,
+        offsets: Sequence[int],
+        files: Sequence[FileSpan | None],
+        is_arena: bool,
+    ) -> None:
+        super().__init__(storages, is_arena=is_arena, files=files)
+        self.arena = arena
+        self.offsets = tuple(offsets)
+
+    def offer(self) -> ShmOffer:
+        spans = tuple(
+            _Span(offset=offset, nbytes=storage.numel(), file=None if file is None else _file_ref(file, storage))
+            for offset, storage, file in zip(self.offsets, self.storages, self.files, strict=True)
+        )
+        return ShmOffer(arena=self.arena.ref if self.arena else None, spans=spans, gaps_are_zero=self.is_arena)
+
+
+class ShmTransport(Transport):
+    """CPU memory of one host; pulls."""
+
+    name = "shm"
+    pulls = True
+
+    def refusal(self, trainer: Facts, worker: Facts) -> str | None:
+        if trainer.host != worker.host:
+            return "other host, container or user"
+        for side, facts in (("trainer", trainer), ("worker", worker)):
+            if facts.device != "cpu":
+                return f"the {side}'s weights are on {facts.device}, shm moves CPU memory"
+        return None
+
+    def adopt(self, memory: Memory) -> Memory:
+        """Copies all storages but those of files into one arena; the old ones can be dropped afterwards."""
+        if isinstance(memory, ShmMemory):
+            return memory
+        if any(storage.device.type != "cpu" for storage in memory.storages):
+            raise InvalidInput("shm moves CPU memory only", field="device")
+        offsets, end = [], 0
+        for storage, file in zip(memory.storages, memory.files, strict=True):
+            offsets.append(end)
+            end = align(end + storage.numel()) if file is None else end
+        if end == 0:
+            return ShmMemory(memory.storages, None, offsets, memory.files, memory.is_arena)
+        arena = Arena(end)
+        storages = []
+        for storage, file, offset in zip(memory.storages, memory.files, offsets, strict=True):
+            if file is None:
+                moved = arena.bytes[offset : offset + storage.numel()]
+                moved.copy_(storage)
+                storages.append(moved)
+            else:
+                storages.append(storage)
+        return ShmMemory(storages, arena, offsets, memory.files, memory.is_arena)
+
+    def release(self, memory: Memory) -> None:
+        if isinstance(memory, ShmMemory) and memory.arena is not None:
+            memory.arena.close()
+
+    def trainer_end(
+        self, copies: Sequence[Copy], memory: Memory, *, bucket_nbytes: int = DEFAULT_BUCKET_NBYTES, address: str = ""
+    ) -> TrainerEnd:
+        if not isinstance(memory, ShmMemory):
+            raise StateError("this memory was not adopted by shm")
+        return ShmTrainerEnd(copies, memory)
+
+    def worker_end(self, offer: bytes, copies: Sequence[Copy]) -> WorkerEnd:
+        try:
+            decoded = msgspec.msgpack.decode(offer, type=ShmOffer)
+        except msgspec.DecodeError as error:
+            raise ProtocolError(f"malformed shm offer: {error}") from None
+        _check_offer(decoded, copies)
+        return ShmWorkerEnd(copies, decoded)
+
+
+class ShmTrainerEnd(TrainerEnd):
+    """Has nothing to do but to say where the memory is: what the trainer writes there, workers see."""
+
+    def __init__(self, copies: Sequence[Copy], memory: ShmMemory) -> None:
+        self._guard = EndGuard("the trainer's end of a shm pair")
+        self._nbytes = sum(copy.nbytes for copy in copies)
+        self._offer = msgspec.msgpack.encode(memory.offer())
+
+    def offer(self) -> bytes:
+        return self._offer
+
+    def connect(self, deadline: Deadline) -> None:
+        """Returns at once: the worker connects to the memory, not to the process."""
+        with self._guard.use("connect", deadline):
+            pass
+
+    def send(self, deadline: Deadline) -> int:
+        with self._guard.use("send", deadline):
+            return self._nbytes
+
+    def abort(self) -> None:
+        self._guard.abort()
+
+    def close(self) -> None:
+        self._guard.close()
+
+
+class _Step(Protocol):
+    def run(self) -> int: ...
+
+
+class ShmWorkerEnd(WorkerEnd):
+    """Maps the arena and opens the files once, then replays."""
+
+    def __init__(self, copies: Sequence[Copy], offer: ShmOffer) -> None:
+        self._guard = EndGuard("the worker's end of a shm pair")
+        self._offer = offer
+        self._copies = copies
+        self._nbytes = sum(copy.nbytes for copy in copies)
+        self._source: Memory | None = None
+        self._files: list[OpenFile | None] = []
+        self._steps: Recent[list[_Step]] = Recent()
+
+    def connect(self, deadline: Deadline) -> None:
+        with self._guard.use("connect", deadline):
+            arena = self._offer.arena
+            storage = torch.empty(0, dtype=torch.uint8) if arena is None else map_arena(arena)
+            gaps_are_zero = self._offer.gaps_are_zero or _fill_their_storages(self._copies, self._offer.spans)
+            self._source = Memory([storage], is_arena=gaps_are_zero)
+            for span in self._offer.spans:
+                self._files.append(None if span.file is None else OpenFile(span.file))
+
+    def receive(self, memory: Memory, deadline: Deadline) -> int:
+        with self._guard.use("receive", deadline):
+            source = self._source
+            if source is None:
+                raise TransportError("the pair is not connected", hint="Call connect() first")
+            for file in self._files:
+                if file is not None:
+                    file.check()
+            for step in self._steps.get(memory.number, lambda: self._compiled(source, memory)):
+                self._guard.check()
+                deadline.check("receiving through shared memory")
+                step.run()
+            return self._nbytes
+
+    def abort(self) -> None:
+        self._guard.abort()
+
+    def close(self) -> None:
+        self._guard.close()
+        self._steps.clear()
+        self._source = None
+        for file in self._files:
+            if file is not None:
+                file.close()
+        self._files = []
+
+    def _compiled(self, source: Memory, memory: Memory) -> list[_Step]:
+        spans = self._offer.spans
+        in_arena = [_in_arena(copy, spans) for copy in self._copies if spans[copy.src_storage].file is None]
+        in_files = [copy for copy in self._copies if spans[copy.src_storage].file is not None]
+        steps: list[_Step] = [Replay(part, source, memory) for part in _slices(in_arena, SLICE_NBYTES)]
+        return steps + list(compile_reads(in_files, self._files, memory, SLICE_NBYTES))
+
+
+def _file_ref(file: FileSpan, storage: torch.Tensor) -> FileRef:
+    return file_ref(file.path, file.offset, storage.numel())
+
+
+def _check_offer(offer: ShmOffer, copies: Iterable[Copy]) -> None:
+    """Raise ProtocolError where a copy would read outside of what is offered."""
+    limit = 0 if offer.arena is None else offer.arena.nbytes
+    for number, span in enumerate(offer.spans):
+        end = span.file.nbytes if span.file else limit - span.offset
+        if span.offset < 0 or not 0 <= span.nbytes <= end or span.offset % itemsize_of("float64"):
+            raise ProtocolError(f"shm offer: storage {number} lies outside of the shared memory")
+    for copy in copies:
+        if copy.src_storage >= len(offer.spans) or _end_nbytes(copy) > offer.spans[copy.src_storage].nbytes:
+            raise ProtocolError(f"shm offer: {copy.region.name} lies outside of storage {copy.src_storage}")
+
+
+def _end_nbytes(copy: Copy) -> int:
+    if copy.region.numel == 0:
+        return 0
+    last = sum((size - 1) * stride for size, stride in zip(copy.sizes, copy.src_strides, strict=True))
+    return (copy.src_offset + last + 1) * itemsize_of(copy.src_dtype)
+
+
+def _in_arena(copy: Copy, spans: Sequence[_Span]) -> Copy:
+    """The copy with its source counted from the start of the arena: storages that lie side by side can then be merged."""
+    base = spans[copy.src_storage].offset // itemsize_of(copy.src_dtype)
+    return msgspec.structs.replace(copy, src_storage=0, src_offset=base + copy.src_offset)
+
+
+def _fill_their_storages(copies: Iterable[Copy], spans: Sequence[_Span]) -> bool:
+    """True when no storage has bytes that no copy reads: then all gaps between copies are the arena's own zeros."""
+    runs = [as_run(copy) for copy in copies]
+    filled = [0] * len(spans)
+    for run in sorted((run for run in runs if run is not None), key=lambda run: run.src_offset):
+        if run.src_offset <= filled[run.src_storage]:
+            filled[run.src_storage] = max(filled[run.src_storage], run.src_offset + run.nbytes)
+    used = {run.src_storage for run in runs if run is not None}
+    return all(filled[number] == spans[number].nbytes for number in used)
+
+
+def _slices(copies: Iterable[Copy], max_nbytes: int) -> Iterator[list[Copy]]:
+    """The copies in groups of about ``max_nbytes``, larger ones cut."""
+    group: list[Copy] = []
+    nbytes = 0
+    for copy in split(copies, max_nbytes):
+        if group and nbytes + copy.nbytes > max_nbytes:
+            yield group
+            group, nbytes = [], 0
+        group.append(copy)
+        nbytes += copy.nbytes
+    if group:
+        yield group
