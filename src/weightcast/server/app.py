@@ -1,0 +1,88 @@
+"""create_app: the ASGI application over one engine."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+
+from weightcast.engines.base import InferenceEngine
+from weightcast.errors import WeightcastError
+from weightcast.server.auth import TokenAuth
+from weightcast.server.chat_routes import ChatRoutes
+from weightcast.server.completion_routes import CompletionRoutes
+from weightcast.server.config import ServerConfig
+from weightcast.server.context import ServerContext
+from weightcast.server.control import EngineCommitter
+from weightcast.server.control_routes import ControlRoutes
+from weightcast.server.info_routes import InfoRoutes
+from weightcast.server.metrics import MetricsMiddleware
+from weightcast.server.openapi import describe
+from weightcast.server.operation import Guard, Operation, routes_of
+from weightcast.server.replies import RequestRefused, error_body, error_response, json_response
+from weightcast.server.rl_routes import RlRoutes
+
+
+def create_app(engine: InferenceEngine, config: ServerConfig | None = None) -> Starlette:
+    """Serve ``engine``. Shutting the application down shuts the engine down."""
+    context = ServerContext(engine=engine, config=config or ServerConfig())
+    operations = _operations(context)
+    api_key = context.config.api_key
+    guards: dict[Guard, TokenAuth] = {"token": context.token_auth}
+    if api_key is not None:
+        guards["api_key"] = TokenAuth(api_key, what="API key")
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        yield
+        await engine.shutdown()
+
+    app = Starlette(
+        routes=routes_of(operations, guards),
+        middleware=[Middleware(MetricsMiddleware, metrics=context.metrics)],
+        exception_handlers={HTTPException: _http_error, Exception: _internal_error},
+        lifespan=lifespan,
+    )
+    app.state.context = context
+    return app
+
+
+def _operations(context: ServerContext) -> list[Operation]:
+    control = ControlRoutes(
+        EngineCommitter(context.engine),
+        context.token_auth,
+        metrics=context.metrics,
+        max_body_nbytes=context.config.max_body_nbytes,
+    )
+    groups = (CompletionRoutes(context), ChatRoutes(context), InfoRoutes(context), RlRoutes(context), control)
+    operations = [operation for group in groups for operation in group.operations()]
+
+    async def openapi(request: Request) -> Response:
+        return json_response(document)
+
+    operations.append(
+        Operation(method="GET", path="/openapi.json", handler=openapi, summary="This document", tag="info")
+    )
+    document: dict[str, Any] = describe(operations)
+    return operations
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    kind = {404: "NotFound", 405: "MethodNotAllowed"}.get(error.status_code, "BadRequest")
+    path = request.url.path[:200]
+    refused = RequestRefused(error.status_code, f"{request.method} {path}: {error.detail}", kind=kind)
+    response = error_response(refused)
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def _internal_error(request: Request, error: Exception) -> Response:
+    """A fault of the server; the traceback goes to the log, the caller learns the kind."""
+    return json_response(error_body(WeightcastError(f"internal error: {type(error).__name__}"), 500), 500)

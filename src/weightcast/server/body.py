@@ -1,0 +1,86 @@
+"""Reading requests: bodies with a size limit, JSON into msgspec structs, query flags. Every refusal names its field."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.requests import Request
+
+from weightcast.errors import InvalidInput
+from weightcast.server.replies import RequestRefused
+
+StructT = TypeVar("StructT", bound=msgspec.Struct)
+
+_PATH = re.compile(r" - at `\$\.?([^`]*)`$")
+_NAMED = re.compile(r"field `([^`]+)`")
+_TRUE = frozenset({"true", "1", "yes", "on"})
+_FALSE = frozenset({"false", "0", "no", "off"})
+
+
+async def read_body(request: Request, limit_nbytes: int) -> bytes:
+    """The whole body, refused with 413 as soon as it is known to pass the limit."""
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and len(declared) < 20 and int(declared) > limit_nbytes:
+        raise _too_large(limit_nbytes)
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > limit_nbytes:
+            raise _too_large(limit_nbytes)
+        parts.append(part)
+    return b"".join(parts)
+
+
+async def read_struct(request: Request, cls: type[StructT], limit_nbytes: int, *, optional: bool = False) -> StructT:
+    """The body as ``cls``. ``optional``: an empty body or ``null`` means an empty object."""
+    data = await read_body(request, limit_nbytes)
+    if optional and data.strip() in (b"", b"null"):
+        data = b"{}"
+    return decode(data, cls)
+
+
+def decode(data: bytes, cls: type[StructT]) -> StructT:
+    """JSON into ``cls``; InvalidInput names the offending field."""
+    if not data.strip():
+        raise InvalidInput("the request has no body; send a JSON object", field="body")
+    try:
+        return msgspec.json.decode(data, type=cls)
+    except msgspec.ValidationError as error:
+        raise _invalid(error) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InvalidInput(f"the body is not valid JSON: {error}", field="body") from None
+    except RecursionError:
+        raise InvalidInput("the body is nested too deeply", field="body") from None
+
+
+def query_flag(request: Request, name: str, default: bool) -> bool:
+    """A boolean query parameter as vLLM's clients write it (true/false/1/0, any case)."""
+    value = request.query_params.get(name)
+    return default if value is None else parse_flag(value, name)
+
+
+def parse_flag(value: Any, name: str) -> bool:
+    """A flag that may come as JSON boolean, number or text."""
+    text = str(value).strip().lower()
+    if text in _TRUE:
+        return True
+    if text in _FALSE:
+        return False
+    raise InvalidInput(f"{name} must be true or false, not {str(value)[:40]!r}", field=name)
+
+
+def _too_large(limit_nbytes: int) -> RequestRefused:
+    return RequestRefused(413, f"the body is larger than {limit_nbytes} bytes", kind="BodyTooLarge", param="body")
+
+
+def _invalid(error: msgspec.ValidationError) -> InvalidInput:
+    text = str(error)
+    path, named = _PATH.search(text), _NAMED.search(text)
+    prefix = path.group(1) if path else ""
+    if named and "field `" in text:
+        field = f"{prefix}.{named.group(1)}" if prefix else named.group(1)
+    else:
+        field = prefix or "body"
+    return InvalidInput(f"{field}: {_PATH.sub('', text)}", field=field)

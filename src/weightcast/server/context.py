@@ -1,0 +1,31 @@
+"""ServerContext: what the route groups of one application share."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from weightcast.engines.base import InferenceEngine
+from weightcast.server.active import ActiveRequests
+from weightcast.server.auth import TokenAuth
+from weightcast.server.config import ServerConfig
+from weightcast.server.metrics import ServerMetrics
+
+
+@dataclass(slots=True, kw_only=True)
+class ServerContext:
+    """One engine, how to serve it, and what is in flight."""
+
+    engine: InferenceEngine
+    config: ServerConfig
+    metrics: ServerMetrics = field(default_factory=ServerMetrics)
+    active: ActiveRequests = field(default_factory=ActiveRequests)
+    created: int = field(default_factory=lambda: int(time.time()))
+    token_auth: TokenAuth = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.token_auth = TokenAuth(self.config.token)
+
+    @property
+    def model_name(self) -> str:
+        return self.config.served_model_name or self.engine.model_name

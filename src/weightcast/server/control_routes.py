@@ -1,0 +1,149 @@
+"""weightcast's own control routes, for any server: they need an EngineControl and a guard, nothing else."""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Router
+
+from weightcast.errors import InvalidInput
+from weightcast.server.auth import TokenAuth, presented_token
+from weightcast.server.body import query_flag, read_struct
+from weightcast.server.control import CommitPause, EngineControl, RoundOrder
+from weightcast.server.metrics import ServerMetrics
+from weightcast.server.operation import Operation, QueryParam, routes_of
+from weightcast.server.replies import json_response
+
+MAX_TIMEOUT_S = 24 * 3600.0
+MAX_BODY_NBYTES = 16 << 20
+
+
+class InitBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """POST /weightcast/init."""
+
+    init_info: dict[str, Any]
+
+
+class RollbackBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """POST /weightcast/rollback."""
+
+    epoch: int
+    round: int
+    pause: CommitPause = "keep"
+    clear_cache: bool = True
+    timeout_s: float = 60.0
+
+
+class CommitBody(RollbackBody, kw_only=True, forbid_unknown_fields=True):
+    """POST /weightcast/commit."""
+
+    version: str
+
+
+class ControlRoutes:
+    """The routes over one EngineControl."""
+
+    def __init__(
+        self,
+        control: EngineControl,
+        auth: TokenAuth,
+        *,
+        metrics: ServerMetrics | None = None,
+        max_body_nbytes: int = MAX_BODY_NBYTES,
+    ) -> None:
+        self._control = control
+        self._auth = auth
+        self._metrics = metrics
+        self._max_body_nbytes = max_body_nbytes
+
+    def operations(self) -> list[Operation]:
+        def change(path: str, handler: Any, summary: str, body: type[msgspec.Struct] | None) -> Operation:
+            return Operation(
+                method="POST",
+                path=f"/weightcast/{path}",
+                handler=handler,
+                summary=summary,
+                tag="weightcast",
+                guard="token",
+                changes_weights=True,
+                body=body,
+            )
+
+        return [
+            change("init", self.init, "Join a trainer's control channel", InitBody),
+            change("commit", self.commit, "Bring a staged round live", CommitBody),
+            change("rollback", self.rollback, "Return to the version before a round", RollbackBody),
+            change("shutdown", self.shutdown, "Leave the trainer", None),
+            Operation(
+                method="GET",
+                path="/weightcast/status",
+                handler=self.status,
+                summary="What the engine serves; with the token also details",
+                tag="weightcast",
+                query=(QueryParam(name="checksums", schema={"type": "boolean"}, description="needs the token"),),
+            ),
+        ]
+
+    async def init(self, request: Request) -> Response:
+        body = await read_struct(request, InitBody, self._max_body_nbytes)
+        with self._timed("init"):
+            await self._control.init(body.init_info)
+        return json_response({"message": "Weight transfer initialized"})
+
+    async def commit(self, request: Request) -> Response:
+        body = await read_struct(request, CommitBody, self._max_body_nbytes)
+        if not body.version:
+            raise InvalidInput("version is empty", field="version")
+        return await self._carry_out(_order(body, version=body.version))
+
+    async def rollback(self, request: Request) -> Response:
+        body = await read_struct(request, RollbackBody, self._max_body_nbytes)
+        return await self._carry_out(_order(body, version=""))
+
+    async def shutdown(self, request: Request) -> Response:
+        await self._control.shutdown()
+        return json_response({"message": "Weight transfer shut down"})
+
+    async def status(self, request: Request) -> Response:
+        """Everyone may read the status; details come with the token (or from this machine when there is none)."""
+        with_checksums = query_flag(request, "checksums", False)
+        answer = msgspec.to_builtins(await self._control.status())
+        if with_checksums or presented_token(request) is not None:
+            self._auth.check(request)
+            answer["details"] = await self._control.details(with_checksums)
+        return json_response(answer)
+
+    async def _carry_out(self, order: RoundOrder) -> Response:
+        with self._timed(order.action):
+            return json_response(await self._control.carry_out(order))
+
+    def _timed(self, operation: str) -> AbstractContextManager[None]:
+        return nullcontext() if self._metrics is None else self._metrics.time_weight_operation(operation)
+
+
+def control_router(control: EngineControl, auth: TokenAuth, *, max_body_nbytes: int = MAX_BODY_NBYTES) -> Router:
+    """The control routes alone, for another server: ``app.router.routes.extend(control_router(...).routes)``."""
+    routes = ControlRoutes(control, auth, max_body_nbytes=max_body_nbytes)
+    return Router(routes_of(routes.operations(), {"token": auth}))
+
+
+def _order(body: RollbackBody, *, version: str) -> RoundOrder:
+    for name in ("epoch", "round"):
+        if not 0 <= getattr(body, name) < 1 << 63:
+            raise InvalidInput(f"{name} must be a number from 0 to 2^63 - 1", field=name)
+    if not (math.isfinite(body.timeout_s) and 0 < body.timeout_s <= MAX_TIMEOUT_S):
+        raise InvalidInput(f"timeout_s must be above 0 and at most {MAX_TIMEOUT_S:g}", field="timeout_s")
+    return RoundOrder(
+        action="commit" if version else "rollback",
+        epoch=body.epoch,
+        round=body.round,
+        version=version,
+        pause=body.pause,
+        clear_cache=body.clear_cache,
+        timeout_s=body.timeout_s,
+    )

@@ -1,0 +1,90 @@
+"""Operation: one method on one path. Routes, guards, metrics and /openapi.json all come from the same table."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import msgspec
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from weightcast.errors import WeightcastError
+from weightcast.server.auth import TokenAuth
+from weightcast.server.replies import CLIENT_GONE, error_response
+
+logger = logging.getLogger(__name__)
+
+Handler = Callable[[Request], Awaitable[Response]]
+Guard = Literal["open", "token", "api_key"]
+
+SCOPE_ROUTE = "weightcast.route"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueryParam:
+    """A query parameter as /openapi.json shows it."""
+
+    name: str
+    schema: dict[str, Any]
+    description: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operation:
+    """One operation of the server.
+
+    ``changes_weights``: no error may answer 5xx, because a client that posts again would repeat the change.
+    """
+
+    method: Literal["GET", "POST"]
+    path: str
+    handler: Handler
+    summary: str
+    tag: str
+    guard: Guard = "open"
+    changes_weights: bool = False
+    body: type[msgspec.Struct] | None = None
+    body_optional: bool = False
+    query: tuple[QueryParam, ...] = ()
+    media_type: str = "application/json"
+
+
+def routes_of(operations: Sequence[Operation], guards: dict[Guard, TokenAuth]) -> list[Route]:
+    """Starlette routes; errors become answers inside each route, so they work in any application."""
+    return [Route(operation.path, _endpoint(operation, guards), methods=[operation.method]) for operation in operations]
+
+
+def _endpoint(operation: Operation, guards: dict[Guard, TokenAuth]) -> Handler:
+    auth = guards.get(operation.guard)
+
+    async def endpoint(request: Request) -> Response:
+        request.scope[SCOPE_ROUTE] = operation.path
+        try:
+            if auth is not None:
+                auth.check(request)
+            return await operation.handler(request)
+        except WeightcastError as error:
+            return _refuse(operation, error)
+        except ClientDisconnect:
+            return Response(status_code=CLIENT_GONE)
+        except Exception as error:
+            if not operation.changes_weights:
+                raise
+            # A fault of ours inside a weight call must not look like "try again": clients repeat a 500.
+            logger.exception("%s %s failed", operation.method, operation.path)
+            return error_response(
+                WeightcastError(f"internal error: {type(error).__name__}: {error}"), changes_weights=True
+            )
+
+    return endpoint
+
+
+def _refuse(operation: Operation, error: WeightcastError) -> Response:
+    response = error_response(error, changes_weights=operation.changes_weights)
+    level = logging.WARNING if response.status_code in (401, 424) or response.status_code >= 500 else logging.INFO
+    logger.log(level, "%s %s: %d %s", operation.method, operation.path, response.status_code, error)
+    return response
