@@ -20,6 +20,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -28,6 +29,9 @@ from weightcast.errors import InvalidInput
 from weightcast.layout import Layout, Placement, contiguous_strides
 from weightcast.manifest import ALIGNMENT, Manifest
 from weightcast.memory import Memory
+
+if TYPE_CHECKING:
+    from weightcast.digest_cuda import RunDigest, StridedBox
 
 BLOCK_WORDS = 4096
 WORD_NBYTES = 8
@@ -200,20 +204,55 @@ class LayoutDigest:
             else:
                 runs.append(run)
         self.runs = _join(runs, ALIGNMENT if gaps_are_zero else 0)
+        self._compiled: dict[int, RunDigest] = {}
 
     def of(self, memory: Memory) -> int:
         """The digest, an unsigned 64-bit number; on a GPU this waits for the result."""
+        if any(storage.is_cuda for storage in memory.storages):
+            return self._on_gpu(memory).total()
         total = sum(self._of_run(memory, run) for run in self.runs)
         total += sum(self._of_strided(memory, placement) for placement in self._strided)
         return total & _MASK
+
+    def _on_gpu(self, memory: Memory) -> RunDigest:
+        """Compiled for this memory: live parameters and their shadow take turns, so a few are kept."""
+        from weightcast.digest_cuda import RunDigest
+
+        compiled = self._compiled.get(memory.number)
+        if compiled is None:
+            boxes = [_box_of(placement, self._manifest) for placement in self._strided]
+            compiled = RunDigest(self.runs, memory.storages, boxes)
+            while len(self._compiled) >= 4:
+                del self._compiled[next(iter(self._compiled))]
+            self._compiled[memory.number] = compiled
+        return compiled
 
     @staticmethod
     def _of_run(memory: Memory, run: DigestRun) -> int:
         return digest_bytes(memory.storages[run.storage][run.offset : run.offset + run.nbytes], run.position)
 
     def _of_strided(self, memory: Memory, placement: Placement) -> int:
-        view = memory.view(placement.storage, placement.dtype, placement.offset, placement.region.sizes, placement.strides)
+        view = memory.view(
+            placement.storage, placement.dtype, placement.offset, placement.region.sizes, placement.strides
+        )
         return digest_region(view, self._manifest, placement)
+
+
+def _box_of(placement: Placement, manifest: Manifest) -> StridedBox:
+    from weightcast.digest_cuda import StridedBox
+
+    region, itemsize = placement.region, dtype_of(placement.dtype).itemsize
+    strides = contiguous_strides(manifest[region.name].shape)
+    start = sum(offset * stride for offset, stride in zip(region.offsets, strides, strict=True))
+    return StridedBox(
+        storage=placement.storage,
+        offset=placement.offset * itemsize,
+        position=manifest.positions[region.name] + start * itemsize,
+        itemsize=itemsize,
+        sizes=region.sizes,
+        memory_strides=placement.strides,
+        image_strides=strides,
+    )
 
 
 def digest_region(values: torch.Tensor, manifest: Manifest, placement: Placement) -> int:
@@ -236,9 +275,7 @@ def _join(runs: Sequence[DigestRun], max_gap_nbytes: int) -> list[DigestRun]:
         if last is not None and last.storage == run.storage:
             gap = run.offset - last.offset - last.nbytes
             if 0 <= gap < max(max_gap_nbytes, 1) and gap == run.position - last.position - last.nbytes:
-                joined[-1] = DigestRun(
-                    last.storage, last.offset, last.position, run.offset + run.nbytes - last.offset
-                )
+                joined[-1] = DigestRun(last.storage, last.offset, last.position, run.offset + run.nbytes - last.offset)
                 continue
         joined.append(run)
     return joined
