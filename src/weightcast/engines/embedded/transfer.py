@@ -1,0 +1,117 @@
+"""The engine's end of weight transfer: which version is live, whether it may be served, and the backend's calls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from weightcast.errors import InvalidInput, StateError
+from weightcast.receiver.base import LiveModel
+from weightcast.weight_transfer.base import WeightTransferEngine, WorkerRank
+from weightcast.weight_transfer.config import WeightTransferConfig
+from weightcast.weight_transfer.factory import WeightTransferEngineFactory
+
+INITIAL_VERSION = "default"
+
+
+class WeightTransfer:
+    """One worker's weight transfer. All methods run on the engine's thread; reading attributes is safe anywhere."""
+
+    def __init__(self, config: WeightTransferConfig, model: Any) -> None:
+        self.config = config
+        self.version = INITIAL_VERSION
+        self.num_syncs = 0
+        self._model = model
+        self._live: LiveModel | None = None
+        self._engine: WeightTransferEngine[Any, Any] | None = None
+        self._engine_version = INITIAL_VERSION
+
+    @property
+    def dirty(self) -> bool:
+        return self._engine is not None and self._engine.dirty
+
+    @property
+    def digest(self) -> str | None:
+        """What the live version was committed with, if the backend knows it."""
+        digest = getattr(self._engine, "digest", None)
+        return digest if isinstance(digest, str) else None
+
+    @property
+    def not_ready(self) -> str:
+        """Why nothing may be served now; empty when it may."""
+        if self.dirty:
+            return "the weights are of no version: an update failed half-way; the next successful one heals it"
+        if self.config.wait_for_weights and self.num_syncs == 0:
+            return "waiting for the first weights"
+        return ""
+
+    def init(self, init_info: Mapping[str, Any]) -> None:
+        engine = self._created()
+        engine.init_transfer_engine(engine.parse_init_info(_mapping(init_info, "init_info")))
+        self._refresh()
+
+    def start(self) -> None:
+        self._initialised().start_weight_update()
+
+    def update(self, update_info: Any) -> None:
+        """Hand over one update, or a list of them, one after the other."""
+        engine = self._initialised()
+        infos = update_info if isinstance(update_info, list) else [update_info]
+        parsed = [engine.parse_update_info(_mapping(info, "update_info")) for info in infos]
+        for info in parsed:
+            engine.update_weights(info)
+        self._refresh()
+
+    def finish(self, weight_version: str | None) -> None:
+        """End the round; outputs carry the new version from here on."""
+        engine = self._initialised()
+        engine.finish_weight_update(weight_version)
+        self.num_syncs += 1
+        self._refresh()
+        if weight_version is not None and self._engine_version == INITIAL_VERSION:
+            self.version = weight_version
+
+    def shutdown(self) -> None:
+        if self._engine is not None:
+            self._engine.shutdown()
+
+    def checksums(self) -> dict[str, str]:
+        if self._engine is not None:
+            return self._engine.checksums()
+        return self._live_model().checksums()
+
+    def _refresh(self) -> None:
+        """Take over the backend's version when it changed; a label set in between stays until then."""
+        assert self._engine is not None
+        if self._engine.weight_version != self._engine_version:
+            self._engine_version = self.version = self._engine.weight_version
+
+    def _created(self) -> WeightTransferEngine[Any, Any]:
+        if self._engine is None:
+            self._engine = WeightTransferEngineFactory.create_engine(self.config, self._live_model(), WorkerRank())
+        return self._engine
+
+    def _initialised(self) -> WeightTransferEngine[Any, Any]:
+        if self._engine is None:
+            raise StateError("weight transfer is not initialised", hint="Call init_weight_transfer_engine first")
+        return self._engine
+
+    def _live_model(self) -> LiveModel:
+        if self._live is None:
+            from weightcast.engines.embedded.live_model import EmbeddedModel
+
+            self._live = EmbeddedModel(self._model)
+        return self._live
+
+
+def unwrap(value: Any, name: str) -> Any:
+    """``{name: inner}``, an object with an attribute ``name``, or the inner value itself: the inner value."""
+    if isinstance(value, Mapping):
+        return value[name] if set(value) == {name} else value
+    return getattr(value, name, value)
+
+
+def _mapping(value: Any, name: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise InvalidInput(f"{name} is an object with named fields, not {type(value).__name__}", field=name)
+    return value
