@@ -1,0 +1,69 @@
+"""weightcast demo: a policy learns while a live server serves it; or weights are pushed into a running server."""
+
+from __future__ import annotations
+
+import os
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from weightcast.cli.shared import console, reported_errors
+
+
+class Demo(StrEnum):
+    """Which demo."""
+
+    sorting = "sorting"
+    smollm = "smollm"
+
+
+def command(
+    demo: Annotated[Demo, typer.Argument(help="sorting: train and serve; smollm: push a checkpoint.")] = Demo.sorting,
+    short: Annotated[bool, typer.Option("--short", help="sorting: a few steps, judged without the reward.")] = False,
+    iterations: Annotated[int | None, typer.Option(min=1, help="sorting: optimizer steps.", show_default="50")] = None,
+    seconds: Annotated[float | None, typer.Option(min=1, help="sorting: stop learning after about this long.")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**31, help="sorting: seed of everything random.")] = 0,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the server; 0: a free one.")] = 0,
+    report: Annotated[Path, typer.Option(help="sorting: where the page goes.")] = Path("report.html"),
+    cache: Annotated[Path, typer.Option(help="smollm: folder for the checkpoint.")] = Path(".cache"),
+) -> None:
+    """Run a demo on this machine: a trainer here, a server in a process that the demo starts and ends."""
+    # Before torch is imported: two processes whose OpenMP threads spin on the same cores slow each other down many times.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    from weightcast.demo.server import ended_by_sigterm
+
+    with reported_errors(), ended_by_sigterm():
+        passed = (
+            _smollm(cache, port) if demo is Demo.smollm else _sorting(short, iterations, seconds, seed, port, report)
+        )
+    if not passed:
+        raise typer.Exit(1)
+
+
+def _sorting(short: bool, iterations: int | None, seconds: float | None, seed: int, port: int, report: Path) -> bool:
+    from weightcast.demo.record import Options
+    from weightcast.demo.sorting import run_demo
+
+    options = Options(
+        iterations=iterations or (8 if short else 50),
+        seconds=seconds,
+        seed=seed,
+        port=port,
+        report=report,
+        warm_up=0.1 if short else 0.3,
+        held_out=128 if short else 256,
+    )
+    return run_demo(options, console()).passed
+
+
+def _smollm(cache: Path, port: int) -> bool:
+    from weightcast.demo.smollm import EXPECTED, run_demo
+
+    out = console()
+    answers = run_demo(out, cache=cache, port=port)
+    mark = "[green]✓[/green]" if answers.passed else "[bold red]✗[/bold red]"
+    out.print(f"{mark} the answer names {EXPECTED} after the push, and did not before", highlight=False)
+    return answers.passed

@@ -1,0 +1,105 @@
+"""weightcast push: stream a safetensors checkpoint into running engines."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from weightcast.cli.shared import TimeoutOption, TokenOption, console, reported_errors
+
+if TYPE_CHECKING:
+    from weightcast.report.model import Report
+
+
+class Mode(StrEnum):
+    """How bytes become live."""
+
+    auto = "auto"
+    staged = "staged"
+    in_place = "in_place"
+
+
+class Pause(StrEnum):
+    """What happens to requests in flight at the commit."""
+
+    keep = "keep"
+    wait = "wait"
+    abort = "abort"
+    none = "none"
+
+
+def command(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder with safetensors files.", exists=True, file_okay=False)],
+    to: Annotated[list[str], typer.Option("--to", help="URL of an engine's server; repeat it for several.")],
+    token: TokenOption = None,
+    transport: Annotated[str, typer.Option(help="auto, or the name of a transport (see weightcast doctor).")] = "auto",
+    mode: Annotated[Mode, typer.Option(help="Shadow and swap, straight into live weights, or what fits.")] = Mode.auto,
+    pause: Annotated[Pause, typer.Option(help="Requests in flight: freeze, finish, end, or leave alone.")] = Pause.keep,
+    timeout: TimeoutOption = 300.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as one line of JSON.")] = False,
+) -> None:
+    """Stream CHECKPOINT into running engines: all of them serve it afterwards, or none does."""
+    with reported_errors():
+        report = _push(checkpoint, to, token, transport=transport, mode=mode, pause=pause, timeout_s=timeout)
+    if as_json:
+        typer.echo(report.to_json())
+    else:
+        print_report(report, console())
+    if not (report.ok and report.digests_match):
+        raise typer.Exit(1)
+
+
+def _push(
+    checkpoint: Path, urls: list[str], token: str | None, *, transport: str, mode: Mode, pause: Pause, timeout_s: float
+) -> Report:
+    from weightcast import Publisher
+
+    with Publisher(
+        checkpoint,
+        engines=urls,
+        token=token,
+        transport=transport,
+        mode=mode.value,
+        timeout_s=timeout_s,
+        pause=pause.value,
+    ) as publisher:
+        publisher.connect()
+        report: Report = publisher.publish()
+    return report
+
+
+def print_report(report: Report, out: Console) -> None:
+    """One round as a line, a table of workers and a line of phases."""
+    from weightcast.report.model import format_bytes
+
+    out.print(str(report), highlight=False, soft_wrap=True)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("engine", "worker", "transport", "bytes", "seconds", "digest"):
+        table.add_column(name, justify="right" if name in ("bytes", "seconds") else "left")
+    for engine in report.engines:
+        for worker in engine.workers:
+            table.add_row(
+                engine.name,
+                str(worker.rank),
+                worker.reason or worker.transport,
+                format_bytes(worker.nbytes),
+                f"{worker.seconds:.3f}",
+                worker.digest,
+            )
+        if engine.error is not None:
+            table.add_row(engine.name, "", "", "", "", f"failed: {engine.error}", style="red")
+    out.print(table, markup=False) if out.is_terminal else _print_wide(table)
+    phases = ", ".join(f"{name} {seconds * 1e3:.1f} ms" for name, seconds in report.phase_seconds().items())
+    out.print(f"phases: {phases}", highlight=False, soft_wrap=True)
+    matched = "matches" if report.digests_match else "DOES NOT MATCH"
+    out.print(f"published digest {report.digest} {matched} what is live", highlight=False, soft_wrap=True)
+
+
+def _print_wide(table: Table) -> None:
+    """Into a pipe or file, lines are not cut to a terminal's width."""
+    Console(width=200).print(table, markup=False)
