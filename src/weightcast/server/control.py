@@ -150,7 +150,10 @@ class EngineCommitter:
         return RoundAnswer(version=version, phases=phases)
 
     async def _apply(self, order: RoundOrder) -> None:
-        """One round of the weight-transfer contract: an update that raises has closed its round by itself."""
+        """One round of the weight-transfer contract: an update that raises has closed its round by itself.
+
+        A finish that raises, whatever it raises, leaves its round open; a second call closes it or says that it is closed.
+        """
         await self._engine.start_weight_update()
         update: dict[str, Any] = {"action": order.action, "epoch": order.epoch, "round": order.round}
         if order.version:
@@ -158,8 +161,7 @@ class EngineCommitter:
         await self._engine.update_weights(update)
         try:
             await self._engine.finish_weight_update(order.version or None)
-        except WeightcastError:
-            # A finish that fails leaves its round open; the second call closes it, or says that it is closed.
+        except Exception:
             try:
                 await self._engine.finish_weight_update(order.version or None)
             except StateError:
