@@ -40,12 +40,15 @@ def command(
     transport: Annotated[str, typer.Option(help="auto, or the name of a transport (see weightcast doctor).")] = "auto",
     mode: Annotated[Mode, typer.Option(help="Shadow and swap, straight into live weights, or what fits.")] = Mode.auto,
     pause: Annotated[Pause, typer.Option(help="Requests in flight: freeze, finish, end, or leave alone.")] = Pause.keep,
+    takeover: Annotated[bool, typer.Option("--takeover", help="Also when a trainer is connected: it is left.")] = False,
     timeout: TimeoutOption = 300.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as one line of JSON.")] = False,
 ) -> None:
     """Stream CHECKPOINT into running engines: all of them serve it afterwards, or none does."""
     with reported_errors():
-        report = _push(checkpoint, to, token, transport=transport, mode=mode, pause=pause, timeout_s=timeout)
+        report = _push(
+            checkpoint, to, token, transport=transport, mode=mode, pause=pause, takeover=takeover, timeout_s=timeout
+        )
     if as_json:
         typer.echo(report.to_json())
     else:
@@ -55,7 +58,15 @@ def command(
 
 
 def _push(
-    checkpoint: Path, urls: list[str], token: str | None, *, transport: str, mode: Mode, pause: Pause, timeout_s: float
+    checkpoint: Path,
+    urls: list[str],
+    token: str | None,
+    *,
+    transport: str,
+    mode: Mode,
+    pause: Pause,
+    takeover: bool,
+    timeout_s: float,
 ) -> Report:
     from weightcast import Publisher
 
@@ -67,6 +78,7 @@ def _push(
         mode=mode.value,
         timeout_s=timeout_s,
         pause=pause.value,
+        takeover=takeover,
     ) as publisher:
         publisher.connect()
         report: Report = publisher.publish()

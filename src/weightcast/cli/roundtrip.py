@@ -1,0 +1,174 @@
+"""One real transfer between two processes by one transport: what ``weightcast doctor`` tries.
+
+Run as a module this file is the worker's process. It speaks lines of JSON: it says who it is, reads the trainer's offer,
+receives, and answers with the SHA-256 of the bytes that arrived.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import selectors
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import IO
+
+import msgspec
+import torch
+
+from weightcast.deadline import Deadline
+from weightcast.errors import DeadlineExceeded, PeerLost, TransportError, WeightcastError, error_from_wire
+from weightcast.layout import image_layout
+from weightcast.manifest import Manifest, TensorSpec
+from weightcast.memory import Memory
+from weightcast.plan import Copy, compile_plan
+from weightcast.transports.base import Facts
+from weightcast.transports.facts import local_facts
+from weightcast.transports.registry import registry
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundTrip:
+    """A transfer that worked: bytes, and the seconds of the transfer alone (processes and connection not counted)."""
+
+    nbytes: int
+    seconds: float
+
+
+class _Offer(msgspec.Struct, frozen=True, kw_only=True):
+    transport: str
+    offer: bytes
+    nbytes: int
+    timeout_s: float
+
+
+class _Answer(msgspec.Struct, frozen=True, kw_only=True):
+    sha256: str = ""
+    error: str = ""
+    message: str = ""
+
+
+def try_transport(name: str, *, nbytes: int = 16 * 2**20, timeout_s: float = 60.0) -> RoundTrip:
+    """Move random bytes to a process started for it, and compare. Raises the error of the side that failed, or Unsupported.
+
+    Leaves nothing behind: the process has ended when this returns or raises.
+    """
+    deadline = Deadline(timeout_s)
+    transport = registry().get(name)
+    payload = torch.randint(0, 256, (nbytes,), dtype=torch.uint8)
+    expected = hashlib.sha256(payload.numpy()).hexdigest()
+    with _worker(deadline) as worker:
+        reason = transport.refusal(local_facts("cpu"), msgspec.json.decode(worker.read(), type=Facts))
+        if reason is not None:
+            raise TransportError(f"{name}: {reason}")
+        memory = transport.adopt(Memory([payload]))
+        try:
+            end = transport.trainer_end(_copies(nbytes), memory, address="127.0.0.1")
+            try:
+                offer = _Offer(transport=name, offer=end.offer(), nbytes=nbytes, timeout_s=timeout_s)
+                worker.write(msgspec.json.encode(offer))
+                end.connect(deadline)
+                began = time.perf_counter()
+                end.send(deadline)
+                answer = msgspec.json.decode(worker.read(), type=_Answer)
+                seconds = time.perf_counter() - began
+            finally:
+                end.close()
+        finally:
+            transport.release(memory)
+    if answer.error:
+        raise error_from_wire(answer.error, answer.message)
+    if answer.sha256 != expected:
+        raise TransportError(f"{name} delivered other bytes than were sent")
+    return RoundTrip(nbytes=nbytes, seconds=seconds)
+
+
+def _copies(nbytes: int) -> tuple[Copy, ...]:
+    manifest = Manifest.of([TensorSpec(name="payload", dtype="uint8", shape=(nbytes,))])
+    layout = image_layout(manifest)
+    return compile_plan(manifest, {0: layout}, layout)[0]
+
+
+class _Lines:
+    """The worker's process as lines in and out, with a deadline."""
+
+    def __init__(self, process: subprocess.Popen[bytes], deadline: Deadline) -> None:
+        self._process = process
+        self._deadline = deadline
+        self._pending = b""
+
+    def write(self, line: bytes) -> None:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(line + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise PeerLost("the worker's process ended") from None
+
+    def read(self) -> bytes:
+        assert self._process.stdout is not None
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._process.stdout, selectors.EVENT_READ)
+            while b"\n" not in self._pending:
+                if not selector.select(self._deadline.remaining_s()):
+                    raise DeadlineExceeded(f"no answer of the worker's process in {self._deadline.timeout_s:g} s")
+                piece = os.read(self._process.stdout.fileno(), 65536)
+                if not piece:
+                    raise PeerLost("the worker's process ended without an answer")
+                self._pending += piece
+        line, _, self._pending = self._pending.partition(b"\n")
+        return line
+
+
+@contextmanager
+def _worker(deadline: Deadline) -> Iterator[_Lines]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "weightcast.cli.roundtrip"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        yield _Lines(process, deadline)
+    finally:
+        process.kill()
+        process.wait()
+        for stream in (process.stdin, process.stdout):
+            assert stream is not None
+            stream.close()
+
+
+def main(requests: IO[bytes], answers: IO[bytes]) -> None:
+    """The worker's side: one transfer, then the end."""
+
+    def say(line: bytes) -> None:
+        answers.write(line + b"\n")
+        answers.flush()
+
+    say(msgspec.json.encode(local_facts("cpu")))
+    request = msgspec.json.decode(requests.readline(), type=_Offer)
+    try:
+        say(msgspec.json.encode(_Answer(sha256=_receive(request))))
+    except WeightcastError as error:
+        say(msgspec.json.encode(_Answer(error=type(error).__name__, message=str(error))))
+    requests.readline()  # Stay until the trainer has closed its side.
+
+
+def _receive(request: _Offer) -> str:
+    deadline = Deadline(request.timeout_s)
+    memory = Memory([torch.zeros(request.nbytes, dtype=torch.uint8)])
+    end = registry().get(request.transport).worker_end(request.offer, _copies(request.nbytes))
+    try:
+        end.connect(deadline)
+        end.receive(memory, deadline)
+    finally:
+        end.close()
+    return hashlib.sha256(memory.storages[0].numpy()).hexdigest()
+
+
+if __name__ == "__main__":
+    main(sys.stdin.buffer, sys.stdout.buffer)
