@@ -33,7 +33,7 @@ from weightcast.transports.registry import registry
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundTrip:
-    """A transfer that worked: bytes, and the seconds of the transfer alone (processes and connection not counted)."""
+    """A transfer that worked: bytes, and the seconds that the worker took to receive them."""
 
     nbytes: int
     seconds: float
@@ -48,6 +48,7 @@ class _Offer(msgspec.Struct, frozen=True, kw_only=True):
 
 class _Answer(msgspec.Struct, frozen=True, kw_only=True):
     sha256: str = ""
+    seconds: float = 0.0
     error: str = ""
     message: str = ""
 
@@ -60,7 +61,7 @@ def try_transport(name: str, *, nbytes: int = 16 * 2**20, timeout_s: float = 60.
     deadline = Deadline(timeout_s)
     transport = registry().get(name)
     payload = torch.randint(0, 256, (nbytes,), dtype=torch.uint8)
-    expected = hashlib.sha256(payload.numpy()).hexdigest()
+    expected = _sha256(payload)
     with _worker(deadline) as worker:
         reason = transport.refusal(local_facts("cpu"), msgspec.json.decode(worker.read(), type=Facts))
         if reason is not None:
@@ -72,10 +73,8 @@ def try_transport(name: str, *, nbytes: int = 16 * 2**20, timeout_s: float = 60.
                 offer = _Offer(transport=name, offer=end.offer(), nbytes=nbytes, timeout_s=timeout_s)
                 worker.write(msgspec.json.encode(offer))
                 end.connect(deadline)
-                began = time.perf_counter()
                 end.send(deadline)
                 answer = msgspec.json.decode(worker.read(), type=_Answer)
-                seconds = time.perf_counter() - began
             finally:
                 end.close()
         finally:
@@ -84,7 +83,11 @@ def try_transport(name: str, *, nbytes: int = 16 * 2**20, timeout_s: float = 60.
         raise error_from_wire(answer.error, answer.message)
     if answer.sha256 != expected:
         raise TransportError(f"{name} delivered other bytes than were sent")
-    return RoundTrip(nbytes=nbytes, seconds=seconds)
+    return RoundTrip(nbytes=nbytes, seconds=answer.seconds)
+
+
+def _sha256(data: torch.Tensor) -> str:
+    return hashlib.sha256(data.numpy().tobytes()).hexdigest()
 
 
 def _copies(nbytes: int) -> tuple[Copy, ...]:
@@ -152,22 +155,24 @@ def main(requests: IO[bytes], answers: IO[bytes]) -> None:
     say(msgspec.json.encode(local_facts("cpu")))
     request = msgspec.json.decode(requests.readline(), type=_Offer)
     try:
-        say(msgspec.json.encode(_Answer(sha256=_receive(request))))
+        say(msgspec.json.encode(_receive(request)))
     except WeightcastError as error:
         say(msgspec.json.encode(_Answer(error=type(error).__name__, message=str(error))))
     requests.readline()  # Stay until the trainer has closed its side.
 
 
-def _receive(request: _Offer) -> str:
+def _receive(request: _Offer) -> _Answer:
     deadline = Deadline(request.timeout_s)
     memory = Memory([torch.zeros(request.nbytes, dtype=torch.uint8)])
     end = registry().get(request.transport).worker_end(request.offer, _copies(request.nbytes))
     try:
         end.connect(deadline)
+        began = time.perf_counter()
         end.receive(memory, deadline)
+        seconds = time.perf_counter() - began
     finally:
         end.close()
-    return hashlib.sha256(memory.storages[0].numpy()).hexdigest()
+    return _Answer(sha256=_sha256(memory.storages[0]), seconds=seconds)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,63 @@
+# Every target sets up .venv by itself on a machine that has Python 3.11 to 3.13; `make help` lists them.
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# The version that everything is tested with; any index will do: TORCH="torch==2.13.0 --index-url https://..."
+TORCH ?= torch==2.13.0
+EXTRAS ?= dev
+# Found by running each: a name on the path may be a launcher without an interpreter behind it.
+PYTHON ?= $(shell for python in python3.12 python3.11 python3.13 python3; do \
+	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$python && break; done)
+DEMO_ARGS ?=
+PYTEST_ARGS ?=
+
+# Threads that spin while they wait take the cores from the other processes of a test or a demo.
+export OMP_WAIT_POLICY := PASSIVE
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test lint type pytest demo demo-smollm bench docs clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+setup: $(STAMP) ## create .venv and install everything into it
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "weightcast needs Python 3.11, 3.12 or 3.13 on the path (or make PYTHON=...)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# torch goes first and is then held where it is, so that no dependency replaces a build chosen for this machine.
+$(STAMP): pyproject.toml | $(BIN)/python
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install -q $(TORCH)
+	$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $(VENV)/held.txt
+	$(BIN)/python -m pip install -q -c $(VENV)/held.txt -e '.[$(EXTRAS)]'
+	touch $@
+
+test: lint type pytest ## lint, types and the whole test suite
+
+lint: $(STAMP) ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+type: $(STAMP) ## mypy, strict
+	$(BIN)/mypy
+
+pytest: $(STAMP) ## the test suite alone; PYTEST_ARGS="-k name"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+demo: $(STAMP) ## a policy learns while a live server serves it (two minutes); DEMO_ARGS="--short"
+	OMP_NUM_THREADS=1 $(BIN)/weightcast demo $(DEMO_ARGS)
+
+demo-smollm: $(STAMP) ## real weights pushed into a server that runs with random ones
+	OMP_NUM_THREADS=1 $(BIN)/weightcast demo smollm $(DEMO_ARGS)
+
+bench: $(STAMP) ## all benchmarks of benchmarks/, one table each
+	@for file in benchmarks/*.py; do echo "== $$file"; OMP_NUM_THREADS=1 $(BIN)/python $$file || exit 1; done
+
+docs: $(STAMP) ## check the documents: links, and that every module is described
+	$(BIN)/python scripts/check_docs.py
+
+clean: ## remove caches (the environment stays)
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
