@@ -163,10 +163,11 @@ def digest_tensor(tensor: torch.Tensor, position: int = 0) -> int:
 class DigestRun:
     """Contiguous bytes of a memory that are contiguous in the image as well."""
 
-    __slots__ = ("nbytes", "offset", "position", "storage")
+    __slots__ = ("is_whole", "nbytes", "offset", "position", "storage")
 
-    def __init__(self, storage: int, offset: int, position: int, nbytes: int) -> None:
+    def __init__(self, storage: int, offset: int, position: int, nbytes: int, is_whole: bool = False) -> None:
         self.storage, self.offset, self.position, self.nbytes = storage, offset, position, nbytes
+        self.is_whole = is_whole
 
 
 def _run_of(placement: Placement, manifest: Manifest) -> DigestRun | None:
@@ -181,14 +182,15 @@ def _run_of(placement: Placement, manifest: Manifest) -> DigestRun | None:
         return None
     start = sum(o * s for o, s in zip(placement.region.offsets, contiguous_strides(spec.shape), strict=True))
     position = manifest.positions[spec.name] + start * itemsize
-    return DigestRun(placement.storage, placement.offset * itemsize, position, placement.region.numel * itemsize)
+    nbytes, is_whole = placement.region.numel * itemsize, placement.region.is_whole(spec)
+    return DigestRun(placement.storage, placement.offset * itemsize, position, nbytes, is_whole)
 
 
 class LayoutDigest:
     """The digest of what lies in a memory, compiled from a layout once.
 
-    Runs that continue in memory and in the image are joined; ``gaps_are_zero`` also joins across the gaps of an
-    arena. Placements whose dtype is not the manifest's are counted at the positions of their own element size.
+    Runs that continue in memory and in the image are joined; ``gaps_are_zero`` also joins over the padding behind
+    the whole tensors of an arena. Placements whose dtype is not the manifest's are counted at the positions of their own element size.
     """
 
     def __init__(self, manifest: Manifest, layout: Layout, *, gaps_are_zero: bool = False) -> None:
@@ -203,7 +205,7 @@ class LayoutDigest:
                 self._strided.append(placement)
             else:
                 runs.append(run)
-        self.runs = _join(runs, ALIGNMENT if gaps_are_zero else 0)
+        self.runs = _join(runs, across_padding=gaps_are_zero)
         self._compiled: dict[int, RunDigest] = {}
 
     def of(self, memory: Memory) -> int:
@@ -268,14 +270,16 @@ def digest_region(values: torch.Tensor, manifest: Manifest, placement: Placement
     return digest_elements(values, positions)
 
 
-def _join(runs: Sequence[DigestRun], max_gap_nbytes: int) -> list[DigestRun]:
+def _join(runs: Sequence[DigestRun], *, across_padding: bool) -> list[DigestRun]:
     joined: list[DigestRun] = []
     for run in sorted(runs, key=lambda r: (r.storage, r.offset, r.position)):
         last = joined[-1] if joined else None
         if last is not None and last.storage == run.storage:
             gap = run.offset - last.offset - last.nbytes
-            if 0 <= gap < max(max_gap_nbytes, 1) and gap == run.position - last.position - last.nbytes:
-                joined[-1] = DigestRun(last.storage, last.offset, last.position, run.offset + run.nbytes - last.offset)
+            padding = ALIGNMENT - 1 if across_padding and last.is_whole else 0
+            if 0 <= gap <= padding and gap == run.position - last.position - last.nbytes:
+                nbytes = run.offset + run.nbytes - last.offset
+                joined[-1] = DigestRun(last.storage, last.offset, last.position, nbytes, run.is_whole)
                 continue
         joined.append(run)
     return joined

@@ -43,8 +43,7 @@ class Region(msgspec.Struct, frozen=True, kw_only=True):
         """The common box of two regions of the same tensor, or None when they share no element."""
         offsets = tuple(map(max, self.offsets, other.offsets))
         ends = tuple(
-            min(a + n, b + m)
-            for a, n, b, m in zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True)
+            min(a + n, b + m) for a, n, b, m in zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True)
         )
         sizes = tuple(end - start for start, end in zip(offsets, ends, strict=True))
         if any(size <= 0 for size in sizes):
@@ -73,7 +72,9 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         dtype_of(self.dtype)
         if len(self.strides) != len(self.region.sizes):
-            raise InvalidInput(f"placement of {self.region.name}: strides {self.strides} do not fit {self.region.sizes}")
+            raise InvalidInput(
+                f"placement of {self.region.name}: strides {self.strides} do not fit {self.region.sizes}"
+            )
         if self.storage < 0 or self.offset < 0 or any(stride < 0 for stride in self.strides):
             raise InvalidInput(f"placement of {self.region.name}: negative storage, offset or stride")
 

@@ -16,7 +16,7 @@ import msgspec
 from weightcast.dtypes import itemsize_of
 from weightcast.errors import PlanMismatch
 from weightcast.layout import Layout, Placement, Region, contiguous_strides
-from weightcast.manifest import Manifest
+from weightcast.manifest import ALIGNMENT, Manifest
 
 
 class Copy(msgspec.Struct, frozen=True, kw_only=True):
@@ -34,6 +34,8 @@ class Copy(msgspec.Struct, frozen=True, kw_only=True):
     dst_dtype: str
     dst_offset: int
     dst_strides: tuple[int, ...]
+    is_whole: bool = False
+    """The box is the whole tensor: in an arena, what follows it up to the next multiple of 256 bytes is padding."""
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -55,7 +57,7 @@ def _offset_at(placement: Placement, region: Region) -> int:
     return placement.offset + sum((at - base) * stride for at, base, stride in start)
 
 
-def _copy(holding: Placement, landing: Placement, region: Region) -> Copy:
+def _copy(holding: Placement, landing: Placement, region: Region, *, is_whole: bool) -> Copy:
     return Copy(
         region=region,
         src_storage=holding.storage,
@@ -66,10 +68,13 @@ def _copy(holding: Placement, landing: Placement, region: Region) -> Copy:
         dst_dtype=landing.dtype,
         dst_offset=_offset_at(landing, region),
         dst_strides=landing.strides,
+        is_whole=is_whole,
     )
 
 
-def _distinct(holdings: Iterable[tuple[int, Placement]]) -> dict[tuple[tuple[int, ...], tuple[int, ...]], list[tuple[int, Placement]]]:
+def _distinct(
+    holdings: Iterable[tuple[int, Placement]],
+) -> dict[tuple[tuple[int, ...], tuple[int, ...]], list[tuple[int, Placement]]]:
     """Group replicas: holdings of the same box."""
     boxes: dict[tuple[tuple[int, ...], tuple[int, ...]], list[tuple[int, Placement]]] = {}
     for rank, holding in holdings:
@@ -104,7 +109,7 @@ def compile_plan(manifest: Manifest, holdings: Mapping[int, Layout], landings: L
                 if region is None:
                     continue
                 rank, holding = min(replicas, key=lambda item: load[item[0]])
-                copy = _copy(holding, landing, region)
+                copy = _copy(holding, landing, region, is_whole=region.is_whole(spec))
                 load[rank] += copy.nbytes
                 covered += region.numel
                 plan.setdefault(rank, []).append(copy)
@@ -150,6 +155,7 @@ def _narrow(copy: Copy, dim: int, start: int, size: int) -> Copy:
         region=Region(name=copy.region.name, offsets=tuple(offsets), sizes=tuple(sizes)),
         src_offset=copy.src_offset + start * copy.src_strides[dim],
         dst_offset=copy.dst_offset + start * copy.dst_strides[dim],
+        is_whole=False,
     )
 
 
@@ -161,6 +167,8 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     dst_storage: int
     dst_offset: int
     nbytes: int
+    is_whole: bool = False
+    """Ends with the end of a tensor (see Copy.is_whole)."""
 
 
 def _is_contiguous(sizes: Sequence[int], strides: Sequence[int]) -> bool:
@@ -181,14 +189,14 @@ def as_run(copy: Copy) -> Run | None:
         dst_storage=copy.dst_storage,
         dst_offset=copy.dst_offset * itemsize,
         nbytes=math.prod(copy.sizes) * itemsize,
+        is_whole=copy.is_whole,
     )
 
 
-def merge(copies: Iterable[Copy], max_gap_nbytes: int = 0) -> tuple[list[Run], list[Copy]]:
+def merge(copies: Iterable[Copy], *, across_padding: bool = False) -> tuple[list[Run], list[Copy]]:
     """Runs joined where both ends continue (in source order), and the copies that cannot be runs.
 
-    ``max_gap_nbytes`` > 0 joins across equal gaps of up to that size. Only for memories whose gaps belong to nobody: what
-    lies in the source's gap is then copied too.
+    ``across_padding`` (both memories are arenas) also joins over the zeros between one whole tensor and the next.
     """
     runs: list[Run] = []
     rest: list[Copy] = []
@@ -206,8 +214,10 @@ def merge(copies: Iterable[Copy], max_gap_nbytes: int = 0) -> tuple[list[Run], l
         last = merged[-1] if merged else None
         if last is not None and (last.src_storage, last.dst_storage) == (run.src_storage, run.dst_storage):
             gap = run.src_offset - last.src_offset - last.nbytes
-            if 0 <= gap <= max_gap_nbytes and gap == run.dst_offset - last.dst_offset - last.nbytes:
-                merged[-1] = msgspec.structs.replace(last, nbytes=run.src_offset + run.nbytes - last.src_offset)
+            padding = ALIGNMENT - 1 if across_padding and last.is_whole else 0
+            if 0 <= gap <= padding and gap == run.dst_offset - last.dst_offset - last.nbytes:
+                nbytes = run.src_offset + run.nbytes - last.src_offset
+                merged[-1] = msgspec.structs.replace(last, nbytes=nbytes, is_whole=run.is_whole)
                 continue
         merged.append(run)
     return merged, rest

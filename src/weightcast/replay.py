@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 
-from weightcast.manifest import ALIGNMENT
 from weightcast.memory import Memory
 from weightcast.plan import Copy, Run, merge
 
@@ -18,7 +17,7 @@ class Replay:
     """
 
     def __init__(self, copies: Sequence[Copy], src: Memory, dst: Memory) -> None:
-        runs, rest = merge(copies, ALIGNMENT - 1 if src.is_arena and dst.is_arena else 0)
+        runs, rest = merge(copies, across_padding=src.is_arena and dst.is_arena)
         self.nbytes = sum(copy.nbytes for copy in copies)
         self._dst = [self._bytes(dst, run.dst_storage, run.dst_offset, run) for run in runs]
         self._src = [self._bytes(src, run.src_storage, run.src_offset, run) for run in runs]

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
+from weightcast.errors import Unsupported
 from weightcast.layout import Layout
 from weightcast.manifest import Manifest
 from weightcast.memory import Memory
@@ -42,3 +43,7 @@ class LiveModel(ABC):
     @abstractmethod
     def checksums(self) -> dict[str, str]:
         """Hex digest of every live parameter by name."""
+
+    def load_initial(self) -> None:
+        """Load the weights that the engine started with; needed only by models with tensors that go through the loader."""
+        raise Unsupported(f"{type(self).__name__} cannot return to the weights it started with")

@@ -1,0 +1,1 @@
+"""The trainer's side: sources, engine clients, the fleet and its rounds."""

@@ -23,9 +23,7 @@ class WeightTransferEngineFactory:
     _loaders: ClassVar[dict[str, Callable[[], type[AnyEngine]]]] = {}
 
     @classmethod
-    def register_engine(
-        cls, name: str, module_or_class: str | type[AnyEngine], class_name: str | None = None
-    ) -> None:
+    def register_engine(cls, name: str, module_or_class: str | type[AnyEngine], class_name: str | None = None) -> None:
         """Register a class, or a module and class name to import later. A taken name raises InvalidInput."""
         if name in cls._loaders:
             raise InvalidInput(f"weight transfer backend {name!r} is registered already", field="name")

@@ -1,0 +1,236 @@
+"""Coordinator: the trainer's side of the control channel, and its book of members."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import zmq
+
+from weightcast.control.pump import Pump, prepare
+from weightcast.deadline import Deadline
+from weightcast.errors import AuthError, DeadlineExceeded, PeerLost, ProtocolError, WeightcastError, error_from_wire
+from weightcast.messages import AnyMessage, Bye, Failed, Heartbeat, Hello, Message, Refused, decode, encode
+
+logger = logging.getLogger(__name__)
+
+TICKET_LIFE_S = 120.0
+
+
+@dataclass(slots=True)
+class Member:
+    """One admitted worker. ``lost`` says why it is gone, if it is."""
+
+    engine: str
+    rank: int
+    identity: bytes
+    hello: Hello
+    last_heard: float
+    last_sent: float = 0.0
+    lost: str | None = None
+    inbox: list[AnyMessage] = field(default_factory=list)
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.engine, self.rank
+
+
+@dataclass(slots=True)
+class _Ticket:
+    secret: str
+    engine: str
+    world_size: int
+    expires: float
+    used: set[int] = field(default_factory=set)
+
+
+class Coordinator:
+    """Binds a port, admits members by ticket and keeps what they say. Calls are thread-safe and end by their deadline."""
+
+    def __init__(self, host: str = "127.0.0.1", *, heartbeat_s: float = 0.5, silence_s: float = 5.0) -> None:
+        self.heartbeat_s, self.silence_s = heartbeat_s, silence_s
+        self._members: dict[bytes, Member] = {}
+        self._tickets: list[_Ticket] = []
+        self._changed = threading.Condition()
+        self._welcome: Callable[[Member], Message] | None = None
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        socket = self._context.socket(zmq.ROUTER)
+        prepare(socket)
+        socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        public, secret = zmq.curve_keypair()
+        socket.curve_publickey, socket.curve_secretkey, socket.curve_server = public, secret, True
+        self.public_key = public.decode()
+        self.port = socket.bind_to_random_port(f"tcp://{host}")
+        self._pump = Pump(self._context, socket, self._frames, self._tick, "weightcast-coordinator")
+        self._closed = False
+        self._pump.start()
+
+    # -- admission
+
+    def greet_with(self, welcome: Callable[[Member], Message]) -> None:
+        """What to answer a member that was admitted; called on the I/O thread."""
+        self._welcome = welcome
+
+    def issue_ticket(self, engine: str, world_size: int, life_s: float = TICKET_LIFE_S) -> str:
+        """A ticket that admits each rank of one engine once, within ``life_s``; earlier tickets of the engine are void."""
+        secret = secrets.token_urlsafe(32)
+        with self._changed:
+            self._tickets = [ticket for ticket in self._tickets if ticket.engine != engine]
+            self._tickets.append(_Ticket(secret, engine, world_size, time.monotonic() + life_s))
+        return secret
+
+    def _admit(self, identity: bytes, hello: Hello) -> Member:
+        now = time.monotonic()
+        self._tickets = [ticket for ticket in self._tickets if ticket.expires > now]
+        found = None
+        for ticket in self._tickets:  # every ticket is compared, so the time does not tell which one was near
+            if hmac.compare_digest(ticket.secret.encode(), hello.ticket.encode()):
+                found = ticket
+        if found is None or found.engine != hello.engine:
+            raise AuthError("the ticket is unknown, used or out of date")
+        if found.world_size != hello.world_size or not 0 <= hello.rank < found.world_size or hello.rank in found.used:
+            raise AuthError(f"the ticket does not admit rank {hello.rank} of {hello.world_size}")
+        found.used.add(hello.rank)
+        if len(found.used) == found.world_size:
+            self._tickets.remove(found)
+        for member in self._members.values():
+            if member.key == (hello.engine, hello.rank) and member.lost is None:
+                member.lost = "replaced by a newer worker"
+        return Member(hello.engine, hello.rank, identity, hello, now)
+
+    # -- talking
+
+    def send(self, member: Member, message: Message) -> None:
+        """Queue a message; returns at once."""
+        member.last_sent = time.monotonic()
+        self._pump.send(member.identity, encode(message))
+
+    def members(self, engine: str | None = None) -> list[Member]:
+        """Members that are alive, by engine and rank."""
+        with self._changed:
+            alive = [m for m in self._members.values() if m.lost is None and engine in (None, m.engine)]
+        return sorted(alive, key=lambda member: member.key)
+
+    def wait_members(self, engine: str, world_size: int, deadline: Deadline) -> list[Member]:
+        """Wait until all workers of an engine were admitted."""
+        with self._changed:
+            while True:
+                present = [m for m in self._members.values() if m.engine == engine and m.lost is None]
+                if len(present) == world_size:
+                    return sorted(present, key=lambda member: member.key)
+                if not self._changed.wait(deadline.remaining_s()) and deadline.passed:
+                    raise DeadlineExceeded(
+                        f"{len(present)} of {world_size} workers joined in {deadline.timeout_s:g} s",
+                        engine=engine,
+                        phase="join",
+                        hint="Check that the engine can reach the trainer's control address",
+                    )
+
+    def take(
+        self,
+        member: Member,
+        wanted: type[Message],
+        deadline: Deadline,
+        *,
+        phase: str,
+        matches: Callable[[Message], bool] = lambda _: True,
+        cancelled: Callable[[], WeightcastError | None] = lambda: None,
+    ) -> Message:
+        """Wait for a message of one kind from one member and take it out of its inbox.
+
+        Raises what a Failed or Refused message reports, PeerLost when the member is lost, DeadlineExceeded, or what
+        ``cancelled`` returns (asked at least every 0.1 s). Other messages stay.
+        """
+        with self._changed:
+            while True:
+                for i, message in enumerate(member.inbox):
+                    if isinstance(message, Refused) or (isinstance(message, Failed) and matches(message)):
+                        del member.inbox[i]
+                        raise error_from_wire(message.kind, message.message).at(
+                            engine=member.engine, worker=member.rank, phase=getattr(message, "phase", phase)
+                        )
+                    if isinstance(message, wanted) and matches(message):
+                        del member.inbox[i]
+                        return message
+                where = {"engine": member.engine, "worker": member.rank, "phase": phase}
+                if member.lost is not None:
+                    raise PeerLost(f"the worker is gone: {member.lost}", **where)  # type: ignore[arg-type]
+                cause = cancelled()
+                if cause is not None:
+                    raise cause
+                if deadline.passed:
+                    raise DeadlineExceeded(f"no answer in {deadline.timeout_s:g} s", **where)  # type: ignore[arg-type]
+                self._changed.wait(min(deadline.remaining_s(), 0.1))
+
+    def forget(self, members: Iterable[Member], reason: str = "dismissed") -> None:
+        """Say goodbye to members and drop them."""
+        for member in members:
+            if member.lost is None:
+                self.send(member, Bye(reason=reason))
+            with self._changed:
+                member.lost = member.lost or reason
+                self._members.pop(member.identity, None)
+
+    def close(self) -> None:
+        """Dismiss everybody and free the port; idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        self.forget(list(self._members.values()), "the trainer closed")
+        self._pump.close()
+        self._context.destroy(linger=200)
+
+    # -- on the I/O thread
+
+    def _frames(self, parts: list[bytes]) -> None:
+        identity, frame = parts[0], parts[-1]
+        try:
+            message = decode(frame)
+        except ProtocolError as error:
+            logger.warning("control channel: dropped a frame from a peer: %s", error)
+            return
+        member = self._members.get(identity)
+        if member is None:
+            self._first(identity, message)
+            return
+        with self._changed:
+            member.last_heard = time.monotonic()
+            if isinstance(message, Bye):
+                member.lost = member.lost or f"it left: {message.reason}"
+            elif not isinstance(message, Heartbeat):
+                member.inbox.append(message)
+            self._changed.notify_all()
+
+    def _first(self, identity: bytes, message: AnyMessage) -> None:
+        if not isinstance(message, Hello):
+            if not isinstance(message, Heartbeat | Bye):
+                logger.warning("control channel: %s from a peer that was not admitted", type(message).__name__)
+            return
+        with self._changed:
+            try:
+                member = self._admit(identity, message)
+            except AuthError as error:
+                logger.warning("control channel: refused engine %r rank %d: %s", message.engine, message.rank, error)
+                self._pump.send(identity, encode(Refused(kind="AuthError", message=error.message)))
+                return
+            self._members[identity] = member
+            self._changed.notify_all()
+        if self._welcome is not None:
+            self.send(member, self._welcome(member))
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        with self._changed:
+            members = [member for member in self._members.values() if member.lost is None]
+            for member in members:
+                if now - member.last_heard > self.silence_s:
+                    member.lost = f"silent for {self.silence_s:g} s"
+                    self._changed.notify_all()
+        for member in members:
+            if now - member.last_sent >= self.heartbeat_s:
+                self.send(member, Heartbeat())

@@ -1,0 +1,119 @@
+"""ControlLink: a member's side of the control channel."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+import msgspec
+import zmq
+from zmq.utils import z85
+
+from weightcast.control.pump import Pump, prepare
+from weightcast.errors import InvalidInput, ProtocolError
+from weightcast.messages import AnyMessage, Bye, Heartbeat, Message, Welcome, decode, encode
+
+logger = logging.getLogger(__name__)
+
+
+class JoinInfo(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """What ``init_info`` carries: where the coordinator is, its key, and the ticket of this engine."""
+
+    address: str
+    """ZeroMQ endpoint, "tcp://host:port"."""
+    public_key: str
+    """The coordinator's CURVE key, 40 characters of Z85."""
+    ticket: str
+    engine: str
+    """The name by which the coordinator knows this engine."""
+    timeout_s: float = 60.0
+    takeover: bool = False
+    """Leave a trainer that is still alive; without it a second trainer is refused."""
+
+    def __post_init__(self) -> None:
+        if not self.address.startswith("tcp://"):
+            raise InvalidInput(f"address is tcp://host:port, not {self.address!r}", field="address")
+        try:
+            valid = len(z85.decode(self.public_key)) == 32
+        except (ValueError, KeyError, IndexError):
+            valid = False
+        if not valid:
+            raise InvalidInput("public_key is not a CURVE key", field="public_key")
+        if not 0 < self.timeout_s <= 86400:
+            raise InvalidInput("timeout_s is between 0 and 86400 seconds", field="timeout_s")
+
+
+class ControlLink:
+    """Connects to a coordinator. ``on_message`` and ``on_lost`` run on the I/O thread and must not block.
+
+    ``on_lost(reason)`` comes at most once, and not after ``close``.
+    """
+
+    def __init__(
+        self,
+        info: JoinInfo,
+        on_message: Callable[[AnyMessage], None],
+        on_lost: Callable[[str], None],
+    ) -> None:
+        self._on_message = on_message
+        self._on_lost = on_lost
+        self._heartbeat_s = 0.5
+        self._silence_s = info.timeout_s
+        self._last_heard = self._last_sent = time.monotonic()
+        self._ended = False
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        socket = self._context.socket(zmq.DEALER)
+        prepare(socket)
+        public, secret = zmq.curve_keypair()
+        socket.curve_publickey, socket.curve_secretkey = public, secret
+        socket.curve_serverkey = info.public_key.encode()
+        try:
+            socket.connect(info.address)
+        except zmq.ZMQError as error:
+            socket.close()
+            self._context.term()
+            raise InvalidInput(f"cannot connect to {info.address}: {error}", field="address") from None
+        self._pump = Pump(self._context, socket, self._frames, self._tick, "weightcast-control")
+        self._pump.start()
+
+    def send(self, message: Message) -> None:
+        """Queue a message; returns at once."""
+        self._pump.send(encode(message))
+
+    def close(self, reason: str = "closed") -> None:
+        """Say goodbye and leave; idempotent."""
+        if not self._ended:
+            self._ended = True
+            self.send(Bye(reason=reason))
+        self._pump.close()
+        self._context.destroy(linger=200)
+
+    def _frames(self, parts: list[bytes]) -> None:
+        self._last_heard = time.monotonic()
+        try:
+            message = decode(parts[-1])
+        except ProtocolError as error:
+            logger.warning("control channel: dropped a frame from the trainer: %s", error)
+            return
+        if isinstance(message, Heartbeat):
+            return
+        if isinstance(message, Welcome):
+            self._heartbeat_s, self._silence_s = message.heartbeat_s, message.silence_s
+        if isinstance(message, Bye):
+            self._lose(f"the trainer left: {message.reason}")
+            return
+        self._on_message(message)
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        if now - self._last_sent >= self._heartbeat_s:
+            self._last_sent = now
+            self._pump.send(encode(Heartbeat()))
+        if now - self._last_heard > self._silence_s:
+            self._lose(f"the trainer was silent for {self._silence_s:g} s")
+
+    def _lose(self, reason: str) -> None:
+        if not self._ended:
+            self._ended = True
+            self._on_lost(reason)

@@ -1,0 +1,21 @@
+"""Facts: what a process says about itself so that the other side can choose a transport."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Facts(msgspec.Struct, frozen=True, kw_only=True):
+    """Filled in by transports.facts; travels in a worker's first message."""
+
+    host: str
+    """Equal exactly for processes that share memory and a file system: boot id plus identity of /dev/shm."""
+    pid: int
+    device: str
+    """Where the weights lie: "cpu" or "cuda"."""
+    gpu: str = ""
+    """UUID of the GPU, empty on CPU."""
+    transports: tuple[str, ...] = ()
+    """Names this process could load and use."""
+    address: str = "127.0.0.1"
+    """Where other hosts reach this process."""

@@ -1,0 +1,198 @@
+"""Messages of the control channel: msgpack structs behind one version byte.
+
+A frame is ``PROTOCOL`` (one byte) and the msgpack map of one struct below, whose "type" field names it. A frame of another
+version, an unknown type, a missing, surplus or ill-typed field is ProtocolError. Nothing is unpickled, nothing is code.
+The table of who sends what when is in docs/protocol.md.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from weightcast.errors import ProtocolError, WeightcastError
+from weightcast.facts import Facts
+from weightcast.layout import Layout
+from weightcast.manifest import Manifest
+
+PROTOCOL = 1
+MAX_FRAME_NBYTES = 256 * 2**20
+
+Mode = Literal["staged", "in_place"]
+ModeWish = Literal["auto", "staged", "in_place"]
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type"):
+    """Base of all messages."""
+
+
+class Heartbeat(Message, frozen=True, kw_only=True, tag="heartbeat"):
+    """Either side, every ``heartbeat_s``: I am alive."""
+
+
+class Bye(Message, frozen=True, kw_only=True, tag="bye"):
+    """Either side leaves on purpose."""
+
+    reason: str
+
+
+class Refused(Message, frozen=True, kw_only=True, tag="refused"):
+    """Coordinator: you cannot join, or what you sent cannot be used."""
+
+    kind: str
+    message: str
+
+
+class Hello(Message, frozen=True, kw_only=True, tag="hello"):
+    """Worker: first message; the ticket admits it once."""
+
+    ticket: str
+    engine: str
+    rank: int
+    world_size: int
+    facts: Facts
+    version: str
+    digest: str
+    dirty: bool
+
+
+class Welcome(Message, frozen=True, kw_only=True, tag="welcome"):
+    """Coordinator: what is published, and how the channel is kept alive."""
+
+    session: str
+    manifest: Manifest
+    mode: ModeWish
+    heartbeat_s: float
+    silence_s: float
+
+
+class Landings(Message, frozen=True, kw_only=True, tag="landings"):
+    """Worker: what it wants and where it lands; ``shadow_nbytes`` is the size of its staged copy (0: in place)."""
+
+    layout: Layout
+    mode: Mode
+    shadow_nbytes: int
+    shadow: str
+
+
+class Offer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How one trainer rank's bytes come: the transport's name and what its worker end needs to connect."""
+
+    rank: int
+    transport: str
+    data: bytes
+
+
+class Setup(Message, frozen=True, kw_only=True, tag="setup"):
+    """Coordinator: the epoch's holdings by trainer rank, and one offer for each rank that gives something."""
+
+    epoch: int
+    holdings: dict[int, Layout]
+    offers: tuple[Offer, ...]
+    timeout_s: float
+
+
+class Ready(Message, frozen=True, kw_only=True, tag="ready"):
+    """Worker: the plan is compiled and all transports are connected."""
+
+    epoch: int
+    plan_digest: str
+
+
+class Begin(Message, frozen=True, kw_only=True, tag="begin"):
+    """Coordinator: a round is open. Staged workers start to receive; in-place workers wait for the commit."""
+
+    epoch: int
+    round: int
+    base: str
+    timeout_s: float
+
+
+class Staged(Message, frozen=True, kw_only=True, tag="staged"):
+    """Worker: all bytes are in the shadow, and this is their digest."""
+
+    epoch: int
+    round: int
+    digest: int
+    nbytes: int
+    transfer_s: float
+    digest_s: float
+
+
+class Verified(Message, frozen=True, kw_only=True, tag="verified"):
+    """Coordinator: the round may be committed as ``version``; ``digest`` is what this worker's bytes must add up to."""
+
+    epoch: int
+    round: int
+    version: str
+    content: str
+    digest: int
+
+
+class Committed(Message, frozen=True, kw_only=True, tag="committed"):
+    """Worker: version n+1 is live, and this is the digest of what is live."""
+
+    epoch: int
+    round: int
+    digest: int
+    nbytes: int
+    transfer_s: float
+    apply_s: float
+    digest_s: float
+
+
+class Abort(Message, frozen=True, kw_only=True, tag="abort"):
+    """Coordinator: the round is over without a commit; what was staged is void."""
+
+    epoch: int
+    round: int
+    reason: str
+
+
+class Failed(Message, frozen=True, kw_only=True, tag="failed"):
+    """Worker: a phase failed; ``dirty`` says whether live weights belong to no version now."""
+
+    epoch: int
+    round: int
+    phase: str
+    kind: str
+    message: str
+    dirty: bool
+
+
+AnyMessage = (
+    Heartbeat
+    | Bye
+    | Refused
+    | Hello
+    | Welcome
+    | Landings
+    | Setup
+    | Ready
+    | Begin
+    | Staged
+    | Verified
+    | Committed
+    | Abort
+    | Failed
+)
+
+_decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage)
+
+
+def encode(message: Message) -> bytes:
+    """The frame of a message."""
+    return bytes([PROTOCOL]) + msgspec.msgpack.encode(message)
+
+
+def decode(frame: bytes) -> AnyMessage:
+    """The message of a frame; raises ProtocolError and nothing else, whatever the bytes."""
+    if not frame:
+        raise ProtocolError("empty frame")
+    if frame[0] != PROTOCOL:
+        raise ProtocolError(f"protocol {frame[0]}, expected {PROTOCOL}", hint="Use the same weightcast on both sides")
+    try:
+        return _decoder.decode(memoryview(frame)[1:])
+    except (msgspec.DecodeError, WeightcastError, RecursionError) as error:
+        raise ProtocolError(f"malformed message: {error}") from None

@@ -1,0 +1,290 @@
+"""Session: a worker's stay with one trainer, from the first message until either side leaves.
+
+The I/O thread of the control link only notes what came. Setting up an epoch and receiving staged bytes happen on the session's
+own thread, so the engine keeps generating; live parameters are touched only by ``Receiver.commit``.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from weightcast.control.link import ControlLink, JoinInfo
+from weightcast.deadline import Deadline
+from weightcast.digest import LayoutDigest
+from weightcast.errors import (
+    DeadlineExceeded,
+    PeerLost,
+    PlanMismatch,
+    ProtocolError,
+    StateError,
+    WeightcastError,
+    error_from_wire,
+)
+from weightcast.facts import Facts
+from weightcast.layout import Layout
+from weightcast.memory import Memory
+from weightcast.messages import (
+    Abort,
+    AnyMessage,
+    Begin,
+    Failed,
+    Hello,
+    Landings,
+    Message,
+    Mode,
+    Ready,
+    Refused,
+    Setup,
+    Staged,
+    Verified,
+    Welcome,
+)
+from weightcast.plan import compile_plan, plan_digest
+from weightcast.receiver.base import LiveModel
+from weightcast.receiver.staging import Target, with_staging
+from weightcast.round import Approval, RoundId, WorkerRound
+from weightcast.transports.base import WorkerEnd
+from weightcast.transports.registry import registry
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, kw_only=True)
+class Identity:
+    """Who a worker is when it says hello."""
+
+    rank: int
+    world_size: int
+    facts: Facts
+    version: str
+    digest: str
+    dirty: bool
+
+
+class Session:
+    """One trainer's channel, plan, transports and target memory. ``lost`` says why it ended, None while it lives."""
+
+    def __init__(self, info: JoinInfo, model: LiveModel, identity: Identity, mode: str, round: WorkerRound) -> None:
+        self._model = model
+        self._mode_wish = mode
+        self.round = round
+        self.lost: str | None = None
+        self.manifest_digest = ""
+        self._ends: list[WorkerEnd] = []
+        self._ends_lock = threading.Lock()
+        self._receiving = False
+        self._greeting: queue.SimpleQueue[AnyMessage | str] = queue.SimpleQueue()
+        self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="weightcast-receiver", daemon=True)
+        deadline = Deadline(info.timeout_s)
+        self.link = ControlLink(info, self._on_message, self._on_lost)
+        try:
+            self._join(info, identity, deadline)
+        except BaseException:
+            self.link.close("could not join")
+            raise
+        self._thread.start()
+
+    # -- joining, on the engine's thread
+
+    def _join(self, info: JoinInfo, identity: Identity, deadline: Deadline) -> None:
+        self.link.send(
+            Hello(
+                ticket=info.ticket,
+                engine=info.engine,
+                rank=identity.rank,
+                world_size=identity.world_size,
+                facts=identity.facts,
+                version=identity.version,
+                digest=identity.digest,
+                dirty=identity.dirty,
+            )
+        )
+        try:
+            answer = self._greeting.get(timeout=deadline.remaining_s())
+        except queue.Empty:
+            raise DeadlineExceeded(
+                f"the trainer at {info.address} did not answer in {info.timeout_s:g} s",
+                phase="join",
+                hint="Check that this host reaches that address and that the public key is the trainer's",
+            ) from None
+        if isinstance(answer, str):
+            raise PeerLost(answer, phase="join")
+        if isinstance(answer, Refused):
+            raise error_from_wire(answer.kind, answer.message, phase="join")
+        if not isinstance(answer, Welcome):
+            raise ProtocolError(f"expected a welcome, got {type(answer).__name__}", phase="join")
+        self.manifest = answer.manifest
+        self.id = answer.session
+        self._silence_s = answer.silence_s
+        layout = self._model.layout(self.manifest)
+        layout.check(self.manifest)
+        self.layout: Layout = with_staging(layout, self.manifest)
+        self.mode, self.target = self._make_target(answer.mode)
+        self._digest = LayoutDigest(self.manifest, self.layout, gaps_are_zero=self.target.memory().is_arena)
+        shadow_nbytes = self.target.shadow_nbytes
+        where = str(self._model.device) if shadow_nbytes else ""
+        self.link.send(Landings(layout=self.layout, mode=self.mode, shadow_nbytes=shadow_nbytes, shadow=where))
+
+    def _make_target(self, trainer_wish: str) -> tuple[Mode, Target]:
+        """The engine's own wish counts before the trainer's; "auto" stages where a second copy fits."""
+        wish = self._mode_wish if self._mode_wish != "auto" else trainer_wish
+        if wish != "in_place":
+            try:
+                return "staged", Target(self._model, self.manifest, self.layout, staged=True)
+            except WeightcastError as error:
+                if wish == "staged":
+                    raise
+                logger.info("weights will be written in place: %s", error)
+        return "in_place", Target(self._model, self.manifest, self.layout, staged=False)
+
+    # -- on the I/O thread
+
+    def _on_message(self, message: AnyMessage) -> None:
+        match message:
+            case Welcome() | Refused():
+                self._greeting.put(message)
+            case Setup():
+                self._tasks.put(lambda: self._set_up(message))
+            case Begin():
+                self._tasks.put(lambda: self._begin(message))
+            case Verified():
+                approval = Approval(version=message.version, content=message.content, digest=message.digest)
+                self.round.verified(RoundId(epoch=message.epoch, round=message.round), approval)
+            case Abort():
+                id = RoundId(epoch=message.epoch, round=message.round)
+                if self.round.abort(id, message.reason):
+                    self._abort_transfer()
+            case _:
+                logger.warning("control channel: %s is not for a worker", type(message).__name__)
+
+    def _on_lost(self, reason: str) -> None:
+        self.lost = reason
+        self._greeting.put(reason)
+        self.round.abort_any(reason)
+        self._abort_transfer()
+        self._tasks.put(None)
+        logger.warning("%s; this engine goes on with what it serves", reason)
+
+    def _abort_transfer(self) -> None:
+        with self._ends_lock:
+            if self._receiving:
+                for end in self._ends:
+                    end.abort()
+
+    # -- on the session's thread
+
+    def _work(self) -> None:
+        while (task := self._tasks.get()) is not None:
+            task()
+        self._close_ends()
+
+    def _set_up(self, setup: Setup) -> None:
+        try:
+            self._close_ends()
+            plan = compile_plan(self.manifest, setup.holdings, self.layout)
+            deadline = Deadline(setup.timeout_s)
+            offered = {offer.rank: offer for offer in setup.offers}
+            if set(offered) != set(plan):
+                raise PlanMismatch(f"the plan needs trainer ranks {sorted(plan)}, offers came from {sorted(offered)}")
+            for rank, copies in plan.items():
+                transport = registry().get(offered[rank].transport)
+                with self._ends_lock:
+                    self._ends.append(transport.worker_end(offered[rank].data, copies))
+            for end in self._ends:
+                end.connect(deadline)
+            self.link.send(Ready(epoch=setup.epoch, plan_digest=plan_digest(plan)))
+        except Exception as error:  # noqa: BLE001 - the trainer is told by name; an exception here would only end this thread
+            self._close_ends()
+            self.send_failure(RoundId(epoch=setup.epoch, round=0), "setup", error)
+
+    def _begin(self, begin: Begin) -> None:
+        id = RoundId(epoch=begin.epoch, round=begin.round)
+        if not self.round.begin(id):
+            logger.info("round %d.%d is stale, the present one is %s", begin.epoch, begin.round, self.round.id)
+            return
+        if self.mode == "in_place":
+            return
+        try:
+            nbytes, transfer_s = self.receive(self.target.memory(), Deadline(begin.timeout_s))
+            start = time.perf_counter()
+            digest = self._digest.of(self.target.memory())
+            digest_s = time.perf_counter() - start
+            if self.round.staged(id):
+                self._send_staged(id, digest, nbytes, transfer_s, digest_s)
+        except Exception as error:  # noqa: BLE001 - as above: whatever fails here is the trainer's to know
+            if self.round.abort(id, str(error)):
+                self.send_failure(id, "transfer", error)
+
+    def _send_staged(self, id: RoundId, digest: int, nbytes: int, transfer_s: float, digest_s: float) -> None:
+        rate = nbytes / max(transfer_s, 1e-9) / 1e9
+        logger.info("round %d.%d staged: %d bytes in %.3f s, %.2f GB/s", id.epoch, id.round, nbytes, transfer_s, rate)
+        self.link.send(
+            Staged(
+                epoch=id.epoch, round=id.round, digest=digest, nbytes=nbytes, transfer_s=transfer_s, digest_s=digest_s
+            )
+        )
+
+    # -- shared with the Receiver
+
+    def receive(self, memory: Memory, deadline: Deadline) -> tuple[int, float]:
+        """Receive from all trainer ranks at once; returns bytes and seconds."""
+        if not self._ends:
+            raise StateError("no epoch is set up", hint="The trainer has to connect again")
+        start = time.perf_counter()
+        with self._ends_lock:
+            self._receiving = True
+        try:
+            if len(self._ends) == 1:
+                nbytes = self._ends[0].receive(memory, deadline)
+            else:
+                with ThreadPoolExecutor(len(self._ends)) as pool:
+                    nbytes = sum(pool.map(lambda end: end.receive(memory, deadline), self._ends))
+        finally:
+            with self._ends_lock:
+                self._receiving = False
+        return nbytes, time.perf_counter() - start
+
+    def digest_of(self, memory: Memory) -> int:
+        """Digest of all landings in a memory of this session's layout."""
+        return self._digest.of(memory)
+
+    def run_later(self, task: Callable[[], None]) -> None:
+        """Queue work for the session's thread."""
+        self._tasks.put(task)
+
+    def send(self, message: Message) -> None:
+        self.link.send(message)
+
+    def send_failure(self, id: RoundId, phase: str, error: BaseException, *, dirty: bool = False) -> None:
+        """Tell the trainer by name; errors that are not weightcast's own travel with their class in the text."""
+        if isinstance(error, WeightcastError):
+            kind, text = type(error).__name__, error.message
+        else:
+            kind, text = "TransportError", f"{type(error).__name__}: {error}"
+        level = logging.INFO if isinstance(error, WeightcastError) else logging.ERROR
+        logger.log(
+            level, "round %d.%d failed in %s: %s", id.epoch, id.round, phase, text, exc_info=level >= logging.ERROR
+        )
+        self.send(Failed(epoch=id.epoch, round=id.round, phase=phase, kind=kind, message=text, dirty=dirty))
+
+    def _close_ends(self) -> None:
+        with self._ends_lock:
+            ends, self._ends = self._ends, []
+        for end in ends:
+            end.close()
+
+    def close(self, reason: str = "the engine leaves") -> None:
+        """Leave the trainer and free transports and shadow; idempotent."""
+        self.lost = self.lost or reason
+        self.round.abort_any(reason)
+        self._abort_transfer()
+        self.link.close(reason)
+        self._tasks.put(None)
+        self._thread.join(5.0)

@@ -1,0 +1,66 @@
+"""EngineClient: what a Publisher asks of an engine beside the control channel. No engine is imported."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from weightcast.deadline import Deadline
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommitOrder:
+    """Make round (epoch, round) live as ``version``; ``pause`` is how requests in flight are treated meanwhile."""
+
+    epoch: int
+    round: int
+    version: str
+    pause: str = "keep"
+    clear_cache: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommitReply:
+    """What the engine measured, in seconds by phase ("pause", "apply", "resume")."""
+
+    phases: Mapping[str, float] = field(default_factory=dict)
+
+
+class EngineClient(ABC):
+    """One engine. Every call ends by its deadline; an error of the engine comes back as the named weightcast error.
+
+    Nothing is retried blindly: a call that may have had an effect is repeated only by the round that fences it.
+    """
+
+    name: str
+    kind: str
+    host: str
+    """Where the engine is, as this process sees it; the trainer's address is chosen by it."""
+
+    @abstractmethod
+    def world_size(self, deadline: Deadline) -> int:
+        """How many workers will join."""
+
+    @abstractmethod
+    def init(self, init_info: Mapping[str, Any], deadline: Deadline) -> None:
+        """Have all workers join; returns when they did."""
+
+    @abstractmethod
+    def commit(self, order: CommitOrder, deadline: Deadline) -> CommitReply: ...
+
+    @abstractmethod
+    def rollback(self, epoch: int, round: int, deadline: Deadline) -> None: ...
+
+    @abstractmethod
+    def status(self, deadline: Deadline) -> Mapping[str, Any]:
+        """At least ``weight_version``, ``digest`` (str or None), ``dirty``, ``ready``."""
+
+    @abstractmethod
+    def shutdown(self, deadline: Deadline) -> None:
+        """Have the engine leave the trainer."""
+
+    def close(self) -> None:
+        """Free the client; the engine is not touched."""
+        return

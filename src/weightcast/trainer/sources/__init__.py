@@ -1,0 +1,43 @@
+"""Sources: a module, a state dict, a safetensors checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from weightcast.errors import InvalidInput
+from weightcast.trainer.sources.base import Source
+from weightcast.trainer.sources.module import ModuleSource, checkpoint_tensors
+from weightcast.trainer.sources.safetensors import SafetensorsSource
+from weightcast.trainer.sources.state_dict import StateDictSource
+
+SourceLike = Source | nn.Module | Mapping[str, torch.Tensor] | str | Path
+
+
+def make_source(source: SourceLike, *, dtype: torch.dtype | None = None) -> Source:
+    """A Source for what a user has; ``dtype`` casts floating-point tensors on the way (modules and state dicts)."""
+    if isinstance(source, Source):
+        return source
+    if isinstance(source, nn.Module):
+        return ModuleSource(source, dtype=dtype)
+    if isinstance(source, Mapping):
+        return StateDictSource(source, dtype=dtype)
+    if isinstance(source, str | Path):
+        return SafetensorsSource(source)
+    raise InvalidInput(
+        f"cannot publish a {type(source).__name__}; give a module, a state dict or a checkpoint folder", field="source"
+    )
+
+
+__all__ = [
+    "ModuleSource",
+    "SafetensorsSource",
+    "Source",
+    "SourceLike",
+    "StateDictSource",
+    "checkpoint_tensors",
+    "make_source",
+]

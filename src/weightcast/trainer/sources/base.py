@@ -1,0 +1,51 @@
+"""Source: where the trainer's weights come from, as a manifest, holdings and memory."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+
+from weightcast.layout import Layout
+from weightcast.manifest import Manifest
+from weightcast.memory import Memory
+
+
+class Source(ABC):
+    """The trainer's half of a plan. ``manifest``, ``layout`` and ``memory`` are fixed once a Publisher is connected."""
+
+    manifest: Manifest
+    layout: Layout
+    """Holdings of the manifest's tensors in ``memory``."""
+    memory: Memory
+    device: torch.device
+
+    def consolidate(self) -> None:
+        """Lay all storages side by side in one arena, where the source can move its tensors; otherwise nothing."""
+        return
+
+    @abstractmethod
+    def rebind(self, memory: Memory) -> None:
+        """Continue on another memory that holds the same bytes; tensors of the user follow where they are moved."""
+
+    @abstractmethod
+    def refresh(self) -> None:
+        """Make ``memory`` hold the values to publish now. Called at the start of each round; raises StateError when the
+        user's tensors are not what they were at connect."""
+
+    def close(self) -> None:
+        """Free what the source made. Tensors of the user stay valid."""
+        return
+
+
+def device_of(tensors: list[torch.Tensor]) -> torch.device:
+    """The one device all tensors are on, CPU when there are none."""
+    devices = {tensor.device for tensor in tensors}
+    if len(devices) > 1:
+        from weightcast.errors import Unsupported
+
+        raise Unsupported(
+            f"weights on several devices in one process: {sorted(map(str, devices))}",
+            hint="Run one trainer rank per device",
+        )
+    return devices.pop() if devices else torch.device("cpu")

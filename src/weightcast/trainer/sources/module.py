@@ -1,0 +1,180 @@
+"""ModuleSource: publish an nn.Module's parameters and persistent buffers from where they are."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from weightcast.dtypes import dtype_of, name_of
+from weightcast.errors import InvalidInput, StateError, Unsupported
+from weightcast.layout import Layout, Placement, Region
+from weightcast.manifest import Manifest, TensorSpec, align
+from weightcast.memory import Memory, bytes_of
+from weightcast.trainer.sources.base import Source, device_of
+
+
+def checkpoint_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Checkpoint names to tensors that share memory with the module.
+
+    For a transformers model the names are those of its Hugging Face checkpoints: what it fused while loading (experts)
+    is shown as views of the fused parameters. Raises Unsupported where a checkpoint tensor is not a view of anything.
+    """
+    state: dict[str, torch.Tensor] = {
+        name: value for name, value in module.state_dict().items() if isinstance(value, torch.Tensor)
+    }
+    modeling = sys.modules.get("transformers.modeling_utils")
+    if modeling is None or not isinstance(module, modeling.PreTrainedModel):
+        return state
+    from transformers.core_model_loading import revert_weight_conversion
+
+    known = {value.untyped_storage().data_ptr() for value in state.values()}
+    reverted: dict[str, torch.Tensor] = revert_weight_conversion(module, dict(state))
+    for name, value in reverted.items():
+        if value.numel() and value.untyped_storage().data_ptr() not in known:
+            raise Unsupported(
+                f"checkpoint tensor {name!r} is computed from the module's parameters, not a view of one",
+                hint="Publish a state dict in checkpoint form instead",
+            )
+    return reverted
+
+
+class ModuleSource(Source):
+    """Reads parameters in place: nothing is copied or gathered before a transport takes the bytes.
+
+    ``dtype``: publish floating-point tensors in this type (fp32 masters as bf16, say); they are cast on the way. With shared
+    memory the parameters are moved into it once: ``param.data`` is rebound, Parameter objects stay, optimizers notice
+    nothing. ``names`` maps checkpoint names to tensors for modules whose own names are not the checkpoint's.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        dtype: torch.dtype | None = None,
+        names: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        self._module = module
+        tensors = dict(names) if names is not None else checkpoint_tensors(module)
+        if not tensors:
+            raise InvalidInput("the module has no parameters", field="source")
+        check_kinds(tensors)
+        self.device = device_of(list(tensors.values()))
+        self.manifest = Manifest.of(
+            TensorSpec(name=name, dtype=published_dtype(value.dtype, dtype), shape=tuple(value.shape))
+            for name, value in tensors.items()
+        )
+        storages: dict[int, torch.Tensor] = {}
+        numbers: dict[int, int] = {}
+        placements = []
+        for name, value in tensors.items():
+            key = value.untyped_storage().data_ptr() if value.numel() else 0
+            if key not in numbers:
+                numbers[key] = len(storages)
+                storages[len(storages)] = bytes_of(value)
+            placements.append(_placement(self.manifest[name], value, numbers[key]))
+        self.memory = Memory(list(storages.values()))
+        self.layout = Layout(
+            placements=tuple(placements), storage_nbytes=tuple(s.numel() for s in self.memory.storages)
+        )
+        self._bound = self._find_bound(numbers)
+        self._addresses = self._current_addresses()
+
+    def _find_bound(self, numbers: dict[int, int]) -> list[tuple[torch.Tensor, int]]:
+        """Parameters and buffers that lie in the published storages, with the storage's number."""
+        found = []
+        for value in [*self._module.parameters(), *self._module.buffers()]:
+            number = numbers.get(value.untyped_storage().data_ptr()) if value.numel() else None
+            if number is not None:
+                found.append((value, number))
+        return found
+
+    def _current_addresses(self) -> list[int]:
+        return [value.data_ptr() for value, _ in self._bound]
+
+    def consolidate(self) -> None:
+        starts, end = [], 0
+        for storage in self.memory.storages:
+            starts.append(end)
+            end = align(end + storage.numel())
+        arena = torch.zeros(end, dtype=torch.uint8, device=self.device)
+        for start, storage in zip(starts, self.memory.storages, strict=True):
+            arena[start : start + storage.numel()].copy_(storage)
+        placements = []
+        for placement in self.layout.placements:
+            shift = starts[placement.storage] // dtype_of(placement.dtype).itemsize
+            placements.append(
+                Placement(
+                    region=placement.region,
+                    dtype=placement.dtype,
+                    storage=0,
+                    offset=placement.offset + shift,
+                    strides=placement.strides,
+                )
+            )
+        memory = Memory([arena], is_arena=self._is_covered())
+        self._move([(arena, start) for start in starts])
+        self._bound = [(value, 0) for value, _ in self._bound]
+        self.memory = memory
+        self.layout = Layout(placements=tuple(placements), storage_nbytes=(end,))
+
+    def _is_covered(self) -> bool:
+        """Whether published tensors fill their storages, so that nothing but padding lies between them in an arena."""
+        filled: dict[int, dict[int, int]] = {}
+        for placement in self.layout.placements:
+            itemsize = dtype_of(placement.dtype).itemsize
+            spans = filled.setdefault(placement.storage, {})
+            spans[placement.offset * itemsize] = placement.region.numel * itemsize
+        sizes = self.layout.storage_nbytes
+        return all(sum(spans.values()) == sizes[number] for number, spans in filled.items())
+
+    def rebind(self, memory: Memory) -> None:
+        if tuple(s.numel() for s in memory.storages) != self.layout.storage_nbytes:
+            raise InvalidInput("the new memory has other storages than the old one")
+        self._move([(storage, 0) for storage in memory.storages])
+        self.memory = memory
+
+    @torch.no_grad()
+    def _move(self, targets: list[tuple[torch.Tensor, int]]) -> None:
+        """Point every bound tensor at its place in the target of its storage's number."""
+        for value, number in self._bound:
+            flat, start = targets[number]
+            base = self.memory.storages[number].storage_offset()
+            offset = value.storage_offset() * value.element_size() - base + start + flat.storage_offset()
+            moved = torch.empty(0, dtype=value.dtype, device=value.device)
+            moved.set_(flat.untyped_storage(), offset // value.element_size(), value.size(), value.stride())
+            value.data = moved
+        self._addresses = self._current_addresses()
+
+    def refresh(self) -> None:
+        if self._current_addresses() != self._addresses:
+            raise StateError(
+                "parameters of the module were moved since connect()",
+                hint="Do not call .to() or replace .data of a published module; connect again",
+            )
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+
+
+def published_dtype(held: torch.dtype, wanted: torch.dtype | None) -> str:
+    return name_of(wanted if wanted is not None and held.is_floating_point else held)
+
+
+def check_kinds(tensors: Mapping[str, torch.Tensor]) -> None:
+    for name, value in tensors.items():
+        if type(value).__name__ == "DTensor" or hasattr(value, "placements"):
+            raise Unsupported(f"{name!r} is a DTensor", hint="Publish full tensors: state_dict with full_tensor()")
+        if value.is_meta or value.is_sparse or value.is_quantized or value.layout is not torch.strided:
+            raise Unsupported(f"{name!r} is not a plain dense tensor ({value.layout}, {value.device})")
+
+
+def _placement(spec: TensorSpec, value: torch.Tensor, storage: int) -> Placement:
+    return Placement(
+        region=Region.whole(spec),
+        dtype=name_of(value.dtype),
+        storage=storage,
+        offset=int(value.storage_offset()) if value.numel() else 0,
+        strides=tuple(value.stride()),
+    )

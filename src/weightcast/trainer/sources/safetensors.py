@@ -1,0 +1,144 @@
+"""SafetensorsSource: publish a checkpoint folder straight from its files, which are mapped and never read as a whole.
+
+Format of a file (github.com/huggingface/safetensors, "Format"): 8 bytes little-endian header size, a JSON object of that
+size that maps names to {"dtype", "shape", "data_offsets": [begin, end] after the header}, then the data.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from weightcast.dtypes import itemsize_of
+from weightcast.errors import InvalidInput, StateError
+from weightcast.layout import Layout, Placement, Region, contiguous_strides
+from weightcast.manifest import Manifest, TensorSpec
+from weightcast.memory import FileSpan, Memory
+from weightcast.trainer.sources.base import Source
+
+MAX_HEADER_NBYTES = 100 * 2**20
+
+_DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U64": "uint64",
+    "U32": "uint32",
+    "U16": "uint16",
+    "U8": "uint8",
+    "BOOL": "bool",
+    "C64": "complex64",
+}
+
+
+class _Entry(msgspec.Struct, frozen=True):
+    dtype: str
+    shape: tuple[int, ...]
+    data_offsets: tuple[int, int]
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint folder, as its index lists them or as they lie there."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        return [folder / name for name in names]
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise InvalidInput(f"{folder} holds no safetensors files", field="checkpoint")
+    return files
+
+
+def read_header(path: Path) -> tuple[dict[str, _Entry], int]:
+    """Entries of one file and where its data begins; raises InvalidInput for anything that is not the format."""
+    nbytes = path.stat().st_size
+    with path.open("rb") as file:
+        header_nbytes = int.from_bytes(file.read(8), "little")
+        if not 2 <= header_nbytes <= min(MAX_HEADER_NBYTES, nbytes - 8):
+            raise InvalidInput(f"{path} is not a safetensors file", field="checkpoint")
+        try:
+            header: dict[str, Any] = msgspec.json.decode(file.read(header_nbytes), type=dict[str, Any])
+            header.pop("__metadata__", None)
+            entries = msgspec.convert(header, dict[str, _Entry])
+        except msgspec.DecodeError as error:
+            raise InvalidInput(f"{path}: bad safetensors header: {error}", field="checkpoint") from None
+    start = 8 + header_nbytes
+    for name, entry in entries.items():
+        begin, end = entry.data_offsets
+        if entry.dtype not in _DTYPES or not 0 <= begin <= end or start + end > nbytes:
+            raise InvalidInput(f"{path}: tensor {name!r} has dtype {entry.dtype} and lies at {begin}..{end}")
+    return entries, start
+
+
+class SafetensorsSource(Source):
+    """Holdings are read-only maps of the files, one storage a file; memory use is what the page cache keeps.
+
+    Tensors that do not start at a multiple of their element size in the file are copied (the format allows it).
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.device = torch.device("cpu")
+        specs: list[TensorSpec] = []
+        placements: list[Placement] = []
+        storages: list[torch.Tensor] = []
+        files: list[FileSpan | None] = []
+        for path in checkpoint_files(self.folder):
+            entries, start = read_header(path)
+            nbytes = path.stat().st_size
+            number = len(storages)
+            mapped = torch.UntypedStorage.from_file(str(path), False, nbytes)
+            storages.append(torch.empty(0, dtype=torch.uint8).set_(mapped))  # type: ignore[arg-type]
+            files.append(FileSpan(path=str(path.resolve()), offset=0))
+            for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
+                spec = TensorSpec(name=name, dtype=_DTYPES[entry.dtype], shape=entry.shape)
+                begin, end = (start + offset for offset in entry.data_offsets)
+                if end - begin != spec.nbytes:
+                    raise InvalidInput(
+                        f"{path}: tensor {name!r} has {end - begin} bytes, its shape needs {spec.nbytes}"
+                    )
+                specs.append(spec)
+                storage, offset = number, begin
+                if begin % itemsize_of(spec.dtype):
+                    storages.append(storages[number][begin:end].clone())
+                    files.append(None)
+                    storage, offset = len(storages) - 1, 0
+                placements.append(_placed(spec, storage, offset))
+            self._stamp = _stamp(self.folder)
+        self.manifest = Manifest.of(specs)
+        self.memory = Memory(storages, files=files)
+        self.layout = Layout(placements=tuple(placements), storage_nbytes=tuple(s.numel() for s in storages))
+
+    def rebind(self, memory: Memory) -> None:
+        self.memory = memory
+
+    def refresh(self) -> None:
+        if _stamp(self.folder) != self._stamp:
+            raise StateError(f"the files of {self.folder} changed since connect()", hint="Connect again")
+
+
+def _placed(spec: TensorSpec, storage: int, offset_nbytes: int) -> Placement:
+    return Placement(
+        region=Region.whole(spec),
+        dtype=spec.dtype,
+        storage=storage,
+        offset=offset_nbytes // itemsize_of(spec.dtype),
+        strides=contiguous_strides(spec.shape),
+    )
+
+
+def _stamp(folder: Path) -> list[tuple[str, int, int]]:
+    stats = [(path, path.stat()) for path in checkpoint_files(folder)]
+    return [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats]

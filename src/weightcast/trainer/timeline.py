@@ -1,0 +1,36 @@
+"""Timeline: when the phases of one round began and how long they took."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from weightcast.report.model import Phase
+
+
+class Timeline:
+    """Collects phases relative to its making."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._phases: list[Phase] = []
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time the body, also when it raises."""
+        began = self.elapsed_s()
+        try:
+            yield
+        finally:
+            self._phases.append(Phase(name=name, start_s=began, seconds=self.elapsed_s() - began))
+
+    def add(self, name: str, start_s: float, seconds: float) -> None:
+        self._phases.append(Phase(name=name, start_s=start_s, seconds=seconds))
+
+    def elapsed_s(self) -> float:
+        return time.perf_counter() - self._start
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        return tuple(sorted(self._phases, key=lambda phase: phase.start_s))

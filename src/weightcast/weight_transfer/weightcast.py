@@ -1,0 +1,120 @@
+"""The default backend: a Receiver behind the contract that vLLM's engines use.
+
+``update_weights`` carries what the trainer wants done between two steps: make round (epoch, round) live, or take it back. The
+bytes themselves travel beside the engine, before or inside that call, as the mode says.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from weightcast.control.link import JoinInfo
+from weightcast.deadline import Deadline
+from weightcast.errors import InvalidInput, StateError
+from weightcast.receiver.base import LiveModel
+from weightcast.receiver.receiver import Receiver
+from weightcast.round import RoundId
+from weightcast.weight_transfer.base import InitInfo, UpdateInfo, WeightTransferEngine, WorkerRank
+from weightcast.weight_transfer.config import WeightTransferConfig
+
+
+class WeightcastInitInfo(InitInfo, kw_only=True, forbid_unknown_fields=True):
+    """How to reach the trainer; see control.link.JoinInfo for the fields."""
+
+    address: str
+    public_key: str
+    ticket: str
+    engine: str
+    timeout_s: float = 60.0
+    takeover: bool = False
+
+    def __post_init__(self) -> None:
+        self.join_info()
+
+    def join_info(self) -> JoinInfo:
+        return JoinInfo(
+            address=self.address,
+            public_key=self.public_key,
+            ticket=self.ticket,
+            engine=self.engine,
+            timeout_s=self.timeout_s,
+            takeover=self.takeover,
+        )
+
+
+class WeightcastUpdateInfo(UpdateInfo, kw_only=True, forbid_unknown_fields=True):
+    """Which round to make live ("commit") or to take back ("rollback")."""
+
+    epoch: int
+    round: int
+    action: Literal["commit", "rollback"] = "commit"
+    version: str = ""
+    timeout_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        if self.epoch < 0 or self.round < 0:
+            raise InvalidInput("epoch and round are not negative", field="round")
+        if not 0 < self.timeout_s <= 86400:
+            raise InvalidInput("timeout_s is between 0 and 86400 seconds", field="timeout_s")
+
+
+class WeightcastEngine(WeightTransferEngine[WeightcastInitInfo, WeightcastUpdateInfo]):
+    """One worker's Receiver behind the five calls."""
+
+    init_info_cls = WeightcastInitInfo
+    update_info_cls = WeightcastUpdateInfo
+
+    def __init__(self, config: WeightTransferConfig, model: LiveModel, worker: WorkerRank) -> None:
+        super().__init__(config, model, worker)
+        self.receiver = Receiver(model, rank=worker.rank, world_size=worker.world_size, mode=config.mode)
+        self._open = False
+        self._label: str | None = None
+
+    def init_transfer_engine(self, init_info: WeightcastInitInfo) -> None:
+        if self._open:
+            raise StateError("a weight update is open", hint="Finish it first")
+        self.receiver.join(init_info.join_info())
+
+    def start_weight_update(self) -> None:
+        if not self.receiver.joined:
+            raise StateError("no trainer is connected", hint="Call init_weight_transfer_engine first")
+        if self._open:
+            raise StateError("a weight update is open already", hint="Call finish_weight_update first")
+        self._open = True
+
+    def update_weights(self, update_info: WeightcastUpdateInfo) -> None:
+        if not self._open:
+            raise StateError("no weight update is open", hint="Call start_weight_update first")
+        id = RoundId(epoch=update_info.epoch, round=update_info.round)
+        try:
+            if update_info.action == "commit":
+                self.receiver.commit(id, Deadline(update_info.timeout_s))
+            else:
+                self.receiver.rollback(id)
+        except Exception:
+            self._open = False
+            raise
+        self._label = None
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        if not self._open:
+            raise StateError("no weight update is open", hint="Call start_weight_update first")
+        self._open = False
+        self._label = weight_version or self._label
+
+    def shutdown(self) -> None:
+        self._open = False
+        self.receiver.leave()
+
+    @property
+    def weight_version(self) -> str:
+        return self._label or self.receiver.version
+
+    @property
+    def dirty(self) -> bool:
+        return self.receiver.dirty
+
+    @property
+    def digest(self) -> str:
+        """Hex digest of the content that is live, as published; empty before the first sync."""
+        return self.receiver.content
