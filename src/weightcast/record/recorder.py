@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only
 
 from weightcast.dtypes import name_of
 from weightcast.errors import Unsupported
@@ -34,7 +33,7 @@ class LiveStorages:
         self._by_address: dict[int, list[tuple[int, int, int]]] = {}
         for number, flat in enumerate(memory.storages):
             if flat.numel():
-                start = flat.storage_offset()
+                start = int(flat.storage_offset())
                 span = (number, start, start + flat.numel())
                 self._by_address.setdefault(flat.untyped_storage().data_ptr(), []).append(span)
 
@@ -42,18 +41,18 @@ class LiveStorages:
         """Storage number of a live view and its byte offset in it; None for a tensor that is not live."""
         if isinstance(tensor, RecordingTensor) or tensor.device.type == "meta" or not tensor.numel():
             return None
-        first = tensor.storage_offset() * tensor.itemsize
+        first = int(tensor.storage_offset()) * tensor.itemsize
         for number, start, end in self._by_address.get(tensor.untyped_storage().data_ptr(), ()):
             if start <= first < end:
                 return number, first - start
         return None
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows one run of a loader; the results are in ``landings``, ``loader_writes``, ``reasons`` and ``foreign``."""
 
     def __init__(self, memory: Memory) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.landings: list[Placement] = []
         self.reasons: dict[str, str] = {}
         """Why a checkpoint tensor has no direct landing."""
@@ -65,29 +64,29 @@ class Recorder(TorchDispatchMode):
         self._replacing = _ReplacingData(self)
 
     def __enter__(self) -> Recorder:
-        super().__enter__()
-        self._replacing.__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
+        self._replacing.__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._replacing.__exit__(kind, error, trace)
-        super().__exit__(kind, error, trace)
+        self._replacing.__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
+        super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
 
     def spoil(self, names: set[str], reason: str) -> None:
         """Note that checkpoint tensors go through the loader; the first reason is kept."""
         for name in names:
             self.reasons.setdefault(name, reason)
 
-    def keeps_place(self, target: torch.Tensor, sources: Sequence[Any]) -> bool:
-        """Whether ``target.data = source`` or ``target.set_(source)`` must not happen; notes it."""
-        names = [source.base.names for source in sources if isinstance(source, RecordingTensor)]
+    def keeps_place(self, target: torch.Tensor, source: torch.Tensor) -> bool:
+        """Whether ``target.data = source`` must not happen; notes it."""
+        names = source.base.names if isinstance(source, RecordingTensor) else set()
         place = self._live.find(target)
         if names:
-            self.spoil(set().union(*names), "replaces a parameter's storage instead of filling it")
+            self.spoil(names, "replaces a parameter's storage instead of filling it")
         if place is not None:
-            self._note_write(target, place, "its storage is replaced", set().union(*names))
+            self._note_write(target, place, "its storage is replaced", names)
         return bool(names) or place is not None
 
     def __torch_dispatch__(
@@ -101,7 +100,7 @@ class Recorder(TorchDispatchMode):
                 for target, source in zip(args[0], args[1], strict=True):
                     self._copy(target, source)
                 return None
-            recorded = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, RecordingTensor)]
+            recorded = _recorded((*args, *kwargs.values()))
             if func._schema.is_mutable:
                 return self._mutate(func, args, kwargs, recorded)
             if not recorded:
@@ -114,8 +113,9 @@ class Recorder(TorchDispatchMode):
             self._overwrite(target, [source] if isinstance(source, RecordingTensor) else [], "copy_")
         elif not isinstance(source, RecordingTensor):
             if place is None:
-                return _aten.copy_.default(target, source)
-            self._note_write(target, place, "copy_ of values that come from no checkpoint tensor", set())
+                _aten.copy_.default(target, source)
+            else:
+                self._note_write(target, place, "copy_ of values that come from no checkpoint tensor", set())
         elif place is None:
             if target.numel():
                 self.spoil(
@@ -193,7 +193,9 @@ class Recorder(TorchDispatchMode):
         outputs = self._on_meta(func, args, kwargs, recorded)
         by_storage = {tensor.meta.untyped_storage()._cdata: tensor for tensor in recorded}
 
-        def wrap(output: torch.Tensor) -> RecordingTensor:
+        def wrap(output: Any) -> Any:
+            if not isinstance(output, torch.Tensor):
+                return output
             source = by_storage.get(output.untyped_storage()._cdata)
             if source is not None and output.dtype == source.dtype:
                 return RecordingTensor(source.base, output, device)
@@ -204,7 +206,7 @@ class Recorder(TorchDispatchMode):
             self.spoil(names, f"used by {func.__name__}")
             return spoiled(names, output, device)
 
-        return tree_map_only(torch.Tensor, wrap, outputs)
+        return _mapped(wrap, outputs)
 
     def _stand_in(self, func: Any, recorded: list[RecordingTensor]) -> bool | int | float:
         """A number instead of a value that nobody knows; nothing computed from it reaches live memory."""
@@ -217,7 +219,8 @@ class Recorder(TorchDispatchMode):
     def _on_meta(
         self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], recorded: list[RecordingTensor]
     ) -> Any:
-        meta_args, meta_kwargs = tree_map_only(torch.Tensor, _as_meta, (tuple(args), dict(kwargs)))
+        meta_args = [_mapped(_as_meta, argument) for argument in args]
+        meta_kwargs = {name: _mapped(_as_meta, argument) for name, argument in kwargs.items()}
         if meta_kwargs.get("device") is not None:
             meta_kwargs["device"] = torch.device("meta")
         if func is _aten._to_copy.default:
@@ -233,7 +236,7 @@ class Recorder(TorchDispatchMode):
 
 
 class _ReplacingData(TorchFunctionMode):
-    """Catches ``parameter.data = recording tensor`` and ``set_``: they would move the live parameter elsewhere."""
+    """Catches ``parameter.data = tensor``, which no dispatch mode sees: it would move the live parameter elsewhere."""
 
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
@@ -242,18 +245,39 @@ class _ReplacingData(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        if func in _REPLACING and self._recorder.keeps_place(args[0], args[1:]):
+        if func == _SET_DATA and self._recorder.keeps_place(args[0], args[1]):
             return args[0]
         return func(*args, **(kwargs or {}))
 
 
-_REPLACING = {torch.Tensor.data.__set__, torch.Tensor.set_}  # type: ignore[attr-defined]
+# Each access makes a new wrapper: compare with ==, never with `is`.
+_SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 
 
-def _as_meta(tensor: torch.Tensor) -> torch.Tensor:
-    if isinstance(tensor, RecordingTensor):
-        return tensor.meta
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+def _recorded(values: Sequence[Any]) -> list[RecordingTensor]:
+    """The recording tensors among arguments; operations nest them in lists at most once."""
+    found = []
+    for value in values:
+        if isinstance(value, RecordingTensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += [item for item in value if isinstance(item, RecordingTensor)]
+    return found
+
+
+def _mapped(function: Callable[[Any], Any], value: Any) -> Any:
+    """Apply ``function`` to a value, or to the members of a list or tuple; operations nest no deeper."""
+    if isinstance(value, list | tuple):
+        return type(value)(function(item) for item in value)
+    return function(value)
+
+
+def _as_meta(value: Any) -> Any:
+    if isinstance(value, RecordingTensor):
+        return value.meta
+    if isinstance(value, torch.Tensor):
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+    return value
 
 
 def _device_of(kwargs: Mapping[str, Any], recorded: list[RecordingTensor]) -> torch.device:

@@ -12,7 +12,7 @@ import torch
 from weightcast.dtypes import dtype_of
 from weightcast.errors import LoadError, WeightcastError
 from weightcast.layout import Layout, Placement
-from weightcast.manifest import Manifest
+from weightcast.manifest import Manifest, TensorSpec
 from weightcast.memory import Memory, bytes_of
 from weightcast.record.coverage import overlapping, unwritten_runs
 from weightcast.record.recorder import Recorder
@@ -82,9 +82,10 @@ def record_layout(
     memory = live if isinstance(live, Memory) else live_memory(live)
     recorder = Recorder(memory)
     taken: list[str] = []
+    tensors = [_tensor(spec, torch.device(device)) for spec in manifest.tensors]
     try:
         with torch.no_grad(), recorder:
-            load(_tensors(manifest, torch.device(device), taken))
+            load(_named(manifest, tensors, taken))
     except WeightcastError:
         raise
     except Exception as error:
@@ -94,11 +95,16 @@ def record_layout(
     return _recording(manifest, memory, recorder)
 
 
-def _tensors(manifest: Manifest, device: torch.device, taken: list[str]) -> Iterator[tuple[str, RecordingTensor]]:
-    for spec in manifest.tensors:
+def _tensor(spec: TensorSpec, device: torch.device) -> RecordingTensor:
+    return whole(spec, torch.empty(spec.shape, dtype=dtype_of(spec.dtype), device="meta"), device)
+
+
+def _named(
+    manifest: Manifest, tensors: list[RecordingTensor], taken: list[str]
+) -> Iterator[tuple[str, RecordingTensor]]:
+    for spec, tensor in zip(manifest.tensors, tensors, strict=True):
         taken.append(spec.name)
-        meta = torch.empty(spec.shape, dtype=dtype_of(spec.dtype), device="meta")
-        yield spec.name, whole(spec, meta, device)
+        yield spec.name, tensor
 
 
 def _recording(manifest: Manifest, memory: Memory, recorder: Recorder) -> Recording:

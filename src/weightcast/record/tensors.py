@@ -64,10 +64,13 @@ class RecordingTensor(torch.Tensor):
 
     base: Base
     meta: torch.Tensor
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, base: Base, meta: torch.Tensor, device: torch.device) -> RecordingTensor:
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False):  # views of normal tensors must be normal tensors, even there
+                return cls(base, meta, device)
         tensor: RecordingTensor = torch.Tensor._make_wrapper_subclass(
             cls,
             meta.shape,
@@ -99,11 +102,13 @@ class RecordingTensor(torch.Tensor):
             hint="Recording needs a loader that fills the live parameters in place",
         )
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"RecordingTensor({', '.join(sorted(self.base.names))}, shape={tuple(self.shape)}, dtype={self.dtype})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+    def __torch_dispatch__(  # type: ignore[override]  # the stub lacks the classmethod
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> NoReturn:
         raise Unsupported(
             f"{func} on a recording tensor outside of its recording",
             hint="The loader keeps tensors after it returned, or works on other threads; load through the loader instead",
@@ -152,7 +157,7 @@ def sources_of(tensor: View, walks: list[Walk], target: int, dtype: torch.dtype)
         raise Untraceable("its values were changed on the way")
     if tensor.base.cast and tensor.meta.dtype != dtype:
         raise Untraceable(f"it was cast to {tensor.meta.dtype} before it was cast to {dtype}")
-    yield from _sources(tensor.base, tensor.meta.storage_offset(), walks, target)
+    yield from _sources(tensor.base, int(tensor.meta.storage_offset()), walks, target)
 
 
 def _sources(base: Base, offset: int, walks: list[Walk], target: int) -> Iterator[Source]:
@@ -166,7 +171,7 @@ def _sources(base: Base, offset: int, walks: list[Walk], target: int) -> Iterato
 def _through_pieces(base: Base, box: Box) -> Iterator[Source]:
     """Follow one box of an assembled base into the pieces that it cuts."""
     if not box.offsets:
-        yield from _sources(base.pieces[0].base, base.pieces[0].meta.storage_offset(), [], box.target)
+        yield from _sources(base.pieces[0].base, int(base.pieces[0].meta.storage_offset()), [], box.target)
         return
     dim = base.dim
     start, end = box.offsets[dim], box.offsets[dim] + box.sizes[dim]
@@ -179,7 +184,7 @@ def _through_pieces(base: Base, box: Box) -> Iterator[Source]:
             continue
         sizes, offsets = list(box.sizes), list(box.offsets)
         sizes[dim], offsets[dim] = high - low, low - at
-        offset = piece.storage_offset() + sum(o * s for o, s in zip(offsets, piece.stride(), strict=True))
+        offset = int(piece.storage_offset()) + sum(o * s for o, s in zip(offsets, piece.stride(), strict=True))
         walks = [Walk(*walk) for walk in zip(sizes, piece.stride(), box.target_strides, strict=True)]
         target = box.target + (low - start) * box.target_strides[dim]
         yield from _sources(base.pieces[number].base, offset, walks, target)

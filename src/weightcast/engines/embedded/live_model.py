@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
@@ -159,7 +160,7 @@ class EmbeddedModel(LiveModel):
 
 
 def _view(memory: Memory, slot: _Slot) -> torch.Tensor:
-    """The place of a slot in an arena as a tensor; slots without bytes keep theirs."""
+    """The place of a slot in an arena as a tensor."""
     tensor = slot.tensor
     sizes = tuple(tensor.shape)
     offset = slot.offset_nbytes // tensor.itemsize
@@ -174,18 +175,18 @@ def _slots_of(model: PreTrainedModel) -> list[_Slot]:
         if not isinstance(tensor, torch.Tensor):
             continue
         storage = tensor.untyped_storage().data_ptr()
-        first = tensor.storage_offset() * tensor.itemsize
+        first = int(tensor.storage_offset()) * tensor.itemsize
         key = (storage, first, tensor.dtype, tensor.shape, tensor.stride()) if tensor.numel() else (name,)
         slot = slots.setdefault(key, _Slot([], []))
         slot.names.append(name)
         if not any(tensor is known for known in slot.tensors):
             slot.tensors.append(tensor)
         if len(slot.names) == 1 and tensor.numel():
-            last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+            last = 1 + sum((n - 1) * int(s) for n, s in zip(tensor.shape, tensor.stride(), strict=True))
             ends.setdefault(storage, []).append((first, first + last * tensor.itemsize, name))
     for spans in ends.values():
         spans.sort()
-        for (_, end, name), (start, _, other) in zip(spans, spans[1:], strict=False):
+        for (_, end, name), (start, _, other) in itertools.pairwise(spans):
             if start < end:
                 raise Unsupported(f"{name} and {other} share some bytes but not all", hint="Clone one of them first")
     return list(slots.values())
