@@ -121,10 +121,16 @@ class InferenceEngine(Protocol):
     Errors: InvalidInput for bad arguments (nothing changes), StateError for the wrong moment, EngineError when the engine is gone.
     """
 
-    model_name: str
-    max_model_len: int
-    tokenizer: Any
-    """A transformers tokenizer."""
+    @property
+    def model_name(self) -> str: ...
+
+    @property
+    def max_model_len(self) -> int: ...
+
+    @property
+    def tokenizer(self) -> Any:
+        """A transformers tokenizer, or None: then only token ids go in and out."""
+        ...
 
     def generate(
         self, prompt: str | Sequence[int], sampling_params: SamplingParams, request_id: str | None = None

@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from weightcast.engines.base import CompletionOutput, RequestOutput, SamplingParams
-from weightcast.errors import EngineError, WeightcastError
+from weightcast.errors import EngineError, StateError, WeightcastError
 from weightcast.server import logprobs
 from weightcast.server.context import ServerContext
 from weightcast.server.fanout import Fanout, unless_disconnected
@@ -130,13 +130,20 @@ class Generator:
         )  # fmt: skip
 
     async def answer(self, http: Request, job: Job) -> Response:
-        """Generate and answer. A client that leaves aborts its request in the engine."""
+        """Generate and answer. A client that leaves aborts its request in the engine.
+
+        A moment that does not suit (a full queue, an engine that waits for weights) is 503 here: nothing was done, and
+        asking again later is right.
+        """
         status = await self._context.engine.status()
         if not status.ready:
             raise EngineError(f"not serving: {status.reason}", engine=job.model)
-        if job.request.stream:
-            return await self._stream(http, job)
-        return json_response(await unless_disconnected(http.receive, self._whole(job)))
+        try:
+            if job.request.stream:
+                return await self._stream(http, job)
+            return json_response(await unless_disconnected(http.receive, self._whole(job)))
+        except StateError as error:
+            raise RequestRefused(503, str(error), kind="StateError") from error
 
     async def _whole(self, job: Job) -> dict[str, Any]:
         with self._context.active.running(job.names, len(job.prompts)) as ids:

@@ -25,7 +25,9 @@ def completion_prompts(request: CompletionRequest, tokenizer: Any) -> list[Promp
         items = [[item for item in prompt if isinstance(item, int)]]
     else:
         items = [_item(item, index) for index, item in enumerate(prompt)]
-    if request.add_special_tokens is False:
+    if request.add_special_tokens is False and any(isinstance(item, str) for item in items):
+        if tokenizer is None:
+            raise InvalidInput("the served model has no tokenizer", field="prompt", hint="Send token ids")
         return [
             list(tokenizer.encode(item, add_special_tokens=False)) if isinstance(item, str) else item for item in items
         ]

@@ -1,0 +1,151 @@
+"""weightcast serve: a model behind OpenAI's and vLLM's routes, ready for new weights."""
+
+from __future__ import annotations
+
+import os
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from weightcast.cli.shared import TokenOption, reported_errors
+
+API_KEY_VARIABLE = "WEIGHTCAST_API_KEY"
+
+
+class LoadFormat(StrEnum):
+    """Where the first weights come from."""
+
+    auto = "auto"
+    dummy = "dummy"
+
+
+class LogLevel(StrEnum):
+    """What is written to standard error."""
+
+    debug = "debug"
+    info = "info"
+    warning = "warning"
+    error = "error"
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="Folder or hub name of the model.")],
+    host: Annotated[str, typer.Option(help="Address to bind; others than loopback need a token.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free port.")] = 8000,
+    token: TokenOption = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar=API_KEY_VARIABLE, help="Key for /v1.", show_default=False)
+    ] = None,
+    served_model_name: Annotated[str | None, typer.Option(help="Name in /v1/models.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Folder or hub name, if not beside the model.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or float64.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="torch device; the engine chooses without it.")] = None,
+    load_format: Annotated[LoadFormat, typer.Option(help="dummy: random weights.")] = LoadFormat.auto,
+    max_model_len: Annotated[int | None, typer.Option(min=1, help="Tokens of prompt and answer.")] = None,
+    max_num_seqs: Annotated[int | None, typer.Option(min=1, help="Sequences in one forward pass.")] = None,
+    max_num_batched_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens in one forward pass.")] = None,
+    kv_cache_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens whose keys and values fit.")] = None,
+    max_waiting: Annotated[int | None, typer.Option(min=1, help="Requests that may wait for a place.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of dummy weights and of unseeded requests.")] = 0,
+    num_threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch.")] = None,
+    wait_for_weights: Annotated[
+        bool, typer.Option("--wait-for-weights", help="Answer 503 until the first weights have come.")
+    ] = False,
+    weight_transfer_config: Annotated[
+        str | None, typer.Option(help='JSON, such as \'{"backend": "weightcast", "mode": "staged"}\'.')
+    ] = None,
+    max_body_mib: Annotated[int, typer.Option(min=1, help="Largest request body.")] = 64,
+    ready_file: Annotated[Path | None, typer.Option(help="Gets the URL once it listens.")] = None,
+    log_level: Annotated[LogLevel, typer.Option(help="What is logged.")] = LogLevel.info,
+) -> None:
+    """Serve MODEL over HTTP until SIGTERM or SIGINT."""
+    # Spinning OpenMP threads would take the cores from the trainer; torch reads this when it is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    given = {
+        "tokenizer": tokenizer,
+        "served_model_name": served_model_name,
+        "device": device,
+        "max_model_len": max_model_len,
+        "max_num_seqs": max_num_seqs,
+        "max_num_batched_tokens": max_num_batched_tokens,
+        "kv_cache_tokens": kv_cache_tokens,
+        "max_waiting": max_waiting,
+        "num_threads": num_threads,
+    }
+    arguments: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    arguments |= {"dtype": dtype, "load_format": load_format.value, "seed": seed}
+    _configure_logging(log_level.value)
+    with reported_errors():
+        arguments["weight_transfer_config"] = _transfer_config(weight_transfer_config, wait_for_weights)
+        _serve(model, arguments, host, port, token or None, api_key or None, max_body_mib << 20, ready_file)
+
+
+def _transfer_config(text: str | None, wait_for_weights: bool) -> dict[str, Any]:
+    from weightcast.errors import InvalidInput
+
+    config: dict[str, Any] = {}
+    if text is not None:
+        import json
+
+        try:
+            config = json.loads(text)
+        except ValueError as error:
+            raise InvalidInput(
+                f"--weight-transfer-config is not JSON: {error}", field="weight_transfer_config"
+            ) from None
+        if not isinstance(config, dict):
+            raise InvalidInput("--weight-transfer-config must be a JSON object", field="weight_transfer_config")
+    return config | {"wait_for_weights": True} if wait_for_weights else config
+
+
+def _serve(
+    model: str,
+    arguments: dict[str, Any],
+    host: str,
+    port: int,
+    token: str | None,
+    api_key: str | None,
+    max_body_nbytes: int,
+    ready_path: Path | None,
+) -> None:
+    """The address is bound before the model is loaded: a taken port is reported at once."""
+    from weightcast.server.auth import check_host
+    from weightcast.server.run import bind, ready_file, run_server, url_of
+
+    check_host(host, token)
+    with bind(host, port) as sock, ready_file(ready_path) as write_ready:
+        from weightcast.engines.embedded import AsyncLLM
+        from weightcast.server import ServerConfig, create_app
+        from weightcast.weight_transfer.config import WeightTransferConfig
+
+        transfer = WeightTransferConfig.of(arguments["weight_transfer_config"])
+        config = ServerConfig(
+            token=token,
+            api_key=api_key,
+            max_body_nbytes=max_body_nbytes,
+            dtype=arguments["dtype"],
+            weight_transfer_config={"backend": transfer.backend, "mode": transfer.mode},
+        )
+        engine = AsyncLLM(model, **arguments)
+        app = create_app(engine, config)
+
+        def announce() -> None:
+            url = url_of(sock)
+            if token is None:
+                typer.echo("weightcast: no token: only this machine may change weights (--token, WEIGHTCAST_TOKEN)")
+            if transfer.wait_for_weights:
+                typer.echo("weightcast: /health answers 503 until the first weights have come")
+            typer.echo(f"weightcast: serving {engine.model_name} at {url}")
+            write_ready(url)
+
+        run_server(app, engine, sock, announce)
+
+
+def _configure_logging(level: str) -> None:
+    import logging
+
+    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    for name in ("httpx", "httpcore", "uvicorn.error"):
+        logging.getLogger(name).setLevel(logging.WARNING)
