@@ -2,9 +2,254 @@
 
 from __future__ import annotations
 
+import os
+import random
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from weightcast.deadline import Deadline
+from weightcast.errors import DeadlineExceeded, InvalidInput, PeerLost, StateError, TransportError, Unsupported
+from weightcast.memory import FileSpan, Memory
+from weightcast.plan import Copy
+from weightcast.testing.ranks import Peer
+from weightcast.testing.transport_cases import CASES, TransportCase, bulk_case
+from weightcast.testing.transport_sides import TrainerSide, WorkerSide, census
 from weightcast.testing.transport_suite import TransportSuite
+from weightcast.transports import shm
+from weightcast.transports.base import WorkerEnd
+from weightcast.transports.shm import ShmTransport
 
 
 class TestShm(TransportSuite):
     transport = "shm"
     bucket_sizes = (2**20,)
+
+
+def _connected(memory: Memory, copies: tuple[Copy, ...]) -> WorkerEnd:
+    transport = ShmTransport()
+    trainer = transport.trainer_end(copies, memory)
+    worker = transport.worker_end(trainer.offer(), copies)
+    worker.connect(Deadline(5))
+    return worker
+
+
+def test_adopted_memory_keeps_values_and_layout() -> None:
+    values = [torch.randint(0, 256, (n,), dtype=torch.uint8) for n in (1000, 0, 7, 4096)]
+    adopted = ShmTransport().adopt(Memory([value.clone() for value in values]))
+    assert all(torch.equal(a, b) for a, b in zip(adopted.storages, values, strict=True))
+    assert ShmTransport().adopt(adopted) is adopted
+    view = adopted.view(3, "float64", 3, (2, 2), (1, 9))
+    view.copy_(torch.tensor([[1.5, 2.5], [3.5, 4.5]]))
+    assert adopted.view(3, "float64", 12, (1,), (1,)).item() == 2.5
+    ShmTransport().release(adopted)
+    ShmTransport().release(adopted)
+    assert view[1, 1].item() == 4.5
+
+
+def test_released_memory_cannot_be_connected_to() -> None:
+    case = bulk_case(100)
+    transport = ShmTransport()
+    memory = transport.adopt(Memory([torch.zeros(100, dtype=torch.uint8)]))
+    trainer = transport.trainer_end(case.copies, memory)
+    worker = transport.worker_end(trainer.offer(), case.copies)
+    transport.release(memory)
+    with pytest.raises(PeerLost):
+        worker.connect(Deadline(5))
+
+
+def test_a_descriptor_that_now_means_something_else_is_not_read(tmp_path: Path) -> None:
+    case = bulk_case(100)
+    transport = ShmTransport()
+    memory = transport.adopt(Memory([torch.zeros(100, dtype=torch.uint8)]))
+    assert isinstance(memory, shm.ShmMemory)
+    assert memory.arena is not None
+    worker = transport.worker_end(transport.trainer_end(case.copies, memory).offer(), case.copies)
+    transport.release(memory)
+    other = tmp_path / "other"
+    other.write_bytes(os.urandom(100))
+    descriptor = os.open(other, os.O_RDONLY)
+    try:
+        os.dup2(descriptor, memory.arena.ref.descriptor)
+        with pytest.raises(PeerLost, match="no longer has"):
+            worker.connect(Deadline(5))
+    finally:
+        os.close(memory.arena.ref.descriptor)
+        if descriptor != memory.arena.ref.descriptor:
+            os.close(descriptor)
+
+
+def test_memory_of_another_kind_is_refused() -> None:
+    with pytest.raises(StateError, match="not adopted"):
+        ShmTransport().trainer_end((), Memory([]))
+    with pytest.raises(InvalidInput, match="CPU"):
+        ShmTransport().adopt(Memory([torch.empty(8, dtype=torch.uint8, device="meta")]))
+
+
+def test_a_worker_that_is_killed_frees_nothing_of_the_trainer_and_the_reverse() -> None:
+    """After kill -9 of both at any moment the kernel has taken everything back: there is no name that could stay."""
+    segments = set(os.listdir("/dev/shm"))
+    case = bulk_case(2**22)
+    with Peer(TrainerSide, rank=0) as trainer, Peer(WorkerSide) as first, Peer(WorkerSide) as second:
+        offer = trainer.call("open", "shm", "cpu", case.copies, case.src_nbytes, 4096)
+        values = random.randbytes(2**22)
+        trainer.call("write", [values])
+        for worker in (first, second):
+            worker.call("open", "shm", "cpu", offer, case.copies)
+            worker.call("make", 0, case.dst_nbytes)
+            worker.call("connect")
+        os.kill(first.pid, signal.SIGKILL)
+        second.call("receive", 0)
+        assert second.call("read") == [values]
+        trainer.kill()
+        second.call("receive", 0)
+        assert second.call("read") == [values]
+        assert second.call("census")["arenas"] == 1
+        second.call("close")
+        assert second.call("census")["arenas"] == 0
+    assert set(os.listdir("/dev/shm")) == segments
+
+
+@pytest.fixture
+def small_slices(monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(shm, "SLICE_NBYTES", 2**16)
+    return 2**16
+
+
+def test_abort_ends_a_receive_between_two_slices(small_slices: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = torch.randint(1, 256, (2**24,), dtype=torch.uint8)
+    worker = _connected(ShmTransport().adopt(Memory([values])), bulk_case(2**24).copies)
+    memory = Memory([torch.zeros(2**24, dtype=torch.uint8)])
+    _act_after_slices(monkeypatch, 3, lambda: _on_a_thread(worker.abort))
+    with pytest.raises(TransportError, match="aborted"):
+        worker.receive(memory, Deadline(20))
+    assert torch.equal(memory.storages[0][: 3 * small_slices], values[: 3 * small_slices])
+    assert not memory.storages[0][3 * small_slices :].any()
+    worker.close()
+
+
+def test_the_deadline_ends_a_receive_between_two_slices(small_slices: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = torch.randint(1, 256, (2**24,), dtype=torch.uint8)
+    worker = _connected(ShmTransport().adopt(Memory([values])), bulk_case(2**24).copies)
+    memory = Memory([torch.zeros(2**24, dtype=torch.uint8)])
+    deadline = Deadline(20)
+    _act_after_slices(monkeypatch, 5, lambda: setattr(deadline, "at", deadline.at - 30))
+    with pytest.raises(DeadlineExceeded):
+        worker.receive(memory, deadline)
+    assert torch.equal(memory.storages[0][: 5 * small_slices], values[: 5 * small_slices])
+    assert not memory.storages[0][5 * small_slices :].any()
+    with pytest.raises(TransportError, match="is dead"):
+        worker.receive(memory, Deadline(20))
+    worker.close()
+
+
+def _on_a_thread(action: Callable[[], None]) -> None:
+    thread = threading.Thread(target=action)
+    thread.start()
+    thread.join()
+
+
+def _act_after_slices(monkeypatch: pytest.MonkeyPatch, count: int, action: Callable[[], None]) -> None:
+    run, done = shm.Replay.run, []
+
+    def counted(self: shm.Replay) -> int:
+        nbytes = run(self)
+        done.append(nbytes)
+        if len(done) == count:
+            action()
+        return nbytes
+
+    monkeypatch.setattr(shm.Replay, "run", counted)
+
+
+# ---- files
+
+
+def _in_files(case: TransportCase, values: list[torch.Tensor], folder: Path) -> Memory:
+    """A memory whose storages are the data parts of safetensors files, the last one excepted."""
+    spans: list[FileSpan | None] = []
+    storages = []
+    for number, value in enumerate(values[:-1]):
+        path = folder / f"part-{number}.safetensors"
+        save_file({"bytes": value}, path)
+        offset = 8 + int.from_bytes(path.read_bytes()[:8], "little")
+        storage = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=path.stat().st_size)
+        mapped = torch.empty(0, dtype=torch.uint8).set_(storage, offset, (value.numel(),), (1,))
+        storages.append(mapped)
+        spans.append(FileSpan(str(path), offset))
+    return Memory([*storages, values[-1]], files=[*spans, None])
+
+
+@pytest.mark.parametrize("name", ["strided", "casts", "dtypes", "large"])
+def test_file_backed_storages_are_read_by_the_worker_itself(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shm, "SLICE_NBYTES", 3000)
+    seed = random.SystemRandom().getrandbits(32)
+    case = CASES[name](random.Random(seed))
+    generator = torch.Generator().manual_seed(seed)
+    values, canary = case.new_values(generator), case.new_canary(generator)
+    memory = _in_files(case, values, tmp_path)
+    adopted = ShmTransport().adopt(memory)
+    assert isinstance(adopted, shm.ShmMemory)
+    assert adopted.arena is not None
+    assert adopted.arena.ref.nbytes < values[-1].numel() + 256, "only what is in no file is moved"
+    worker = _connected(adopted, case.copies)
+    destination = Memory([storage.clone() for storage in canary])
+    worker.receive(destination, Deadline(20))
+    worker.close()
+    got = [storage.numpy().tobytes() for storage in destination.storages]
+    assert got == case.expected(values, canary), f"seed {seed}"
+
+
+def test_files_that_change_are_noticed(tmp_path: Path) -> None:
+    case = CASES["large"](random.Random(random.SystemRandom().getrandbits(32)))
+    generator = torch.Generator().manual_seed(random.SystemRandom().getrandbits(32))
+    memory = ShmTransport().adopt(_in_files(case, case.new_values(generator), tmp_path))
+    destination = Memory(case.new_canary(generator))
+    worker = _connected(memory, case.copies)
+    worker.receive(destination, Deadline(20))
+    path = tmp_path / "part-0.safetensors"
+    os.truncate(path, 100)
+    with pytest.raises(TransportError, match=r"part-0\.safetensors was changed"):
+        worker.receive(destination, Deadline(20))
+    worker.close()
+    path.unlink()
+    with pytest.raises(TransportError, match="cannot open"):
+        ShmTransport().trainer_end(case.copies, memory)
+
+
+@pytest.mark.parametrize("kind", ["name", "directory", "pipe", "relative"])
+def test_only_regular_safetensors_files_are_opened(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / ("secrets.txt" if kind == "name" else "x.safetensors")
+    if kind == "directory":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.write_bytes(os.urandom(64))
+    ref = shm.FileRef(
+        path="x.safetensors" if kind == "relative" else str(path),
+        offset=0,
+        nbytes=64,
+        device=path.stat().st_dev,
+        inode=path.stat().st_ino,
+        modified_ns=path.stat().st_mtime_ns,
+    )
+    before = census()
+    with pytest.raises(Unsupported, match="safetensors"):
+        shm.OpenFile(ref)
+    assert census()["descriptors"] == before["descriptors"]
+
+
+def test_an_offer_that_reaches_outside_of_a_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(os.urandom(64))
+    memory = Memory([torch.zeros(100, dtype=torch.uint8)], files=[FileSpan(str(path), 0)])
+    with pytest.raises(TransportError, match="64 bytes"):
+        ShmTransport().trainer_end((), ShmTransport().adopt(memory))

@@ -15,7 +15,8 @@ import torch
 from weightcast.deadline import Deadline
 from weightcast.memory import Memory
 from weightcast.plan import Copy
-from weightcast.transports import TrainerEnd, Transport, WorkerEnd, registry
+from weightcast.transports import TrainerEnd, Transport, WorkerEnd
+from weightcast.transports.registry import registry
 
 
 def load_transport(spec: str) -> Transport:

@@ -10,7 +10,7 @@ from weightcast.transports.base import (
     WorkerEnd,
 )
 from weightcast.transports.facts import local_facts
-from weightcast.transports.registry import TransportRegistry, registry
+from weightcast.transports.registry import TransportRegistry
 
 __all__ = [
     "DEFAULT_BUCKET_NBYTES",
@@ -20,5 +20,4 @@ __all__ = [
     "WorkerEnd",
     "TransportRegistry",
     "local_facts",
-    "registry",
 ]

@@ -64,13 +64,13 @@ def schedule(copies: Iterable[Copy], bucket_nbytes: int) -> tuple[Bucket, ...]:
 
 def packer(bucket: Bucket, memory: Memory, buffer: torch.Tensor) -> Replay:
     """Compiled copies from ``memory`` into ``buffer``, a flat uint8 tensor of at least ``bucket.nbytes``."""
-    copies = [_into_bucket(piece) for piece in bucket.pieces]
+    copies = [into_bucket(piece) for piece in bucket.pieces]
     return Replay(copies, memory, Memory([buffer]))
 
 
 def unpacker(bucket: Bucket, buffer: torch.Tensor, memory: Memory) -> Replay:
     """Compiled copies from ``buffer`` to their destinations in ``memory``."""
-    copies = [_out_of_bucket(piece) for piece in bucket.pieces]
+    copies = [out_of_bucket(piece) for piece in bucket.pieces]
     return Replay(copies, Memory([buffer]), memory)
 
 
@@ -80,7 +80,8 @@ def new_buffers(buckets: Sequence[Bucket], count: int, device: torch.device | st
     return [torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(min(count, len(buckets)))]
 
 
-def _into_bucket(piece: Piece) -> Copy:
+def into_bucket(piece: Piece) -> Copy:
+    """The copy from the source's memory into a memory whose one storage is the bucket's buffer; casts happen here."""
     copy = piece.copy
     return msgspec.structs.replace(
         copy,
@@ -90,7 +91,8 @@ def _into_bucket(piece: Piece) -> Copy:
     )
 
 
-def _out_of_bucket(piece: Piece) -> Copy:
+def out_of_bucket(piece: Piece) -> Copy:
+    """The copy from a memory whose one storage is the bucket's buffer to the destination."""
     copy = piece.copy
     return msgspec.structs.replace(
         copy,

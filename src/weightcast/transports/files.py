@@ -74,6 +74,8 @@ class OpenFile:
         found = (info.st_dev, info.st_ino, info.st_mtime_ns)
         if found != (self.ref.device, self.ref.inode, self.ref.modified_ns):
             raise TransportError(f"{self.ref.path} was changed since it was offered", hint="Publish it again")
+        if info.st_size < self.ref.offset + self.ref.nbytes:
+            raise TransportError(f"{self.ref.path} has {info.st_size} bytes, less than was offered")
 
     def read_into(self, target: memoryview, offset: int) -> None:
         """Fill ``target`` from byte ``offset`` of the offered part."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 
@@ -20,8 +21,10 @@ class TransportRegistry:
     A transport whose import fails is remembered with the reason; whoever asks for it is told.
     """
 
-    def __init__(self) -> None:
-        self._points: dict[str, EntryPoint] = {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
+    def __init__(self, points: Iterable[EntryPoint] | None = None) -> None:
+        """``points``: instead of the entry points of installed packages."""
+        found = entry_points(group=ENTRY_POINT_GROUP) if points is None else points
+        self._points = {point.name: point for point in found}
         self._transports: dict[str, Transport] = {}
         self._failures: dict[str, str] = {}
 

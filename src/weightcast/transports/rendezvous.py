@@ -41,7 +41,7 @@ class PairStore(Store):
 
     def __init__(self, connection: socket.socket, deadline: Deadline, guard: EndGuard) -> None:
         super().__init__()
-        self._connection = connection
+        self.connection = connection
         self._deadline = deadline
         self._guard = guard
         self._values: dict[str, bytes] = {}
@@ -53,7 +53,7 @@ class PairStore(Store):
         self._values[key] = data
         with self._remember():
             frame = msgspec.msgpack.encode(_Entry(key, data))
-            _send(self._connection, len(frame).to_bytes(4, "big") + frame, self._deadline, self._guard)
+            _send(self.connection, len(frame).to_bytes(4, "big") + frame, self._deadline, self._guard)
 
     def get(self, key: str) -> bytes:
         with self._remember():
@@ -68,11 +68,11 @@ class PairStore(Store):
             self.get(key)
 
     def _next_entry(self) -> _Entry:
-        nbytes = int.from_bytes(_receive(self._connection, 4, self._deadline, self._guard), "big")
+        nbytes = int.from_bytes(_receive(self.connection, 4, self._deadline, self._guard), "big")
         if nbytes > _MAX_FRAME_NBYTES:
             raise ProtocolError(f"a rendezvous frame of {nbytes} bytes")
         try:
-            frame = _receive(self._connection, nbytes, self._deadline, self._guard)
+            frame = _receive(self.connection, nbytes, self._deadline, self._guard)
             return msgspec.msgpack.decode(frame, type=_Entry)
         except msgspec.DecodeError as error:
             raise ProtocolError(f"malformed rendezvous frame: {error}") from None

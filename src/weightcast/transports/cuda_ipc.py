@@ -1,0 +1,332 @@
+"""cuda_ipc: the worker copies straight out of the trainer's GPU memory, mapped once; two processes of one host.
+
+The trainer exports the allocations that its weights lie in, as plain handles of 64 bytes; the worker maps each once and
+replays the plan on a stream of its own. ``send`` waits for the trainer's GPU, whatever stream the weights were written on;
+``receive`` returns when the copies are done. A quiet TCP connection between the two brings the news of a dead process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Sequence
+
+import msgspec
+import torch
+
+from weightcast import cuda_driver
+from weightcast.cuda_wait import new_event, new_stream, wait_device, wait_event
+from weightcast.deadline import Deadline
+from weightcast.errors import InvalidInput, ProtocolError, StateError, TransportError, Unsupported, WeightcastError
+from weightcast.memory import Memory
+from weightcast.plan import Copy
+from weightcast.replay_cuda import CudaReplay
+from weightcast.transports.base import DEFAULT_BUCKET_NBYTES, Facts, TrainerEnd, Transport, WorkerEnd
+from weightcast.transports.guard import EndGuard
+from weightcast.transports.pairlink import PairLink
+from weightcast.transports.recent import Recent
+from weightcast.transports.rendezvous import Listener
+
+logger = logging.getLogger(__name__)
+
+DRAIN_S = 5.0
+"""How long closing waits for copies that are still running."""
+
+
+class _Segment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One allocation of the trainer. ``address`` is where the trainer itself sees it."""
+
+    handle: bytes
+    address: int
+    nbytes: int
+    gpu: str
+
+
+class _Span(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One storage of the trainer; ``segment`` is -1 for a storage that no copy reads."""
+
+    segment: int
+    offset: int
+    nbytes: int
+
+
+class CudaIpcOffer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where the trainer's storages can be mapped from, and where it listens. ``process`` tells the exporter itself."""
+
+    process: str
+    segments: tuple[_Segment, ...]
+    spans: tuple[_Span, ...]
+    is_arena: bool
+    address: str
+    port: int
+    secret: bytes
+
+
+class CudaIpcTransport(Transport):
+    """GPU memory of one host; pulls."""
+
+    name = "cuda_ipc"
+    pulls = True
+
+    def __init__(self) -> None:
+        if not torch.cuda.is_available():
+            raise Unsupported("needs a CUDA GPU")
+
+    def refusal(self, trainer: Facts, worker: Facts) -> str | None:
+        if trainer.host != worker.host:
+            return "other host, container or user"
+        for side, facts in (("trainer", trainer), ("worker", worker)):
+            if facts.device != "cuda":
+                return f"the {side}'s weights are on {facts.device}, cuda_ipc moves GPU memory"
+        if trainer.gpu == worker.gpu:
+            return None
+        theirs, ours = _index_of(trainer.gpu), _index_of(worker.gpu)
+        if theirs is not None and ours is not None and not torch.cuda.can_device_access_peer(ours, theirs):
+            return f"GPU {worker.gpu} cannot reach the memory of GPU {trainer.gpu}"
+        return None
+
+    def adopt(self, memory: Memory) -> Memory:
+        """The memory stays where it is."""
+        if any(not storage.is_cuda for storage in memory.storages):
+            raise InvalidInput("cuda_ipc moves GPU memory only", field="device")
+        return memory
+
+    def release(self, memory: Memory) -> None:
+        pass
+
+    def trainer_end(
+        self, copies: Sequence[Copy], memory: Memory, *, bucket_nbytes: int = DEFAULT_BUCKET_NBYTES, address: str = ""
+    ) -> TrainerEnd:
+        return CudaIpcTrainerEnd(copies, memory, address or "127.0.0.1")
+
+    def worker_end(self, offer: bytes, copies: Sequence[Copy]) -> WorkerEnd:
+        try:
+            decoded = msgspec.msgpack.decode(offer, type=CudaIpcOffer)
+        except msgspec.DecodeError as error:
+            raise ProtocolError(f"malformed cuda_ipc offer: {error}") from None
+        _check_offer(decoded, copies)
+        return CudaIpcWorkerEnd(copies, decoded)
+
+
+def process_identity() -> str:
+    """Differs between any two processes of a host, containers included."""
+    namespace = os.stat("/proc/self/ns/pid").st_ino
+    return f"{namespace}:{os.getpid()}"
+
+
+def gpu_uuid(device: torch.device) -> str:
+    return str(torch.cuda.get_device_properties(device).uuid)
+
+
+def _index_of(uuid: str) -> int | None:
+    """The number of a GPU here, None when it is not visible to this process."""
+    for index in range(torch.cuda.device_count()):
+        if gpu_uuid(torch.device("cuda", index)) == uuid:
+            return index
+    return None
+
+
+def _check_offer(offer: CudaIpcOffer, copies: Sequence[Copy]) -> None:
+    for span in offer.spans:
+        if span.segment >= len(offer.segments) or span.offset < 0 or span.nbytes < 0:
+            raise ProtocolError("cuda_ipc offer: a storage lies outside of all allocations")
+        if span.segment >= 0 and span.offset + span.nbytes > offer.segments[span.segment].nbytes:
+            raise ProtocolError("cuda_ipc offer: a storage reaches past its allocation")
+    for segment in offer.segments:
+        if len(segment.handle) != cuda_driver.HANDLE_NBYTES:
+            raise ProtocolError(f"cuda_ipc offer: a handle of {len(segment.handle)} bytes")
+    used = {copy.src_storage for copy in copies if copy.nbytes}
+    if any(number >= len(offer.spans) or offer.spans[number].segment < 0 for number in used):
+        raise ProtocolError("cuda_ipc offer: it lacks a storage of the plan")
+
+
+def _export(copies: Sequence[Copy], memory: Memory) -> tuple[tuple[_Segment, ...], tuple[_Span, ...]]:
+    used = {copy.src_storage for copy in copies if copy.nbytes}
+    segments: dict[int, _Segment] = {}
+    spans = []
+    for number, storage in enumerate(memory.storages):
+        if number not in used:
+            spans.append(_Span(segment=-1, offset=0, nbytes=storage.numel()))
+            continue
+        start, nbytes = cuda_driver.allocation_of(storage.data_ptr(), storage.device)
+        if start not in segments:
+            handle = cuda_driver.export_allocation(start, storage.device)
+            segments[start] = _Segment(handle=handle, address=start, nbytes=nbytes, gpu=gpu_uuid(storage.device))
+        offset = storage.data_ptr() - start
+        spans.append(_Span(segment=list(segments).index(start), offset=offset, nbytes=storage.numel()))
+    return tuple(segments.values()), tuple(spans)
+
+
+class CudaIpcTrainerEnd(TrainerEnd):
+    """Keeps the memory alive and exported; a round is one wait for the GPU."""
+
+    def __init__(self, copies: Sequence[Copy], memory: Memory, address: str) -> None:
+        self._guard = EndGuard("the trainer's end of a cuda_ipc pair")
+        self._memory = memory
+        self._nbytes = sum(copy.nbytes for copy in copies)
+        self._devices = list(dict.fromkeys(memory.storages[copy.src_storage].device for copy in copies))
+        segments, spans = _export(copies, memory)
+        self._listener = Listener(address, self._guard)
+        self._link: PairLink | None = None
+        self._offer = CudaIpcOffer(
+            process=process_identity(),
+            segments=segments,
+            spans=spans,
+            is_arena=memory.is_arena,
+            address=address,
+            port=self._listener.port,
+            secret=self._listener.secret,
+        )
+
+    def offer(self) -> bytes:
+        return msgspec.msgpack.encode(self._offer)
+
+    def connect(self, deadline: Deadline) -> None:
+        with self._guard.use("connect", deadline):
+            self._link = PairLink.accept_from(self._listener, deadline)
+            self._listener.close()
+            self._link.meet("connected")
+
+    def send(self, deadline: Deadline) -> int:
+        with self._guard.use("send", deadline):
+            if self._link is None:
+                raise StateError("send before connect")
+            self._link.check()
+            for device in self._devices:
+                wait_device(device, deadline, "the work on the trainer's GPU", self._guard.check)
+            return self._nbytes
+
+    def abort(self) -> None:
+        self._guard.abort()
+
+    def close(self) -> None:
+        self._guard.close()
+        self._listener.close()
+        if self._link is not None:
+            self._link.close()
+
+
+class _Mapping:
+    """The trainer's storages as memory of one GPU of this process; ``close`` unmaps them."""
+
+    def __init__(self, offer: CudaIpcOffer, device: torch.device) -> None:
+        self.device = device
+        self._opened: list[int] = []
+        same_process = offer.process == process_identity()
+        starts = []
+        try:
+            for segment in offer.segments:
+                _refuse_unreachable(segment.gpu, device)
+                if same_process:
+                    starts.append(segment.address)
+                else:
+                    starts.append(cuda_driver.open_allocation(segment.handle, device))
+                    self._opened.append(starts[-1])
+        except BaseException:
+            self.close()
+            raise
+        nothing = torch.empty(0, dtype=torch.uint8, device=device)
+        storages = [
+            nothing
+            if span.segment < 0 or not span.nbytes
+            else cuda_driver.bytes_at(starts[span.segment] + span.offset, span.nbytes, device)
+            for span in offer.spans
+        ]
+        self.memory = Memory(storages, is_arena=offer.is_arena)
+
+    def close(self) -> None:
+        while self._opened:
+            # After a failed kernel nothing can be unmapped any more; the process has lost its GPU then.
+            with contextlib.suppress(TransportError):
+                cuda_driver.close_allocation(self._opened.pop(), self.device)
+
+
+def _refuse_unreachable(uuid: str, device: torch.device) -> None:
+    if uuid == gpu_uuid(device):
+        return
+    index = _index_of(uuid)
+    if index is None:
+        raise Unsupported(
+            f"the trainer's GPU {uuid} is not visible to this worker",
+            hint="Widen CUDA_VISIBLE_DEVICES of the engine, or use the nccl transport",
+        )
+    if not torch.cuda.can_device_access_peer(device.index, index):
+        raise Unsupported(f"GPU {device.index} cannot reach the memory of GPU {index}", hint="Use the nccl transport")
+
+
+class CudaIpcWorkerEnd(WorkerEnd):
+    """Maps the trainer's allocations once, then replays the plan out of them."""
+
+    def __init__(self, copies: Sequence[Copy], offer: CudaIpcOffer) -> None:
+        self._guard = EndGuard("the worker's end of a cuda_ipc pair")
+        self._copies = tuple(copies)
+        self._offer = offer
+        self._link: PairLink | None = None
+        self._mapping: _Mapping | None = None
+        self._stream: torch.cuda.Stream | None = None
+        self._replays: Recent[CudaReplay] = Recent()
+
+    def connect(self, deadline: Deadline) -> None:
+        """Map the memory for the current GPU; ``receive`` maps it anew if its memory lies on another."""
+        with self._guard.use("connect", deadline):
+            offer = self._offer
+            self._link = PairLink.dial_to(offer.address, offer.port, offer.secret, deadline, self._guard)
+            self._map(torch.device("cuda", torch.cuda.current_device()))
+            self._link.meet("connected")
+
+    def receive(self, memory: Memory, deadline: Deadline) -> int:
+        with self._guard.use("receive", deadline):
+            if self._link is None:
+                raise StateError("receive before connect")
+            self._link.check()
+            mapping, stream = self._map(self._device_of(memory))
+            replay = self._replays.get(
+                memory.number, lambda: CudaReplay(self._copies, mapping.memory, memory, mapping.device)
+            )
+            stream.wait_stream(torch.cuda.current_stream(mapping.device))
+            done = new_event()
+            with torch.cuda.stream(stream):
+                nbytes = replay.run()
+                done.record(stream)
+            wait_event(done, deadline, "the copy out of the trainer's GPU memory", self._guard.check)
+            # Bytes of a process that died meanwhile may be anybody's.
+            self._link.check()
+            return nbytes
+
+    def abort(self) -> None:
+        self._guard.abort()
+
+    def close(self) -> None:
+        self._guard.close()
+        if self._link is not None:
+            self._link.close()
+        self._unmap()
+
+    def _device_of(self, memory: Memory) -> torch.device:
+        devices = {memory.storages[copy.dst_storage].device for copy in self._copies}
+        if len(devices) > 1 or any(device.type != "cuda" for device in devices):
+            raise InvalidInput(f"cuda_ipc receives into the memory of one GPU, not {sorted(map(str, devices))}")
+        return devices.pop() if devices else torch.device("cuda", torch.cuda.current_device())
+
+    def _map(self, device: torch.device) -> tuple[_Mapping, torch.cuda.Stream]:
+        if self._mapping is None or self._stream is None or self._mapping.device != device:
+            self._unmap()
+            self._mapping, self._stream = _Mapping(self._offer, device), new_stream(device)
+        return self._mapping, self._stream
+
+    def _unmap(self) -> None:
+        mapping, stream = self._mapping, self._stream
+        self._mapping = self._stream = None
+        if mapping is None or stream is None:
+            return
+        try:
+            # Copies of an aborted round may still be running; memory under a running copy must stay mapped.
+            done = new_event()
+            done.record(stream)
+            wait_event(done, Deadline(DRAIN_S), "the last copy", lambda: None)
+        except (WeightcastError, RuntimeError) as error:
+            logger.warning("the trainer's GPU memory stays mapped: %s", error)
+        else:
+            mapping.close()
+        self._replays.clear()

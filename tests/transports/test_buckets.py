@@ -1,0 +1,70 @@
+"""Buckets: what the schedule promises, for random plans."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from weightcast.errors import InvalidInput
+from weightcast.memory import Memory
+from weightcast.testing.transport_cases import CASES
+from weightcast.transports.buckets import new_buffers, packer, schedule, unpacker
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    name=st.sampled_from(sorted(set(CASES) - {"tiny"})),
+    units=st.sampled_from((1, 2, 3, 7, 64, 4096)),
+)
+def test_schedule_carries_every_element_once_in_aligned_pieces(seed: int, name: str, units: int) -> None:
+    copies = CASES[name](random.Random(seed)).copies
+    bucket_nbytes = 256 * units
+    buckets = schedule(copies, bucket_nbytes)
+    assert buckets == schedule(copies, bucket_nbytes)
+    carried: dict[str, int] = {}
+    for bucket in buckets:
+        assert 0 < bucket.nbytes <= bucket_nbytes
+        end = 0
+        for piece in bucket.pieces:
+            assert piece.offset % 256 == 0
+            assert piece.offset >= end
+            end = piece.offset + piece.copy.nbytes
+            carried[piece.copy.region.name] = carried.get(piece.copy.region.name, 0) + piece.copy.region.numel
+        assert end == bucket.nbytes
+    assert carried == {copy.region.name: copy.region.numel for copy in copies if copy.region.numel}
+
+
+def test_buckets_are_filled() -> None:
+    """Greedy: what begins a bucket would not have fitted in the one before."""
+    copies = CASES["tiny"](random.Random(random.SystemRandom().getrandbits(32))).copies
+    buckets = schedule(copies, 4096)
+    for bucket, following in itertools.pairwise(buckets):
+        assert -(-bucket.nbytes // 256) * 256 + following.pieces[0].copy.nbytes > 4096
+
+
+@pytest.mark.parametrize("name", ["strided", "casts", "dtypes"])
+def test_packed_and_unpacked_equals_the_oracle(name: str) -> None:
+    seed = random.SystemRandom().getrandbits(32)
+    case = CASES[name](random.Random(seed))
+    generator = torch.Generator().manual_seed(seed)
+    values, canary = case.new_values(generator), case.new_canary(generator)
+    expected = case.expected(values, canary)
+    src, dst = Memory(values), Memory(canary)
+    buckets = schedule(case.copies, 1024)
+    (buffer,) = new_buffers(buckets, 1)
+    for bucket in buckets:
+        packer(bucket, src, buffer).run()
+        unpacker(bucket, buffer, dst).run()
+    assert [storage.numpy().tobytes() for storage in dst.storages] == expected, f"seed {seed}"
+
+
+@pytest.mark.parametrize("bucket_nbytes", [0, -256, 255, 257, 1000])
+def test_odd_bucket_sizes_are_refused(bucket_nbytes: int) -> None:
+    with pytest.raises(InvalidInput, match=str(bucket_nbytes)):
+        schedule((), bucket_nbytes)
