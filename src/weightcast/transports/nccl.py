@@ -20,7 +20,6 @@ from weightcast.plan import Copy
 from weightcast.replay_cuda import CudaReplay
 from weightcast.transports.base import DEFAULT_BUCKET_NBYTES, Facts, TrainerEnd, Transport, WorkerEnd
 from weightcast.transports.buckets import Bucket, check_bucket_nbytes, into_bucket, new_buffers, out_of_bucket, schedule
-from weightcast.transports.facts import outward_address
 from weightcast.transports.guard import EndGuard
 from weightcast.transports.pairlink import PairLink
 from weightcast.transports.recent import Recent
@@ -70,7 +69,7 @@ class NcclTransport(Transport):
     def trainer_end(
         self, copies: Sequence[Copy], memory: Memory, *, bucket_nbytes: int = DEFAULT_BUCKET_NBYTES, address: str = ""
     ) -> TrainerEnd:
-        return NcclTrainerEnd(copies, memory, bucket_nbytes, address or outward_address())
+        return NcclTrainerEnd(copies, memory, bucket_nbytes, address or "127.0.0.1")
 
     def worker_end(self, offer: bytes, copies: Sequence[Copy]) -> WorkerEnd:
         try:

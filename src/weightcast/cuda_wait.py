@@ -1,0 +1,67 @@
+"""Waiting for GPU work with a deadline, and typed constructors of torch's streams and events."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+import torch
+
+from weightcast.deadline import Deadline
+from weightcast.errors import TransportError
+
+SPIN_S = 0.005
+"""How long a wait looks without sleeping: most rounds are over by then."""
+STEP_S = 0.0002
+
+
+def new_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+def new_event() -> torch.cuda.Event:
+    return torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+
+def wait_event(event: torch.cuda.Event, deadline: Deadline, what: str, check: Callable[[], None]) -> None:
+    """Return when the event has happened. ``check`` is called while waiting and may raise to end the wait.
+
+    Raises DeadlineExceeded, or TransportError when the work before the event failed.
+    """
+    start = time.monotonic()
+    while not _happened(event, what):
+        deadline.check(what)
+        check()
+        if time.monotonic() - start > SPIN_S:
+            time.sleep(STEP_S)
+
+
+def _happened(event: torch.cuda.Event, what: str) -> bool:
+    try:
+        return bool(event.query())  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        raise TransportError(f"{what} failed on the GPU: {error}") from error
+
+
+def wait_device(device: torch.device, deadline: Deadline, what: str, check: Callable[[], None]) -> None:
+    """Return when all work queued on the device by this process is done, whatever its stream.
+
+    CUDA has no such wait with a limit, so a thread of its own waits; it is left behind when the deadline passes first.
+    """
+    failures: list[RuntimeError] = []
+    thread = threading.Thread(target=_synchronize, args=(device, failures), name="weightcast-sync", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        deadline.check(what)
+        check()
+        thread.join(0.05)
+    if failures:
+        raise TransportError(f"{what} failed on the GPU: {failures[0]}") from failures[0]
+
+
+def _synchronize(device: torch.device, failures: list[RuntimeError]) -> None:
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError as error:
+        failures.append(error)

@@ -1,0 +1,173 @@
+"""NCCL without hangs: a non-blocking communicator whose every wait has a deadline and ends in ``abort`` when it fails.
+
+Load-bearing: NCCL's kernels of a call to a dead peer never end by themselves; aborting the communicator ends them and leaves
+CUDA usable. A non-blocking communicator launches in the background, so nothing else may be put on its stream before its state is
+Success again. After a failure a communicator is only good for ``abort``.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from weightcast.cuda_wait import new_event, new_stream, wait_event
+from weightcast.deadline import Deadline
+from weightcast.errors import PeerLost, TransportError, Unsupported
+
+logger = logging.getLogger(__name__)
+
+UNIQUE_ID_NBYTES = 128
+ABORT_S = 5.0
+"""How long ``abort`` is waited for; it has taken half a second where it was measured."""
+SPIN_S = 0.002
+STEP_S = 0.0001
+
+
+def load_nccl() -> Any:
+    """The module nccl.core; Unsupported says what is missing."""
+    if not torch.cuda.is_available():
+        raise Unsupported("NCCL needs a CUDA GPU")
+    try:
+        import nccl.core
+    except (ImportError, RuntimeError) as error:
+        raise Unsupported(f"nccl4py cannot be loaded: {error}", hint="pip install 'weightcast[nccl]'") from error
+    return nccl.core
+
+
+def new_unique_id() -> bytes:
+    """128 bytes that all ranks of one communicator have to know. NCCL listens for the ranks from now on."""
+    return bytes(load_nccl().get_unique_id())
+
+
+class Communicator:
+    """``world_size`` ranks of one NCCL communicator on one GPU each. Not thread-safe but for ``abort``.
+
+    ``check`` is called during every wait and may raise to end it. Whatever a method raises, the communicator is
+    aborted then: the other ranks learn it by their own deadline, or sooner by whoever tells them.
+    """
+
+    def __init__(self, device: torch.device, check: Callable[[], None] = lambda: None) -> None:
+        self.device = device
+        self.stream = new_stream(device)
+        self._nccl = load_nccl()
+        self._check = check
+        self._comm: Any = None
+        self._lock = threading.Lock()
+
+    def connect(self, unique_id: bytes, rank: int, world_size: int, deadline: Deadline) -> None:
+        """Meet all ranks; every rank calls it with the same id."""
+        if len(unique_id) != UNIQUE_ID_NBYTES:
+            raise TransportError(f"an NCCL id has {UNIQUE_ID_NBYTES} bytes, not {len(unique_id)}")
+        what = f"connecting NCCL rank {rank} of {world_size}"
+        with torch.cuda.device(self.device), self._aborting(what):
+            config = self._nccl.NCCLConfig(blocking=False)
+            identity = self._nccl.UniqueId.from_bytes(unique_id)
+            self._comm = self._nccl.Communicator.init(world_size, rank, identity, config)
+            self._settle(deadline, what)
+
+    def send(self, buffer: torch.Tensor, peer: int, deadline: Deadline) -> None:
+        """Queue a uint8 buffer to ``peer`` on the stream."""
+        self._launch("an NCCL send", deadline, lambda c, s: c.send(buffer, peer, stream=s))
+
+    def recv(self, buffer: torch.Tensor, peer: int, deadline: Deadline) -> None:
+        """Queue the receipt of a uint8 buffer from ``peer`` on the stream."""
+        self._launch("an NCCL receive", deadline, lambda c, s: c.recv(buffer, peer, stream=s))
+
+    def broadcast(self, buffer: torch.Tensor, root: int, deadline: Deadline) -> None:
+        """Queue the broadcast of a buffer from ``root`` to all, in place, on the stream."""
+        self._launch("an NCCL broadcast", deadline, lambda c, s: c.broadcast(buffer, buffer, root, stream=s))
+
+    def all_reduce(self, buffer: torch.Tensor, deadline: Deadline) -> None:
+        """Queue the sum over all ranks, in place, on the stream."""
+        op = self._nccl.SUM
+        self._launch("an NCCL all-reduce", deadline, lambda c, s: c.allreduce(buffer, buffer, op, stream=s))
+
+    def wait(self, event: torch.cuda.Event, deadline: Deadline, what: str) -> None:
+        """Return when the event has happened on the GPU; NCCL's errors and ``check`` end the wait."""
+        with self._aborting(what):
+            wait_event(event, deadline, what, lambda: self._refuse_failure(what))
+
+    def finish(self, deadline: Deadline, what: str) -> None:
+        """Return when all that was queued on the stream is done."""
+        done = new_event()
+        done.record(self.stream)
+        self.wait(done, deadline, what)
+
+    def abort(self) -> None:
+        """End all work of the communicator and free it; any thread, idempotent, never raises, bounded."""
+        with self._lock:
+            comm, self._comm = self._comm, None
+        if comm is None:
+            return
+        thread = threading.Thread(target=_abort, args=(comm, self.device), name="weightcast-nccl-abort", daemon=True)
+        thread.start()
+        thread.join(ABORT_S)
+        if thread.is_alive():
+            logger.warning("an NCCL communicator could not be aborted within %g s", ABORT_S)
+
+    def _launch(self, what: str, deadline: Deadline, call: Callable[[Any, torch.cuda.Stream], None]) -> None:
+        with torch.cuda.device(self.device), self._aborting(what):
+            call(self._alive(what), self.stream)
+            self._settle(deadline, what)
+
+    def _alive(self, what: str) -> Any:
+        comm = self._comm
+        if comm is None:
+            raise TransportError(f"{what}: the communicator is gone", hint="Connect again")
+        return comm
+
+    def _settle(self, deadline: Deadline, what: str) -> None:
+        """Wait until what was launched in the background is on its stream."""
+        start = time.monotonic()
+        while self._in_progress(what):
+            deadline.check(what)
+            if time.monotonic() - start > SPIN_S:
+                time.sleep(STEP_S)
+
+    def _refuse_failure(self, what: str) -> None:
+        self._in_progress(what)
+
+    def _in_progress(self, what: str) -> bool:
+        """Whether a launch is still in the background; PeerLost or TransportError when the communicator failed."""
+        self._check()
+        result = self._alive(what).get_async_error().name
+        if result == "RemoteError":
+            raise PeerLost(f"{what}: NCCL says that another process is gone")
+        if result not in ("Success", "InProgress"):
+            raise TransportError(f"{what}: NCCL {result}", hint="NCCL_DEBUG=WARN in both processes says more")
+        return bool(result == "InProgress")
+
+    def _aborting(self, what: str) -> _AbortOnError:
+        return _AbortOnError(self, what)
+
+
+class _AbortOnError:
+    """Aborts the communicator when the block raises; NCCL's own exceptions become TransportError."""
+
+    def __init__(self, communicator: Communicator, what: str) -> None:
+        self._communicator = communicator
+        self._what = what
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: object) -> None:
+        if error is None:
+            return
+        self._communicator.abort()
+        if type(error).__name__ in ("NCCLError", "NcclInvalid"):
+            raise TransportError(f"{self._what}: {error}") from error
+
+
+def _abort(comm: Any, device: torch.device) -> None:
+    """Catches everything: what an already failed library raises while it is torn down helps nobody."""
+    try:
+        with torch.cuda.device(device):
+            comm.abort()
+    except Exception as error:  # noqa: BLE001
+        logger.warning("aborting an NCCL communicator: %s", error)

@@ -1,0 +1,43 @@
+"""Replay on a GPU: all runs of a plan in one kernel launch, whatever their number; casts and strided boxes as batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from weightcast.cuda_runs import CopyRuns
+from weightcast.manifest import ALIGNMENT
+from weightcast.memory import Memory
+from weightcast.plan import Copy, merge
+
+
+class CudaReplay:
+    """The copies between two memories of one GPU (or memory that this GPU can reach), compiled once.
+
+    It keeps both memories alive. ``run()`` queues everything on the current stream of the destination's GPU.
+    """
+
+    def __init__(self, copies: Sequence[Copy], src: Memory, dst: Memory, device: torch.device) -> None:
+        runs, rest = merge(copies, across_padding=src.is_arena and dst.is_arena)
+        self._memories = (src, dst)
+        self.nbytes = sum(copy.nbytes for copy in copies)
+        addresses = [
+            (
+                src.storages[run.src_storage].data_ptr() + run.src_offset,
+                dst.storages[run.dst_storage].data_ptr() + run.dst_offset,
+                run.nbytes,
+            )
+            for run in runs
+        ]
+        self._runs = CopyRuns(addresses, device)
+        self._dst = [dst.view(c.dst_storage, c.dst_dtype, c.dst_offset, c.sizes, c.dst_strides) for c in rest]
+        self._src = [src.view(c.src_storage, c.src_dtype, c.src_offset, c.sizes, c.src_strides) for c in rest]
+
+    @torch.no_grad()
+    def run(self) -> int:
+        """Queue all copies; returns the bytes that will have been written."""
+        self._runs.run()
+        if self._dst:
+            torch._foreach_copy_(self._dst, self._src)
+        return self.nbytes
