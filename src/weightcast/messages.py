@@ -194,5 +194,10 @@ def decode(frame: bytes) -> AnyMessage:
         raise ProtocolError(f"protocol {frame[0]}, expected {PROTOCOL}", hint="Use the same weightcast on both sides")
     try:
         return _decoder.decode(memoryview(frame)[1:])
-    except (msgspec.DecodeError, WeightcastError, RecursionError) as error:
+    except (
+        msgspec.DecodeError,
+        WeightcastError,
+        ValueError,
+        RecursionError,
+    ) as error:  # ValueError: text that is not UTF-8
         raise ProtocolError(f"malformed message: {error}") from None

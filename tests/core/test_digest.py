@@ -124,9 +124,7 @@ def test_shards_along_any_dimension_prove_the_whole(name: str) -> None:
 
 
 def test_an_arena_is_one_run_and_equals_the_sum_of_its_tensors() -> None:
-    specs = [
-        TensorSpec(name=f"t{i}", dtype=DTYPE_NAMES[i % 5], shape=(i % 7, 3) if i % 4 else ()) for i in range(50)
-    ]
+    specs = [TensorSpec(name=f"t{i}", dtype=DTYPE_NAMES[i % 5], shape=(i % 7, 3) if i % 4 else ()) for i in range(50)]
     manifest = Manifest.of(specs)
     layout = image_layout(manifest)
     arena = torch.zeros(manifest.image_nbytes, dtype=torch.uint8)

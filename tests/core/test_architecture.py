@@ -1,0 +1,100 @@
+"""Arrows point inward: what each package may import is a table, and the table is checked against the source."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import weightcast
+
+ROOT = Path(weightcast.__file__).parent
+CORE = {"errors", "dtypes", "manifest", "layout", "memory", "plan", "digest", "round", "messages", "facts", "deadline"}
+PURE_LIBRARIES = {"torch", "msgspec", "weightcast"} | set(sys.stdlib_module_names)
+FORBIDDEN_IN_CORE = {"socket", "http", "asyncio", "multiprocessing", "subprocess", "pickle", "zmq", "httpx"}
+
+# Package -> packages of weightcast it must never import, at any depth of a module's text.
+FORBIDDEN = {
+    "trainer": {"engines", "server", "cli", "demo", "receiver", "weight_transfer"},
+    "receiver": {"engines", "server", "cli", "demo", "trainer"},
+    "weight_transfer": {"engines", "server", "cli", "demo", "trainer"},
+    "transports": {"engines", "server", "cli", "demo", "trainer", "receiver", "control"},
+    "control": {"engines", "server", "cli", "demo", "trainer", "receiver", "transports"},
+    "record": {"engines", "server", "cli", "demo", "trainer", "receiver", "control", "transports"},
+    "report": {"engines", "server", "cli", "demo", "trainer", "receiver", "control", "transports"},
+    "engines": {"trainer", "cli", "demo"},
+    "server": {"trainer", "cli", "demo"},
+}
+
+
+def imports_of(path: Path) -> set[str]:
+    """Dotted names that a module imports, wherever in its text."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def modules() -> list[Path]:
+    return sorted(ROOT.rglob("*.py"))
+
+
+@pytest.mark.parametrize("name", sorted(CORE))
+def test_the_core_is_pure(name: str) -> None:
+    for imported in imports_of(ROOT / f"{name}.py"):
+        head = imported.split(".")[0]
+        assert head in PURE_LIBRARIES - FORBIDDEN_IN_CORE, f"{name} imports {imported}"
+        if head == "weightcast" and "." in imported:
+            assert imported.split(".")[1] in CORE | {"digest_cuda"}, f"{name} imports {imported}"
+
+
+@pytest.mark.parametrize("package", sorted(FORBIDDEN))
+def test_packages_keep_their_distance(package: str) -> None:
+    for path in sorted((ROOT / package).rglob("*.py")):
+        for imported in imports_of(path):
+            parts = imported.split(".")
+            if parts[0] == "weightcast" and len(parts) > 1:
+                assert parts[1] not in FORBIDDEN[package], f"{path.relative_to(ROOT)} imports {imported}"
+
+
+def test_only_the_vllm_adapter_imports_vllm() -> None:
+    for path in modules():
+        if "vllm" not in path.relative_to(ROOT).parts:
+            assert "vllm" not in {name.split(".")[0] for name in imports_of(path)}, path
+
+
+def test_nothing_unpickles() -> None:
+    words = (
+        "import pickle",
+        "pickle.load",
+        "torch.load(",
+        "cloudpickle",
+        "marshal.load",
+        "eval(",
+        "exec(",
+        "yaml.load(",
+    )
+    for path in modules():
+        text = path.read_text().replace(".eval()", "")
+        for word in words:
+            assert word not in text, f"{path.relative_to(ROOT)} has {word!r}"
+
+
+def test_importing_weightcast_loads_no_engine() -> None:
+    code = (
+        "import sys, weightcast\n"
+        "heavy = {'transformers', 'vllm', 'ray', 'starlette', 'uvicorn', 'triton', 'nccl'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_the_public_names_are_there() -> None:
+    for name in weightcast.__all__:
+        assert getattr(weightcast, name) is not None

@@ -1,0 +1,211 @@
+"""Plans against a brute-force oracle: random shapes, random shardings on both sides, any strides, replicas and splits."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from weightcast.dtypes import dtype_of
+from weightcast.errors import InvalidInput, PlanMismatch
+from weightcast.layout import Layout, Placement, Region, contiguous_strides, image_layout
+from weightcast.manifest import Manifest, TensorSpec, align
+from weightcast.memory import Memory
+from weightcast.plan import compile_plan, plan_digest, split
+from weightcast.replay import Replay
+
+DTYPES = ["float32", "bfloat16", "float8_e4m3fn", "int64", "bool"]
+
+
+def cuts(draw: st.DrawFn, size: int) -> list[tuple[int, int]]:
+    """Random consecutive pieces of a dimension."""
+    borders = sorted({0, size, *draw(st.lists(st.integers(0, size), max_size=3))})
+    return [(a, b - a) for a, b in zip(borders, borders[1:], strict=False)] or [(0, size)]
+
+
+def boxes(draw: st.DrawFn, shape: tuple[int, ...]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """A random grid that tiles a shape."""
+    found: list[tuple[tuple[int, ...], tuple[int, ...]]] = [((), ())]
+    for size in shape:
+        found = [((*o, start), (*n, length)) for o, n in found for start, length in cuts(draw, size)]
+    return found
+
+
+def random_strides(draw: st.DrawFn, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of a dense tensor with its dimensions stored in random order."""
+    order = draw(st.permutations(range(len(sizes))))
+    dense = contiguous_strides(tuple(sizes[d] for d in order))
+    strides = [0] * len(sizes)
+    for d, stride in zip(order, dense, strict=True):
+        strides[d] = stride
+    return tuple(strides)
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[Manifest, dict[int, Layout], Layout]:
+    specs = [
+        TensorSpec(
+            name=f"t{i}",
+            dtype=draw(st.sampled_from(DTYPES)),
+            shape=tuple(draw(st.lists(st.integers(0, 6), max_size=3))),
+        )
+        for i in range(draw(st.integers(1, 5)))
+    ]
+    num_ranks = draw(st.integers(1, 3))
+    ends = {rank: 0 for rank in range(num_ranks)}
+    held: dict[int, list[Placement]] = {rank: [] for rank in range(num_ranks)}
+    wanted: list[Placement] = []
+    end = 0
+
+    def place(spec: TensorSpec, box: tuple[tuple[int, ...], tuple[int, ...]], start: int) -> tuple[Placement, int]:
+        region = Region(name=spec.name, offsets=box[0], sizes=box[1])
+        itemsize = dtype_of(spec.dtype).itemsize
+        placement = Placement(
+            region=region,
+            dtype=spec.dtype,
+            storage=0,
+            offset=start // itemsize,
+            strides=random_strides(draw, region.sizes),
+        )
+        return placement, align(start + region.numel * itemsize)
+
+    for spec in specs:
+        for box in boxes(draw, spec.shape):
+            for rank in {draw(st.integers(0, num_ranks - 1)) for _ in range(2)}:
+                placement, ends[rank] = place(spec, box, ends[rank])
+                held[rank].append(placement)
+        if draw(st.booleans()):
+            for box in boxes(draw, spec.shape):
+                if draw(st.booleans()):
+                    placement, end = place(spec, box, end)
+                    wanted.append(placement)
+    holdings = {rank: Layout(placements=tuple(held[rank]), storage_nbytes=(ends[rank],)) for rank in held}
+    return Manifest.of(specs), holdings, Layout(placements=tuple(wanted), storage_nbytes=(end,))
+
+
+def fill(memory: Memory, layout: Layout, values: dict[str, torch.Tensor]) -> None:
+    for p in layout.placements:
+        view = memory.view(p.storage, p.dtype, p.offset, p.region.sizes, p.strides)
+        view.copy_(box_of(values[p.region.name], p.region))
+
+
+def box_of(whole: torch.Tensor, region: Region) -> torch.Tensor:
+    for dim, (start, size) in enumerate(zip(region.offsets, region.sizes, strict=True)):
+        whole = whole.narrow(dim, start, size)
+    return whole
+
+
+def random_values(manifest: Manifest) -> dict[str, torch.Tensor]:
+    values = {}
+    for spec in manifest.tensors:
+        raw = torch.randint(0, 256, (max(spec.nbytes, 0),), dtype=torch.uint8)
+        raw = raw & 1 if spec.dtype == "bool" else raw
+        values[spec.name] = raw.view(dtype_of(spec.dtype)).view(spec.shape)
+    return values
+
+
+def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a.contiguous().reshape(-1).view(torch.uint8), b.contiguous().reshape(-1).view(torch.uint8))
+
+
+@settings(max_examples=150, deadline=None)
+@given(problem=problems(), max_nbytes=st.sampled_from([1, 16, 64, 2**20]))
+def test_replaying_a_plan_fills_every_landing_and_nothing_else(
+    problem: tuple[Manifest, dict[int, Layout], Layout], max_nbytes: int
+) -> None:
+    manifest, holdings, landings = problem
+    values = random_values(manifest)
+    sources = {}
+    for rank, layout in holdings.items():
+        sources[rank] = Memory([torch.randint(0, 256, (layout.storage_nbytes[0],), dtype=torch.uint8)])
+        fill(sources[rank], layout, values)
+    garbage = torch.randint(0, 256, (landings.storage_nbytes[0],), dtype=torch.uint8)
+    expected, target = Memory([garbage.clone()]), Memory([garbage.clone()])
+    fill(expected, landings, values)
+    plan = compile_plan(manifest, holdings, landings)
+    for rank, copies in plan.items():
+        pieces = list(split(copies, max_nbytes))
+        assert sum(piece.nbytes for piece in pieces) == sum(copy.nbytes for copy in copies)
+        assert all(piece.nbytes <= max_nbytes or piece.region.numel == 1 for piece in pieces)
+        Replay(pieces, sources[rank], target).run()
+    assert torch.equal(target.storages[0], expected.storages[0])
+    assert plan_digest(plan) == plan_digest(compile_plan(manifest, dict(reversed(holdings.items())), landings))
+
+
+def test_two_arenas_in_the_same_order_are_one_copy() -> None:
+    specs = [TensorSpec(name=f"t{i}", dtype="bfloat16", shape=(i + 1, 7)) for i in range(100)]
+    manifest = Manifest.of(specs)
+    layout = image_layout(manifest)
+    values = random_values(manifest)
+    source = Memory([torch.zeros(manifest.image_nbytes, dtype=torch.uint8)], is_arena=True)
+    target = Memory([torch.zeros(manifest.image_nbytes, dtype=torch.uint8)], is_arena=True)
+    fill(source, layout, values)
+    (copies,) = compile_plan(manifest, {0: layout}, layout).values()
+    replay = Replay(copies, source, target)
+    assert len(replay) == 1
+    replay.run()
+    assert torch.equal(source.storages[0], target.storages[0])
+
+
+def test_replicas_share_the_load() -> None:
+    specs = [TensorSpec(name=f"t{i}", dtype="float32", shape=(64,)) for i in range(30)]
+    manifest = Manifest.of(specs)
+    layout = image_layout(manifest)
+    plan = compile_plan(manifest, {0: layout, 1: layout, 2: layout}, layout)
+    assert {rank: len(copies) for rank, copies in plan.items()} == {0: 10, 1: 10, 2: 10}
+
+
+def spec_of(shape: tuple[int, ...], name: str = "w") -> TensorSpec:
+    return TensorSpec(name=name, dtype="float32", shape=shape)
+
+
+def test_what_nobody_holds_is_named() -> None:
+    wanted = image_layout(Manifest.of([spec_of((4,)), spec_of((2,), "missing")]))
+    held = image_layout(Manifest.of([spec_of((4,))]))
+    with pytest.raises(PlanMismatch, match="missing"):
+        compile_plan(Manifest.of([spec_of((4,)), spec_of((2,), "missing")]), {0: held}, wanted)
+
+
+def test_a_hole_in_the_holdings_is_named() -> None:
+    manifest = Manifest.of([spec_of((4, 4))])
+    half = Placement(
+        region=Region(name="w", offsets=(0, 0), sizes=(2, 4)), dtype="float32", storage=0, offset=0, strides=(4, 1)
+    )
+    held = Layout(placements=(half,), storage_nbytes=(32,))
+    with pytest.raises(PlanMismatch, match="8 of 16"):
+        compile_plan(manifest, {0: held}, image_layout(manifest))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Manifest.of([spec_of((1,)), spec_of((2,))]),
+        lambda: TensorSpec(name="w", dtype="float33", shape=()),
+        lambda: TensorSpec(name="w", dtype="float32", shape=(-1,)),
+        lambda: TensorSpec(name="", dtype="float32", shape=()),
+        lambda: Region(name="w", offsets=(0,), sizes=(1, 2)),
+        lambda: Region(name="w", offsets=(-1,), sizes=(1,)),
+        lambda: Layout(placements=image_layout(Manifest.of([spec_of((9,))])).placements, storage_nbytes=(8,)),
+    ],
+)
+def test_bad_records_are_refused(make: object) -> None:
+    with pytest.raises(InvalidInput):
+        make()  # type: ignore[operator]
+
+
+def test_the_manifest_names_its_form() -> None:
+    a = Manifest.of([spec_of((4,)), spec_of((2,), "v")])
+    assert a.digest == Manifest.of([spec_of((4,)), spec_of((2,), "v")]).digest
+    others = [
+        Manifest.of([spec_of((2,), "v"), spec_of((4,))]),
+        Manifest.of([spec_of((4,)), spec_of((2,), "u")]),
+        Manifest.of([spec_of((4, 1)), spec_of((2,), "v")]),
+        Manifest.of([TensorSpec(name="w", dtype="int32", shape=(4,)), spec_of((2,), "v")]),
+    ]
+    assert len({a.digest, *(other.digest for other in others)}) == 5
+    assert a.nbytes == 24
+    assert a.positions == {"w": 0, "v": 256}
+    assert math.prod(a["w"].shape) == a["w"].numel
