@@ -12,7 +12,7 @@ from weightcast.errors import InvalidInput, LoadError, PlanMismatch
 from weightcast.layout import image_layout
 from weightcast.manifest import Manifest, TensorSpec
 from weightcast.memory import Memory
-from weightcast.plan import compile_plan, merge
+from weightcast.plan import compile_plan
 from weightcast.replay import Replay
 from weightcast.testing.models import ARCHS, build_tiny_model, random_state_dict, save_checkpoint
 
@@ -26,7 +26,7 @@ def _manifest(weights):
 
 
 def _image(manifest, weights):
-    memory = Memory([torch.zeros(manifest.image_nbytes, dtype=torch.uint8)])
+    memory = Memory([torch.zeros(manifest.image_nbytes, dtype=torch.uint8)], is_arena=True)
     for place in image_layout(manifest).placements:
         view = memory.view(0, place.dtype, place.offset, place.region.sizes, place.strides)
         view.copy_(weights[place.region.name])
@@ -46,7 +46,7 @@ def _assert_equal(model, fresh):
 
 
 def _apply(live, weights, order=None):
-    """Record and replay; returns the number of memcpys."""
+    """Record and replay; returns the number of copies."""
     manifest = _manifest({name: weights[name] for name in order or weights})
     before = live.checksums()
     layout = live.layout(manifest)
@@ -54,8 +54,9 @@ def _apply(live, weights, order=None):
     assert layout.through_loader == ()
     layout.check(manifest)
     plan = compile_plan(manifest, {0: image_layout(manifest)}, layout)
-    Replay(plan[0], _image(manifest, weights), live.memory()).run()
-    return len(merge(plan[0], 256)[0])
+    replay = Replay(plan[0], _image(manifest, weights), live.memory())
+    replay.run()
+    return len(replay)
 
 
 @pytest.fixture

@@ -272,6 +272,40 @@ def test_values_from_no_checkpoint_tensor_are_foreign_and_not_written():
     assert recording.unused == ()
 
 
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_constants_that_are_there_already_are_no_foreign_writes(value):
+    """Padding: rows of a vocabulary, columns of an expert, before and after the values next to it."""
+    tensors = {"embed": random_tensor((5, 4)), "expert": random_tensor((4, 3))}
+    parameters = {"embed": random_tensor((8, 4)), "experts": random_tensor((2, 4, 6))}
+
+    def load(w):
+        parameters["embed"][:5].copy_(w["embed"])
+        parameters["embed"][5:].fill_(value)
+        parameters["experts"][1].fill_(value)
+        parameters["experts"][1].narrow(1, 0, 3).copy_(w["expert"])
+
+    assert len(record(load, tensors, parameters).foreign_writes) == 2
+    load(tensors)
+    recording = check_replay(load, {name: random_tensor(t.shape) for name, t in tensors.items()}, parameters)
+    assert recording.unwritten() == {1: [(0, 96)]}
+    parameters["experts"][1, 3, 5] += 1
+    assert len(record(load, tensors, parameters).foreign_writes) == 1
+
+
+def test_a_value_overwritten_by_a_constant_has_no_landing():
+    tensors = {"a": random_tensor((4, 4)), "b": random_tensor((4, 4))}
+    parameters = {"p": random_tensor((8, 4))}
+
+    def load(w):
+        parameters["p"][:4].copy_(w["a"])
+        parameters["p"][4:].copy_(w["b"])
+        parameters["p"][2:4].zero_()
+
+    recording = record(load, tensors, parameters)
+    assert recording.layout.through_loader == ("a",)
+    assert "over it afterwards" in recording.reasons["a"]
+
+
 def test_unwritten_bytes_are_exact():
     tensors = {"w": random_tensor((2, 3)), "v": random_tensor((4, 2))}
     parameters = {"p": random_tensor((4, 3)), "q": random_tensor((4, 5)), "r": random_tensor((7,))}

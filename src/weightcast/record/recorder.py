@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -23,7 +23,16 @@ from weightcast.record.tensors import RecordingTensor, Untraceable, View, assemb
 
 _aten = torch.ops.aten
 _COPIES = {_aten.clone.default, _aten._to_copy.default, _aten.lift_fresh_copy.default}
+_FILLS = {_aten.fill_.Scalar, _aten.zero_.default}
 _SCALARS = {_aten._local_scalar_dense.default, _aten.equal.default, _aten.is_nonzero.default}
+
+
+class Fill(NamedTuple):
+    """A constant that the loader writes to a live place after its first ``num_before`` landings."""
+
+    place: Placement
+    value: float
+    num_before: int
 
 
 class LiveStorages:
@@ -60,6 +69,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Live places that the loader fills with values it computed itself (region: a box of the place)."""
         self.foreign: list[str] = []
         """Suppressed live writes of values that come from no checkpoint tensor."""
+        self.fills: list[Fill] = []
+        """Suppressed fills of live memory (padding) with a constant."""
         self._live = LiveStorages(memory)
         self._replacing = _ReplacingData(self)
 
@@ -148,13 +159,15 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.spoil(names, reason)
         if not names:
             self.foreign.append(f"storage {place[0]}, byte {place[1]}, shape {tuple(target.shape)}: {reason}")
-        region = Region(name="", offsets=(0,) * target.dim(), sizes=tuple(target.shape))
-        offset = place[1] // target.itemsize
-        self.loader_writes.append(
-            Placement(
-                region=region, dtype=name_of(target.dtype), storage=place[0], offset=offset, strides=target.stride()
-            )
-        )
+        self.loader_writes.append(_placed(target, place))
+
+    def _fill(self, target: torch.Tensor, value: float) -> bool:
+        """Note a fill of live memory with a constant; False for other memory."""
+        place = self._live.find(target)
+        if place is None:
+            return False
+        self.fills.append(Fill(_placed(target, place), value, len(self.landings)))
+        return True
 
     def _overwrite(self, target: RecordingTensor, sources: Sequence[RecordingTensor], what: str) -> None:
         target.base.names = target.base.names.union(*(source.base.names for source in sources))
@@ -166,6 +179,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         """An in-place or out= operation: run it only when it touches neither live memory nor recording tensors."""
         targets = _mutated(func, args, kwargs)
+        if func in _FILLS and self._fill(targets[0], 0 if len(args) < 2 else args[1]):
+            return targets[0]
         names = set().union(*(tensor.base.names for tensor in recorded))
         live = False
         for target in targets:
@@ -252,6 +267,15 @@ class _ReplacingData(TorchFunctionMode):
 
 # Each access makes a new wrapper: compare with ==, never with `is`.
 _SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
+
+
+def _placed(target: torch.Tensor, place: tuple[int, int]) -> Placement:
+    """A live view as a placement of its own indices, without a name."""
+    region = Region(name="", offsets=(0,) * target.dim(), sizes=tuple(target.shape))
+    offset = place[1] // target.itemsize
+    return Placement(
+        region=region, dtype=name_of(target.dtype), storage=place[0], offset=offset, strides=target.stride()
+    )
 
 
 def _recorded(values: Sequence[Any]) -> list[RecordingTensor]:

@@ -15,7 +15,8 @@ from weightcast.layout import Layout, Placement
 from weightcast.manifest import Manifest, TensorSpec
 from weightcast.memory import Memory, bytes_of
 from weightcast.record.coverage import overlapping, unwritten_runs
-from weightcast.record.recorder import Recorder
+from weightcast.record.fills import overwritten_names, unkept
+from weightcast.record.recorder import Fill, Recorder
 from weightcast.record.tensors import RecordingTensor, whole
 
 Loader = Callable[[Iterator[tuple[str, torch.Tensor]]], object]
@@ -32,9 +33,10 @@ class Recording:
     unused: tuple[str, ...]
     """Tensors that the loader took and did nothing with, or never took."""
     foreign_writes: tuple[str, ...]
-    """Writes into live memory of values that come from no checkpoint tensor; a replay of the landings lacks them."""
+    """Writes into live memory of values that come from no checkpoint tensor; a replay of the landings lacks them. Constants
+    that live memory holds already (padding) are not counted."""
     loader_writes: tuple[Placement, ...]
-    """Live places that the loader fills with values of its own making (their regions have no name)."""
+    """Live places that the loader fills with values of its own making, constants included."""
 
     @cached_property
     def overlaps(self) -> tuple[tuple[str, str], ...]:
@@ -108,9 +110,13 @@ def _named(
 
 
 def _recording(manifest: Manifest, memory: Memory, recorder: Recorder) -> Recording:
+    for fill in recorder.fills:
+        recorder.spoil(overwritten_names(fill, recorder.landings), "a constant is written over it afterwards")
     reasons = recorder.reasons
     direct = tuple(landing for landing in recorder.landings if landing.region.name not in reasons)
     lost = [landing for landing in recorder.landings if landing.region.name in reasons]
+    written = [*recorder.landings, *recorder.loader_writes]
+    foreign = [*recorder.foreign, *(_told(fill) for fill in unkept(recorder.fills, written, memory))]
     landed = {landing.region.name for landing in direct}
     names = [spec.name for spec in manifest.tensors]
     return Recording(
@@ -121,6 +127,11 @@ def _recording(manifest: Manifest, memory: Memory, recorder: Recorder) -> Record
         ),
         reasons={name: reasons[name] for name in names if name in reasons},
         unused=tuple(name for name in names if name not in landed and name not in reasons),
-        foreign_writes=tuple(recorder.foreign),
-        loader_writes=(*recorder.loader_writes, *lost),
+        foreign_writes=tuple(foreign),
+        loader_writes=(*recorder.loader_writes, *lost, *(fill.place for fill in recorder.fills)),
     )
+
+
+def _told(fill: Fill) -> str:
+    place = fill.place
+    return f"storage {place.storage}, element {place.offset}, shape {place.region.sizes}: filled with {fill.value}"

@@ -145,7 +145,7 @@ class EmbeddedModel(LiveModel):
         for slot in self._slots:
             slot.offset_nbytes = end
             end = align(end + slot.tensor.nbytes)
-        memory = Memory([torch.zeros(end, dtype=torch.uint8, device=self.device)])
+        memory = Memory([torch.zeros(end, dtype=torch.uint8, device=self.device)], is_arena=True)
         for slot in self._slots:
             _view(memory, slot).copy_(slot.tensor)
         self._bind(memory)
