@@ -153,7 +153,7 @@ class Session:
             case Setup():
                 self._tasks.put(lambda: self._set_up(message))
             case Begin():
-                self._tasks.put(lambda: self._begin(message))
+                self._open(message)
             case Verified():
                 approval = Approval(version=message.version, content=message.content, digest=message.digest)
                 self.round.verified(RoundId(epoch=message.epoch, round=message.round), approval)
@@ -163,6 +163,13 @@ class Session:
                     self._abort_transfer()
             case _:
                 logger.warning("control channel: %s is not for a worker", type(message).__name__)
+
+    def _open(self, begin: Begin) -> None:
+        # Here and not with the transfer: an approval may follow before the session's thread gets to it.
+        if not self.round.begin(RoundId(epoch=begin.epoch, round=begin.round)):
+            logger.info("round %d.%d is stale, the present one is %s", begin.epoch, begin.round, self.round.id)
+        elif self.mode == "staged":
+            self._tasks.put(lambda: self._stage(begin))
 
     def _on_lost(self, reason: str) -> None:
         self.lost = reason
@@ -204,13 +211,8 @@ class Session:
             self._close_ends()
             self.send_failure(RoundId(epoch=setup.epoch, round=0), "setup", error)
 
-    def _begin(self, begin: Begin) -> None:
+    def _stage(self, begin: Begin) -> None:
         id = RoundId(epoch=begin.epoch, round=begin.round)
-        if not self.round.begin(id):
-            logger.info("round %d.%d is stale, the present one is %s", begin.epoch, begin.round, self.round.id)
-            return
-        if self.mode == "in_place":
-            return
         try:
             nbytes, transfer_s = self.receive(self.target.memory(), Deadline(begin.timeout_s))
             start = time.perf_counter()
