@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from weightcast.dtypes import dtype_of
 from weightcast.errors import InvalidInput, Unsupported
 from weightcast.weight_transfer.config import WeightTransferConfig
 
@@ -49,6 +50,8 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weight_transfer_config", WeightTransferConfig.of(self.weight_transfer_config))
+        if self.dtype != "auto":
+            dtype_of(self.dtype)
         if self.load_format not in ("auto", "dummy"):
             raise InvalidInput(f"load_format is auto or dummy, not {self.load_format!r}", field="load_format")
         for name in _POSITIVE:

@@ -44,6 +44,8 @@ def load_model(config: EngineConfig) -> Any:
         model = _dummy(config, model_config) if config.load_format == "dummy" else _load(config, model_config)
     check_model(model)
     model.set_attn_implementation(ATTENTION_NAME)
+    if model.dtype == torch.float64 and hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # the grouped matrix product knows no float64
     return model.to(device).eval().requires_grad_(False)
 
 

@@ -1,0 +1,116 @@
+"""What the engine cannot run exactly it refuses at start, by name; bad arguments name their field."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from weightcast.engines.embedded import LLM, EngineConfig
+from weightcast.engines.embedded.support import probe
+from weightcast.errors import InvalidInput, Unsupported
+from weightcast.testing.models import build_tiny_model
+
+_SMALL = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+
+
+def _save_config(folder: Path, model_type: str, **fields: Any) -> Path:
+    from transformers import AutoConfig
+
+    AutoConfig.for_model(model_type, **fields).save_pretrained(folder)
+    return folder
+
+
+def test_attention_sinks(tmp_path: Path) -> None:
+    folder = build_tiny_model(tmp_path / "m", "gpt_oss")
+    with pytest.raises(Unsupported, match=r"GptOss.*s_aux"):
+        LLM(folder)
+
+
+def test_hybrid_layers(tmp_path: Path) -> None:
+    folder = _save_config(tmp_path, "qwen3_next", **_SMALL, num_attention_heads=2, num_key_value_heads=2)
+    with pytest.raises(Unsupported, match=r"qwen3_next.*linear_attention"):
+        LLM(folder, load_format="dummy")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields", "message"),
+    [
+        ("bloom", {"vocab_size": 97, "hidden_size": 32, "n_layer": 2, "n_head": 2}, "BloomForCausalLM"),
+        ("mamba", {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2}, "mamba.*linear_attention"),
+        ("t5", {"vocab_size": 97, "d_model": 32, "num_layers": 2}, "encoder-decoder"),
+        ("vit", {}, "ViTConfig"),
+    ],
+)
+def test_other_kinds_of_models(tmp_path: Path, model_type: str, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(Unsupported, match=message):
+        LLM(_save_config(tmp_path, model_type, **fields), load_format="dummy")
+
+
+def test_scaling_by_the_longest_sequence(tmp_path: Path) -> None:
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    folder = _save_config(
+        tmp_path, "llama", **_SMALL, num_attention_heads=2, num_key_value_heads=2, rope_parameters=rope
+    )
+    with pytest.raises(Unsupported, match="dynamic"):
+        LLM(folder, load_format="dummy")
+
+
+def test_probe_notices_wrong_attention(build: Any, start: Any) -> None:
+    """A model that hides something from the attention function is caught by its logits."""
+    folder, _ = build("llama")
+    model = start(folder).engine.model
+    assert probe(model) == 2 * 2 * 2 * 16 * 8
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_pre_hook(
+            lambda module, args, kwargs: (args, {**kwargs, "hidden_states": kwargs["hidden_states"].cumsum(1)}),
+            with_kwargs=True,
+        )
+    with pytest.raises(Unsupported, match="logits differ"):
+        probe(model)
+
+
+@pytest.mark.parametrize("name", ["tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"])
+def test_parallelism(name: str) -> None:
+    with pytest.raises(Unsupported, match=name):
+        EngineConfig(model="m", **{name: 2})
+    EngineConfig(model="m", **{name: 1})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("max_num_seqs", 0),
+        ("max_num_batched_tokens", 8),
+        ("kv_cache_tokens", -1),
+        ("load_format", "pickle"),
+        ("max_model_len", 10**6),
+        ("kv_cache_tokens", 100),
+        ("dtype", "float7"),
+    ],
+)
+def test_bad_arguments(tmp_path: Path, field: str, value: Any) -> None:
+    folder = build_tiny_model(tmp_path / "m")
+    with pytest.raises(InvalidInput) as caught:
+        LLM(folder, **{field: value})
+    assert caught.value.field == field
+
+
+def test_a_model_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="no model can be read"):
+        LLM(tmp_path / "nothing")
+
+
+def test_dummy_weights_come_from_the_seed(tmp_path: Path, start: Any) -> None:
+    folder = build_tiny_model(tmp_path / "m")
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    before = torch.random.get_rng_state()
+    weights = [
+        start(folder, load_format="dummy", seed=seed).engine.model.get_input_embeddings().weight for seed in (5, 5, 6)
+    ]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+    assert torch.equal(torch.random.get_rng_state(), before)
