@@ -1,0 +1,62 @@
+"""weightcast serve as a process of its own, ended by its id whatever happens."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+START = "from weightcast.cli import app; app()"
+
+
+@dataclass
+class Served:
+    """A running server."""
+
+    url: str
+    process: subprocess.Popen[str]
+    ready_file: Path
+
+    def stop(self, signal_number: int, timeout_s: float = 20.0) -> tuple[int, str]:
+        """Send a signal and wait; the exit status and everything that was printed."""
+        self.process.send_signal(signal_number)
+        output, _ = self.process.communicate(timeout=timeout_s)
+        return self.process.returncode, output
+
+
+def command_line(*arguments: object) -> list[str]:
+    return [sys.executable, "-c", START, "serve", *map(str, arguments)]
+
+
+def environment(**more: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("WEIGHTCAST_", "OMP_WAIT"))}
+    return {**kept, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **more}
+
+
+@contextmanager
+def serving(model: Path, folder: Path, *arguments: object, timeout_s: float = 90.0, **more: str) -> Iterator[Served]:
+    """Start a server on a free port and wait until it listens."""
+    ready = folder / "url"
+    process = subprocess.Popen(
+        command_line(model, "--port", 0, "--ready-file", ready, *arguments),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=environment(**more),
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + timeout_s
+        while not ready.exists():
+            if process.poll() is not None:
+                raise AssertionError(f"the server ended with {process.returncode}:\n{process.communicate()[0]}")
+            assert time.monotonic() < deadline, "the server did not listen in time"
+            time.sleep(0.05)
+        yield Served(ready.read_text().strip(), process, ready)
+    finally:
+        process.kill()
+        process.communicate()
