@@ -31,7 +31,7 @@ class Detokenizer:
     @property
     def visible(self) -> str:
         """The text so far that no later stop string can take back."""
-        return self.text[: len(self.text) - self._held_back] if self._held_back else self.text
+        return self.text[: max(0, len(self.text) - self._held_back)]
 
     def add(self, token: int, *, search: bool = True) -> str | None:
         """Add a token; returns the stop string that ended the text, if one did (the text is then cut)."""
