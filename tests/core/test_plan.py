@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -23,7 +24,7 @@ DTYPES = ["float32", "bfloat16", "float8_e4m3fn", "int64", "bool"]
 def cuts(draw: st.DrawFn, size: int) -> list[tuple[int, int]]:
     """Random consecutive pieces of a dimension."""
     borders = sorted({0, size, *draw(st.lists(st.integers(0, size), max_size=3))})
-    return [(a, b - a) for a, b in zip(borders, borders[1:], strict=False)] or [(0, size)]
+    return [(a, b - a) for a, b in itertools.pairwise(borders)] or [(0, size)]
 
 
 def boxes(draw: st.DrawFn, shape: tuple[int, ...]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -55,7 +56,7 @@ def problems(draw: st.DrawFn) -> tuple[Manifest, dict[int, Layout], Layout]:
         for i in range(draw(st.integers(1, 5)))
     ]
     num_ranks = draw(st.integers(1, 3))
-    ends = {rank: 0 for rank in range(num_ranks)}
+    ends = dict.fromkeys(range(num_ranks), 0)
     held: dict[int, list[Placement]] = {rank: [] for rank in range(num_ranks)}
     wanted: list[Placement] = []
     end = 0
