@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from server_helpers import client_for, events_of, joined
 
 from weightcast.engines.base import SamplingParams
+from weightcast.errors import EngineError, StateError
 from weightcast.server import ServerConfig
 from weightcast.testing.scripted_engine import ScriptedEngine
 from weightcast.testing.tokenizer import VOCAB_SIZE
@@ -273,8 +275,6 @@ async def test_body_limit(engine: ScriptedEngine) -> None:
 async def test_engine_failure_before_the_first_token(
     http: httpx.AsyncClient, engine: ScriptedEngine, stream: bool
 ) -> None:
-    from weightcast.errors import EngineError
-
     engine.fail("generate", EngineError("the engine thread died"))
     answer = await http.post("/v1/completions", json={"prompt": "x", "stream": stream})
     assert answer.status_code == 503
@@ -282,11 +282,8 @@ async def test_engine_failure_before_the_first_token(
 
 
 async def test_engine_failure_in_the_middle_of_a_stream(engine: ScriptedEngine) -> None:
-    from weightcast.errors import EngineError
-
     engine.token_delay_s = 0.02
     async with client_for(engine) as http:
-        import asyncio
 
         async def later() -> None:
             await asyncio.sleep(0.1)
@@ -302,7 +299,16 @@ async def test_engine_failure_in_the_middle_of_a_stream(engine: ScriptedEngine) 
     assert events[-1]["error"]["type"] == "EngineError"
 
 
-async def test_not_ready(engine: ScriptedEngine) -> None:
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_full_queue_is_for_later(http: httpx.AsyncClient, engine: ScriptedEngine, stream: bool) -> None:
+    engine.fail("generate", StateError("the queue is full"))
+    answer = await http.post("/v1/completions", json={"prompt": ["a", "b"], "stream": stream})
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+    assert answer.json()["error"]["type"] == "StateError"
+    assert (await engine.status()).num_running == 0
+
+
+async def test_not_ready() -> None:
     waiting = ScriptedEngine(wait_for_weights=True)
     async with client_for(waiting) as http:
         answer = await http.post("/v1/completions", json={"prompt": "x"})

@@ -20,7 +20,7 @@ async def served(engine: ScriptedEngine) -> AsyncIterator[int]:
     sock = bind("127.0.0.1", 0)
     config = uvicorn.Config(create_app(engine), log_config=None, timeout_graceful_shutdown=2)
     server = uvicorn.Server(config)
-    task = asyncio.create_task(server._serve([sock]))
+    task = asyncio.create_task(server.serve([sock]))
     try:
         await until(lambda: server.started)
         yield sock.getsockname()[1]
