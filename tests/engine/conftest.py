@@ -53,4 +53,3 @@ def start() -> Iterator[Callable[..., LLM]]:
     yield start_one
     for engine in engines:
         engine.shutdown()
-

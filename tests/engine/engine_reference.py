@@ -22,6 +22,21 @@ def greedy(model: Any, prompt: list[int], num_tokens: int) -> list[int]:
     return out[0, len(prompt) :].tolist()
 
 
+def greedy_on(model: Any, prompt: list[int], num_tokens: int) -> list[int]:
+    """The same, going on through the end-of-text token."""
+    ids = torch.tensor([prompt])
+    with torch.no_grad():
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=num_tokens,
+            do_sample=False,
+            eos_token_id=-1,
+            pad_token_id=0,
+        )
+    return out[0, len(prompt) :].tolist()
+
+
 def check_greedy(model: Any, prompt: list[int], got: list[int], num_tokens: int) -> int:
     """Assert equality with ``generate``; in float32 the first difference may be a tie. Returns the number of ties."""
     expected = greedy(model, prompt, num_tokens)

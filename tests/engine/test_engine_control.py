@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_reference import greedy, random_prompts
+from engine_reference import greedy_on, random_prompts
 
 from weightcast.engines.embedded import LLM, SamplingParams
 from weightcast.errors import DeadlineExceeded, EngineError, InvalidInput, StateError
@@ -84,7 +84,7 @@ def test_keep_then_new_weights(how: str, running: Any, rng: random.Random) -> No
         first, second = each.weight_versions
         assert (first.start, first.end, second.end) == (0, second.start, 60)
         boundaries += first.end
-        assert each.token_ids[second.start :] == greedy(
+        assert each.token_ids[second.start :] == greedy_on(
             reference, prompt + each.token_ids[: first.end], second.end - second.start
         )
     assert boundaries == made
@@ -121,7 +121,7 @@ def test_stale_prompts_are_not_shared(build: Any, start: Any, rng: random.Random
         _perturb(llm, reference, rng.getrandbits(30))
         llm.resume_generation()
         outputs = future.result(_WAIT_S)[0].outputs
-    expected = greedy(reference, prompt, 50)
+    expected = greedy_on(reference, prompt, 50)
     assert [each.token_ids == expected for each in outputs] == [False, False, True, True]
 
 
@@ -134,7 +134,7 @@ def test_pause_abort(running: Any) -> None:
         each = output.outputs[0]
         assert output.finished
         assert each.finish_reason == "abort"
-        assert each.token_ids == greedy(reference, prompt, 60)[: len(each.token_ids)]
+        assert each.token_ids == greedy_on(reference, prompt, 60)[: len(each.token_ids)]
         assert each.weight_versions[-1].end == len(each.token_ids) > 0
     llm.pause_generation(mode="abort")
     llm.resume_generation()
@@ -204,7 +204,7 @@ def test_an_error_in_a_step_fails_the_running_requests(running: Any) -> None:
         future.result(_WAIT_S)
     outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=12, ignore_eos=True))
     for prompt, output in zip(prompts, outputs, strict=True):
-        assert output.outputs[0].token_ids == greedy(reference, prompt, 12)
+        assert output.outputs[0].token_ids == greedy_on(reference, prompt, 12)
     assert llm.status().ready
 
 
@@ -216,7 +216,9 @@ def test_every_failed_request_hears_why_and_the_others_go_on(build: Any, start: 
     prompts = random_prompts(rng, 4, reference.config.vocab_size)
     params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
     requests = [
-        llm.engine.request(prompt, params, lambda o: outputs.__setitem__(o.request_id, o), request_id=str(i), stream=False)
+        llm.engine.request(
+            prompt, params, lambda o: outputs.__setitem__(o.request_id, o), request_id=str(i), stream=False
+        )
         for i, prompt in enumerate(prompts)
     ]
     llm.engine.submit(requests).result(_WAIT_S)
@@ -225,7 +227,7 @@ def test_every_failed_request_hears_why_and_the_others_go_on(build: Any, start: 
     assert [outputs[str(i)].outputs[0].finish_reason for i in range(4)] == ["error", "error", "length", "length"]
     assert outputs["0"].error is not None
     assert "no memory" in outputs["0"].error
-    assert outputs["3"].outputs[0].token_ids == greedy(reference, prompts[3], 5)
+    assert outputs["3"].outputs[0].token_ids == greedy_on(reference, prompts[3], 5)
 
 
 def _raise_once(text: str) -> Callable[..., None]:
@@ -250,7 +252,7 @@ def test_broken_weights_fail_requests_and_leave_no_trace(running: Any) -> None:
     llm.run_between_steps(lambda: weight.copy_(saved))
     outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=8, ignore_eos=True))
     for prompt, output in zip(prompts, outputs, strict=True):
-        assert output.outputs[0].token_ids == greedy(reference, prompt, 8)
+        assert output.outputs[0].token_ids == greedy_on(reference, prompt, 8)
 
 
 def test_commands_run_on_the_engine_thread(build: Any, start: Any) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from engine_reference import check_greedy, greedy, greedy_on, random_prompts
 
-from engine_reference import check_greedy, greedy, random_prompts
 from weightcast.engines.embedded import LLM, SamplingParams
 
 ARCHS = {
@@ -64,7 +64,10 @@ def test_softcap_and_window_matter(build: Any, rng: random.Random) -> None:
 def test_preemption_and_pieces(arch: str, build: Any, start: Any, rng: random.Random) -> None:
     folder, reference = build(arch, **ARCHS[arch])
     llm = start(folder, max_num_seqs=8, max_num_batched_tokens=11, max_model_len=150, kv_cache_tokens=300)
-    _check_all(llm, reference, rng, count=10, num_tokens=60, longest=80)
+    prompts = [[rng.randrange(3, 300) for _ in range(rng.randint(30, 80))] for _ in range(9)]
+    outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=60, ignore_eos=True))
+    for prompt, output in zip(prompts, outputs, strict=True):
+        assert output.outputs[0].token_ids == greedy_on(reference, prompt, 60)
     assert llm.status().num_preemptions > 0
     assert llm.status().num_running == llm.status().num_waiting == 0
 

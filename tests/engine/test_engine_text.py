@@ -116,14 +116,14 @@ def test_stop_ids_and_min_tokens(build: Any, start: Any, rng: random.Random) -> 
     whole = llm.generate("x", SamplingParams(seed=seed, max_tokens=30, ignore_eos=True))[0].outputs[0]
     token = whole.token_ids[9]
     first = whole.token_ids.index(token)
-    stopped = llm.generate(
-        "x", SamplingParams(seed=seed, max_tokens=30, ignore_eos=True, stop_token_ids=(token,))
-    )[0].outputs[0]
+    stopped = llm.generate("x", SamplingParams(seed=seed, max_tokens=30, ignore_eos=True, stop_token_ids=(token,)))[
+        0
+    ].outputs[0]
     assert (stopped.finish_reason, stopped.stop_reason) == ("stop", token)
     assert stopped.token_ids == whole.token_ids[: first + 1]
-    held = llm.generate(
-        "x", SamplingParams(seed=seed, max_tokens=30, min_tokens=30, stop_token_ids=(token,))
-    )[0].outputs[0]
+    held = llm.generate("x", SamplingParams(seed=seed, max_tokens=30, min_tokens=30, stop_token_ids=(token,)))[
+        0
+    ].outputs[0]
     assert len(held.token_ids) == 30
     assert token not in held.token_ids[:29]
     assert EOS_ID not in held.token_ids[:29]
@@ -143,9 +143,9 @@ def test_end_of_text(build: Any, start: Any) -> None:
     ignored = llm.generate("x", SamplingParams(temperature=0, max_tokens=9, ignore_eos=True))[0].outputs[0]
     assert ignored.token_ids == [EOS_ID] * 9
     assert ignored.finish_reason == "length"
-    spoken = llm.generate(
-        "x", SamplingParams(temperature=0, max_tokens=2, ignore_eos=True, skip_special_tokens=False)
-    )[0].outputs[0]
+    spoken = llm.generate("x", SamplingParams(temperature=0, max_tokens=2, ignore_eos=True, skip_special_tokens=False))[
+        0
+    ].outputs[0]
     assert spoken.text == 2 * llm.get_tokenizer().decode([EOS_ID])
 
 

@@ -116,8 +116,8 @@ class AsyncLLM:
                 finished = output.finished
                 yield output
         finally:
-            if not finished and self.engine.alive:
-                self.engine.abort([request.request_id])
+            if not finished:
+                self.engine.cancel([request])
 
     async def _next(self, latest: _Latest) -> RequestOutput:
         while True:

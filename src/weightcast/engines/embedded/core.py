@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future
 
@@ -114,6 +115,13 @@ class EngineCore:
             self._end(self.requests[name], "abort", None)
         self._settle_drain()
         return len(names)
+
+    def cancel(self, requests: Iterable[Request]) -> None:
+        """Abort these requests, and no others that may have the same ids."""
+        for request in requests:
+            if self.requests.get(request.request_id) is request:
+                self._end(request, "abort", None)
+        self._settle_drain()
 
     def fail_all(self, reason: str) -> None:
         for request in list(self.requests.values()):

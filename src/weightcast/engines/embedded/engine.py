@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import uuid
 import weakref
@@ -22,7 +23,7 @@ from weightcast.engines.embedded.support import probe
 from weightcast.engines.embedded.text import Text
 from weightcast.engines.embedded.thread import EngineThread
 from weightcast.engines.embedded.transfer import WeightTransfer, unwrap
-from weightcast.errors import DeadlineExceeded, InvalidInput
+from weightcast.errors import DeadlineExceeded, EngineError, InvalidInput
 
 _logger = logging.getLogger(__name__)
 
@@ -128,6 +129,11 @@ class Engine:
 
     def abort(self, request_ids: Sequence[str] | None) -> Future[int]:
         return self._thread.call(lambda: self.core.abort(request_ids))
+
+    def cancel(self, requests: Sequence[Request]) -> None:
+        """Abort requests whose caller went away; nobody waits for the answer, and a dead engine has none left."""
+        with contextlib.suppress(EngineError):
+            self._thread.call(lambda: self.core.cancel(requests))
 
     def pause(self, mode: PauseMode, clear_cache: bool) -> Future[Future[None]]:
         """The inner future is done when the engine stands still."""

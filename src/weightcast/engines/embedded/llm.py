@@ -160,9 +160,9 @@ class LLM:
                 if output.error is not None:
                     raise EngineError(output.error)
         finally:
-            unfinished = [name for name in names if name not in outputs]
-            if unfinished and self.engine.alive:
-                self.engine.abort(unfinished)
+            unfinished = [request for request in requests if request.request_id not in outputs]
+            if unfinished:
+                self.engine.cancel(unfinished)
         return [outputs[name] for name in names]
 
     def _next(self, done: queue.SimpleQueue[RequestOutput], deadline: Deadline) -> RequestOutput:

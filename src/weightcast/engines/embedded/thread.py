@@ -52,6 +52,9 @@ class EngineThread:
                 future.set_result(command())
             except Exception as error:  # noqa: BLE001 - see above
                 future.set_exception(error)
+            except BaseException as error:
+                future.set_exception(EngineError(f"the engine's thread ends: {type(error).__name__}: {error}"))
+                raise
 
         with self._wake:
             if self._stopping or not self._thread.is_alive():

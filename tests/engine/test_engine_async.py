@@ -1,0 +1,150 @@
+"""AsyncLLM: many streams at once, leaving early, the bounded queue, the control calls."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+from engine_reference import greedy, greedy_on, random_prompts
+
+from weightcast.engines.base import InferenceEngine
+from weightcast.engines.embedded import AsyncLLM, RequestOutput, SamplingParams
+from weightcast.errors import EngineError, InvalidInput, StateError
+
+
+@pytest.fixture
+async def serve(build: Any) -> AsyncIterator[Callable[..., Any]]:
+    engines: list[AsyncLLM] = []
+
+    def start(arch: str = "qwen3", **arguments: Any) -> tuple[AsyncLLM, Any]:
+        folder, reference = build(arch)
+        engines.append(AsyncLLM(folder, num_threads=1, **arguments))
+        return engines[-1], reference
+
+    yield start
+    for engine in engines:
+        await engine.shutdown()
+
+
+async def _last(llm: InferenceEngine, prompt: Any, params: SamplingParams, name: str | None = None) -> RequestOutput:
+    outputs = [output async for output in llm.generate(prompt, params, name)]
+    return outputs[-1]
+
+
+async def _until(llm: AsyncLLM, condition: Callable[[Any], bool]) -> None:
+    async with asyncio.timeout(30):
+        while not condition(await llm.status()):
+            await asyncio.sleep(0.002)
+
+
+async def test_streams_are_cumulative_and_greedy(serve: Any, rng: random.Random) -> None:
+    llm, reference = serve(max_num_seqs=4)
+    prompts = random_prompts(rng, 7, reference.config.vocab_size)
+
+    async def follow(prompt: list[int]) -> list[RequestOutput]:
+        return [output async for output in llm.generate(prompt, SamplingParams(temperature=0, max_tokens=15))]
+
+    for prompt, outputs in zip(prompts, await asyncio.gather(*map(follow, prompts)), strict=True):
+        expected = greedy(reference, prompt, 15)
+        assert [output.finished for output in outputs] == [False] * (len(outputs) - 1) + [True]
+        lengths = [len(output.outputs[0].token_ids) for output in outputs]
+        assert lengths == sorted(set(lengths))
+        for output in outputs:
+            assert output.outputs[0].token_ids == expected[: len(output.outputs[0].token_ids)]
+        assert outputs[-1].outputs[0].token_ids == expected
+
+
+async def test_leaving_a_stream_aborts_it(serve: Any) -> None:
+    llm, _ = serve()
+    stream = llm.generate([1, 2, 3], SamplingParams(max_tokens=1900, ignore_eos=True), "mine")
+    await anext(stream)
+    assert (await llm.status()).num_running == 1
+    await stream.aclose()
+    await _until(llm, lambda status: status.num_running == 0)
+    task = asyncio.create_task(_last(llm, [1, 2], SamplingParams(max_tokens=1900, ignore_eos=True)))
+    await _until(llm, lambda status: status.num_running == 1)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    await _until(llm, lambda status: status.num_running == 0)
+
+
+async def test_abort_by_name(serve: Any) -> None:
+    llm, _ = serve()
+    params = SamplingParams(max_tokens=1900, ignore_eos=True)
+    tasks = [asyncio.create_task(_last(llm, [7, i], params, f"r{i}")) for i in range(1, 4)]
+    await _until(llm, lambda status: status.num_running == 3)
+    assert await llm.abort(["r2", "nobody"]) == 1
+    assert (await tasks[1]).outputs[0].finish_reason == "abort"
+    with pytest.raises(InvalidInput) as caught:
+        await _last(llm, [1], params, "r1")
+    assert caught.value.field == "request_id"
+    assert await llm.abort() == 2
+    assert [output.outputs[0].finish_reason for output in await asyncio.gather(*tasks)] == ["abort"] * 3
+
+
+async def test_the_queue_is_bounded(serve: Any) -> None:
+    llm, _ = serve(max_num_seqs=2, max_waiting=3)
+    await llm.pause_generation("keep")
+    params = SamplingParams(max_tokens=3, ignore_eos=True)
+    tasks = [asyncio.create_task(_last(llm, [7, i], params)) for i in range(8)]
+    await _until(llm, lambda status: status.num_waiting == 5)
+    done, pending = await asyncio.wait(tasks, timeout=5, return_when=asyncio.FIRST_EXCEPTION)
+    done, pending = await asyncio.wait(tasks, timeout=0.2)
+    assert (len(done), len(pending)) == (3, 5)
+    for task in done:
+        with pytest.raises(StateError, match="queue is full"):
+            task.result()
+    await llm.resume_generation()
+    assert all(output.finished for output in await asyncio.gather(*pending))
+    assert (await _last(llm, [1, 2], params)).finished
+
+
+async def test_pause_and_resume(serve: Any) -> None:
+    llm, reference = serve()
+    params = SamplingParams(temperature=0, max_tokens=150, ignore_eos=True)
+    task = asyncio.create_task(_last(llm, [9, 8, 7], params))
+    await _until(llm, lambda status: status.num_generated_tokens > 3)
+    await llm.pause_generation("keep", clear_cache=False)
+    assert await llm.is_paused()
+    status = await llm.status()
+    assert (status.paused, status.num_running, status.num_kv_tokens > 3) == (True, 1, True)
+    assert await llm.reset_prefix_cache()
+    assert (await llm.status()).num_kv_tokens == status.num_kv_tokens
+    assert await llm.reset_prefix_cache(reset_running_requests=True)
+    assert (await llm.status()).num_kv_tokens == 0
+    await llm.resume_generation()
+    assert (await task).outputs[0].token_ids == greedy_on(reference, [9, 8, 7], 150)
+
+
+async def test_giving_up_on_a_waiting_pause(serve: Any) -> None:
+    llm, _ = serve()
+    task = asyncio.create_task(_last(llm, [1], SamplingParams(max_tokens=300, ignore_eos=True)))
+    await _until(llm, lambda status: status.num_running == 1)
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(llm.pause_generation("wait"), 0.05)
+    assert (await task).outputs[0].finish_reason == "length"
+    await _until(llm, lambda status: status.paused)
+    await llm.resume_generation()
+    assert (await _last(llm, [1], SamplingParams(max_tokens=2))).finished
+
+
+async def test_bad_arguments_are_raised_by_the_call(serve: Any) -> None:
+    llm, _ = serve(max_model_len=32)
+    with pytest.raises(InvalidInput, match="at most 31"):
+        llm.generate([1] * 32, SamplingParams())
+    assert (await llm.status()).ready
+
+
+async def test_after_shutdown(serve: Any) -> None:
+    llm, _ = serve()
+    task = asyncio.create_task(_last(llm, [1], SamplingParams(max_tokens=1900, ignore_eos=True)))
+    await _until(llm, lambda status: status.num_running == 1)
+    await llm.shutdown()
+    await llm.shutdown()
+    assert (await task).outputs[0].finish_reason == "abort"
+    with pytest.raises(EngineError, match="gone"):
+        await _last(llm, [1], SamplingParams())
+    assert not (await llm.status()).ready
