@@ -75,7 +75,8 @@ class Session:
         self._mode_wish = mode
         self.round = round
         self.lost: str | None = None
-        self.manifest_digest = ""
+        self.proven_digest = 0
+        """Digest of what this round's transfer left in its target memory."""
         self._ends: list[WorkerEnd] = []
         self._ends_lock = threading.Lock()
         self._receiving = False
@@ -218,6 +219,7 @@ class Session:
             start = time.perf_counter()
             digest = self._digest.of(self.target.memory())
             digest_s = time.perf_counter() - start
+            self.proven_digest = digest
             if self.round.staged(id):
                 self._send_staged(id, digest, nbytes, transfer_s, digest_s)
         except Exception as error:  # noqa: BLE001 - as above: whatever fails here is the trainer's to know

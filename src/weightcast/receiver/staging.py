@@ -56,6 +56,7 @@ class Target:
         self.staged = staged
         self._num_live = len(model.memory().storages)
         self._has_staging = bool(layout.through_loader)
+        self._memories: dict[tuple[int, ...], Memory] = {}
         if staged:
             self._check_room()
         try:
@@ -93,6 +94,11 @@ class Target:
             self._swap.run()
         self._memory = self._combine()
 
+    @property
+    def moves(self) -> bool:
+        """True: a swap makes the very storages live that were staged, so their digest is that of what is live."""
+        return self.staged and self._model.relocatable
+
     def loader_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The staged tensors that go through the engine's loader."""
         return self._tensors(self._area)
@@ -109,10 +115,10 @@ class Target:
             self._area, self._previous = self._previous, self._area
             self._memory = self._combine()
 
-    def loader_area(self) -> tuple[torch.Tensor, ...]:
-        """The storage of the loader's tensors that are live, as the layout numbers it (none without such tensors)."""
+    def live_memory(self) -> Memory:
+        """Live direct landings, and the loader's tensors as they were given to it."""
         area = self._previous if self._previous is not None else self._area
-        return () if area is None else (area,)
+        return self._known([*self._model.memory().storages] + ([area] if area is not None else []))
 
     def _check_room(self) -> None:
         needed = self._model.memory().nbytes + (self._layout.storage_nbytes[-1] if self._has_staging else 0)
@@ -132,8 +138,16 @@ class Target:
 
     def _combine(self) -> Memory:
         direct = self._shadow if self._shadow is not None else self._model.memory()
-        storages = [*direct.storages] + ([self._area] if self._area is not None else [])
-        return Memory(storages, is_arena=direct.is_arena or not direct.storages)
+        return self._known([*direct.storages] + ([self._area] if self._area is not None else []))
+
+    def _known(self, storages: list[torch.Tensor]) -> Memory:
+        """The memory of some storages; the same object whenever they come round again, so that what transports and
+        digests compiled for it is found."""
+        key = tuple(storage.data_ptr() for storage in storages)
+        if key not in self._memories:
+            live = self._model.memory()
+            self._memories[key] = Memory(storages, is_arena=live.is_arena or not live.storages)
+        return self._memories[key]
 
     def _is_current(self) -> bool:
         live = self._model.memory().storages

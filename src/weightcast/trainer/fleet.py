@@ -184,11 +184,12 @@ class Fleet:
         """Let each transport make the source's memory reachable, once; a moved memory is the source's from then on, and
         engines whose pairs read the former one have to be set up again."""
         before = self._source.memory
+        if not self._adopted and self._source.device.type == "cpu":
+            # One arena makes a round's cost independent of the number of tensors, for copies and digests alike.
+            self._source.consolidate()
         for transport in sorted(transports, key=lambda t: t.name):
             if transport.name in self._adopted:
                 continue
-            if transport.name == "shm":
-                self._source.consolidate()
             memory = transport.adopt(self._source.memory)
             if memory is not self._source.memory:
                 self._source.rebind(memory)
