@@ -125,7 +125,7 @@ class Fleet:
             raise error.at(engine=engine.name, phase="join") from error
 
     def _admit(self, engine: EngineLink, deadline: Deadline) -> None:
-        self._close_workers(engine)
+        self._close_workers(engine, "it joins again")
         world_size = engine.client.world_size(deadline)
         ticket = self._coordinator.issue_ticket(engine.name, world_size)
         engine.client.init(
@@ -265,15 +265,15 @@ class Fleet:
 
     # -- leaving
 
-    def _close_workers(self, engine: EngineLink) -> None:
+    def _close_workers(self, engine: EngineLink, reason: str) -> None:
         for worker in engine.workers:
             worker.close_end()
-        self._coordinator.forget((worker.member for worker in engine.workers), "admitted again")
+        self._coordinator.forget((worker.member for worker in engine.workers), reason)
         engine.workers = []
 
     def remove(self, engine: EngineLink) -> None:
         """Dismiss an engine; it goes on with what it serves."""
-        self._close_workers(engine)
+        self._close_workers(engine, "it closed the publisher, or dismissed this engine")
         engine.client.close()
         self.engines.remove(engine)
 
