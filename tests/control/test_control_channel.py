@@ -1,0 +1,218 @@
+"""The control channel: who gets in, what is heard, and how a silent or rude peer ends."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+import zmq
+
+from weightcast.control import ControlLink, Coordinator, JoinInfo
+from weightcast.deadline import Deadline
+from weightcast.errors import AuthError, DeadlineExceeded, InvalidInput, PeerLost
+from weightcast.facts import Facts
+from weightcast.manifest import Manifest, TensorSpec
+from weightcast.messages import AnyMessage, Hello, Ready, Refused, Setup, Welcome, encode
+
+MANIFEST = Manifest.of([TensorSpec(name="w", dtype="float32", shape=(2,))])
+FACTS = Facts(host="h", pid=os.getpid(), device="cpu")
+
+
+class Worker:
+    """A link that keeps what it hears."""
+
+    def __init__(self, coordinator: Coordinator, ticket: str, *, key: str | None = None, timeout_s: float = 20) -> None:
+        self.heard: list[AnyMessage] = []
+        self.lost: list[str] = []
+        info = JoinInfo(
+            address=f"tcp://127.0.0.1:{coordinator.port}",
+            public_key=key or coordinator.public_key,
+            ticket=ticket,
+            engine="e",
+            timeout_s=timeout_s,
+        )
+        self.link = ControlLink(info, self.heard.append, self.lost.append)
+        self.ticket = ticket
+
+    def say_hello(self, rank: int = 0, world_size: int = 1, engine: str = "e", ticket: str | None = None) -> None:
+        self.link.send(
+            Hello(
+                ticket=self.ticket if ticket is None else ticket,
+                engine=engine,
+                rank=rank,
+                world_size=world_size,
+                facts=FACTS,
+                version="default",
+                digest="",
+                dirty=False,
+            )
+        )
+
+    def wait(self, condition: Callable[[], object], seconds: float = 10) -> None:
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, (self.heard, self.lost)
+            time.sleep(0.01)
+
+
+@pytest.fixture
+def coordinator() -> Iterator[Coordinator]:
+    made = Coordinator(heartbeat_s=0.1, silence_s=1.0)
+    made.greet_with(lambda member: Welcome(session="s", manifest=MANIFEST, mode="auto", heartbeat_s=0.1, silence_s=1.0))
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def join(coordinator: Coordinator) -> Iterator[Callable[..., Worker]]:
+    made: list[Worker] = []
+
+    def join(ticket: str, **options: object) -> Worker:
+        made.append(Worker(coordinator, ticket, **options))  # type: ignore[arg-type]
+        return made[-1]
+
+    yield join
+    for worker in made:
+        worker.link.close()
+
+
+def test_a_ticket_admits_each_rank_once(coordinator: Coordinator, join: Callable[..., Worker]) -> None:
+    ticket = coordinator.issue_ticket("e", 2)
+    workers = [join(ticket), join(ticket)]
+    for rank, worker in enumerate(workers):
+        worker.say_hello(rank, 2)
+    members = coordinator.wait_members("e", 2, Deadline(10))
+    assert [member.rank for member in members] == [0, 1]
+    for worker in workers:
+        worker.wait(lambda worker=worker: any(isinstance(m, Welcome) for m in worker.heard))
+    late = join(ticket)
+    late.say_hello(0, 2)
+    late.wait(lambda: late.heard)
+    assert isinstance(late.heard[0], Refused)
+    assert len(coordinator.members("e")) == 2
+
+
+@pytest.mark.parametrize(
+    "hello",
+    [
+        {"ticket": "guess"},
+        {"ticket": ""},
+        {"engine": "other"},
+        {"rank": 1},
+        {"rank": -1},
+        {"world_size": 2},
+    ],
+)
+def test_a_hello_that_does_not_fit_its_ticket_is_refused(
+    coordinator: Coordinator, join: Callable[..., Worker], hello: dict[str, object]
+) -> None:
+    worker = join(coordinator.issue_ticket("e", 1))
+    worker.say_hello(**hello)  # type: ignore[arg-type]
+    worker.wait(lambda: worker.heard)
+    assert worker.heard == [Refused(kind="AuthError", message=worker.heard[0].message)]  # type: ignore[union-attr]
+    assert not coordinator.members()
+    worker.say_hello()
+    assert coordinator.wait_members("e", 1, Deadline(10))
+
+
+def test_tickets_expire_and_newer_ones_replace_them(coordinator: Coordinator, join: Callable[..., Worker]) -> None:
+    old = coordinator.issue_ticket("e", 1)
+    short = coordinator.issue_ticket("e", 1, life_s=0.05)
+    time.sleep(0.1)
+    for ticket in (old, short):
+        worker = join(ticket)
+        worker.say_hello()
+        worker.wait(lambda worker=worker: worker.heard)
+        assert isinstance(worker.heard[0], Refused)
+
+
+def test_a_peer_without_the_key_gets_nothing(coordinator: Coordinator, join: Callable[..., Worker]) -> None:
+    ticket = coordinator.issue_ticket("e", 1)
+    stranger = join(ticket, key=zmq.curve_keypair()[0].decode(), timeout_s=0.5)
+    stranger.say_hello()
+    stranger.wait(lambda: stranger.lost)
+    assert stranger.heard == []
+    context = zmq.Context()
+    try:
+        plain = context.socket(zmq.DEALER)
+        plain.linger = 0
+        plain.connect(f"tcp://127.0.0.1:{coordinator.port}")
+        plain.send(encode(Ready(epoch=1, plan_digest="")))
+        assert plain.poll(300) == 0
+        plain.close()
+    finally:
+        context.term()
+    assert not coordinator.members()
+
+
+def test_garbage_is_logged_and_ends_nothing(
+    coordinator: Coordinator, join: Callable[..., Worker], caplog: pytest.LogCaptureFixture
+) -> None:
+    worker = join(coordinator.issue_ticket("e", 1))
+    worker.say_hello()
+    (member,) = coordinator.wait_members("e", 1, Deadline(10))
+    with caplog.at_level(logging.WARNING, "weightcast"):
+        for frame in (b"", b"\x02", b"\x01garbage", os.urandom(50)):
+            worker.link._pump.send(frame)
+            coordinator._pump.send(member.identity, frame)
+        worker.link.send(Ready(epoch=3, plan_digest="ab"))
+        heard = coordinator.take(member, Ready, Deadline(10), phase="test")
+        coordinator.send(member, Setup(epoch=1, holdings={}, offers=(), timeout_s=1))
+        worker.wait(lambda: any(isinstance(m, Setup) for m in worker.heard))
+    assert heard == Ready(epoch=3, plan_digest="ab")
+    assert sum("dropped a frame" in record.message for record in caplog.records) == 8
+
+
+def test_both_sides_stay_alive_by_heartbeats_and_notice_silence(
+    coordinator: Coordinator, join: Callable[..., Worker]
+) -> None:
+    worker = join(coordinator.issue_ticket("e", 1))
+    worker.say_hello()
+    (member,) = coordinator.wait_members("e", 1, Deadline(10))
+    time.sleep(1.5)
+    assert member.lost is None
+    assert worker.lost == []
+    worker.link._tick = lambda: None  # type: ignore[method-assign]
+    worker.link._pump._on_tick = lambda: None
+    with pytest.raises(PeerLost, match="silent for 1 s"):
+        coordinator.take(member, Ready, Deadline(10), phase="test")
+
+
+def test_a_coordinator_that_closes_is_missed_at_once(coordinator: Coordinator, join: Callable[..., Worker]) -> None:
+    worker = join(coordinator.issue_ticket("e", 1))
+    worker.say_hello()
+    coordinator.wait_members("e", 1, Deadline(10))
+    coordinator.close()
+    worker.wait(lambda: worker.lost, seconds=3)
+    assert "the trainer closed" in worker.lost[0]
+
+
+def test_waits_end_by_their_deadline(coordinator: Coordinator, join: Callable[..., Worker]) -> None:
+    with pytest.raises(DeadlineExceeded, match="0 of 1 workers"):
+        coordinator.wait_members("e", 1, Deadline(0.1))
+    worker = join(coordinator.issue_ticket("e", 1))
+    worker.say_hello()
+    (member,) = coordinator.wait_members("e", 1, Deadline(10))
+    with pytest.raises(DeadlineExceeded):
+        coordinator.take(member, Ready, Deadline(0.1), phase="test")
+    with pytest.raises(AuthError, match="elsewhere"):
+        coordinator.take(member, Ready, Deadline(10), phase="test", cancelled=lambda: AuthError("elsewhere"))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("address", "http://x"), ("public_key", "short"), ("public_key", "é" * 40), ("timeout_s", 0.0)],
+)
+def test_join_info_names_the_bad_field(field: str, value: object) -> None:
+    good = {
+        "address": "tcp://127.0.0.1:1",
+        "public_key": zmq.curve_keypair()[0].decode(),
+        "ticket": "t",
+        "engine": "e",
+    }
+    with pytest.raises(InvalidInput) as caught:
+        JoinInfo(**{**good, field: value})  # type: ignore[arg-type]
+    assert caught.value.field == field

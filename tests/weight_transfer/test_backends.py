@@ -1,0 +1,164 @@
+"""The contract of backends: how they are named, built lazily, checked and driven, and that a third party can add one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pytest
+import torch
+import zmq
+
+from weightcast.errors import InvalidInput, StateError, Unsupported
+from weightcast.receiver.base import LiveModel
+from weightcast.testing.local_engine import DictModel
+from weightcast.weight_transfer import (
+    InitInfo,
+    UpdateInfo,
+    WeightTransferConfig,
+    WeightTransferEngine,
+    WeightTransferEngineFactory,
+    WorkerRank,
+)
+from weightcast.weight_transfer.weightcast import WeightcastEngine
+
+
+class DirectInit(InitInfo, kw_only=True, forbid_unknown_fields=True):
+    factor: float
+
+    def __post_init__(self) -> None:
+        if self.factor <= 0:
+            raise InvalidInput("factor is positive", field="factor")
+
+
+class DirectUpdate(UpdateInfo, kw_only=True, forbid_unknown_fields=True):
+    names: list[str]
+
+
+class DirectEngine(WeightTransferEngine[DirectInit, DirectUpdate]):
+    """A third party's backend: multiplies parameters in place."""
+
+    init_info_cls = DirectInit
+    update_info_cls = DirectUpdate
+
+    def __init__(self, config: WeightTransferConfig, model: LiveModel, worker: WorkerRank) -> None:
+        super().__init__(config, model, worker)
+        self._factor, self._version = 1.0, "default"
+
+    def init_transfer_engine(self, init_info: DirectInit) -> None:
+        self._factor = init_info.factor
+
+    def start_weight_update(self) -> None:
+        return
+
+    def update_weights(self, update_info: DirectUpdate) -> None:
+        assert isinstance(self.model, DictModel)
+        for name in update_info.names:
+            self.model.parameters()[name].mul_(self._factor)
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        self._version = weight_version or self._version
+
+    def shutdown(self) -> None:
+        return
+
+    @property
+    def weight_version(self) -> str:
+        return self._version
+
+    @property
+    def dirty(self) -> bool:
+        return False
+
+
+@pytest.fixture
+def factory() -> Iterator[type[WeightTransferEngineFactory]]:
+    before = dict(WeightTransferEngineFactory._loaders)
+    yield WeightTransferEngineFactory
+    WeightTransferEngineFactory._loaders.clear()
+    WeightTransferEngineFactory._loaders.update(before)
+
+
+def model() -> DictModel:
+    return DictModel({"w": torch.randn(3, 4), "b": torch.randn(5)})
+
+
+def test_the_default_backend_is_found_by_its_entry_point(factory: type[WeightTransferEngineFactory]) -> None:
+    assert "weightcast" in factory.names()
+    engine = factory.create_engine(WeightTransferConfig(), model(), WorkerRank())
+    assert isinstance(engine, WeightcastEngine)
+    assert engine.weight_version == "default"
+    engine.shutdown()
+    engine.shutdown()
+
+
+def test_a_third_party_backend_does_its_work(factory: type[WeightTransferEngineFactory]) -> None:
+    factory.register_engine("direct", DirectEngine)
+    live = model()
+    before = live.parameters()["w"].clone()
+    engine = factory.create_engine(
+        WeightTransferConfig.of({"backend": "direct"}), live, WorkerRank(rank=1, world_size=2)
+    )
+    engine.init_transfer_engine(engine.parse_init_info({"factor": 2.0}))
+    engine.start_weight_update()
+    engine.update_weights(engine.parse_update_info({"names": ["w"]}))
+    engine.finish_weight_update("7")
+    assert torch.equal(live.parameters()["w"], before * 2)
+    assert engine.weight_version == "7"
+    with pytest.raises(InvalidInput, match="registered already"):
+        factory.register_engine("direct", DirectEngine)
+
+
+def test_a_backend_is_imported_when_it_is_asked_for(factory: type[WeightTransferEngineFactory]) -> None:
+    factory.register_engine("later", "no_such_module_anywhere", "Engine")
+    assert "later" in factory.names()
+    with pytest.raises(Unsupported, match="no_such_module_anywhere"):
+        factory.engine_class("later")
+    with pytest.raises(Unsupported, match=r"Known: .*weightcast"):
+        factory.engine_class("unheard")
+
+
+@pytest.mark.parametrize(
+    ("data", "field"),
+    [({"factor": -1}, None), ({"factor": "x"}, "factor"), ({}, None), ({"factor": 1, "more": 2}, None)],
+)
+def test_info_types_check_themselves(data: Mapping[str, Any], field: str | None) -> None:
+    engine = DirectEngine(WeightTransferConfig(), model(), WorkerRank())
+    with pytest.raises(InvalidInput, match=r"factor|more") as caught:
+        engine.parse_init_info(data)
+    assert field is None or caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    "value", [{"backend": ""}, {"mode": "sometimes"}, {"bakend": "weightcast"}, {"backend": 3}, "weightcast"]
+)
+def test_a_bad_config_is_refused(value: object) -> None:
+    with pytest.raises(InvalidInput):
+        WeightTransferConfig.of(value)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("rank", "world_size"), [(1, 1), (-1, 2), (0, 0)])
+def test_a_rank_outside_its_world_is_refused(rank: int, world_size: int) -> None:
+    with pytest.raises(InvalidInput, match="not in a world"):
+        WorkerRank(rank=rank, world_size=world_size)
+
+
+def test_calls_in_the_wrong_order_are_state_errors() -> None:
+    engine = WeightcastEngine(WeightTransferConfig(), model(), WorkerRank())
+    update = engine.parse_update_info({"epoch": 1, "round": 1})
+    for call in (engine.start_weight_update, lambda: engine.update_weights(update), engine.finish_weight_update):
+        with pytest.raises(StateError):
+            call()
+    assert not engine.dirty
+    nobody = {
+        "address": "tcp://127.0.0.1:9",
+        "public_key": zmq.curve_keypair()[0].decode(),
+        "ticket": "t",
+        "engine": "e",
+        "timeout_s": 0.3,
+    }
+    with pytest.raises(Exception, match=r"did not answer|silent"):
+        engine.init_transfer_engine(engine.parse_init_info(nobody))
+    with pytest.raises(InvalidInput, match="public_key"):
+        engine.parse_init_info({**nobody, "public_key": "x"})
+    engine.shutdown()
