@@ -7,8 +7,8 @@ import itertools
 import random
 
 import pytest
-from rich.console import Console
 from report_samples import make_report
+from rich.console import Console
 
 from weightcast.report.live import LiveTable, Step
 from weightcast.report.plot import curve, moving_mean

@@ -35,9 +35,7 @@ def state(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def fresh(module: nn.Module) -> dict[str, torch.Tensor]:
-    return {
-        name: torch.randint(0, 100, value.shape).to(value.dtype) for name, value in module.state_dict().items()
-    }
+    return {name: torch.randint(0, 100, value.shape).to(value.dtype) for name, value in module.state_dict().items()}
 
 
 @pytest.fixture
