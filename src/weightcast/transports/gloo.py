@@ -24,7 +24,7 @@ import torch
 from torch.distributed import ProcessGroupGloo, Work
 
 from weightcast.deadline import Deadline
-from weightcast.errors import DeadlineExceeded, PeerLost, PlanMismatch, ProtocolError, TransportError
+from weightcast.errors import DeadlineExceeded, InvalidInput, PeerLost, PlanMismatch, ProtocolError, TransportError
 from weightcast.memory import Memory
 from weightcast.plan import Copy, plan_digest
 from weightcast.replay import Replay
@@ -79,6 +79,10 @@ class GlooTransport(Transport):
             decoded = msgspec.msgpack.decode(offer, type=GlooOffer)
         except msgspec.DecodeError as error:
             raise ProtocolError(f"malformed gloo offer: {error}") from None
+        try:
+            check_bucket_nbytes(decoded.bucket_nbytes)
+        except InvalidInput as error:
+            raise ProtocolError(f"malformed gloo offer: {error}") from None
         if decoded.plan != _digest(copies):
             raise PlanMismatch("trainer and worker compiled different copies for this pair")
         return GlooWorkerEnd(copies, decoded)
@@ -92,10 +96,6 @@ class _Pair:
         self._rank = rank
         # Any: torch's stubs lack most of its methods.
         self._group: Any = None
-
-    @property
-    def is_connected(self) -> bool:
-        return self._group is not None
 
     def join(self, store: PairStore, deadline: Deadline) -> None:
         """Make the group; both sides meet in here."""

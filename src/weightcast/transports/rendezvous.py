@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hmac
+import ipaddress
 import os
 import secrets
 import select
@@ -20,7 +21,7 @@ import msgspec
 from torch._C._distributed_c10d import Store
 
 from weightcast.deadline import Deadline
-from weightcast.errors import PeerLost, ProtocolError, TransportError, WeightcastError
+from weightcast.errors import InvalidInput, PeerLost, ProtocolError, TransportError, WeightcastError
 from weightcast.transports.guard import EndGuard
 
 _SECRET_NBYTES = 32
@@ -94,11 +95,14 @@ class Listener:
         self._guard = guard
         try:
             family, _, _, _, target = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0]
+            if ipaddress.ip_address(str(target[0]).partition("%")[0]).is_unspecified:
+                raise InvalidInput(f"{address} is no address that a worker can connect to", field="address")
             self._socket = socket.create_server(target[:2], family=family)
         except OSError as error:
             raise TransportError(
                 f"cannot listen on {address}: {error}", hint="Give an address of this machine that workers reach"
             ) from None
+        self._socket.setblocking(False)
         self.port: int = self._socket.getsockname()[1]
 
     @contextlib.contextmanager
@@ -106,7 +110,11 @@ class Listener:
         """The store of the first caller who knows the secret; strangers are turned away. Closed on leaving."""
         while True:
             _ready(self._socket, select.POLLIN, deadline, self._guard, "waiting for the worker to connect")
-            connection, _ = self._socket.accept()
+            try:
+                connection, _ = self._socket.accept()
+            except OSError:
+                # Whoever it was has gone again.
+                continue
             with connection:
                 if self._is_worker(connection, deadline):
                     yield PairStore(connection, deadline, self._guard)
