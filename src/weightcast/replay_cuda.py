@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 
 from weightcast.cuda_runs import CopyRuns
-from weightcast.manifest import ALIGNMENT
 from weightcast.memory import Memory
 from weightcast.plan import Copy, merge
 

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import msgspec
 import torch
@@ -21,12 +22,14 @@ from weightcast.deadline import Deadline
 from weightcast.errors import InvalidInput, ProtocolError, StateError, TransportError, Unsupported, WeightcastError
 from weightcast.memory import Memory
 from weightcast.plan import Copy
-from weightcast.replay_cuda import CudaReplay
 from weightcast.transports.base import DEFAULT_BUCKET_NBYTES, Facts, TrainerEnd, Transport, WorkerEnd
 from weightcast.transports.guard import EndGuard
 from weightcast.transports.pairlink import PairLink
 from weightcast.transports.recent import Recent
 from weightcast.transports.rendezvous import Listener
+
+if TYPE_CHECKING:
+    from weightcast.replay_cuda import CudaReplay
 
 logger = logging.getLogger(__name__)
 
@@ -242,6 +245,13 @@ class _Mapping:
                 cuda_driver.close_allocation(self._opened.pop(), self.device)
 
 
+def _new_replay(copies: Sequence[Copy], src: Memory, dst: Memory, device: torch.device) -> CudaReplay:
+    # Triton comes with torch for CUDA only; without a GPU this module still has to say what it lacks.
+    from weightcast.replay_cuda import CudaReplay
+
+    return CudaReplay(copies, src, dst, device)
+
+
 def _refuse_unreachable(uuid: str, device: torch.device) -> None:
     if uuid == gpu_uuid(device):
         return
@@ -282,7 +292,7 @@ class CudaIpcWorkerEnd(WorkerEnd):
             self._link.check()
             mapping, stream = self._map(self._device_of(memory))
             replay = self._replays.get(
-                memory.number, lambda: CudaReplay(self._copies, mapping.memory, memory, mapping.device)
+                memory.number, lambda: _new_replay(self._copies, mapping.memory, memory, mapping.device)
             )
             stream.wait_stream(torch.cuda.current_stream(mapping.device))
             done = new_event()

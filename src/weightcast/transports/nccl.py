@@ -7,6 +7,7 @@ connection between the two processes brings the news of a death at once, which N
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import msgspec
 import torch
@@ -17,13 +18,15 @@ from weightcast.errors import InvalidInput, ProtocolError, StateError
 from weightcast.memory import Memory
 from weightcast.nccl_comm import UNIQUE_ID_NBYTES, Communicator, load_nccl, new_unique_id
 from weightcast.plan import Copy
-from weightcast.replay_cuda import CudaReplay
 from weightcast.transports.base import DEFAULT_BUCKET_NBYTES, Facts, TrainerEnd, Transport, WorkerEnd
 from weightcast.transports.buckets import Bucket, check_bucket_nbytes, into_bucket, new_buffers, out_of_bucket, schedule
 from weightcast.transports.guard import EndGuard
 from weightcast.transports.pairlink import PairLink
 from weightcast.transports.recent import Recent
 from weightcast.transports.rendezvous import Listener
+
+if TYPE_CHECKING:
+    from weightcast.replay_cuda import CudaReplay
 
 IN_FLIGHT = 2
 """Buffers: one is packed or unpacked while the other travels."""
@@ -86,6 +89,7 @@ class _Lanes:
     """The buffers of one end and the order of work in them: what a lane holds is used up before it is filled again."""
 
     def __init__(self, buckets: Sequence[Bucket], device: torch.device) -> None:
+        self._device = device
         self.buffers = new_buffers(buckets, IN_FLIGHT, device)
         self.side = new_stream(device)
         """Packs or unpacks; the communicator's own stream sends or receives."""
@@ -93,6 +97,28 @@ class _Lanes:
 
     def buffer(self, number: int, nbytes: int) -> torch.Tensor:
         return self.buffers[number % IN_FLIGHT][:nbytes]
+
+    def packers(self, buckets: Sequence[Bucket], memory: Memory) -> list[CudaReplay]:
+        """Per bucket the copies from ``memory`` into its lane."""
+        # Triton comes with torch for CUDA only; without a GPU this module still has to say what it lacks.
+        from weightcast.replay_cuda import CudaReplay
+
+        return [
+            CudaReplay([into_bucket(piece) for piece in bucket.pieces], memory, self._lane(number), self._device)
+            for number, bucket in enumerate(buckets)
+        ]
+
+    def unpackers(self, buckets: Sequence[Bucket], memory: Memory) -> list[CudaReplay]:
+        """Per bucket the copies from its lane into ``memory``."""
+        from weightcast.replay_cuda import CudaReplay
+
+        return [
+            CudaReplay([out_of_bucket(piece) for piece in bucket.pieces], self._lane(number), memory, self._device)
+            for number, bucket in enumerate(buckets)
+        ]
+
+    def _lane(self, number: int) -> Memory:
+        return Memory([self.buffers[number % IN_FLIGHT]])
 
     def free(self, number: int) -> torch.cuda.Event | None:
         """When the bucket before last, which used the same buffer, is through; None for the first ones."""
@@ -112,15 +138,7 @@ class NcclTrainerEnd(TrainerEnd):
         self._device = _device_of(memory, [copy.src_storage for copy in copies])
         self._buckets = schedule(copies, bucket_nbytes)
         self._lanes = _Lanes(self._buckets, self._device)
-        self._packers = [
-            CudaReplay(
-                [into_bucket(piece) for piece in bucket.pieces],
-                memory,
-                Memory([self._lanes.buffer(number, bucket.nbytes)]),
-                self._device,
-            )
-            for number, bucket in enumerate(self._buckets)
-        ]
+        self._packers = self._lanes.packers(self._buckets, memory)
         self._nbytes = sum(copy.nbytes for copy in copies)
         self._listener = Listener(address, self._guard)
         self._link: PairLink | None = None
@@ -201,7 +219,7 @@ class NcclWorkerEnd(WorkerEnd):
             device = _device_of(memory, [copy.dst_storage for copy in self._copies])
             if device != comm.device:
                 raise StateError(f"this pair was connected on {comm.device}, the memory lies on {device}")
-            unpackers = self._unpackers.get(memory.number, lambda: self._compile(memory, lanes, device))
+            unpackers = self._unpackers.get(memory.number, lambda: lanes.unpackers(self._buckets, memory))
             with torch.cuda.device(device):
                 lanes.side.wait_stream(torch.cuda.current_stream(device))
                 for number, (bucket, unpacker) in enumerate(zip(self._buckets, unpackers, strict=True)):
@@ -227,17 +245,6 @@ class NcclWorkerEnd(WorkerEnd):
             self._link.close()
         self._unpackers.clear()
         self._lanes = None
-
-    def _compile(self, memory: Memory, lanes: _Lanes, device: torch.device) -> list[CudaReplay]:
-        return [
-            CudaReplay(
-                [out_of_bucket(piece) for piece in bucket.pieces],
-                Memory([lanes.buffer(number, bucket.nbytes)]),
-                memory,
-                device,
-            )
-            for number, bucket in enumerate(self._buckets)
-        ]
 
 
 def _connected(comm: Communicator | None) -> Communicator:
