@@ -95,8 +95,14 @@ class Run:
         self.sampling_s += rollouts.seconds
         self.training_s += stats.seconds
 
-    def first_and_last(self, count: int = 10) -> tuple[float, float]:
-        """Mean reward of the first and of the last ``count`` steps."""
+    @property
+    def window(self) -> int:
+        """How many steps at each end are compared: ten, or half of a short run."""
+        return max(1, min(10, len(self.rewards) // 2))
+
+    def first_and_last(self) -> tuple[float, float]:
+        """Mean reward of the first and of the last steps of the run, ``window`` of them each."""
+        count = self.window
         first, last = self.rewards[:count], self.rewards[-count:]
         return sum(first) / len(first), sum(last) / len(last)
 
@@ -133,7 +139,7 @@ class Run:
         first, last = self.first_and_last()
         times = sorted(report.total_s for report in self.reports)
         return {
-            "Reward, first and last 10 steps": f"{first:.3f} → {last:.3f}",
+            f"Reward, first and last {self.window} steps": f"{first:.3f} → {last:.3f}",
             "Greedy accuracy, before and after": f"{self.accuracy_before:.3f} → {self.accuracy_after:.3f}",
             "Largest log-probability gap": f"{self.logprob_gap:.1e}",
             "Generation": f"{self.num_tokens / max(self.sampling_s, 1e-9):,.0f} tokens/s",

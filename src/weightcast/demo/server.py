@@ -19,8 +19,8 @@ import httpx
 from weightcast.deadline import Deadline
 from weightcast.errors import DeadlineExceeded, EngineError
 
-LAUNCH = "from weightcast.cli import app; app()"
-"""Python code that runs the command line, wherever its script is installed."""
+LAUNCH = ("-m", "weightcast.cli")
+"""Arguments to Python that run the command line, wherever its script is installed."""
 
 STOP_TIMEOUT_S = 10.0
 
@@ -96,7 +96,7 @@ class ServerProcess:
             "OMP_WAIT_POLICY": "PASSIVE",
         }
         return subprocess.Popen(
-            [sys.executable, "-c", LAUNCH, *self._arguments],
+            [sys.executable, *LAUNCH, *self._arguments],
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=subprocess.STDOUT,

@@ -73,7 +73,7 @@ def _push(checkpoint: Path, server: ServerProcess, console: Console, *, transpor
     environment = {**os.environ, "WEIGHTCAST_TOKEN": server.token}
     try:
         done = subprocess.run(
-            [sys.executable, "-c", LAUNCH, *command],
+            [sys.executable, *LAUNCH, *command],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

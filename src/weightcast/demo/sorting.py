@@ -142,23 +142,26 @@ class _Training:
 
 
 def _conclude(run: Run, console: Console) -> Verdict:
+    """Print the curve, the figures and the checks; write the page."""
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, soft_wrap=True)
+
     verdict = run.verdict()
-    console.print()
+    say("")
     console.print("\n".join(curve(moving_mean(run.rewards, 5), label="step")), highlight=False, markup=False)
-    console.print(
-        f"  reward, mean of 5 steps: {run.rewards[0]:.3f} at first, best {max(run.rewards):.3f}", highlight=False
-    )
+    say(f"{'':10}reward, mean of 5 steps\n")
     for name, value in run.facts().items():
-        console.print(f"  {name}: [bold]{value}[/bold]", highlight=False)
+        say(f"  {name}: [bold]{value}[/bold]")
     if run.options.report is not None:
-        try:
-            page = write_page(run.options.report, run.page())
-        except OSError as error:
-            raise InvalidInput(f"the page cannot be written: {error}", field="report") from None
-        console.print(f"  page: {page}", highlight=False)
+        say(f"  Page: {_write(run.options.report, run)}")
     for check in verdict.checks:
-        console.print(
-            f"  [green]✓[/green] {check.text}" if check.passed else f"  [bold red]✗[/bold red] {check.text}",
-            highlight=False,
-        )
+        say(f"  {'[green]✓[/green]' if check.passed else '[bold red]✗[/bold red]'} {check.text}")
     return verdict
+
+
+def _write(path: Path, run: Run) -> Path:
+    try:
+        return write_page(path, run.page())
+    except OSError as error:
+        raise InvalidInput(f"the page cannot be written: {error}", field="report") from None

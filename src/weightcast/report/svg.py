@@ -50,8 +50,8 @@ def line_chart(series: Mapping[str, Sequence[float]], tips: Sequence[str], *, x_
     for mark in marks:
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(mark):.1f}" y2="{y(mark):.1f}"/>')
         parts.append(f'<text class="tick end" x="{LEFT - 8}" y="{y(mark) + 4:.1f}">{mark:.4g}</text>')
-    for mark in ticks(1, count, 8):
-        if mark == int(mark) and 1 <= mark <= count:
+    for mark in (1.0, *ticks(1, count, 8)):
+        if mark == int(mark) and mark in range(1, count + 1) and not 1 < mark < count / 20:
             parts.append(f'<text class="tick mid" x="{x(mark - 1):.1f}" y="{height - 14}">{mark:g}</text>')
     parts.append(f'<text class="tick end" x="{WIDTH - RIGHT}" y="{height - 1}">{escape(x_label)}</text>')
     for number, values in reversed(list(enumerate(series.values()))):
@@ -111,6 +111,9 @@ def _row(report: Report, y: float, height: float, scale: float, colours: Mapping
             f'<rect class="phase c{colours[phase.name]}" data-tip="{escape(tip)}" x="{x:.2f}" y="{y + 2}" '
             f'width="{width:.2f}" height="{height - 4}" rx="1.5"/>'
         )
+    if report.total_s * scale > edge - LEFT:
+        # Light letters on the bar itself: the row goes on past the axis.
+        parts.append(f'<text class="beyond end" x="{edge - 6}" y="{y + 11.5}">{report.total_s * 1e3:.1f} ms ▸</text>')
     return "".join(parts)
 
 
