@@ -1,10 +1,11 @@
 """A worker's state in a round, and the fences that make stale and repeated messages harmless. Pure.
 
-    IDLE ─begin→ OPEN ─staged→ STAGED ─verified→ VERIFIED ─commit→ COMMITTED
-                   └──────────────── abort ────────────→ ABORTED
+    IDLE ─begin→ OPEN ─staged→ STAGED ─verified→ VERIFIED ─claim→ COMMITTING ─committed→ COMMITTED
+                   └─────────── abort, fence, expiry ──────→ ABORTED ←failed┘ ←────rolled back─┘
 
 Rounds are numbered by (epoch, round) and only ever go forward. In-place rounds skip STAGED: they are verified while OPEN,
-and the copy is part of the commit.
+and the copy is part of the commit. From the claim on only the commit's own outcome ends a round: an abort that comes then
+asks it to stop receiving and changes no state, so the phase always says what is live.
 """
 
 from __future__ import annotations
@@ -22,8 +23,12 @@ class Phase(Enum):
     OPEN = "open"
     STAGED = "staged"
     VERIFIED = "verified"
+    COMMITTING = "committing"
     COMMITTED = "committed"
     ABORTED = "aborted"
+
+
+_UNCLAIMED = (Phase.OPEN, Phase.STAGED, Phase.VERIFIED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
@@ -32,6 +37,9 @@ class RoundId:
 
     epoch: int
     round: int
+
+    def __str__(self) -> str:
+        return f"{self.epoch}.{self.round}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +52,8 @@ class Approval:
 
 
 class WorkerRound:
-    """The present round of one worker. Thread-safe; ``wait`` is the only call that blocks, and it takes a deadline."""
+    """The present round of one worker. Thread-safe; ``wait_for_approval`` is the only call that blocks, and it takes a
+    deadline."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -52,6 +61,8 @@ class WorkerRound:
         self._phase = Phase.IDLE
         self._approval: Approval | None = None
         self._reason = ""
+        self._stopping = False
+        self._expiry: Deadline | None = None
 
     @property
     def id(self) -> RoundId:
@@ -61,13 +72,16 @@ class WorkerRound:
     def phase(self) -> Phase:
         return self._phase
 
-    def begin(self, id: RoundId) -> bool:
-        """Open a round; False when it is stale or a repetition (nothing changes then)."""
+    def begin(self, id: RoundId, expiry: Deadline | None = None) -> bool:
+        """Open a round; False when it is stale, a repetition, or another one is being committed (nothing changes then).
+
+        A round that was not claimed by ``expiry`` cannot be any more: the trainer has given it up.
+        """
         with self._changed:
-            if id <= self._id:
+            if id <= self._id or self._phase is Phase.COMMITTING:
                 return False
-            self._id, self._approval, self._reason = id, None, ""
-            self._to(Phase.OPEN)
+            self._enter(id, Phase.OPEN, "")
+            self._expiry = expiry
             return True
 
     def staged(self, id: RoundId) -> bool:
@@ -83,16 +97,60 @@ class WorkerRound:
             self._to(Phase.VERIFIED)
             return True
 
+    def wait_for_approval(self, id: RoundId, deadline: Deadline, version: str = "") -> Approval:
+        """Wait until the round is verified, and claim it for a commit.
+
+        The round may not have begun yet: what orders the commit can overtake the control channel. StateError when it is
+        stale, aborted, expired or approved as another version than the (non-empty) one given; DeadlineExceeded when the
+        approval stays out.
+        """
+        with self._changed:
+            while True:
+                if id < self._id:
+                    raise StateError(f"round {id} is not the present one ({self._id})")
+                if id == self._id:
+                    self._check_claimable(id, version)
+                    if self._phase is Phase.VERIFIED and self._approval is not None:
+                        self._to(Phase.COMMITTING)
+                        return self._approval
+                if not self._changed.wait(deadline.remaining_s()) and deadline.passed:
+                    raise DeadlineExceeded(f"no approval of round {id} in {deadline.timeout_s:g} s")
+
+    def _check_claimable(self, id: RoundId, version: str) -> None:
+        if self._phase not in _UNCLAIMED:
+            why = f": {self._reason}" if self._phase is Phase.ABORTED and self._reason else ""
+            raise StateError(f"round {id} was {self._phase.value}{why}")
+        if self._expiry is not None and self._expiry.passed:
+            self._reason = "its time is over"
+            self._to(Phase.ABORTED)
+            raise StateError(f"round {id} was aborted: its {self._expiry.timeout_s:g} s are over")
+        if self._approval is not None and version and version != self._approval.version:
+            raise StateError(f"round {id} is approved as {self._approval.version}, not as {version}")
+
     def committed(self, id: RoundId) -> bool:
-        return self._step(id, (Phase.VERIFIED,), Phase.COMMITTED)
+        return self._step(id, (Phase.COMMITTING,), Phase.COMMITTED)
+
+    def failed(self, id: RoundId, reason: str) -> bool:
+        """The commit did not succeed."""
+        with self._changed:
+            if id != self._id or self._phase is not Phase.COMMITTING:
+                return False
+            self._reason = reason
+            self._to(Phase.ABORTED)
+            return True
 
     def rolled_back(self, id: RoundId) -> bool:
         return self._step(id, (Phase.COMMITTED,), Phase.ABORTED)
 
     def abort(self, id: RoundId, reason: str) -> bool:
-        """End a round that has not committed; False when it is another, committed or already aborted."""
+        """End a round that was not claimed; False when it is another one, or over. One that is being committed is asked to
+        stop receiving (``stops``) and ends as its commit does."""
         with self._changed:
-            if id != self._id or self._phase in (Phase.COMMITTED, Phase.ABORTED, Phase.IDLE):
+            if id != self._id:
+                return False
+            if self._phase is Phase.COMMITTING:
+                self._stopping = True
+            if self._phase not in _UNCLAIMED:
                 return False
             self._reason = reason
             self._to(Phase.ABORTED)
@@ -102,20 +160,31 @@ class WorkerRound:
         """End whatever round is open."""
         return self.abort(self._id, reason)
 
-    def wait_for_approval(self, id: RoundId, deadline: Deadline) -> Approval:
-        """Wait until the round is verified. StateError when it is another or aborted, DeadlineExceeded when it stays out."""
+    def fence(self, id: RoundId, reason: str) -> Phase:
+        """Make sure that a round which is not live never will be, even one that has not begun; its phase afterwards.
+
+        StateError when the round is older than the present one.
+        """
         with self._changed:
-            while True:
-                if id != self._id:
-                    raise StateError(
-                        f"round {id.epoch}.{id.round} is not the present one ({self._id.epoch}.{self._id.round})"
-                    )
-                if self._phase in (Phase.ABORTED, Phase.IDLE):
-                    raise StateError(f"round {id.epoch}.{id.round} was aborted: {self._reason or 'it never began'}")
-                if self._approval is not None:
-                    return self._approval
-                if not self._changed.wait(deadline.remaining_s()) and deadline.passed:
-                    raise DeadlineExceeded(f"no approval of round {id.epoch}.{id.round} in {deadline.timeout_s:g} s")
+            if id < self._id:
+                raise StateError(f"round {id} is not the present one ({self._id})")
+            if id > self._id:
+                if self._phase is Phase.COMMITTING:
+                    raise StateError(f"round {self._id} is being committed")
+                self._enter(id, Phase.ABORTED, reason)
+            elif self._phase in _UNCLAIMED:
+                self._reason = reason
+                self._to(Phase.ABORTED)
+            return self._phase
+
+    def stops(self, id: RoundId) -> bool:
+        """Whether a transfer for this round has no more purpose."""
+        return id != self._id or self._stopping or self._phase in (Phase.ABORTED, Phase.IDLE)
+
+    def _enter(self, id: RoundId, phase: Phase, reason: str) -> None:
+        self._id, self._approval, self._reason = id, None, reason
+        self._stopping, self._expiry = False, None
+        self._to(phase)
 
     def _step(self, id: RoundId, allowed: tuple[Phase, ...], target: Phase) -> bool:
         with self._changed:

@@ -50,7 +50,9 @@ async def test_commit(http: httpx.AsyncClient, engine: ScriptedEngine) -> None:
     assert all(seconds >= 0 for seconds in answer["phases"].values())
     assert engine.named("pause_generation") == [{"mode": "keep", "clear_cache": False}]
     told = {"action": "commit", "epoch": 1, "round": body["round"], "version": body["version"]}
-    assert engine.named("update_weights") == [told]
+    (update,) = engine.named("update_weights")
+    assert 0 < update.pop("timeout_s") <= 60, "the engine waits no longer than whoever ordered the commit"
+    assert update == told
     assert steps(engine) == [
         "pause_generation", "start_weight_update", "update_weights", "finish_weight_update", "resume_generation",
     ]  # fmt: skip
@@ -76,7 +78,9 @@ async def test_without_a_pause(http: httpx.AsyncClient, engine: ScriptedEngine) 
 async def test_rollback(http: httpx.AsyncClient, engine: ScriptedEngine) -> None:
     await post(http, "init", INIT)
     answer = await post(http, "rollback", {"epoch": 3, "round": 9, "timeout_s": 5})
-    assert engine.named("update_weights") == [{"action": "rollback", "epoch": 3, "round": 9}]
+    (update,) = engine.named("update_weights")
+    assert 0 < update.pop("timeout_s") <= 5
+    assert update == {"action": "rollback", "epoch": 3, "round": 9}
     assert answer["version"] == engine.version
 
 

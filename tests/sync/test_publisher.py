@@ -125,8 +125,8 @@ def test_corrupted_bytes_abort_a_staged_round_and_the_next_one_works(
         assert session is not None
         receive = session.receive
 
-        def corrupt(memory, deadline):  # type: ignore[no-untyped-def]
-            result = receive(memory, deadline)
+        def corrupt(id, memory, deadline):  # type: ignore[no-untyped-def]
+            result = receive(id, memory, deadline)
             memory.storages[0][7] ^= 1
             return result
 

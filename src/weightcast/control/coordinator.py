@@ -14,7 +14,15 @@ import zmq
 
 from weightcast.control.pump import Pump, prepare
 from weightcast.deadline import Deadline
-from weightcast.errors import AuthError, DeadlineExceeded, PeerLost, ProtocolError, WeightcastError, error_from_wire
+from weightcast.errors import (
+    AuthError,
+    DeadlineExceeded,
+    InvalidInput,
+    PeerLost,
+    ProtocolError,
+    WeightcastError,
+    error_from_wire,
+)
 from weightcast.messages import AnyMessage, Bye, Failed, Heartbeat, Hello, Message, Refused, decode, encode
 
 logger = logging.getLogger(__name__)
@@ -65,8 +73,17 @@ class Coordinator:
         public, secret = zmq.curve_keypair()
         socket.curve_publickey, socket.curve_secretkey, socket.curve_server = public, secret, True
         self.public_key = public.decode()
-        self.port = socket.bind_to_random_port(f"tcp://{host}")
-        self._pump = Pump(self._context, socket, self._frames, self._tick, "weightcast-coordinator")
+        try:
+            self.port = socket.bind_to_random_port(f"tcp://{host}")
+        except zmq.ZMQError as error:
+            socket.close()
+            self._context.term()
+            raise InvalidInput(
+                f"cannot listen on {host}: {error}", field="address", hint="Give an address of this machine"
+            ) from None
+        self._pump = Pump(
+            self._context, socket, self._frames, self._tick, "weightcast-coordinator", on_unsent=self._unsent
+        )
         self._closed = False
         self._pump.start()
 
@@ -123,7 +140,8 @@ class Coordinator:
                 present = [m for m in self._members.values() if m.engine == engine and m.lost is None]
                 if len(present) == world_size:
                     return sorted(present, key=lambda member: member.key)
-                if not self._changed.wait(deadline.remaining_s()) and deadline.passed:
+                self._changed.wait(min(deadline.remaining_s(), 0.1))
+                if deadline.passed:
                     raise DeadlineExceeded(
                         f"{len(present)} of {world_size} workers joined in {deadline.timeout_s:g} s",
                         engine=engine,
@@ -167,11 +185,16 @@ class Coordinator:
                     raise DeadlineExceeded(f"no answer in {deadline.timeout_s:g} s", **where)  # type: ignore[arg-type]
                 self._changed.wait(min(deadline.remaining_s(), 0.1))
 
+    def clear_inboxes(self, members: Iterable[Member]) -> None:
+        """Throw away what members said about rounds and epochs that are over."""
+        with self._changed:
+            for member in members:
+                member.inbox.clear()
+
     def forget(self, members: Iterable[Member], reason: str = "dismissed") -> None:
-        """Say goodbye to members and drop them."""
-        for member in members:
-            if member.lost is None:
-                self.send(member, Bye(reason=reason))
+        """Say goodbye to members and drop them. Lost ones are told, too: they may only have been stopped for a while."""
+        for member in list(members):
+            self.send(member, Bye(reason=reason))
             with self._changed:
                 member.lost = member.lost or reason
                 self._members.pop(member.identity, None)
@@ -183,7 +206,6 @@ class Coordinator:
         self._closed = True
         self.forget(list(self._members.values()), "the trainer closed")
         self._pump.close()
-        self._context.destroy(linger=200)
 
     # -- on the I/O thread
 
@@ -223,11 +245,19 @@ class Coordinator:
         if self._welcome is not None:
             self.send(member, self._welcome(member))
 
-    def _tick(self) -> None:
+    def _unsent(self, parts: list[bytes]) -> None:
+        with self._changed:
+            member = self._members.get(parts[0])
+            if member is not None and member.lost is None:
+                member.lost = "its connection closed"
+                self._changed.notify_all()
+
+    def _tick(self, stalled_s: float) -> None:
         now = time.monotonic()
         with self._changed:
             members = [member for member in self._members.values() if member.lost is None]
             for member in members:
+                member.last_heard += stalled_s
                 if now - member.last_heard > self.silence_s:
                     member.lost = f"silent for {self.silence_s:g} s"
                     self._changed.notify_all()

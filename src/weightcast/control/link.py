@@ -30,6 +30,8 @@ class JoinInfo(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=
     timeout_s: float = 60.0
     takeover: bool = False
     """Leave a trainer that is still alive; without it a second trainer is refused."""
+    session: str = ""
+    """Names the trainer's publisher: the same one may join again while the engine still believes in its former stay."""
 
     def __post_init__(self) -> None:
         if not self.address.startswith("tcp://"):
@@ -47,7 +49,8 @@ class JoinInfo(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=
 class ControlLink:
     """Connects to a coordinator. ``on_message`` and ``on_lost`` run on the I/O thread and must not block.
 
-    ``on_lost(reason)`` comes at most once, and not after ``close``.
+    ``on_lost(reason)`` comes at most once, and not after ``close``. A lost link frees its socket and its thread by itself:
+    the coordinator knows a member by its connection, so there is nothing to come back to.
     """
 
     def __init__(
@@ -74,7 +77,14 @@ class ControlLink:
             socket.close()
             self._context.term()
             raise InvalidInput(f"cannot connect to {info.address}: {error}", field="address") from None
-        self._pump = Pump(self._context, socket, self._frames, self._tick, "weightcast-control")
+        self._pump = Pump(
+            self._context,
+            socket,
+            self._frames,
+            self._tick,
+            "weightcast-control",
+            on_disconnect=lambda: self._lose("the trainer's connection closed"),
+        )
         self._pump.start()
 
     def send(self, message: Message) -> None:
@@ -87,10 +97,11 @@ class ControlLink:
             self._ended = True
             self.send(Bye(reason=reason))
         self._pump.close()
-        self._context.destroy(linger=200)
 
     def _frames(self, parts: list[bytes]) -> None:
         self._last_heard = time.monotonic()
+        if self._ended:
+            return
         try:
             message = decode(parts[-1])
         except ProtocolError as error:
@@ -105,8 +116,9 @@ class ControlLink:
             return
         self._on_message(message)
 
-    def _tick(self) -> None:
+    def _tick(self, stalled_s: float) -> None:
         now = time.monotonic()
+        self._last_heard += stalled_s
         if now - self._last_sent >= self._heartbeat_s:
             self._last_sent = now
             self._pump.send(encode(Heartbeat()))
@@ -116,4 +128,5 @@ class ControlLink:
     def _lose(self, reason: str) -> None:
         if not self._ended:
             self._ended = True
+            self._pump.stop()
             self._on_lost(reason)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import secrets
@@ -16,11 +17,14 @@ from weightcast.messages import MAX_FRAME_NBYTES
 logger = logging.getLogger(__name__)
 
 TICK_S = 0.1
+STALL_S = 1.0
+"""A tick that comes so late means that this process was stopped; what it did not hear meanwhile proves nothing."""
+LINGER_MS = 200
 
 
 def prepare(socket: zmq.Socket[bytes]) -> None:
     """Options both sides share: bounded frames, no lingering, dead TCP peers noticed."""
-    socket.setsockopt(zmq.LINGER, 200)
+    socket.setsockopt(zmq.LINGER, LINGER_MS)
     socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_NBYTES)
     socket.setsockopt(zmq.SNDHWM, 0)
     socket.setsockopt(zmq.RCVHWM, 0)
@@ -28,10 +32,11 @@ def prepare(socket: zmq.Socket[bytes]) -> None:
 
 
 class Pump:
-    """Runs ``on_frames(parts)`` for what arrives and ``on_tick()`` at least every 0.1 s, both on its own thread.
+    """Runs ``on_frames(parts)`` for what arrives and ``on_tick(stalled_s)`` about every 0.1 s, both on its own thread.
 
-    ``send`` may be called from any thread and returns at once. ``close`` sends what is queued, ends the thread and closes
-    the socket; it is idempotent.
+    ``stalled_s`` is how long the process stood still before this tick, 0.0 as a rule. ``on_unsent(parts)`` is called for a
+    message whose receiver is gone, ``on_disconnect()`` when the peer's connection closed. ``send`` may be called from any
+    thread and returns at once. The pump owns the context and the socket: both are freed when its thread ends.
     """
 
     def __init__(
@@ -39,12 +44,18 @@ class Pump:
         context: zmq.Context[zmq.Socket[bytes]],
         socket: zmq.Socket[bytes],
         on_frames: Callable[[list[bytes]], None],
-        on_tick: Callable[[], None],
+        on_tick: Callable[[float], None],
         name: str,
+        *,
+        on_unsent: Callable[[list[bytes]], None] | None = None,
+        on_disconnect: Callable[[], None] | None = None,
     ) -> None:
+        self._context = context
         self._socket = socket
         self._on_frames = on_frames
         self._on_tick = on_tick
+        self._on_unsent = on_unsent
+        self._on_disconnect = on_disconnect
         self._outgoing: queue.SimpleQueue[list[bytes] | None] = queue.SimpleQueue()
         address = f"inproc://wake-{secrets.token_hex(8)}"
         self._wake_reader: zmq.Socket[bytes] = context.socket(zmq.PAIR)
@@ -53,14 +64,27 @@ class Pump:
         self._wake_writer.connect(address)
         self._wake_lock = threading.Lock()
         self._closed = False
+        self._monitor: zmq.Socket[bytes] | None = None
+        if on_disconnect is not None:
+            self._monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
     def send(self, *parts: bytes) -> None:
-        """Queue one message; after ``close`` it is dropped."""
+        """Queue one message; after ``stop`` it is dropped."""
         self._put(list(parts))
+
+    def stop(self) -> None:
+        """End the thread soon, after what is queued was sent; from any thread, its own too. Idempotent."""
+        self._put(None)
+
+    def close(self, timeout_s: float = 2.0) -> None:
+        """``stop``, and wait for the end."""
+        self.stop()
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
+            self._thread.join(timeout_s)
 
     def _put(self, item: list[bytes] | None) -> None:
         with self._wake_lock:
@@ -69,36 +93,47 @@ class Pump:
             self._outgoing.put(item)
             if item is None:
                 self._closed = True
-            self._wake_writer.send(b"")
-
-    def close(self, timeout_s: float = 2.0) -> None:
-        """End the thread after what is queued was sent."""
-        self._put(None)
-        if self._thread.is_alive() and threading.current_thread() is not self._thread:
-            self._thread.join(timeout_s)
+            # A full pipe means that the thread has been woken already.
+            with contextlib.suppress(zmq.Again):
+                self._wake_writer.send(b"", zmq.NOBLOCK)
 
     def _run(self) -> None:
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._wake_reader, zmq.POLLIN)
-        next_tick = time.monotonic()
+        if self._monitor is not None:
+            poller.register(self._monitor, zmq.POLLIN)
+        last_tick = time.monotonic()
         try:
             while True:
-                wait_s = max(0.0, next_tick - time.monotonic())
+                wait_s = max(0.0, last_tick + TICK_S - time.monotonic())
                 ready = dict(poller.poll(int(wait_s * 1000) + 1))
+                late_s = time.monotonic() - last_tick - TICK_S
+                if late_s >= STALL_S:
+                    last_tick = time.monotonic()
+                    self._guarded(lambda late_s=late_s: self._on_tick(late_s))  # type: ignore[misc]
                 if self._wake_reader in ready and not self._flush():
                     return
                 if self._socket in ready:
                     self._receive_all()
-                if time.monotonic() >= next_tick:
-                    next_tick = time.monotonic() + TICK_S
-                    self._on_tick()
+                if self._monitor is not None and self._monitor in ready:
+                    self._hear_monitor()
+                if time.monotonic() >= last_tick + TICK_S:
+                    last_tick = time.monotonic()
+                    self._guarded(lambda: self._on_tick(0.0))
         finally:
-            self._socket.close()
-            self._wake_reader.close()
-            with self._wake_lock:
-                self._closed = True
-                self._wake_writer.close()
+            self._free()
+
+    def _free(self) -> None:
+        if self._monitor is not None:
+            self._socket.disable_monitor()
+            self._monitor.close()
+        self._socket.close()
+        self._wake_reader.close()
+        with self._wake_lock:
+            self._closed = True
+            self._wake_writer.close()
+        self._context.term()
 
     def _receive_all(self) -> None:
         for _ in range(64):
@@ -106,10 +141,23 @@ class Pump:
                 parts = self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            try:
-                self._on_frames(parts)
-            except Exception:  # a handler's fault must not silence the channel: it would look like a dead peer
-                logger.exception("control channel: a handler failed")
+            self._guarded(lambda parts=parts: self._on_frames(parts))  # type: ignore[misc]
+
+    def _hear_monitor(self) -> None:
+        assert self._monitor is not None
+        assert self._on_disconnect is not None
+        with contextlib.suppress(zmq.Again):
+            while True:
+                self._monitor.recv_multipart(zmq.NOBLOCK)
+                self._receive_all()  # what the peer said before it left counts
+                self._guarded(self._on_disconnect)
+
+    @staticmethod
+    def _guarded(handle: Callable[[], None]) -> None:
+        try:
+            handle()
+        except Exception:  # a handler's fault must not silence the channel: it would look like a dead peer
+            logger.exception("control channel: a handler failed")
 
     def _flush(self) -> bool:
         while True:
@@ -128,3 +176,5 @@ class Pump:
                 self._socket.send_multipart(item, zmq.NOBLOCK)
             except zmq.ZMQError as error:
                 logger.info("control channel: a message was not sent: %s", error)
+                if self._on_unsent is not None:
+                    self._guarded(lambda item=item: self._on_unsent(item))  # type: ignore[misc]

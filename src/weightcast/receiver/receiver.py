@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
-
-import torch
 
 from weightcast.control.link import JoinInfo
 from weightcast.deadline import Deadline
@@ -15,12 +12,15 @@ from weightcast.memory import Memory
 from weightcast.messages import Committed
 from weightcast.receiver.base import LiveModel
 from weightcast.receiver.session import Identity, Session
+from weightcast.receiver.staging import LoadedTensors
 from weightcast.round import Approval, Phase, RoundId, WorkerRound
 from weightcast.transports.facts import local_facts
 
 logger = logging.getLogger(__name__)
 
-Tensors = Iterator[tuple[str, torch.Tensor]]
+INITIAL_VERSION = "default"
+APPROVAL_TIMEOUT_S = 5.0
+"""A commit holds up the engine's thread, and its approval was sent before it: it comes at once or never."""
 
 
 class Receiver:
@@ -35,8 +35,9 @@ class Receiver:
         self._rank, self._world_size, self._mode = rank, world_size, mode
         self._round = WorkerRound()
         self._session: Session | None = None
-        self._before: tuple[str, str] | None = None
-        self.version = "default"
+        self._before: tuple[str, str, bool] | None = None
+        self._loaded: LoadedTensors | None = None
+        self.version = INITIAL_VERSION
         self.content = ""
         """Hex digest that the live version was published with; empty before the first sync."""
         self.dirty = False
@@ -45,7 +46,7 @@ class Receiver:
     def join(self, info: JoinInfo) -> None:
         """Join a trainer. StateError when another one is alive and ``info.takeover`` is not set."""
         old = self._session
-        if old is not None and old.lost is None and not info.takeover:
+        if old is not None and old.lost is None and not info.takeover and info.session != old.id:
             raise StateError(
                 "another trainer publishes to this engine", phase="join", hint="Close it, or join with takeover"
             )
@@ -59,28 +60,37 @@ class Receiver:
             digest=self.content,
             dirty=self.dirty,
         )
-        self._session = Session(info, self._model, identity, self._mode, self._round)
+        self._session = Session(info, self._model, identity, self._mode, self._round, self._loaded)
 
     @property
     def joined(self) -> bool:
         return self._session is not None and self._session.lost is None
 
-    def commit(self, id: RoundId, deadline: Deadline) -> None:
-        """Make a verified round live. Repeating the call for a committed round does nothing."""
+    @property
+    def has_session(self) -> bool:
+        """Whether a trainer was joined and not left, alive or not: rounds it committed can still be taken back."""
+        return self._session is not None
+
+    def commit(self, id: RoundId, deadline: Deadline, version: str = "") -> None:
+        """Make a verified round live. Repeating the call for a committed round does nothing.
+
+        StateError when the round was approved as another version than ``version`` (if that is given).
+        """
         session = self._require_session()
         if self._round.id == id and self._round.phase is Phase.COMMITTED:
             return
-        approval = self._round.wait_for_approval(id, deadline)
-        before = (self.version, self.content)
+        patience = Deadline(min(max(deadline.remaining_s(), 0.001), APPROVAL_TIMEOUT_S))
+        approval = self._round.wait_for_approval(id, patience, version)
+        before = (self.version, self.content, self.dirty)
         start = time.perf_counter()
         try:
             if session.mode == "staged":
                 self._apply_staged(session)
                 nbytes, transfer_s = 0, 0.0
             else:
-                nbytes, transfer_s = self._apply_in_place(session, approval, deadline)
+                nbytes, transfer_s = self._apply_in_place(session, id, approval, deadline)
         except Exception as error:
-            self._round.abort(id, str(error))
+            self._round.failed(id, str(error))
             session.send_failure(id, "commit", error, dirty=self.dirty)
             if isinstance(error, WeightcastError):
                 raise
@@ -93,21 +103,27 @@ class Receiver:
         self._prove(session, id, nbytes, transfer_s, apply_s)
 
     def rollback(self, id: RoundId) -> None:
-        """Return to the version before a committed staged round. StateError when that is not possible."""
+        """Return to the version before a staged round if that was committed, and see to it that it never will be otherwise.
+
+        Repeating the call does nothing. StateError when the round is an older one, or live and not staged.
+        """
         session = self._require_session()
+        if self._round.fence(id, "the trainer took it back") is not Phase.COMMITTED:
+            return
         if session.mode != "staged" or self._before is None:
             raise StateError("only a staged round can be rolled back", phase="rollback", round=id.round)
-        if not self._round.rolled_back(id):
-            raise StateError(f"round {id.epoch}.{id.round} is not the committed one", phase="rollback", round=id.round)
         self.dirty = True
         session.target.swap()
-        self._load_previous(session)
-        self.version, self.content = self._before
-        self.dirty, self._before = False, None
+        session.target.take_back_loader_tensors()
+        self._load_previous(session, self._before[0])
+        self.version, self.content, self.dirty = self._before
+        self._before = None
+        self._round.rolled_back(id)
 
     def leave(self) -> None:
         """Leave the trainer, if any, and free shadow and transports; idempotent."""
         if self._session is not None:
+            self._loaded = self._session.target.loaded() or self._loaded
             self._session.close()
             self._session = None
         self._before = None
@@ -121,34 +137,46 @@ class Receiver:
 
     def _apply_staged(self, session: Session) -> None:
         target = session.target
-        target.swap()
-        if not session.layout.through_loader:
+        was_dirty, has_loader = self.dirty, bool(session.layout.through_loader)
+        try:
+            target.swap()
+        except Exception:
+            self.dirty = True  # some values may have changed places and others not
+            raise
+        if not has_loader:
             return
-        was_dirty, self.dirty = self.dirty, True
+        self.dirty = True
         try:
             self._model.load_weights(target.loader_tensors())
         except Exception:
             target.swap()
-            self._load_previous(session)
+            self._load_previous(session, self.version)
             self.dirty = was_dirty
             raise
         self.dirty = False
         target.keep_loader_tensors()
 
-    def _load_previous(self, session: Session) -> None:
-        """Bring the loader's tensors back to the version before; from the start of the engine if there was none."""
+    def _load_previous(self, session: Session, version: str) -> None:
+        """Bring the loader's tensors back to the version before: what was loaded last, or what the engine started with.
+
+        StateError when nobody has them any more, as after an in-place round or a change of the model's form.
+        """
         if not session.layout.through_loader:
             return
         previous = session.target.previous_loader_tensors()
-        if previous is None:
+        if previous is not None:
+            self._model.load_weights(previous)
+        elif version == INITIAL_VERSION:
             self._model.load_initial()
         else:
-            self._model.load_weights(previous)
+            raise StateError("nobody has the former values of the tensors that go through the loader", phase="commit")
 
-    def _apply_in_place(self, session: Session, approval: Approval, deadline: Deadline) -> tuple[int, float]:
+    def _apply_in_place(
+        self, session: Session, id: RoundId, approval: Approval, deadline: Deadline
+    ) -> tuple[int, float]:
         memory = session.target.memory()
-        self.dirty = True
-        nbytes, transfer_s = session.receive(memory, deadline)
+        self.dirty, self._loaded = True, None
+        nbytes, transfer_s = session.receive(id, memory, deadline)
         self._check_digest(session, memory, approval)
         if session.layout.through_loader:
             self._model.load_weights(session.target.loader_tensors())

@@ -10,8 +10,9 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from weightcast.control.link import ControlLink, JoinInfo
@@ -47,12 +48,17 @@ from weightcast.messages import (
 )
 from weightcast.plan import compile_plan, plan_digest
 from weightcast.receiver.base import LiveModel
-from weightcast.receiver.staging import Target, with_staging
-from weightcast.round import Approval, RoundId, WorkerRound
+from weightcast.receiver.staging import LoadedTensors, Target, with_staging
+from weightcast.round import Approval, Phase, RoundId, WorkerRound
 from weightcast.transports.base import WorkerEnd
 from weightcast.transports.registry import registry
 
 logger = logging.getLogger(__name__)
+
+GREETING_TIMEOUT_S = 5.0
+"""Joining holds up the engine's thread; a trainer that just asked for it answers in milliseconds."""
+RELEASE_TIMEOUT_S = 10.0
+"""An aborted transfer lets go of its ends within a second; more means a transport that breaks its contract."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -70,16 +76,28 @@ class Identity:
 class Session:
     """One trainer's channel, plan, transports and target memory. ``lost`` says why it ended, None while it lives."""
 
-    def __init__(self, info: JoinInfo, model: LiveModel, identity: Identity, mode: str, round: WorkerRound) -> None:
+    def __init__(
+        self,
+        info: JoinInfo,
+        model: LiveModel,
+        identity: Identity,
+        mode: str,
+        round: WorkerRound,
+        loaded: LoadedTensors | None = None,
+    ) -> None:
         self._model = model
         self._mode_wish = mode
         self.round = round
         self.lost: str | None = None
         self.proven_digest = 0
         """Digest of what this round's transfer left in its target memory."""
+        self._loaded = loaded
+        self._epoch = 0
         self._ends: list[WorkerEnd] = []
-        self._ends_lock = threading.Lock()
-        self._receiving = False
+        self._pulls = True
+        self._ends_free = threading.Condition()
+        self._using_ends = 0
+        self._leaving = False
         self._greeting: queue.SimpleQueue[AnyMessage | str] = queue.SimpleQueue()
         self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="weightcast-receiver", daemon=True)
@@ -108,10 +126,10 @@ class Session:
             )
         )
         try:
-            answer = self._greeting.get(timeout=deadline.remaining_s())
+            answer = self._greeting.get(timeout=min(deadline.remaining_s(), GREETING_TIMEOUT_S))
         except queue.Empty:
             raise DeadlineExceeded(
-                f"the trainer at {info.address} did not answer in {info.timeout_s:g} s",
+                f"the trainer at {info.address} did not answer in {min(info.timeout_s, GREETING_TIMEOUT_S):g} s",
                 phase="join",
                 hint="Check that this host reaches that address and that the public key is the trainer's",
             ) from None
@@ -138,7 +156,7 @@ class Session:
         wish = self._mode_wish if self._mode_wish != "auto" else trainer_wish
         if wish != "in_place":
             try:
-                return "staged", Target(self._model, self.manifest, self.layout, staged=True)
+                return "staged", Target(self._model, self.manifest, self.layout, staged=True, loaded=self._loaded)
             except WeightcastError as error:
                 if wish == "staged":
                     raise
@@ -152,7 +170,7 @@ class Session:
             case Welcome() | Refused():
                 self._greeting.put(message)
             case Setup():
-                self._tasks.put(lambda: self._set_up(message))
+                self._begin_epoch(message)
             case Begin():
                 self._open(message)
             case Verified():
@@ -160,37 +178,59 @@ class Session:
                 self.round.verified(RoundId(epoch=message.epoch, round=message.round), approval)
             case Abort():
                 id = RoundId(epoch=message.epoch, round=message.round)
-                if self.round.abort(id, message.reason):
+                self.round.abort(id, message.reason)
+                if id == self.round.id and self.round.stops(id):
                     self._abort_transfer()
             case _:
                 logger.warning("control channel: %s is not for a worker", type(message).__name__)
 
+    def _begin_epoch(self, setup: Setup) -> None:
+        if setup.epoch <= self._epoch:
+            logger.info("epoch %d is stale, the present one is %d", setup.epoch, self._epoch)
+            return
+        self._epoch = setup.epoch
+        self.round.abort_any("the trainer began another epoch")
+        self._abort_transfer()
+        self._tasks.put(lambda: self._set_up(setup))
+
     def _open(self, begin: Begin) -> None:
         # Here and not with the transfer: an approval may follow before the session's thread gets to it.
-        if not self.round.begin(RoundId(epoch=begin.epoch, round=begin.round)):
-            logger.info("round %d.%d is stale, the present one is %s", begin.epoch, begin.round, self.round.id)
-        elif self.mode == "staged":
-            self._tasks.put(lambda: self._stage(begin))
+        id = RoundId(epoch=begin.epoch, round=begin.round)
+        if self.round.begin(id, Deadline(begin.timeout_s)):
+            if self.mode == "staged":
+                self._tasks.put(lambda: self._stage(begin))
+        elif self.round.id < id:
+            error = StateError(f"round {self.round.id} is still being committed", hint="Publish again when it is done")
+            self.send_failure(id, "begin", error)
+        else:
+            logger.info("round %s is stale, the present one is %s", id, self.round.id)
 
     def _on_lost(self, reason: str) -> None:
         self.lost = reason
         self._greeting.put(reason)
         self.round.abort_any(reason)
-        self._abort_transfer()
+        # A commit that pulls can end without the trainer: its memory stays mapped, and the digest proves what came.
+        if self.round.phase is not Phase.COMMITTING or not self._pulls:
+            self._abort_transfer()
         self._tasks.put(None)
         logger.warning("%s; this engine goes on with what it serves", reason)
 
     def _abort_transfer(self) -> None:
-        with self._ends_lock:
-            if self._receiving:
+        with self._ends_free:
+            if self._using_ends:
                 for end in self._ends:
                     end.abort()
 
     # -- on the session's thread
 
     def _work(self) -> None:
+        """The broad except is on purpose: a task that fails unforeseen must not end the thread, which would leave a
+        worker that is alive and never answers."""
         while (task := self._tasks.get()) is not None:
-            task()
+            try:
+                task()
+            except Exception as error:
+                self.send_failure(self.round.id, "worker", error)
         self._close_ends()
 
     def _set_up(self, setup: Setup) -> None:
@@ -201,12 +241,16 @@ class Session:
             offered = {offer.rank: offer for offer in setup.offers}
             if set(offered) != set(plan):
                 raise PlanMismatch(f"the plan needs trainer ranks {sorted(plan)}, offers came from {sorted(offered)}")
+            self._pulls = True
             for rank, copies in plan.items():
                 transport = registry().get(offered[rank].transport)
-                with self._ends_lock:
-                    self._ends.append(transport.worker_end(offered[rank].data, copies))
-            for end in self._ends:
-                end.connect(deadline)
+                self._pulls = self._pulls and transport.pulls
+                end = transport.worker_end(offered[rank].data, copies)
+                with self._ends_free:
+                    self._ends.append(end)
+            with self._in_use():
+                for end in self._ends:
+                    end.connect(deadline)
             self.link.send(Ready(epoch=setup.epoch, plan_digest=plan_digest(plan)))
         except Exception as error:  # noqa: BLE001 - the trainer is told by name; an exception here would only end this thread
             self._close_ends()
@@ -215,7 +259,7 @@ class Session:
     def _stage(self, begin: Begin) -> None:
         id = RoundId(epoch=begin.epoch, round=begin.round)
         try:
-            nbytes, transfer_s = self.receive(self.target.memory(), Deadline(begin.timeout_s))
+            nbytes, transfer_s = self.receive(id, self.target.memory(), Deadline(begin.timeout_s))
             start = time.perf_counter()
             digest = self._digest.of(self.target.memory())
             digest_s = time.perf_counter() - start
@@ -228,7 +272,7 @@ class Session:
 
     def _send_staged(self, id: RoundId, digest: int, nbytes: int, transfer_s: float, digest_s: float) -> None:
         rate = nbytes / max(transfer_s, 1e-9) / 1e9
-        logger.info("round %d.%d staged: %d bytes in %.3f s, %.2f GB/s", id.epoch, id.round, nbytes, transfer_s, rate)
+        logger.info("round %s staged: %d bytes in %.3f s, %.2f GB/s", id, nbytes, transfer_s, rate)
         self.link.send(
             Staged(
                 epoch=id.epoch, round=id.round, digest=digest, nbytes=nbytes, transfer_s=transfer_s, digest_s=digest_s
@@ -237,23 +281,35 @@ class Session:
 
     # -- shared with the Receiver
 
-    def receive(self, memory: Memory, deadline: Deadline) -> tuple[int, float]:
-        """Receive from all trainer ranks at once; returns bytes and seconds."""
-        if not self._ends:
-            raise StateError("no epoch is set up", hint="The trainer has to connect again")
+    def receive(self, id: RoundId, memory: Memory, deadline: Deadline) -> tuple[int, float]:
+        """Receive a round from all trainer ranks at once; returns bytes and seconds. StateError once the round is over."""
         start = time.perf_counter()
-        with self._ends_lock:
-            self._receiving = True
-        try:
+        with self._in_use(id):
+            if not self._ends:
+                raise StateError("no epoch is set up", hint="The trainer has to connect again")
             if len(self._ends) == 1:
                 nbytes = self._ends[0].receive(memory, deadline)
             else:
                 with ThreadPoolExecutor(len(self._ends)) as pool:
                     nbytes = sum(pool.map(lambda end: end.receive(memory, deadline), self._ends))
-        finally:
-            with self._ends_lock:
-                self._receiving = False
         return nbytes, time.perf_counter() - start
+
+    @contextmanager
+    def _in_use(self, id: RoundId | None = None) -> Iterator[None]:
+        """While a call of the ends runs: they can be aborted and are not closed. An abort either comes before, and is
+        noticed here, or finds the ends in use."""
+        with self._ends_free:
+            if self._leaving or (self.lost is not None and not self._pulls):
+                raise PeerLost(self.lost or "this worker leaves")
+            if id is not None and self.round.stops(id):
+                raise StateError(f"round {id} is over")
+            self._using_ends += 1
+        try:
+            yield
+        finally:
+            with self._ends_free:
+                self._using_ends -= 1
+                self._ends_free.notify_all()
 
     def digest_of(self, memory: Memory) -> int:
         """Digest of all landings in a memory of this session's layout."""
@@ -279,7 +335,11 @@ class Session:
         self.send(Failed(epoch=id.epoch, round=id.round, phase=phase, kind=kind, message=text, dirty=dirty))
 
     def _close_ends(self) -> None:
-        with self._ends_lock:
+        """Close all ends once nobody is inside one."""
+        with self._ends_free:
+            if not self._ends_free.wait_for(lambda: not self._using_ends, RELEASE_TIMEOUT_S):
+                logger.error("a transfer does not let go of its ends; they stay open")
+                return
             ends, self._ends = self._ends, []
         for end in ends:
             end.close()
@@ -288,7 +348,11 @@ class Session:
         """Leave the trainer and free transports and shadow; idempotent."""
         self.lost = self.lost or reason
         self.round.abort_any(reason)
+        with self._ends_free:
+            self._leaving = True
         self._abort_transfer()
         self.link.close(reason)
         self._tasks.put(None)
-        self._thread.join(5.0)
+        if self._thread.is_alive():
+            self._thread.join(5.0)
+        self._close_ends()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import msgspec
 import torch
@@ -43,6 +45,14 @@ def free_nbytes(device: torch.device) -> int:
     raise ShadowError("cannot tell how much memory is free", hint="Ask for mode in_place")
 
 
+@dataclass(frozen=True, slots=True)
+class LoadedTensors:
+    """What went through the engine's loader and is live: the way back to it outlives a trainer's stay."""
+
+    layout_digest: bytes
+    area: torch.Tensor
+
+
 class Target:
     """The memory that one round writes, over the layout that ``with_staging`` gave.
 
@@ -50,7 +60,15 @@ class Target:
     by ``swap``; in an in-place target they are the live ones.
     """
 
-    def __init__(self, model: LiveModel, manifest: Manifest, layout: Layout, *, staged: bool) -> None:
+    def __init__(
+        self,
+        model: LiveModel,
+        manifest: Manifest,
+        layout: Layout,
+        *,
+        staged: bool,
+        loaded: LoadedTensors | None = None,
+    ) -> None:
         self._model = model
         self._layout = layout
         self.staged = staged
@@ -61,18 +79,21 @@ class Target:
             self._check_room()
         try:
             self._area = self._allocate_area()
-            self._previous: torch.Tensor | None = None
+            self._loaded_area: torch.Tensor | None = None
+            self._before: torch.Tensor | None = None
             self._shadow = self._shadow_of(model.memory()) if staged else None
         except (RuntimeError, MemoryError) as error:
             raise ShadowError(f"no memory for the staged copy: {error}", hint="Ask for mode in_place") from error
         self._memory = self._combine()
         self._swap: Exchange | None = None
+        if loaded is not None and self._area is not None and loaded.layout_digest == self._layout_digest():
+            self._loaded_area = loaded.area
 
     @property
     def shadow_nbytes(self) -> int:
         """Bytes taken beside the live weights."""
         shadow = self._shadow.nbytes if self._shadow is not None else 0
-        return shadow + sum(area.numel() for area in (self._area, self._previous) if area is not None)
+        return shadow + sum(area.numel() for area in (self._area, self._loaded_area) if area is not None)
 
     def memory(self) -> Memory:
         """Where the next round's bytes go."""
@@ -104,20 +125,35 @@ class Target:
         return self._tensors(self._area)
 
     def previous_loader_tensors(self) -> Iterator[tuple[str, torch.Tensor]] | None:
-        """Those of the version before, if there was one."""
-        return None if self._previous is None else self._tensors(self._previous)
+        """Those that are live, or were before the loader began on the staged ones; None when nobody has them."""
+        return None if self._loaded_area is None else self._tensors(self._loaded_area)
 
     def keep_loader_tensors(self) -> None:
-        """What is staged for the loader is live now: keep it for a roll-back and stage the next round elsewhere."""
+        """What is staged for the loader is live now; the version before it stays until the next round overwrites it."""
         if self._area is not None:
-            if self._previous is None:
-                self._previous = torch.zeros_like(self._area)
-            self._area, self._previous = self._previous, self._area
+            self._before = self._loaded_area
+            free = self._before if self._before is not None else torch.zeros_like(self._area)
+            self._area, self._loaded_area = free, self._area
             self._memory = self._combine()
+
+    def take_back_loader_tensors(self) -> None:
+        """The version before the last ``keep_loader_tensors`` counts as live again."""
+        if self._area is not None:
+            assert self._loaded_area is not None
+            self._area, self._loaded_area, self._before = self._loaded_area, self._before, None
+            self._memory = self._combine()
+
+    def loaded(self) -> LoadedTensors | None:
+        """What is live through the loader, for the target of the next trainer."""
+        return None if self._loaded_area is None else LoadedTensors(self._layout_digest(), self._loaded_area)
+
+    def _layout_digest(self) -> bytes:
+        own = [placement for placement in self._layout.placements if placement.storage == self._num_live]
+        return hashlib.sha256(msgspec.msgpack.encode(own)).digest()
 
     def live_memory(self) -> Memory:
         """Live direct landings, and the loader's tensors as they were given to it."""
-        area = self._previous if self._previous is not None else self._area
+        area = self._loaded_area if self._loaded_area is not None else self._area
         return self._known([*self._model.memory().storages] + ([area] if area is not None else []))
 
     def _check_room(self) -> None:

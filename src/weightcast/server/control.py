@@ -136,7 +136,7 @@ class EngineCommitter:
             if order.pause != "none":
                 await _timed(phases, "pause", pause_within(self._engine, order.pause, order.clear_cache, deadline))
             deadline.check(f"pausing for the {order.action}")
-            await _timed(phases, "apply", self._apply(order))
+            await _timed(phases, "apply", self._apply(order, deadline))
             if order.pause == "none" and order.clear_cache:
                 await self._engine.reset_prefix_cache(reset_running_requests=True)
         finally:
@@ -149,13 +149,18 @@ class EngineCommitter:
         )  # fmt: skip
         return RoundAnswer(version=version, phases=phases)
 
-    async def _apply(self, order: RoundOrder) -> None:
+    async def _apply(self, order: RoundOrder, deadline: Deadline) -> None:
         """One round of the weight-transfer contract: an update that raises has closed its round by itself.
 
         A finish that raises, whatever it raises, leaves its round open; a second call closes it or says that it is closed.
         """
         await self._engine.start_weight_update()
-        update: dict[str, Any] = {"action": order.action, "epoch": order.epoch, "round": order.round}
+        update: dict[str, Any] = {
+            "action": order.action,
+            "epoch": order.epoch,
+            "round": order.round,
+            "timeout_s": max(deadline.remaining_s(), 0.001),
+        }
         if order.version:
             update["version"] = order.version
         await self._engine.update_weights(update)

@@ -27,6 +27,7 @@ class WeightcastInitInfo(InitInfo, kw_only=True, forbid_unknown_fields=True):
     engine: str
     timeout_s: float = 60.0
     takeover: bool = False
+    session: str = ""
 
     def __post_init__(self) -> None:
         self.join_info()
@@ -39,6 +40,7 @@ class WeightcastInitInfo(InitInfo, kw_only=True, forbid_unknown_fields=True):
             engine=self.engine,
             timeout_s=self.timeout_s,
             takeover=self.takeover,
+            session=self.session,
         )
 
 
@@ -76,7 +78,7 @@ class WeightcastEngine(WeightTransferEngine[WeightcastInitInfo, WeightcastUpdate
         self.receiver.join(init_info.join_info())
 
     def start_weight_update(self) -> None:
-        if not self.receiver.joined:
+        if not self.receiver.has_session:
             raise StateError("no trainer is connected", hint="Call init_weight_transfer_engine first")
         if self._open:
             raise StateError("a weight update is open already", hint="Call finish_weight_update first")
@@ -88,7 +90,7 @@ class WeightcastEngine(WeightTransferEngine[WeightcastInitInfo, WeightcastUpdate
         id = RoundId(epoch=update_info.epoch, round=update_info.round)
         try:
             if update_info.action == "commit":
-                self.receiver.commit(id, Deadline(update_info.timeout_s))
+                self.receiver.commit(id, Deadline(update_info.timeout_s), update_info.version)
             else:
                 self.receiver.rollback(id)
         except Exception:

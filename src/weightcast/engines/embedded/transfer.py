@@ -41,7 +41,8 @@ class WeightTransfer:
         """Why nothing may be served now; empty when it may."""
         if self.dirty:
             return "the weights are of no version: an update failed half-way; the next successful one heals it"
-        if self.config.wait_for_weights and self.num_syncs == 0:
+        # A first round that was taken back leaves an engine that knows how to tell: no content is live.
+        if self.config.wait_for_weights and (self.num_syncs == 0 or self.digest == ""):
             return "waiting for the first weights"
         return ""
 

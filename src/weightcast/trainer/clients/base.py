@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from weightcast.deadline import Deadline
+from weightcast.errors import PeerLost
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,10 +29,14 @@ class CommitReply:
     phases: Mapping[str, float] = field(default_factory=dict)
 
 
+class AnswerLost(PeerLost):
+    """The connection broke before the answer came: the call may have been carried out or not."""
+
+
 class EngineClient(ABC):
     """One engine. Every call ends by its deadline; an error of the engine comes back as the named weightcast error.
 
-    Nothing is retried blindly: a call that may have had an effect is repeated only by the round that fences it.
+    Nothing is retried blindly: a call that may have had an effect (AnswerLost) is repeated only by the round that fences it.
     """
 
     name: str
@@ -48,10 +53,12 @@ class EngineClient(ABC):
         """Have all workers join; returns when they did."""
 
     @abstractmethod
-    def commit(self, order: CommitOrder, deadline: Deadline) -> CommitReply: ...
+    def commit(self, order: CommitOrder, deadline: Deadline) -> CommitReply:
+        """Make a round live between two steps; harmless when it is live already."""
 
     @abstractmethod
-    def rollback(self, epoch: int, round: int, deadline: Deadline) -> None: ...
+    def rollback(self, epoch: int, round: int, deadline: Deadline) -> None:
+        """Return to the version before this round if it is live, and see to it that it never will be if it is not."""
 
     @abstractmethod
     def status(self, deadline: Deadline) -> Mapping[str, Any]:

@@ -1,8 +1,9 @@
 """HttpEngineClient: an engine behind its own HTTP server.
 
 Four properties are load-bearing. Every call opens a fresh connection: a kept one may be closed by the server between
-rounds, and then a POST cannot be told from one that was carried out. No call is retried. Every call has the deadline of the
-round, and the server is told it. An error body is read: its type names the weightcast error that is raised here.
+rounds, and then a POST cannot be told from one that was carried out. No call is retried here; one whose answer was lost is
+AnswerLost. Every call has one deadline, that of the round, over all its waits, and the server is told it. An error body is
+read: its type names the weightcast error that is raised here.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
-import httpx
+import httpcore
+import msgspec
 
 from weightcast.deadline import Deadline
 from weightcast.errors import DeadlineExceeded, EngineError, InvalidInput, PeerLost, WeightcastError, error_from_wire
-from weightcast.trainer.clients.base import CommitOrder, CommitReply, EngineClient
+from weightcast.trainer.clients import wire
+from weightcast.trainer.clients.base import AnswerLost, CommitOrder, CommitReply, EngineClient
 
 
 class HttpEngineClient(EngineClient):
@@ -29,9 +32,9 @@ class HttpEngineClient(EngineClient):
             raise InvalidInput(f"an engine is http://host:port, not {url!r}", field="engines")
         self.name = url.rstrip("/")
         self.host = parts.hostname
-        headers = {"Authorization": f"Bearer {token}"} if token else {}
-        limits = httpx.Limits(max_keepalive_connections=0)
-        self._client = httpx.Client(base_url=self.name, headers=headers, limits=limits, trust_env=False)
+        self._headers = {"Content-Type": "application/json"}
+        if token:
+            self._headers["Authorization"] = f"Bearer {token}"
 
     def world_size(self, deadline: Deadline) -> int:
         return int(self._call("GET", "/get_world_size?include_dp=true", deadline)["world_size"])
@@ -61,40 +64,38 @@ class HttpEngineClient(EngineClient):
     def shutdown(self, deadline: Deadline) -> None:
         self._call("POST", "/weightcast/shutdown", deadline)
 
-    def close(self) -> None:
-        self._client.close()
-
     def _call(self, method: str, path: str, deadline: Deadline, body: Any = None) -> dict[str, Any]:
         deadline.check(f"{method} {path}")
+        content = None if body is None else msgspec.json.encode(body)
         try:
-            response = self._client.request(method, path, json=body, timeout=deadline.remaining_s())
-        except httpx.TimeoutException:
+            response = wire.request(method, self.name + path, self._headers, content, deadline)
+        except httpcore.TimeoutException:
             raise DeadlineExceeded(
                 f"{method} {path} took longer than {deadline.timeout_s:g} s", engine=self.name
             ) from None
-        except httpx.TransportError as error:
-            raise PeerLost(
-                f"{method} {path}: {error or type(error).__name__}", engine=self.name, hint="Is the server running?"
-            ) from None
-        if response.is_success:
-            return _json_object(response)
+        except httpcore.ConnectError as error:
+            raise PeerLost(f"{method} {path}: {error}", engine=self.name, hint="Is the server running?") from None
+        except (httpcore.NetworkError, httpcore.ProtocolError) as error:
+            raise AnswerLost(f"{method} {path}: {error or type(error).__name__}", engine=self.name) from None
+        if 200 <= response.status < 300:
+            return _json_object(response.content)
         raise self._error(method, path, response)
 
-    def _error(self, method: str, path: str, response: httpx.Response) -> WeightcastError:
-        error = _json_object(response).get("error")
+    def _error(self, method: str, path: str, response: httpcore.Response) -> WeightcastError:
+        error = _json_object(response.content).get("error")
         if isinstance(error, dict) and isinstance(error.get("message"), str):
             return error_from_wire(str(error.get("type")), error["message"]).at(engine=self.name)
         hint = "It has no weightcast routes: start it with weightcast serve, or vLLM with the weightcast plug-in"
         return EngineError(
-            f"{method} {path} answered {response.status_code}",
+            f"{method} {path} answered {response.status}",
             engine=self.name,
-            hint=hint if response.status_code == 404 else None,
+            hint=hint if response.status == 404 else None,
         )
 
 
-def _json_object(response: httpx.Response) -> dict[str, Any]:
+def _json_object(content: bytes) -> dict[str, Any]:
     try:
-        value = response.json()
-    except ValueError:
+        value = msgspec.json.decode(content)
+    except msgspec.DecodeError:
         return {}
     return value if isinstance(value, dict) else {}
