@@ -50,11 +50,18 @@ class Memory:
         return sum(storage.numel() for storage in self.storages)
 
     def view(self, storage: int, dtype: str, offset: int, sizes: Sequence[int], strides: Sequence[int]) -> torch.Tensor:
-        """A strided view of ``dtype`` elements; offset and strides in elements. Shares memory with the storage."""
+        """A strided view of ``dtype`` elements; offset and strides in elements. Shares memory with the storage.
+
+        Raises InvalidInput for one that leaves the storage: torch would grow the storage and so move all of its bytes.
+        """
         target = dtype_of(dtype)
         flat = self.storages[storage]
         if flat.storage_offset() % target.itemsize:
             raise InvalidInput(f"storage {storage} does not start at a multiple of {target.itemsize} bytes")
+        if 0 not in sizes:
+            end = offset + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True)) + 1
+            if offset < 0 or end * target.itemsize > flat.numel():
+                raise InvalidInput(f"storage {storage} has {flat.numel()} bytes, not {end * target.itemsize}")
         base = torch.empty(0, dtype=target, device=flat.device)
         start = flat.storage_offset() // target.itemsize + offset
         return base.set_(flat.untyped_storage(), start, tuple(sizes), tuple(strides))

@@ -15,8 +15,10 @@ from safetensors.torch import save_file
 
 from weightcast.deadline import Deadline
 from weightcast.errors import DeadlineExceeded, InvalidInput, PeerLost, StateError, TransportError, Unsupported
+from weightcast.layout import Layout, Placement, Region, image_layout
+from weightcast.manifest import Manifest, TensorSpec
 from weightcast.memory import FileSpan, Memory
-from weightcast.plan import Copy
+from weightcast.plan import Copy, compile_plan
 from weightcast.testing.ranks import Peer
 from weightcast.testing.transport_cases import CASES, TransportCase, bulk_case
 from weightcast.testing.transport_sides import TrainerSide, WorkerSide, census
@@ -113,6 +115,49 @@ def test_a_worker_that_is_killed_frees_nothing_of_the_trainer_and_the_reverse() 
         second.call("close")
         assert second.call("census")["arenas"] == 0
     assert set(os.listdir("/dev/shm")) == segments
+
+
+def test_what_lies_between_copies_of_one_storage_does_not_reach_an_arena() -> None:
+    """An arena's gaps are zero; a trainer's storage may hold anything between the tensors that a worker wants."""
+    specs = [TensorSpec(name=name, dtype="uint8", shape=(100,)) for name in ("a", "b")]
+    layout = image_layout(Manifest.of(specs))
+    copies = compile_plan(Manifest.of(specs), {0: layout}, layout)[0]
+    values = torch.randint(1, 256, layout.storage_nbytes, dtype=torch.uint8)
+    worker = _connected(ShmTransport().adopt(Memory([values])), copies)
+    shadow = Memory([torch.zeros(layout.storage_nbytes, dtype=torch.uint8)], is_arena=True)
+    worker.receive(shadow, Deadline(5))
+    worker.close()
+    expected = torch.zeros_like(values)
+    for start in (0, 256):
+        expected[start : start + 100] = values[start : start + 100]
+    assert torch.equal(shadow.storages[0], expected)
+
+
+def test_storages_side_by_side_become_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    specs = [TensorSpec(name=f"w{i}", dtype="bfloat16", shape=(random.randint(1, 300),)) for i in range(200)]
+    manifest = Manifest.of(specs)
+    placements = tuple(
+        Placement(region=Region.whole(spec), dtype="bfloat16", storage=i, offset=0, strides=(1,))
+        for i, spec in enumerate(specs)
+    )
+    held = Layout(placements=placements, storage_nbytes=tuple(spec.nbytes for spec in specs))
+    landings = image_layout(manifest)
+    values = [torch.randint(0, 256, (n,), dtype=torch.uint8) for n in held.storage_nbytes]
+    copies = compile_plan(manifest, {0: held}, landings)[0]
+    worker = _connected(ShmTransport().adopt(Memory(values)), copies)
+    shadow = Memory([torch.zeros(landings.storage_nbytes, dtype=torch.uint8)], is_arena=True)
+    run, runs = shm.Replay.run, []
+
+    def counted(self: shm.Replay) -> int:
+        runs.append(len(self))
+        return run(self)
+
+    monkeypatch.setattr(shm.Replay, "run", counted)
+    worker.receive(shadow, Deadline(5))
+    assert runs == [1]
+    worker.close()
+    for placement, value in zip(landings.placements, values, strict=True):
+        assert torch.equal(shadow.storages[0][placement.offset * 2 :][: value.numel()], value)
 
 
 @pytest.fixture
@@ -253,3 +298,13 @@ def test_an_offer_that_reaches_outside_of_a_file_is_refused(tmp_path: Path) -> N
     memory = Memory([torch.zeros(100, dtype=torch.uint8)], files=[FileSpan(str(path), 0)])
     with pytest.raises(TransportError, match="64 bytes"):
         ShmTransport().trainer_end((), ShmTransport().adopt(memory))
+
+
+def test_a_view_outside_of_its_storage_is_refused() -> None:
+    """torch itself would enlarge the storage, and every other view of it would dangle."""
+    memory = Memory([torch.zeros(64, dtype=torch.uint8)])
+    assert memory.view(0, "float32", 12, (2, 2), (1, 2)).numel() == 4
+    assert memory.view(0, "float32", 16, (0, 5), (5, 1)).numel() == 0
+    with pytest.raises(InvalidInput, match="has 64 bytes, not 68"):
+        memory.view(0, "float32", 13, (2, 2), (1, 2))
+    assert memory.storages[0].untyped_storage().nbytes() == 64
