@@ -76,6 +76,7 @@ class Run:
     reports: list[Report] = field(default_factory=list)
     matched: list[bool] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
     logprob_gap: float = 0.0
     num_tokens: int = 0
     sampling_s: float = 0.0
@@ -90,6 +91,7 @@ class Run:
 
     def add_step(self, rollouts: Rollouts, stats: StepStats) -> None:
         self.rewards.append(rollouts.mean_reward)
+        self.grad_norms.append(stats.grad_norm)
         self.logprob_gap = max(self.logprob_gap, stats.logprob_gap)
         self.num_tokens += rollouts.num_tokens
         self.sampling_s += rollouts.seconds
@@ -106,18 +108,31 @@ class Run:
         first, last = self.rewards[:count], self.rewards[-count:]
         return sum(first) / len(first), sum(last) / len(last)
 
+    def _learned_and_changed(self) -> tuple[int, int]:
+        """Steps with a gradient, and how many of them were followed by a version with another digest.
+
+        Where all answers to every prompt earn the same there is no gradient, and the weights may stay.
+        """
+        digests = [report.digest for report in self.reports]
+        changes = [
+            after != before
+            for norm, before, after in zip(self.grad_norms, digests[:-1], digests[1:], strict=True)
+            if norm > 0
+        ]
+        return len(changes), sum(changes)
+
     def verdict(self) -> Verdict:
         """Judge the run; the reward only counts in a run that is long enough to show it."""
         first, last = self.first_and_last()
-        digests = {report.digest for report in self.reports}
+        learned, changed = self._learned_and_changed()
         checks = [
             Check(
                 passed=all(self.matched) and bool(self.matched),
                 text=f"digests of {sum(self.matched)} of {len(self.matched)} rounds match what the server holds",
             ),
             Check(
-                passed=len(self.reports) > 1 and len(digests) == len(self.reports),
-                text=f"{len(self.reports)} published versions, {len(digests)} different contents",
+                passed=0 < learned == changed,
+                text=f"the served weights changed after {changed} of {learned} steps that had a gradient",
             ),
             Check(
                 passed=self.logprob_gap <= MAX_LOGPROB_GAP,
