@@ -1,0 +1,73 @@
+"""Timing, tables and random memory for the GPU benchmarks."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from weightcast.memory import Memory
+
+
+def random_memory(nbytes: Sequence[int]) -> Memory:
+    """Storages of random bytes."""
+    storages = []
+    for size in nbytes:
+        words = torch.randint(-(2**62), 2**62, (-(-size // 8),), device="cuda")
+        storages.append(words.view(torch.uint8)[:size])
+    return Memory(storages)
+
+
+def gpu_ms(call: Callable[[], object], repeats: int = 7, warmup: int = 2) -> float:
+    """Median milliseconds by events around the call."""
+    for _ in range(warmup):
+        call()
+    times = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def wall_ms(call: Callable[[], object], repeats: int = 7, warmup: int = 2) -> float:
+    """Median milliseconds by the host's clock; the call has to wait for its own work."""
+    for _ in range(warmup):
+        call()
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - start) * 1e3)
+    return statistics.median(times)
+
+
+class Table:
+    """Rows that are printed as they come and appended to a JSON file at the end."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._rows: list[dict[str, object]] = []
+
+    def add(self, what: str, ms: float, nbytes: int, note: str = "") -> None:
+        """``nbytes`` are what the rate counts."""
+        rate = nbytes / ms / 1e6
+        self._rows.append({"what": what, "ms": round(ms, 4), "gb_per_s": round(rate, 1), "note": note})
+        print(f"{self._name:8s} {what:46s} {ms:10.3f} ms {rate:9.1f} GB/s  {note}", flush=True)
+
+    def save(self) -> None:
+        folder = Path(os.environ.get("OUT", "."))
+        with (folder / "gpu.jsonl").open("a") as file:
+            file.write(
+                json.dumps({"table": self._name, "gpu": torch.cuda.get_device_name(), "rows": self._rows}) + "\n"
+            )

@@ -1,0 +1,117 @@
+"""Digest, copy and swap kernels against the memory of the GPU that they run on."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from common import Table, gpu_ms, random_memory, wall_ms
+from shapes import SHAPES, layouts
+
+from weightcast import cuda_runs, digest_cuda
+from weightcast.digest import LayoutDigest
+from weightcast.memory import Memory
+from weightcast.plan import compile_plan
+from weightcast.replay import Replay
+from weightcast.replay_cuda import CudaReplay
+from weightcast.swap import Swap
+
+
+def device_copy(table: Table) -> None:
+    a, b = random_memory([2**32]).storages[0], torch.empty(2**32, dtype=torch.uint8, device="cuda")
+    table.add("copy_ of 4.3 GB (payload)", gpu_ms(lambda: b.copy_(a)), a.numel())
+    runs = cuda_runs.CopyRuns([(a.data_ptr(), b.data_ptr(), a.numel())], a.device)
+    table.add("CopyRuns of the same, one run", gpu_ms(runs.run), a.numel())
+
+
+def digest(table: Table, name: str, memory: Memory, compiled: LayoutDigest, sweep: bool) -> None:
+    nbytes = memory.nbytes
+    value = compiled.of(memory)
+    run_digest = compiled._on_gpu(memory)
+    table.add(f"digest {name} ({len(compiled.runs)} runs), kernel", gpu_ms(run_digest._parts[0][1]._launch), nbytes)
+    table.add(f"digest {name}, of() with the wait", wall_ms(lambda: compiled.of(memory)), nbytes)
+    if not sweep:
+        return
+    kept = digest_cuda.TILE_BLOCKS, digest_cuda.CHUNK_WORDS, digest_cuda.NUM_WARPS
+    for blocks in (2, 4, 8):
+        for chunk, warps in ((512, 4), (1024, 4), (1024, 8), (2048, 8)):
+            digest_cuda.TILE_BLOCKS, digest_cuda.CHUNK_WORDS, digest_cuda.NUM_WARPS = blocks, chunk, warps
+            digest_cuda.TILE_NBYTES = blocks * 32768
+            variant = digest_cuda.RunDigest(compiled.runs, memory.storages)
+            assert variant.total() == value
+            table.add(f"  {blocks=} {chunk=} {warps=}", gpu_ms(variant._parts[0][1]._launch), nbytes)
+    digest_cuda.TILE_BLOCKS, digest_cuda.CHUNK_WORDS, digest_cuda.NUM_WARPS = kept
+    digest_cuda.TILE_NBYTES = kept[0] * 32768
+
+
+def copies(table: Table, name: str, sweep: bool) -> None:
+    """The plan of a fused engine, one process: every way to replay it; then digest and swap of the result."""
+    manifest, held, wanted = layouts(SHAPES[name])
+    src = random_memory(held.storage_nbytes)
+    dst = Memory([torch.zeros(n, dtype=torch.uint8, device="cuda") for n in wanted.storage_nbytes])
+    plan = compile_plan(manifest, {0: held}, wanted)[0]
+    nbytes = src.nbytes
+    plain, fused = Replay(plan, src, dst), CudaReplay(plan, src, dst, torch.device("cuda", 0))
+    table.add(f"{name}: foreach of {len(plain)} pairs", gpu_ms(plain.run), nbytes)
+    pairs = list(zip(plain._dst, plain._src, strict=True))
+    table.add(f"{name}: loop of copy_", gpu_ms(lambda: [a.copy_(b) for a, b in pairs]), nbytes)
+    table.add(f"{name}: CudaReplay, kernel", gpu_ms(fused.run), nbytes)
+    if sweep:
+        kept = cuda_runs.COPY_TILE_NBYTES, cuda_runs.COPY_CHUNK_WORDS, cuda_runs.COPY_WARPS
+        for tile, chunk, warps in (
+            (32768, 1024, 4),
+            (32768, 2048, 8),
+            (65536, 1024, 4),
+            (65536, 4096, 8),
+            (131072, 2048, 8),
+            (131072, 1024, 4),
+        ):
+            cuda_runs.COPY_TILE_NBYTES, cuda_runs.COPY_CHUNK_WORDS, cuda_runs.COPY_WARPS = tile, chunk, warps
+            variant = CudaReplay(plan, src, dst, torch.device("cuda", 0))
+            table.add(f"  {tile=} {chunk=} {warps=}", gpu_ms(variant.run), nbytes)
+        cuda_runs.COPY_TILE_NBYTES, cuda_runs.COPY_CHUNK_WORDS, cuda_runs.COPY_WARPS = kept
+    theirs, ours = LayoutDigest(manifest, held), LayoutDigest(manifest, wanted)
+    assert theirs.of(src) == ours.of(dst), "the copies are wrong"
+    digest(table, f"{name} trainer's side", src, theirs, sweep)
+    digest(table, f"{name} engine's side", dst, ours, False)
+    if name != "MoE":
+        shadow = Memory([storage.clone() for storage in dst.storages])
+        swap = Swap(list(zip(dst.storages, shadow.storages, strict=True)))
+        table.add(f"{name}: swap on the GPU ({len(dst.storages)} pairs), one side counted", gpu_ms(swap.run), nbytes)
+
+
+def casts(table: Table) -> None:
+    manifest, held, wanted = layouts(SHAPES["0.6B"], "float32")
+    src = Memory([torch.randn(n // 4, device="cuda").view(torch.uint8) for n in held.storage_nbytes])
+    dst = Memory([torch.zeros(n, dtype=torch.uint8, device="cuda") for n in wanted.storage_nbytes])
+    plan = compile_plan(manifest, {0: held}, wanted)[0]
+    fused = CudaReplay(plan, src, dst, torch.device("cuda", 0))
+    table.add("0.6B from fp32 master weights", gpu_ms(fused.run), src.nbytes + dst.nbytes, "bytes read + written")
+
+
+def host_swap(table: Table) -> None:
+    nbytes = 4 * 2**30
+    live, host = random_memory([nbytes]).storages[0], torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+    table.add("pinned: host to GPU alone", gpu_ms(lambda: live.copy_(host, non_blocking=True), 3, 1), nbytes)
+    table.add("pinned: swap through scratch", gpu_ms(Swap([(live, host)]).run, 3, 1), nbytes, "each direction")
+    direct = cuda_runs.SwapRuns([(live.data_ptr(), host.data_ptr(), nbytes)], live.device)
+    table.add("pinned: swap kernel on mapped memory", gpu_ms(direct.run, 3, 1), nbytes, "each direction")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--sweep", action="store_true")
+    sweep = parser.parse_args().sweep
+    table = Table("kernels")
+    device_copy(table)
+    for name in SHAPES:
+        torch.cuda.empty_cache()
+        copies(table, name, sweep and name != "0.6B")
+    torch.cuda.empty_cache()
+    casts(table)
+    host_swap(table)
+    table.save()
+
+
+if __name__ == "__main__":
+    main()

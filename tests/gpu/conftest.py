@@ -1,0 +1,22 @@
+"""Everything in this folder needs a CUDA GPU; without one it is skipped, with the reason."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+
+# NCCL refuses two ranks on one GPU of one host; every process that the tests start calls itself a host of its own.
+os.environ.setdefault("NCCL_HOSTID", f"test-{os.getpid()}")
+os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    missing = pytest.mark.skip(reason="needs a CUDA GPU")
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.gpu)
+            if not torch.cuda.is_available():
+                item.add_marker(missing)

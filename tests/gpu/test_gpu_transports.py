@@ -1,0 +1,250 @@
+"""cuda_ipc and nccl: the suite, with all processes on one GPU, and what only they do."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import time
+from collections.abc import Iterator
+
+import pytest
+from gpu_sides import GpuTrainerSide, GpuWorkerSide
+
+from weightcast.deadline import Deadline
+from weightcast.errors import DeadlineExceeded, PeerLost, TransportError
+from weightcast.memory import Memory
+from weightcast.testing.ranks import Peer, RankFailed
+from weightcast.testing.transport_cases import bulk_case
+from weightcast.testing.transport_sides import TrainerSide
+from weightcast.testing.transport_suite import TransportSuite
+
+pytest.importorskip("triton", reason="needs a CUDA build of torch")
+
+NBYTES = 16 * 2**20
+
+
+class GpuSuite(TransportSuite):
+    device = "cuda"
+    bucket_sizes = (8192, 2**20)
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def shared_worker(cls) -> Iterator[Peer]:
+        with Peer(GpuWorkerSide) as peer:
+            yield peer
+
+    @pytest.fixture
+    def worker(self) -> Iterator[Peer]:
+        with Peer(GpuWorkerSide) as peer:
+            yield peer
+
+    @pytest.fixture
+    def trainer(self) -> Iterator[Peer]:
+        with Peer(GpuTrainerSide, rank=0) as peer:
+            yield peer
+
+
+class TestCudaIpc(GpuSuite):
+    transport = "weightcast.transports.cuda_ipc:CudaIpcTransport"
+    bucket_sizes = (8192,)
+
+    def test_a_trainer_killed_in_the_middle_is_peer_lost_or_harmless(self, trainer: Peer, worker: Peer) -> None:
+        """Killed between rounds: the round fails by name, nothing else is harmed, and a new trainer takes over."""
+        case = bulk_case(NBYTES)
+        connect(self.transport, trainer, worker, case)
+        trainer.kill()
+        assert failure(worker, "receive", 0, 10.0) == "PeerLost"
+        assert failure(worker, "receive", 0, 10.0) == "TransportError"
+        worker.call("close")
+        assert worker.call("multiply", 1) < 1e-9
+        with Peer(GpuTrainerSide, rank=0) as second:
+            connect(self.transport, second, worker, case)
+            values = random.randbytes(NBYTES)
+            second.call("write", [values])
+            second.call("send")
+            assert worker.call("receive") == NBYTES
+            assert worker.call("read") == [values]
+
+    def test_a_trainer_killed_during_a_copy_leaves_cuda_usable(self, trainer: Peer, worker: Peer) -> None:
+        case = bulk_case(4 * 2**30)
+        connect(self.transport, trainer, worker, case)
+        trainer.call("send")
+        worker.call("receive")
+        for _ in range(20):
+            worker.start("receive", 0)
+        time.sleep(random.uniform(0.001, 0.02))
+        trainer.kill()
+        kinds = set()
+        for _ in range(20):
+            try:
+                worker.result()
+            except RankFailed as error:
+                kinds.add(error.kind)
+        assert kinds <= {"PeerLost", "TransportError"}
+        worker.call("close")
+        assert worker.call("multiply", 2) < 1e-9
+
+    def test_two_pairs_map_the_same_memory_at_once(self, worker: Peer) -> None:
+        case, values = bulk_case(NBYTES), random.randbytes(NBYTES)
+        with trainer_here(self.transport, case) as trainer:
+            second = trainer.transport.trainer_end(case.copies, trainer.memory)
+            try:
+                with Peer(GpuWorkerSide) as other:
+                    for peer, end in ((worker, trainer.end), (other, second)):
+                        peer.call("open", self.transport, "cuda", end.offer(), case.copies)
+                        peer.call("make", 0, case.dst_nbytes)
+                        peer.start("connect")
+                        end.connect(Deadline(20.0))
+                        peer.result()
+                    trainer.write([values])
+                    for peer, end in ((worker, trainer.end), (other, second)):
+                        end.send(Deadline(20.0))
+                        peer.call("receive")
+                        assert peer.call("read") == [values]
+            finally:
+                second.close()
+
+    def test_a_process_may_pull_from_itself(self) -> None:
+        import torch
+
+        case, values = bulk_case(NBYTES), random.randbytes(NBYTES)
+        with trainer_here(self.transport, case) as trainer:
+            worker = GpuWorkerSide()
+            worker.open(self.transport, "cuda", trainer.end.offer(), case.copies)
+            worker.make(0, case.dst_nbytes)
+            from threading import Thread
+
+            thread = Thread(target=worker.connect)
+            thread.start()
+            trainer.connect()
+            thread.join()
+            trainer.write([values])
+            trainer.send()
+            worker.receive()
+            torch.cuda.synchronize()
+            assert worker.read() == [values]
+            worker.close()
+
+    def test_expandable_segments_are_refused_by_name(self) -> None:
+        with environment("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"), Peer(GpuTrainerSide) as trainer:
+            case = bulk_case(NBYTES)
+            with pytest.raises(RankFailed, match="expandable segments") as caught:
+                trainer.call("open", self.transport, "cuda", case.copies, case.src_nbytes, 2**20)
+            assert caught.value.kind == "Unsupported"
+
+    def test_the_trainers_connect_ends_at_its_deadline(self) -> None:
+        with trainer_here(self.transport, bulk_case(1024)) as trainer:
+            start = time.monotonic()
+            with pytest.raises(DeadlineExceeded):
+                trainer.connect(0.3)
+            assert time.monotonic() - start < 1.3
+
+    def test_a_dead_worker_is_peer_lost_for_the_trainer(self, worker: Peer) -> None:
+        case = bulk_case(NBYTES)
+        with trainer_here(self.transport, case) as trainer:
+            worker.call("open", self.transport, "cuda", trainer.end.offer(), case.copies)
+            worker.start("connect")
+            trainer.connect()
+            worker.result()
+            worker.kill()
+            with pytest.raises(PeerLost):
+                trainer.send()
+
+
+class TestNccl(GpuSuite):
+    transport = "weightcast.transports.nccl:NcclTransport"
+
+    def test_two_workers_of_one_trainer_at_once(self, worker: Peer) -> None:
+        """Three ranks on one GPU: two pairs, whose rounds overlap."""
+        case, values = bulk_case(NBYTES), random.randbytes(NBYTES)
+        with trainer_here(self.transport, case) as trainer, Peer(GpuWorkerSide) as other:
+            second = trainer.transport.trainer_end(case.copies, trainer.memory, bucket_nbytes=2**20)
+            try:
+                for peer, end in ((worker, trainer.end), (other, second)):
+                    peer.call("open", self.transport, "cuda", end.offer(), case.copies)
+                    peer.call("make", 0, case.dst_nbytes)
+                    peer.start("connect")
+                    end.connect(Deadline(20.0))
+                    peer.result()
+                trainer.write([values])
+                from concurrent.futures import ThreadPoolExecutor
+
+                with ThreadPoolExecutor(2) as pool:
+                    worker.start("receive")
+                    other.start("receive")
+                    sent = [pool.submit(end.send, Deadline(20.0)) for end in (trainer.end, second)]
+                    assert [future.result() for future in sent] == [NBYTES, NBYTES]
+                for peer in (worker, other):
+                    assert peer.result() == NBYTES
+                    assert peer.call("read") == [values]
+            finally:
+                second.close()
+
+    def test_cuda_works_after_the_peer_was_killed_in_a_bucket(self, trainer: Peer, worker: Peer) -> None:
+        case = bulk_case(256 * 2**20)
+        connect(self.transport, trainer, worker, case)
+        worker.start("receive")
+        trainer.start("send")
+        time.sleep(random.uniform(0.0, 0.05))
+        trainer.kill()
+        with pytest.raises(RankFailed) as caught:
+            worker.result()
+        assert caught.value.kind == "PeerLost"
+        worker.call("close")
+        assert worker.call("multiply", 3) < 1e-9
+        with Peer(GpuTrainerSide, rank=0) as second:
+            connect(self.transport, second, worker, case)
+            worker.start("receive")
+            second.call("send")
+            assert worker.result() == 256 * 2**20
+
+    def test_memory_on_another_device_is_refused(self) -> None:
+        import torch
+
+        case = bulk_case(1024)
+        transport = TrainerSide()
+        with pytest.raises(Exception, match="GPU memory only"):
+            transport.open(self.transport, "cpu", case.copies, case.src_nbytes, 2**20)
+        assert Memory([torch.zeros(1, dtype=torch.uint8)]).nbytes == 1
+
+
+def connect(spec: str, trainer: Peer, worker: Peer, case) -> None:  # type: ignore[no-untyped-def]
+    offer = trainer.call("open", spec, "cuda", case.copies, case.src_nbytes, 2**20)
+    worker.call("open", spec, "cuda", offer, case.copies)
+    worker.call("make", 0, case.dst_nbytes)
+    worker.start("connect")
+    trainer.call("connect")
+    worker.result()
+
+
+@contextlib.contextmanager
+def trainer_here(spec: str, case) -> Iterator[TrainerSide]:  # type: ignore[no-untyped-def]
+    trainer = TrainerSide()
+    trainer.open(spec, "cuda", case.copies, case.src_nbytes, 2**20)
+    try:
+        yield trainer
+    finally:
+        trainer.close()
+
+
+@contextlib.contextmanager
+def environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def failure(peer: Peer, method: str, *args: object) -> str:
+    with pytest.raises(RankFailed) as caught:
+        peer.call(method, *args)
+    return caught.value.kind
+
+
+assert issubclass(PeerLost, TransportError)
