@@ -229,7 +229,7 @@ class Session:
         while (task := self._tasks.get()) is not None:
             try:
                 task()
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - see above
                 self.send_failure(self.round.id, "worker", error)
         self._close_ends()
 

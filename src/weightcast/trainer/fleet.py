@@ -9,74 +9,30 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 
 from weightcast.control.coordinator import Coordinator, Member
 from weightcast.deadline import Deadline
-from weightcast.errors import PlanMismatch, StateError, WeightcastError
+from weightcast.errors import DeadlineExceeded, PeerLost, PlanMismatch, StateError, WeightcastError
 from weightcast.memory import Memory
 from weightcast.messages import Landings, ModeWish, Offer, Ready, Setup, Welcome
-from weightcast.plan import Copy, compile_plan, plan_digest
-from weightcast.trainer.clients.base import EngineClient
+from weightcast.plan import compile_plan, plan_digest
+from weightcast.trainer.links import EngineLink, WorkerLink
 from weightcast.trainer.proof import ExpectedDigest, copies_key, whole_copies
 from weightcast.trainer.sources.base import Source
-from weightcast.transports.base import TrainerEnd, Transport
+from weightcast.transports.base import Transport
 from weightcast.transports.facts import local_facts
 from weightcast.transports.registry import registry
 
 logger = logging.getLogger(__name__)
 
+WORD_TIMEOUT_S = 0.5
+"""How long a worker whose connection broke is asked for its own reason."""
 THIS_RANK = 0
 """Trainer rank of this process; one process publishes everything it holds."""
-
-
-@dataclass(slots=True)
-class WorkerLink:
-    """One worker of an engine, as the trainer sees it."""
-
-    member: Member
-    landings: Landings
-    transport: Transport | None = None
-    reason: str = ""
-    copies: tuple[Copy, ...] = ()
-    end: TrainerEnd | None = None
-    digest_key: str = ""
-
-    @property
-    def in_place(self) -> bool:
-        return self.landings.mode == "in_place"
-
-    def close_end(self) -> None:
-        if self.end is not None:
-            self.end.close()
-            self.end = None
-
-
-@dataclass(slots=True)
-class EngineLink:
-    """One engine of the fleet. ``broken`` says why it has to be set up again, or admitted again (``joined`` False)."""
-
-    client: EngineClient
-    workers: list[WorkerLink] = field(default_factory=list)
-    joined: bool = False
-    broken: str | None = "not set up"
-    version: str = "default"
-    digest: str = ""
-    dirty: bool = False
-
-    @property
-    def name(self) -> str:
-        return self.client.name
-
-    @property
-    def in_place(self) -> bool:
-        return any(worker.in_place for worker in self.workers)
-
-    def lost(self) -> str | None:
-        """Why a worker is gone, if one is."""
-        return next((worker.member.lost for worker in self.workers if worker.member.lost), None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,14 +73,19 @@ class Fleet:
     # -- admission
 
     def admit(self, engine: EngineLink, deadline: Deadline) -> None:
-        """Have all workers of an engine join; raises the error that stopped it, with the engine's name."""
+        """Have all workers of an engine join; raises the error that stopped it, with the engine's name.
+
+        May run beside rounds of other engines: it touches nothing but this one.
+        """
         try:
             self._admit(engine, deadline)
         except WeightcastError as error:
-            engine.joined, engine.broken = False, str(error)
+            engine.broken = str(error)
+            self._close_workers(engine, "it could not join")
             raise error.at(engine=engine.name, phase="join") from error
 
     def _admit(self, engine: EngineLink, deadline: Deadline) -> None:
+        engine.joined = False
         self._close_workers(engine, "it joins again")
         world_size = engine.client.world_size(deadline)
         ticket = self._coordinator.issue_ticket(engine.name, world_size)
@@ -135,43 +96,51 @@ class Fleet:
                 "ticket": ticket,
                 "engine": engine.name,
                 "timeout_s": max(deadline.remaining_s(), 0.001),
-                "takeover": self._settings.takeover or engine.joined,
+                "takeover": self._settings.takeover,
+                "session": self._session,
             },
             deadline,
         )
+        workers = []
         for member in self._coordinator.wait_members(engine.name, world_size, deadline):
             landings = self._coordinator.take(member, Landings, deadline, phase="join")
             assert isinstance(landings, Landings)
             landings.layout.check(self._source.manifest)
-            engine.workers.append(WorkerLink(member, landings))
-        hello = engine.workers[0].member.hello
+            workers.append(WorkerLink(member, landings))
+        hello = workers[0].member.hello
         engine.version, engine.digest, engine.dirty = hello.version, hello.digest, hello.dirty
-        engine.joined, engine.broken = True, "not set up"
+        engine.workers, engine.broken, engine.joined = workers, "not set up", True
         logger.info("%s joined with %d workers, serving %s", engine.name, world_size, engine.version)
 
     # -- an epoch
 
-    def set_up(self, engines: Sequence[EngineLink], deadline: Deadline) -> None:
-        """Begin an epoch for these engines; raises the first error, and leaves the others ready."""
+    def set_up(self, engines: Sequence[EngineLink], deadline: Deadline) -> dict[str, WeightcastError]:
+        """Begin an epoch for these engines; returns the errors of those that did not get ready, by name."""
         self.epoch += 1
-        workers = [(engine, worker) for engine in engines for worker in engine.workers]
+        failures: dict[str, WeightcastError] = {}
         for engine in engines:
             engine.broken = "set-up did not finish"
-        for _, worker in workers:
-            worker.close_end()
-            self._choose(worker)
-        self._adopt({worker.transport for _, worker in workers if worker.transport is not None}, engines)
-        for _, worker in workers:
-            self._offer(worker, deadline)
-        with ThreadPoolExecutor(max(1, len(workers))) as pool:
-            futures = [(engine, pool.submit(self._connect, worker, deadline)) for engine, worker in workers]
-        failures = {engine.name: future.exception() for engine, future in futures if future.exception()}
+            self._coordinator.clear_inboxes(worker.member for worker in engine.workers)
+            with _noting(engine, failures):
+                for worker in engine.workers:
+                    worker.close_end()
+                    self._choose(worker)
+        engines = [engine for engine in engines if engine.name not in failures]
+        self._adopt({w.transport for e in engines for w in e.workers if w.transport is not None}, engines)
+        for engine in engines:
+            with _noting(engine, failures):
+                for worker in engine.workers:
+                    self._offer(worker, deadline)
+        pairs = [(e, w) for e in engines if e.name not in failures for w in e.workers]
+        with ThreadPoolExecutor(max(1, len(pairs))) as pool:
+            futures = [(engine, pool.submit(self._connect, worker, deadline)) for engine, worker in pairs]
+        for engine, future in futures:
+            with _noting(engine, failures):
+                future.result()
         for engine in engines:
             if engine.name not in failures:
                 engine.broken = None
-        for failure in failures.values():
-            assert failure is not None
-            raise failure
+        return failures
 
     def _choose(self, worker: WorkerLink) -> None:
         trainer = local_facts(self._source.device)
@@ -241,34 +210,33 @@ class Fleet:
             worker.end.connect(deadline)
         except WeightcastError as error:
             # The worker's own word says more than a broken connection; it is asked for briefly.
-            self._take_ready(member, Deadline(min(2.0, max(deadline.remaining_s(), 0.1))), error)
+            with suppress(DeadlineExceeded, PeerLost):
+                self._take_ready(member, Deadline(WORD_TIMEOUT_S))
             raise error.at(engine=member.engine, worker=member.rank, phase="setup") from error
-        ready = self._take_ready(member, deadline, None)
+        ready = self._take_ready(member, deadline)
         mine = plan_digest({THIS_RANK: worker.copies} if worker.copies else {})
-        if ready is not None and ready.plan_digest != mine:
+        if ready.plan_digest != mine:
             raise PlanMismatch(
                 "the worker compiled another plan", engine=member.engine, worker=member.rank, phase="setup"
             )
 
-    def _take_ready(self, member: Member, deadline: Deadline, instead_of: WeightcastError | None) -> Ready | None:
+    def _take_ready(self, member: Member, deadline: Deadline) -> Ready:
         def is_this_epoch(message: object) -> bool:
             return getattr(message, "epoch", None) == self.epoch
 
-        try:
-            ready = self._coordinator.take(member, Ready, deadline, phase="setup", matches=is_this_epoch)
-        except WeightcastError:
-            if instead_of is None or member.lost is None:
-                raise
-            return None
+        ready = self._coordinator.take(member, Ready, deadline, phase="setup", matches=is_this_epoch)
         assert isinstance(ready, Ready)
         return ready
 
     # -- leaving
 
     def _close_workers(self, engine: EngineLink, reason: str) -> None:
+        """Also those who joined and whom an admission that failed did not count."""
         for worker in engine.workers:
             worker.close_end()
-        self._coordinator.forget((worker.member for worker in engine.workers), reason)
+        known = [worker.member for worker in engine.workers]
+        others = [m for m in self._coordinator.members(engine.name) if m not in known]
+        self._coordinator.forget([*known, *others], reason)
         engine.workers = []
 
     def remove(self, engine: EngineLink) -> None:
@@ -291,3 +259,12 @@ class Fleet:
         for name, memory in self._adopted.items():
             registry().get(name).release(memory)
         self._adopted.clear()
+
+
+@contextmanager
+def _noting(engine: EngineLink, failures: dict[str, WeightcastError]) -> Iterator[None]:
+    """Note the first error of an engine; the others go on."""
+    try:
+        yield
+    except WeightcastError as error:
+        failures.setdefault(engine.name, error.at(engine=engine.name, phase="setup"))

@@ -5,19 +5,21 @@ from __future__ import annotations
 import logging
 import socket
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 
 import torch
 
 from weightcast.control.coordinator import Coordinator
 from weightcast.deadline import Deadline
+from weightcast.digest import version_name
 from weightcast.errors import InvalidInput, RoundFailed, StateError, WeightcastError
 from weightcast.messages import ModeWish
 from weightcast.report.model import Report
 from weightcast.trainer.clients import EngineClient, SyncEngine, make_client
-from weightcast.trainer.fleet import EngineLink, Fleet, FleetSettings
-from weightcast.trainer.rounds import Round
+from weightcast.trainer.fleet import Fleet, FleetSettings
+from weightcast.trainer.links import UNKNOWN, EngineLink
+from weightcast.trainer.rejoin import Rejoiner
+from weightcast.trainer.rounds import Require, Round
 from weightcast.trainer.sources import SourceLike, make_source
 from weightcast.trainer.timeline import Timeline
 from weightcast.transports.base import DEFAULT_BUCKET_NBYTES
@@ -25,6 +27,10 @@ from weightcast.transports.base import DEFAULT_BUCKET_NBYTES
 logger = logging.getLogger(__name__)
 
 PAUSES = ("keep", "wait", "abort", "none")
+REJOIN_PATIENCE_S = 2.0
+"""How long a round waits for absent engines where it can go on without them."""
+SETUP_SHARE = 0.4
+"""Share of the time left that connecting may take where an engine that does not answer is left behind."""
 
 
 class Publisher:
@@ -41,6 +47,8 @@ class Publisher:
         pause: what happens to requests in flight while the commit runs: "keep" (frozen, then continued), "wait", "abort" or
             "none" (the engine only makes sure that no step runs meanwhile).
         clear_cache: recompute keys and values of kept requests under the new weights, and forget cached prefixes.
+        require: "all": every engine reaches the next version or none does. "live": an engine that fails is dropped from the round
+            and the others go on; the report names it, and later rounds try to have it back.
         takeover: leave a trainer that is still connected to an engine; without it a second trainer is refused.
         address: where engines reach this process; found by itself when omitted.
         silence_s: a worker that is not heard for so long is lost.
@@ -60,6 +68,7 @@ class Publisher:
         timeout_s: float = 60.0,
         pause: str = "keep",
         clear_cache: bool = True,
+        require: Require = "all",
         takeover: bool = False,
         address: str | None = None,
         bucket_nbytes: int = DEFAULT_BUCKET_NBYTES,
@@ -69,10 +78,16 @@ class Publisher:
             raise InvalidInput(f"pause is one of {', '.join(PAUSES)}, not {pause!r}", field="pause")
         if mode not in ("auto", "staged", "in_place"):
             raise InvalidInput(f"mode is auto, staged or in_place, not {mode!r}", field="mode")
+        if require not in ("all", "live"):
+            raise InvalidInput(f"require is all or live, not {require!r}", field="require")
         Deadline(timeout_s)
         self._token, self._timeout_s, self._pause, self._clear_cache = token, timeout_s, pause, clear_cache
         self._source = make_source(source, dtype=dtype)
+        self._require: Require = require
         clients = [make_client(engine, token=token) for engine in engines]
+        names = [client.name for client in clients]
+        if len(set(names)) < len(names):
+            raise InvalidInput(f"an engine is listed twice: {', '.join(sorted(names))}", field="engines")
         self._address = address or _address_towards(clients)
         self._coordinator = Coordinator(self._address, silence_s=silence_s)
         settings = FleetSettings(
@@ -84,37 +99,60 @@ class Publisher:
         )
         self._fleet = Fleet(self._source, self._coordinator, settings)
         self._fleet.engines = [EngineLink(client) for client in clients]
+        self._rejoiner = Rejoiner(self._fleet.admit)
         self._number = 0
         self._rounds = 0
         self._closed = False
+        self._was_connected = False
         self.last_report: Report | None = None
 
     # -- life
 
     def connect(self, timeout_s: float | None = None) -> None:
-        """Join all engines and connect all transports. Raises the first engine's error; the publisher stays usable, and
-        ``publish`` tries again what is not connected."""
+        """Join all engines and connect all transports; learns what they serve, so that version numbers go on from there.
+
+        Raises the error of an engine that cannot be connected (require="live": when none can); the publisher stays usable, and
+        ``publish`` tries again what is not connected.
+        """
         self._require_open()
         deadline = Deadline(timeout_s or self._timeout_s)
-        self._bring_up(deadline, require_all=True)
+        failures = self._bring_up(self._fleet.engines, deadline)
+        if failures and (self._require == "all" or len(failures) == len(self._fleet.engines)):
+            raise self._join_error(failures)
+        self._was_connected = True
+        for error in failures.values():
+            logger.warning("not connected: %s", error)
 
-    def add(self, engine: str | EngineClient | SyncEngine, timeout_s: float | None = None) -> None:
-        """Add an engine to the fleet and connect it. It serves version n+1 after the next ``publish``."""
+    def add(self, engine: str | EngineClient | SyncEngine, timeout_s: float | None = None) -> Report | None:
+        """Add an engine to the fleet and connect it; when that fails the fleet is as before.
+
+        If the source still holds the values of the version that the fleet serves, the engine is brought to it at once, beside the
+        others, and the report says so. Otherwise (None) it gets the next version with all others.
+        """
         self._require_open()
         link = EngineLink(make_client(engine, token=self._token))
         if any(other.name == link.name for other in self._fleet.engines):
             raise StateError(f"{link.name} is in the fleet already")
+        deadline = Deadline(timeout_s or self._timeout_s)
+        current = self._current()
         self._fleet.engines.append(link)
-        self._bring_up(Deadline(timeout_s or self._timeout_s), require_all=False, only=[link])
+        failures = self._bring_up([link], deadline)
+        if failures:
+            self.remove(link.name)
+            raise self._join_error(failures)
+        return self._catch_up(link, current, deadline)
 
     def remove(self, name: str) -> None:
         """Dismiss an engine; it goes on with what it serves."""
-        self._fleet.remove(self._fleet.find(name))
+        engine = self._fleet.find(name)
+        self._rejoiner.cancel(engine)
+        self._fleet.remove(engine)
 
     def close(self) -> None:
         """Leave all engines and free memory, sockets and segments; idempotent. The source's tensors stay valid."""
         if not self._closed:
             self._closed = True
+            self._rejoiner.close()
             self._fleet.close()
             self._coordinator.close()
             self._source.close()
@@ -132,21 +170,62 @@ class Publisher:
     def publish(self, timeout_s: float | None = None) -> Report:
         """Bring every engine to the next version.
 
-        When it returns, every engine serves that version, proven by digest. When it raises RoundFailed, every engine serves
-        what ``serving`` says (the version before) or is named in ``dirty``; calling again repairs and repeats. Tensors of the
-        source must not change while it runs.
+        When it returns, every engine serves that version, proven by digest (require="live": but those whose report is not
+        ``ok``). A publisher that was never connected connects first and raises what ``connect`` does. When it raises RoundFailed, every engine serves what ``serving`` says (the version before, or "unknown" for
+        one that cannot be asked) or is named in ``dirty``; calling again repairs and repeats. It ends at most two seconds
+        after its deadline. Tensors of the source must not change while it runs.
         """
         self._require_open()
         if not self._fleet.engines:
             raise StateError("the fleet has no engine", hint="Give engines= or call add()")
         deadline = Deadline(timeout_s or self._timeout_s)
         timeline = Timeline()
-        self._rounds += 1
         with timeline.phase("prepare"):
-            self._bring_up(deadline, require_all=True)
+            absent = self._bring_up(self._fleet.engines, deadline, self._patience(deadline))
+            if absent and (self._require == "all" or len(absent) == len(self._fleet.engines)):
+                raise self._not_connected(absent) if self._was_connected else self._join_error(absent)
+            self._was_connected = True
             self._source.refresh()
-        engines = self._fleet.engines
-        number = max([self._number, *(_number_of(engine.version) for engine in engines)]) + 1
+        engines = [engine for engine in self._fleet.engines if engine.name not in absent]
+        report = self._round(engines, self._next_number(), deadline, timeline, absent)
+        self.last_report = report
+        logger.info("%s", report)
+        return report
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """What each engine serves, as last heard."""
+        return {engine.name: engine.version for engine in self._fleet.engines}
+
+    @property
+    def members(self) -> dict[str, str]:
+        """The state of each engine: "ready", "dirty", or why it is not connected."""
+        states = {}
+        for engine in self._fleet.engines:
+            gone = engine.lost() if engine.joined else engine.broken
+            states[engine.name] = gone or ("dirty" if engine.dirty else "ready")
+        return states
+
+    @property
+    def control_address(self) -> str:
+        """The endpoint engines connect back to."""
+        return f"tcp://{self._address}:{self._coordinator.port}"
+
+    # -- pieces
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise StateError("the publisher is closed")
+
+    def _round(
+        self,
+        engines: list[EngineLink],
+        number: int,
+        deadline: Deadline,
+        timeline: Timeline,
+        absent: dict[str, WeightcastError],
+    ) -> Report:
+        self._rounds += 1
         attempt = Round(
             self._fleet,
             engines,
@@ -160,62 +239,95 @@ class Publisher:
             clear_cache=self._clear_cache,
             deadline=deadline,
             timeline=timeline,
+            require=self._require,
+            absent=absent,
         )
-        report = attempt.run()
-        self._number = number
-        self.last_report = report
-        logger.info("%s", report)
-        return report
+        try:
+            return attempt.run()
+        finally:
+            if attempt.was_seen:
+                self._number = max(self._number, number)
 
-    @property
-    def versions(self) -> dict[str, str]:
-        """What each engine serves, as last heard."""
-        return {engine.name: engine.version for engine in self._fleet.engines}
+    def _next_number(self) -> int:
+        return max([self._number, *(_number_of(engine.version) for engine in self._fleet.engines)]) + 1
 
-    @property
-    def control_address(self) -> str:
-        """The endpoint engines connect back to."""
-        return f"tcp://{self._address}:{self._coordinator.port}"
+    def _current(self) -> EngineLink | None:
+        """An engine that serves the highest version of the fleet, if one was published."""
+        served = [engine for engine in self._fleet.engines if engine.joined and engine.digest and not engine.dirty]
+        return max(served, key=lambda engine: _number_of(engine.version), default=None)
 
-    # -- pieces
+    def _catch_up(self, engine: EngineLink, current: EngineLink | None, deadline: Deadline) -> Report | None:
+        """Bring one engine to what the fleet serves, if the source still has exactly that."""
+        if current is None or (engine.version, engine.digest) == (current.version, current.digest):
+            return None
+        self._source.refresh()
+        number, digest = _number_of(current.version), self._fleet.content().of(self._source.memory)
+        if number < self._next_number() - 1 or f"{digest:016x}" != current.digest:
+            return None
+        if version_name(number, self._source.manifest, digest) != current.version:
+            return None
+        return self._round([engine], number, deadline, Timeline(), {})
 
-    def _require_open(self) -> None:
-        if self._closed:
-            raise StateError("the publisher is closed")
+    # -- who is there
 
-    def _bring_up(self, deadline: Deadline, *, require_all: bool, only: list[EngineLink] | None = None) -> None:
-        """Admit and set up whatever is not connected; RoundFailed (or the one engine's error) when that fails."""
-        engines = only if only is not None else self._fleet.engines
+    def _patience(self, deadline: Deadline) -> Deadline | None:
+        if self._require == "all" or not any(engine.joined for engine in self._fleet.engines):
+            return None
+        return Deadline(max(min(REJOIN_PATIENCE_S, 0.25 * deadline.remaining_s()), 0.001))
+
+    def _bring_up(
+        self, engines: Sequence[EngineLink], deadline: Deadline, patience: Deadline | None = None
+    ) -> dict[str, WeightcastError]:
+        """Admit and set up whatever is not connected; errors by name of those that are not ready.
+
+        With ``patience`` the others go on without those who are slow.
+        """
         for engine in engines:
             if engine.joined and engine.lost():
                 engine.joined, engine.broken = False, engine.lost()
         absent = [engine for engine in engines if not engine.joined]
-        failures: dict[str, WeightcastError] = {}
-        if absent:
-            with ThreadPoolExecutor(len(absent)) as pool:
-                futures = {engine.name: pool.submit(self._fleet.admit, engine, deadline) for engine in absent}
-            for name, future in futures.items():
-                error = future.exception()
-                if isinstance(error, WeightcastError):
-                    failures[name] = error
-                elif error is not None:
-                    raise error
-        while not failures and (broken := [e for e in engines if e.joined and e.broken is not None]):
-            try:
-                self._fleet.set_up(broken, deadline)
-            except WeightcastError as error:
-                failures[error.engine or "trainer"] = error
-        if failures and (require_all or only is not None):
-            if len(failures) == 1:
-                raise next(iter(failures.values()))
-            raise RoundFailed(
-                "engines could not be connected",
-                phase="join",
-                round=self._rounds,
-                causes=failures,
-                serving={engine.name: engine.version for engine in engines if not engine.dirty},
-                dirty=tuple(engine.name for engine in engines if engine.dirty),
-            )
+        joining = Deadline(self._timeout_s if patience is not None else max(deadline.remaining_s(), 0.001))
+        failures = self._rejoiner.attempt(absent, joining, patience) if absent else {}
+        while True:
+            # More than once: a transport that comes in new may move the source's memory, and then others connect again.
+            broken = [e for e in engines if e.joined and e.broken is not None and e.name not in failures]
+            if not broken:
+                break
+            share = 1.0 if patience is None else SETUP_SHARE
+            limit = Deadline(max(share * deadline.remaining_s(), 0.001))
+            failures |= self._fleet.set_up(broken, limit)
+        for engine in engines:
+            if engine.joined and engine.version == UNKNOWN and engine.name not in failures:
+                self._ask(engine, deadline, failures)
+        return failures
+
+    @staticmethod
+    def _ask(engine: EngineLink, deadline: Deadline, failures: dict[str, WeightcastError]) -> None:
+        """Learn what an engine serves whose last commit or roll-back could not be followed."""
+        try:
+            status = engine.client.status(Deadline(max(0.25 * deadline.remaining_s(), 0.001)))
+        except WeightcastError as error:
+            failures[engine.name] = error.at(engine=engine.name, phase="join")
+            return
+        engine.version, engine.dirty = str(status["weight_version"]), bool(status["dirty"])
+        engine.digest = str(status.get("digest") or "")
+
+    @staticmethod
+    def _join_error(failures: dict[str, WeightcastError]) -> WeightcastError:
+        if len(failures) == 1:
+            return next(iter(failures.values()))
+        return RoundFailed("engines could not be connected", phase="join", causes=failures)
+
+    def _not_connected(self, failures: dict[str, WeightcastError]) -> RoundFailed:
+        return RoundFailed(
+            f"version {self._next_number()} was not published: {len(failures)} of {len(self._fleet.engines)} engines "
+            "are not connected",
+            phase="join",
+            causes=failures,
+            serving={engine.name: engine.version for engine in self._fleet.engines if not engine.dirty},
+            dirty=tuple(engine.name for engine in self._fleet.engines if engine.dirty),
+            hint="Call publish() again when they are back, or remove() them",
+        )
 
 
 def _number_of(version: str) -> int:

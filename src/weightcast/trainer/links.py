@@ -1,0 +1,63 @@
+"""What the trainer knows of its engines and their workers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from weightcast.control.coordinator import Member
+from weightcast.messages import Landings
+from weightcast.plan import Copy
+from weightcast.trainer.clients.base import EngineClient
+from weightcast.transports.base import TrainerEnd, Transport
+
+UNKNOWN = "unknown"
+
+
+@dataclass(slots=True)
+class WorkerLink:
+    """One worker of an engine, as the trainer sees it."""
+
+    member: Member
+    landings: Landings
+    transport: Transport | None = None
+    reason: str = ""
+    copies: tuple[Copy, ...] = ()
+    end: TrainerEnd | None = None
+    digest_key: str = ""
+
+    @property
+    def in_place(self) -> bool:
+        return self.landings.mode == "in_place"
+
+    def close_end(self) -> None:
+        if self.end is not None:
+            self.end.close()
+            self.end = None
+
+
+@dataclass(slots=True)
+class EngineLink:
+    """One engine of the fleet. ``broken`` says why it has to be set up again, or admitted again (``joined`` False).
+
+    ``version`` is UNKNOWN when the engine could not be asked after a commit that may have happened.
+    """
+
+    client: EngineClient
+    workers: list[WorkerLink] = field(default_factory=list)
+    joined: bool = False
+    broken: str | None = "not set up"
+    version: str = "default"
+    digest: str = ""
+    dirty: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.client.name
+
+    @property
+    def in_place(self) -> bool:
+        return any(worker.in_place for worker in self.workers)
+
+    def lost(self) -> str | None:
+        """Why a worker is gone, if one is."""
+        return next((worker.member.lost for worker in self.workers if worker.member.lost), None)
