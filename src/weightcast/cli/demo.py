@@ -22,7 +22,7 @@ class Demo(StrEnum):
 def command(
     demo: Annotated[Demo, typer.Argument(help="sorting: train and serve; smollm: push a checkpoint.")] = Demo.sorting,
     short: Annotated[bool, typer.Option("--short", help="sorting: a few steps, judged without the reward.")] = False,
-    iterations: Annotated[int | None, typer.Option(min=1, help="sorting: optimizer steps.", show_default="50")] = None,
+    iterations: Annotated[int | None, typer.Option(min=1, help="sorting: optimizer steps.", show_default="56")] = None,
     seconds: Annotated[float | None, typer.Option(min=1, help="sorting: stop learning after about this long.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**31, help="sorting: seed of everything random.")] = 0,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the server; 0: a free one.")] = 0,
@@ -48,7 +48,7 @@ def _sorting(short: bool, iterations: int | None, seconds: float | None, seed: i
     from weightcast.demo.sorting import run_demo
 
     options = Options(
-        iterations=iterations or (8 if short else 50),
+        iterations=iterations or (8 if short else 56),
         seconds=seconds,
         seed=seed,
         port=port,

@@ -25,7 +25,7 @@ MAX_LOGPROB_GAP = 1e-3
 class Options:
     """How to run the demo. ``warm_up``: the probability of a right answer at which the warm-up ends."""
 
-    iterations: int = 50
+    iterations: int = 56
     seconds: float | None = None
     """Stop learning after about this long; None: no limit."""
     seed: int = 0
