@@ -1,0 +1,198 @@
+"""Fault injection: points in the life of a worker, and what can go wrong there.
+
+    shadow            the staged copy is about to be allocated (in the join)
+    join              the trainer asks the engine to join
+    setup             an epoch is being set up
+    transfer:start    a round's bytes are about to be received
+    transfer:middle   some of them are there
+    transfer:end      all of them are
+    loader            the engine's loader has written its first tensor
+    commit:start      the order to commit arrived
+    commit:end        the round is live, nobody was told yet
+    answer            the answer to the order is about to be sent
+
+Faults act on the whole process, so install them in processes that tests started for it (testing.engine_process).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, Literal
+
+import torch
+
+from weightcast.control.pump import Pump
+from weightcast.deadline import Deadline
+from weightcast.errors import InvalidInput, ShadowError
+from weightcast.memory import Memory
+from weightcast.receiver import staging
+from weightcast.receiver.session import Session
+from weightcast.replay import Replay
+from weightcast.round import RoundId
+
+POINTS = (
+    "shadow",
+    "join",
+    "setup",
+    "transfer:start",
+    "transfer:middle",
+    "transfer:end",
+    "loader",
+    "commit:start",
+    "commit:end",
+    "answer",
+)
+Action = Literal["kill", "stop", "raise", "sleep", "corrupt", "no memory"]
+
+
+class InjectedFault(RuntimeError):
+    """Raised by the action "raise"; its text says where."""
+
+
+class Faults:
+    """Which faults are armed in this process, and which points were reached how often."""
+
+    def __init__(self) -> None:
+        self._armed: dict[str, tuple[Action, float]] = {}
+        self.reached: Counter[str] = Counter()
+
+    def arm(self, point: str, action: Action, seconds: float = 0.0) -> None:
+        """Have ``action`` happen when ``point`` is reached next, once; ``seconds`` is how long a sleep lasts."""
+        if point not in POINTS:
+            raise InvalidInput(f"no point {point!r}; known: {', '.join(POINTS)}", field="point")
+        self._armed[point] = (action, seconds)
+
+    def disarm(self) -> None:
+        self._armed.clear()
+
+    def hit(self, point: str, memory: Memory | None = None) -> None:
+        """A point is reached: count it, and do what was armed for it."""
+        self.reached[point] += 1
+        action, seconds = self._armed.pop(point, (None, 0.0))
+        if action == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif action == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        elif action == "sleep":
+            time.sleep(seconds)
+        elif action == "raise":
+            raise InjectedFault(f"injected at {point}")
+        elif action == "no memory":
+            raise ShadowError("injected: no memory for the staged copy")
+        elif action == "corrupt":
+            assert memory is not None
+            flat = memory.storages[0]
+            flat[int(torch.randint(flat.numel() // 2, ()))] ^= 1 << int(torch.randint(8, ()))
+
+    # -- hooks
+
+    def install(self) -> None:
+        """Put the points into this process's receiver. Not undone: meant for processes of their own."""
+        self._hook_receive()
+        self._hook_setup()
+        check_room = staging.Target._check_room
+
+        def checked(target: staging.Target) -> None:
+            self.hit("shadow")
+            check_room(target)
+
+        staging.Target._check_room = checked  # type: ignore[method-assign, assignment]
+
+    def _hook_receive(self) -> None:
+        receive, run = Session.receive, Replay.run
+        inside = threading.local()
+
+        def received(session: Session, id: RoundId, memory: Memory, deadline: Deadline) -> tuple[int, float]:
+            self.hit("transfer:start", memory)
+            inside.copies = 0
+            try:
+                result = receive(session, id, memory, deadline)
+            finally:
+                inside.copies = None
+            self.hit("transfer:end", memory)
+            return result
+
+        def copied(replay: Replay) -> int:
+            copies = getattr(inside, "copies", None)
+            if copies is not None:
+                inside.copies = copies + 1
+                if copies == 2:
+                    self.hit("transfer:middle")
+            return run(replay)
+
+        Session.receive = received  # type: ignore[method-assign, assignment]
+        Replay.run = copied  # type: ignore[method-assign, assignment]
+
+    def _hook_setup(self) -> None:
+        set_up = Session._set_up
+
+        def hooked(session: Session, setup: Any) -> None:
+            self.hit("setup")
+            set_up(session, setup)
+
+        Session._set_up = hooked  # type: ignore[method-assign, assignment]
+
+
+MessageTrouble = Literal["duplicate", "late", "reorder"]
+
+
+class MessyChannel:
+    """Troubles what this process says over the control channel, until the context ends.
+
+    "duplicate": every message is sent twice. "late": each comes ``seconds`` after its time, in order. "reorder": each second
+    one waits until the next was sent, or for ``seconds``.
+    """
+
+    def __init__(self, trouble: MessageTrouble, seconds: float = 0.1) -> None:
+        self._trouble, self._seconds = trouble, seconds
+        self._send: Callable[..., None] = Pump.send
+        self._lock = threading.Lock()
+        self._held: list[Callable[[], None]] = []
+        self._timers: list[threading.Timer] = []
+
+    def __enter__(self) -> MessyChannel:
+        Pump.send = lambda pump, *parts: self._mess(pump, *parts)  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        Pump.send = self._send  # type: ignore[method-assign]
+        for timer in self._timers:
+            timer.join()
+        self._release()
+
+    def _mess(self, pump: Pump, *parts: bytes) -> None:
+        if self._trouble == "duplicate":
+            self._send(pump, *parts)
+            self._send(pump, *parts)
+        elif self._trouble == "late":
+            self._later(lambda: self._send(pump, *parts))
+        else:
+            with self._lock:
+                first = not self._held
+                if first:
+                    self._held.append(lambda: self._send(pump, *parts))
+            if first:
+                self._later(self._release)
+            else:
+                self._send(pump, *parts)
+                self._release()
+
+    def _release(self) -> None:
+        with self._lock:
+            held, self._held = self._held, []
+        for send in held:
+            send()
+
+    def _later(self, do: Callable[[], None]) -> None:
+        timer = threading.Timer(self._seconds, do)
+        timer.daemon = True
+        with suppress(ValueError):
+            self._timers = [t for t in self._timers if t.is_alive()]
+        self._timers.append(timer)
+        timer.start()
