@@ -9,9 +9,9 @@ for part in "${parts[@]}"; do
     case $part in
         # The project's own pytest settings need plug-ins that a bare GPU machine may lack.
         tests) printf '[pytest]\nmarkers = gpu\naddopts = -p no:cacheprovider\n' >"$OUT/pytest.ini"
-               timeout 210 python3 -m pytest -q --timeout 60 --maxfail=30 -c "$OUT/pytest.ini" --rootdir . --durations=8 tests/gpu >"$OUT/tests.log" 2>&1
+               timeout 210 python3 -m pytest -q --timeout 60 --maxfail=30 -c "$OUT/pytest.ini" --rootdir . --durations=8 ${TESTS:-tests/gpu} >"$OUT/tests.log" 2>&1
                tail -45 "$OUT/tests.log" | cut -c1-220 ;;
-        kernels) timeout 150 python3 benchmarks/gpu/kernels.py ${SWEEP:+--sweep} 2>&1 | tee "$OUT/kernels.log" | tail -70 ;;
-        ipc|nccl) timeout 100 python3 "benchmarks/gpu/$part.py" 2>&1 | tee "$OUT/$part.log" | tail -25 ;;
+        kernels) timeout 150 python3 benchmarks/gpu/bench_kernels.py ${SWEEP:+--sweep} 2>&1 | tee "$OUT/kernels.log" | tail -70 ;;
+        ipc|nccl) timeout 100 python3 "benchmarks/gpu/bench_$part.py" 2>&1 | tee "$OUT/$part.log" | tail -25 ;;
     esac
 done

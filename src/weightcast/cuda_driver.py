@@ -16,7 +16,7 @@ import torch
 from weightcast.errors import TransportError, Unsupported
 
 HANDLE_NBYTES = 64
-_IS_LEGACY_IPC_CAPABLE = 13
+_IS_LEGACY_IPC_CAPABLE = 10
 _LAZY_ENABLE_PEER_ACCESS = 1
 
 

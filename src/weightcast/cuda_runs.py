@@ -16,9 +16,11 @@ import triton.language as tl
 
 from weightcast.errors import InvalidInput
 
-COPY_TILE_NBYTES = 64 * 1024
+COPY_TILE_NBYTES = 32 * 1024
 COPY_CHUNK_WORDS = 2048
 COPY_WARPS = 8
+SWAP_CHUNK_WORDS = 2048
+SWAP_WARPS = 8
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """True when kernels are interpreted on the CPU (TRITON_INTERPRET=1), which tests on machines without a GPU use."""
@@ -67,8 +69,8 @@ class _PairTable:
                 self._tiles.tile_runs,
                 SWAP=swap,
                 TILE=COPY_TILE_NBYTES,
-                CHUNK=COPY_CHUNK_WORDS,
-                num_warps=COPY_WARPS,
+                CHUNK=SWAP_CHUNK_WORDS if swap else COPY_CHUNK_WORDS,
+                num_warps=SWAP_WARPS if swap else COPY_WARPS,
             )
 
 

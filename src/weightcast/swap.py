@@ -13,11 +13,9 @@ from typing import Protocol
 
 import torch
 
-from weightcast.cuda_wait import new_event, new_stream
 from weightcast.errors import InvalidInput, Unsupported
 
 CPU_CHUNK_NBYTES = 256 * 1024
-HOST_CHUNK_NBYTES = 32 * 2**20
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -34,7 +32,7 @@ def swap_bytes(first: torch.Tensor, second: torch.Tensor) -> None:
 class Swap:
     """Exchanges compiled once: pairs of equally large, contiguous 1-D uint8 tensors, none overlapping another.
 
-    All pairs have to be of one kind (see the module); a GPU side and a host side may come in either order.
+    Pairs on the CPU, or pairs with at least one GPU side; a GPU side and a host side may come in either order.
     """
 
     def __init__(self, pairs: Sequence[Pair]) -> None:
@@ -61,20 +59,20 @@ def _check(first: torch.Tensor, second: torch.Tensor) -> None:
 
 
 def _swapper(pairs: Sequence[Pair]) -> _Swapper:
-    kinds = {(first.device.type, second.device.type) for first, second in pairs}
-    if kinds <= {("cpu", "cpu")}:
+    tensors = [tensor for pair in pairs for tensor in pair]
+    devices = {tensor.device for tensor in tensors if tensor.is_cuda}
+    if not devices:
+        if any(tensor.device.type != "cpu" for tensor in tensors):
+            raise Unsupported(f"a swap on {tensors[0].device.type}")
         return _CpuSwap(pairs)
-    if kinds == {("cuda", "cuda")}:
-        devices = {tensor.device for pair in pairs for tensor in pair}
-        if len(devices) > 1:
-            raise Unsupported("a swap between several GPUs", hint="Keep the shadow on the GPU of the parameters")
-        from weightcast.cuda_runs import SwapRuns
+    if len(devices) > 1:
+        raise Unsupported("a swap between several GPUs", hint="Keep the shadow on the GPU of the parameters")
+    if any(not tensor.is_cuda and not tensor.is_pinned() for tensor in tensors):
+        raise InvalidInput("the host side of a swap with a GPU has to be page-locked", hint="Use pin_memory=True")
+    from weightcast.cuda_runs import SwapRuns
 
-        triples = [(first.data_ptr(), second.data_ptr(), first.numel()) for first, second in pairs]
-        return SwapRuns(triples, devices.pop())
-    if kinds <= {("cuda", "cpu"), ("cpu", "cuda")}:
-        return _HostSwap([(a, b) if a.is_cuda else (b, a) for a, b in pairs])
-    raise Unsupported(f"a swap between {sorted(kinds)}", hint="Make one Swap for each kind")
+    triples = [(first.data_ptr(), second.data_ptr(), first.numel()) for first, second in pairs]
+    return SwapRuns(triples, devices.pop())
 
 
 class _CpuSwap:
@@ -91,47 +89,6 @@ class _CpuSwap:
                 scratch.copy_(a)
                 a.copy_(b)
                 b.copy_(scratch)
-        return self._nbytes
-
-
-class _HostSwap:
-    """GPU and page-locked host memory: while one chunk goes up, the one before goes down."""
-
-    def __init__(self, pairs: Sequence[Pair]) -> None:
-        _refuse_overlap(pairs)
-        devices = {live.device for live, _ in pairs}
-        if len(devices) > 1:
-            raise Unsupported("a swap of several GPUs with the host", hint="Make one Swap for each GPU")
-        for _, host in pairs:
-            if not host.is_pinned():
-                raise InvalidInput(
-                    "the host side of a swap with a GPU has to be page-locked", hint="Use pin_memory=True"
-                )
-        self._device = devices.pop()
-        self._chunks = [part for pair in pairs for part in _parts(pair, HOST_CHUNK_NBYTES)]
-        self._nbytes = sum(live.numel() for live, _ in pairs)
-        size = max(live.numel() for live, _ in self._chunks)
-        self._scratch = [torch.empty(size, dtype=torch.uint8, device=self._device) for _ in range(2)]
-        self._up, self._down = new_stream(self._device), new_stream(self._device)
-
-    def run(self) -> int:
-        current = torch.cuda.current_stream(self._device)
-        self._up.wait_stream(current)
-        self._down.wait_stream(current)
-        emptied = [new_event(), new_event()]
-        for number, (live, host) in enumerate(self._chunks):
-            scratch = self._scratch[number % 2][: live.numel()]
-            with torch.cuda.stream(self._up):
-                if number >= 2:
-                    self._up.wait_event(emptied[number % 2])
-                scratch.copy_(host, non_blocking=True)
-                arrived = self._up.record_event()
-            with torch.cuda.stream(self._down):
-                self._down.wait_event(arrived)
-                host.copy_(live, non_blocking=True)
-                live.copy_(scratch)
-                emptied[number % 2].record(self._down)
-        current.wait_stream(self._down)
         return self._nbytes
 
 

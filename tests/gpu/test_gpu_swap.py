@@ -54,8 +54,7 @@ def test_both_on_one_gpu() -> None:
     check_swap(random_bytes().cuda(), random_bytes().cuda())
 
 
-def test_gpu_and_page_locked_host_in_either_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("weightcast.swap.HOST_CHUNK_NBYTES", 50_000)
+def test_gpu_and_page_locked_host_in_either_order() -> None:
     check_swap(random_bytes().cuda(), random_bytes().pin_memory())
     check_swap(random_bytes().pin_memory(), random_bytes().cuda())
 

@@ -78,6 +78,16 @@ def copies(table: Table, name: str, sweep: bool) -> None:
         shadow = Memory([storage.clone() for storage in dst.storages])
         swap = Swap(list(zip(dst.storages, shadow.storages, strict=True)))
         table.add(f"{name}: swap on the GPU ({len(dst.storages)} pairs), one side counted", gpu_ms(swap.run), nbytes)
+        if sweep:
+            swaps(table, swap)
+
+
+def swaps(table: Table, swap: Swap) -> None:
+    kept = cuda_runs.SWAP_CHUNK_WORDS, cuda_runs.SWAP_WARPS
+    for chunk, warps in ((512, 4), (1024, 4), (1024, 8), (2048, 4), (4096, 8)):
+        cuda_runs.SWAP_CHUNK_WORDS, cuda_runs.SWAP_WARPS = chunk, warps
+        table.add(f"  {chunk=} {warps=}", gpu_ms(swap.run), swap.nbytes)
+    cuda_runs.SWAP_CHUNK_WORDS, cuda_runs.SWAP_WARPS = kept
 
 
 def casts(table: Table) -> None:
@@ -93,9 +103,7 @@ def host_swap(table: Table) -> None:
     nbytes = 4 * 2**30
     live, host = random_memory([nbytes]).storages[0], torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
     table.add("pinned: host to GPU alone", gpu_ms(lambda: live.copy_(host, non_blocking=True), 3, 1), nbytes)
-    table.add("pinned: swap through scratch", gpu_ms(Swap([(live, host)]).run, 3, 1), nbytes, "each direction")
-    direct = cuda_runs.SwapRuns([(live.data_ptr(), host.data_ptr(), nbytes)], live.device)
-    table.add("pinned: swap kernel on mapped memory", gpu_ms(direct.run, 3, 1), nbytes, "each direction")
+    table.add("pinned: swap with the GPU", gpu_ms(Swap([(live, host)]).run, 3, 1), nbytes, "each direction")
 
 
 def main() -> None:
