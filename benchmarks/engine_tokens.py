@@ -113,13 +113,17 @@ def run_generate(model: Any, work: list[Job], batch: int) -> int:
 
 @torch.no_grad()
 def run_continuous(model: Any, work: list[Job]) -> int:
-    """Answer all jobs by transformers' continuous batching, which knows one output length per call: per length."""
+    """Answer all jobs by transformers' continuous batching."""
+    config = GenerationConfig(max_new_tokens=1, do_sample=False, eos_token_id=-1, pad_token_id=0)
     total = 0
-    for length in sorted({job.num_tokens for job in work}):
-        config = GenerationConfig(max_new_tokens=length, do_sample=False, eos_token_id=-1, pad_token_id=0)
-        same = [job.prompt for job in work if job.num_tokens == length]
-        outputs = model.generate_batch(inputs=same, generation_config=config, progress_bar=False)
-        total += sum(len(output.generated_tokens) for output in outputs.values())
+    with model.continuous_batching_context_manager(generation_config=config, timeout=60) as manager:
+        for job in work:
+            manager.add_request(job.prompt, max_new_tokens=job.num_tokens)
+        for _ in work:
+            output = manager.get_result(timeout=300)
+            if output is None:
+                raise SystemExit("continuous batching ended before all answers were there")
+            total += len(output.generated_tokens)
     return total
 
 
