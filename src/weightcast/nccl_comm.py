@@ -23,9 +23,12 @@ logger = logging.getLogger(__name__)
 
 UNIQUE_ID_NBYTES = 128
 ABORT_S = 5.0
-"""How long ``abort`` is waited for; it has taken half a second where it was measured."""
+"""How long freeing a communicator is waited for."""
+PROMPT_ABORT_S = 0.3
+"""The same while an error is on its way to the caller."""
 SPIN_S = 0.002
 STEP_S = 0.0001
+_SUCCESS, _REMOTE_ERROR, _IN_PROGRESS = 0, 6, 7
 
 
 def load_nccl() -> Any:
@@ -58,6 +61,7 @@ class Communicator:
         self._check = check
         self._comm: Any = None
         self._lock = threading.Lock()
+        self._aborter: threading.Thread | None = None
 
     def connect(self, unique_id: bytes, rank: int, world_size: int, deadline: Deadline) -> None:
         """Meet all ranks; every rank calls it with the same id."""
@@ -70,22 +74,28 @@ class Communicator:
             self._comm = self._nccl.Communicator.init(world_size, rank, identity, config)
             self._settle(deadline, what)
 
+    def watch(self, check: Callable[[], None]) -> None:
+        """Call ``check`` during every wait from now on, in place of the former one."""
+        self._check = check
+
     def send(self, buffer: torch.Tensor, peer: int, deadline: Deadline) -> None:
         """Queue a uint8 buffer to ``peer`` on the stream."""
-        self._launch("an NCCL send", deadline, lambda c, s: c.send(buffer, peer, stream=s))
+        self._launch("an NCCL send", deadline, lambda c, s: c.send(buffer, peer, stream=s.cuda_stream))
 
     def recv(self, buffer: torch.Tensor, peer: int, deadline: Deadline) -> None:
         """Queue the receipt of a uint8 buffer from ``peer`` on the stream."""
-        self._launch("an NCCL receive", deadline, lambda c, s: c.recv(buffer, peer, stream=s))
+        self._launch("an NCCL receive", deadline, lambda c, s: c.recv(buffer, peer, stream=s.cuda_stream))
 
     def broadcast(self, buffer: torch.Tensor, root: int, deadline: Deadline) -> None:
         """Queue the broadcast of a buffer from ``root`` to all, in place, on the stream."""
-        self._launch("an NCCL broadcast", deadline, lambda c, s: c.broadcast(buffer, buffer, root, stream=s))
+        self._launch(
+            "an NCCL broadcast", deadline, lambda c, s: c.broadcast(buffer, buffer, root, stream=s.cuda_stream)
+        )
 
     def all_reduce(self, buffer: torch.Tensor, deadline: Deadline) -> None:
         """Queue the sum over all ranks, in place, on the stream."""
         op = self._nccl.SUM
-        self._launch("an NCCL all-reduce", deadline, lambda c, s: c.allreduce(buffer, buffer, op, stream=s))
+        self._launch("an NCCL all-reduce", deadline, lambda c, s: c.allreduce(buffer, buffer, op, stream=s.cuda_stream))
 
     def wait(self, event: torch.cuda.Event, deadline: Deadline, what: str) -> None:
         """Return when the event has happened on the GPU; NCCL's errors and ``check`` end the wait."""
@@ -98,17 +108,21 @@ class Communicator:
         done.record(self.stream)
         self.wait(done, deadline, what)
 
-    def abort(self) -> None:
-        """End all work of the communicator and free it; any thread, idempotent, never raises, bounded."""
+    def abort(self, wait_s: float = ABORT_S) -> None:
+        """End all work of the communicator and free it; any thread, idempotent, never raises.
+
+        NCCL takes its time for that: after ``wait_s`` it goes on in the background.
+        """
         with self._lock:
             comm, self._comm = self._comm, None
-        if comm is None:
-            return
-        thread = threading.Thread(target=_abort, args=(comm, self.device), name="weightcast-nccl-abort", daemon=True)
-        thread.start()
-        thread.join(ABORT_S)
-        if thread.is_alive():
-            logger.warning("an NCCL communicator could not be aborted within %g s", ABORT_S)
+            if comm is not None:
+                self._aborter = threading.Thread(
+                    target=_abort, args=(comm, self.device), name="weightcast-nccl-abort", daemon=True
+                )
+                self._aborter.start()
+            aborter = self._aborter
+        if aborter is not None:
+            aborter.join(wait_s)
 
     def _launch(self, what: str, deadline: Deadline, call: Callable[[Any, torch.cuda.Stream], None]) -> None:
         with torch.cuda.device(self.device), self._aborting(what):
@@ -135,12 +149,13 @@ class Communicator:
     def _in_progress(self, what: str) -> bool:
         """Whether a launch is still in the background; PeerLost or TransportError when the communicator failed."""
         self._check()
-        result = self._alive(what).get_async_error().name
-        if result == "RemoteError":
+        result = int(self._alive(what).get_async_error())
+        if result == _REMOTE_ERROR:
             raise PeerLost(f"{what}: NCCL says that another process is gone")
-        if result not in ("Success", "InProgress"):
-            raise TransportError(f"{what}: NCCL {result}", hint="NCCL_DEBUG=WARN in both processes says more")
-        return bool(result == "InProgress")
+        if result not in (_SUCCESS, _IN_PROGRESS):
+            text = self._nccl.get_error_string(result)
+            raise TransportError(f"{what}: NCCL: {text}", hint="NCCL_DEBUG=WARN in both processes says more")
+        return result == _IN_PROGRESS
 
     def _aborting(self, what: str) -> _AbortOnError:
         return _AbortOnError(self, what)
@@ -159,7 +174,7 @@ class _AbortOnError:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: object) -> None:
         if error is None:
             return
-        self._communicator.abort()
+        self._communicator.abort(PROMPT_ABORT_S)
         if type(error).__name__ in ("NCCLError", "NcclInvalid"):
             raise TransportError(f"{self._what}: {error}") from error
 

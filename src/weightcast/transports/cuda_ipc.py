@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -161,17 +161,52 @@ def _export(copies: Sequence[Copy], memory: Memory) -> tuple[tuple[_Segment, ...
     return tuple(segments.values()), tuple(spans)
 
 
+class _Pair:
+    """What both ends have: a guard and the connection beside the data."""
+
+    def __init__(self, end: str) -> None:
+        self.guard = EndGuard(end)
+        self._link: PairLink | None = None
+
+    @contextlib.contextmanager
+    def use(self, what: str, deadline: Deadline) -> Iterator[None]:
+        """Around each use; a failure tells the other side at once."""
+        with self.guard.use(what, deadline):
+            try:
+                yield
+            except BaseException:
+                self._hang_up()
+                raise
+
+    def hold(self, link: PairLink) -> None:
+        """Keep the connection until the end is closed or fails."""
+        self._link = link
+
+    def check(self) -> None:
+        """Raise unless both processes live and the pair is connected."""
+        if self._link is None:
+            raise StateError("a round before connect")
+        self._link.check()
+
+    def close(self) -> None:
+        self.guard.close()
+        self._hang_up()
+
+    def _hang_up(self) -> None:
+        if self._link is not None:
+            self._link.close()
+
+
 class CudaIpcTrainerEnd(TrainerEnd):
     """Keeps the memory alive and exported; a round is one wait for the GPU."""
 
     def __init__(self, copies: Sequence[Copy], memory: Memory, address: str) -> None:
-        self._guard = EndGuard("the trainer's end of a cuda_ipc pair")
+        self._pair = _Pair("the trainer's end of a cuda_ipc pair")
         self._memory = memory
         self._nbytes = sum(copy.nbytes for copy in copies)
         self._devices = list(dict.fromkeys(memory.storages[copy.src_storage].device for copy in copies))
         segments, spans = _export(copies, memory)
-        self._listener = Listener(address, self._guard)
-        self._link: PairLink | None = None
+        self._listener = Listener(address, self._pair.guard)
         self._offer = CudaIpcOffer(
             process=process_identity(),
             segments=segments,
@@ -186,28 +221,25 @@ class CudaIpcTrainerEnd(TrainerEnd):
         return msgspec.msgpack.encode(self._offer)
 
     def connect(self, deadline: Deadline) -> None:
-        with self._guard.use("connect", deadline):
-            self._link = PairLink.accept_from(self._listener, deadline)
+        with self._pair.use("connect", deadline):
+            link = PairLink.accept_from(self._listener, deadline)
             self._listener.close()
-            self._link.meet("connected")
+            self._pair.hold(link)
+            link.meet("connected")
 
     def send(self, deadline: Deadline) -> int:
-        with self._guard.use("send", deadline):
-            if self._link is None:
-                raise StateError("send before connect")
-            self._link.check()
+        with self._pair.use("send", deadline):
+            self._pair.check()
             for device in self._devices:
-                wait_device(device, deadline, "the work on the trainer's GPU", self._guard.check)
+                wait_device(device, deadline, "the work on the trainer's GPU", self._pair.guard.check)
             return self._nbytes
 
     def abort(self) -> None:
-        self._guard.abort()
+        self._pair.guard.abort()
 
     def close(self) -> None:
-        self._guard.close()
+        self._pair.close()
         self._listener.close()
-        if self._link is not None:
-            self._link.close()
 
 
 class _Mapping:
@@ -269,27 +301,25 @@ class CudaIpcWorkerEnd(WorkerEnd):
     """Maps the trainer's allocations once, then replays the plan out of them."""
 
     def __init__(self, copies: Sequence[Copy], offer: CudaIpcOffer) -> None:
-        self._guard = EndGuard("the worker's end of a cuda_ipc pair")
+        self._pair = _Pair("the worker's end of a cuda_ipc pair")
         self._copies = tuple(copies)
         self._offer = offer
-        self._link: PairLink | None = None
         self._mapping: _Mapping | None = None
         self._stream: torch.cuda.Stream | None = None
         self._replays: Recent[CudaReplay] = Recent()
 
     def connect(self, deadline: Deadline) -> None:
         """Map the memory for the current GPU; ``receive`` maps it anew if its memory lies on another."""
-        with self._guard.use("connect", deadline):
+        with self._pair.use("connect", deadline):
             offer = self._offer
-            self._link = PairLink.dial_to(offer.address, offer.port, offer.secret, deadline, self._guard)
+            link = PairLink.dial_to(offer.address, offer.port, offer.secret, deadline, self._pair.guard)
+            self._pair.hold(link)
             self._map(torch.device("cuda", torch.cuda.current_device()))
-            self._link.meet("connected")
+            link.meet("connected")
 
     def receive(self, memory: Memory, deadline: Deadline) -> int:
-        with self._guard.use("receive", deadline):
-            if self._link is None:
-                raise StateError("receive before connect")
-            self._link.check()
+        with self._pair.use("receive", deadline):
+            self._pair.check()
             mapping, stream = self._map(self._device_of(memory))
             replay = self._replays.get(
                 memory.number, lambda: _new_replay(self._copies, mapping.memory, memory, mapping.device)
@@ -299,18 +329,16 @@ class CudaIpcWorkerEnd(WorkerEnd):
             with torch.cuda.stream(stream):
                 nbytes = replay.run()
                 done.record(stream)
-            wait_event(done, deadline, "the copy out of the trainer's GPU memory", self._guard.check)
+            wait_event(done, deadline, "the copy out of the trainer's GPU memory", self._pair.guard.check)
             # Bytes of a process that died meanwhile may be anybody's.
-            self._link.check()
+            self._pair.check()
             return nbytes
 
     def abort(self) -> None:
-        self._guard.abort()
+        self._pair.guard.abort()
 
     def close(self) -> None:
-        self._guard.close()
-        if self._link is not None:
-            self._link.close()
+        self._pair.close()
         self._unmap()
 
     def _device_of(self, memory: Memory) -> torch.device:

@@ -6,7 +6,8 @@ connection between the two processes brings the news of a death at once, which N
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -16,7 +17,7 @@ from weightcast.cuda_wait import new_event, new_stream
 from weightcast.deadline import Deadline
 from weightcast.errors import InvalidInput, ProtocolError, StateError
 from weightcast.memory import Memory
-from weightcast.nccl_comm import UNIQUE_ID_NBYTES, Communicator, load_nccl, new_unique_id
+from weightcast.nccl_comm import ABORT_S, PROMPT_ABORT_S, UNIQUE_ID_NBYTES, Communicator, load_nccl, new_unique_id
 from weightcast.plan import Copy
 from weightcast.transports.base import DEFAULT_BUCKET_NBYTES, Facts, TrainerEnd, Transport, WorkerEnd
 from weightcast.transports.buckets import Bucket, check_bucket_nbytes, into_bucket, new_buffers, out_of_bucket, schedule
@@ -130,19 +131,61 @@ class _Lanes:
         self._free[number % IN_FLIGHT] = event
 
 
+class _Pair:
+    """What both ends have: a guard, the connection beside the data, the communicator."""
+
+    def __init__(self, end: str) -> None:
+        self.guard = EndGuard(end)
+        self.link: PairLink | None = None
+        self.comm: Communicator | None = None
+
+    @contextlib.contextmanager
+    def use(self, what: str, deadline: Deadline) -> Iterator[None]:
+        """Around each use; a failure frees the other side at once."""
+        with self.guard.use(what, deadline):
+            try:
+                yield
+            except BaseException:
+                self._hang_up(PROMPT_ABORT_S)
+                raise
+
+    def connect(self, link: PairLink, device: torch.device, unique_id: bytes, rank: int, deadline: Deadline) -> None:
+        self.link = link
+        self.comm = Communicator(device, self._check)
+        self.comm.connect(unique_id, rank, 2, deadline)
+
+    def connected(self) -> Communicator:
+        if self.comm is None:
+            raise StateError("a round before connect")
+        return self.comm
+
+    def close(self) -> None:
+        self.guard.close()
+        self._hang_up(ABORT_S)
+
+    def _hang_up(self, wait_s: float) -> None:
+        if self.link is not None:
+            self.link.close()
+        if self.comm is not None:
+            self.comm.abort(wait_s)
+
+    def _check(self) -> None:
+        self.guard.check()
+        if self.link is not None:
+            self.link.check()
+
+
 class NcclTrainerEnd(TrainerEnd):
     """Packs and sends."""
 
     def __init__(self, copies: Sequence[Copy], memory: Memory, bucket_nbytes: int, address: str) -> None:
-        self._guard = EndGuard("the trainer's end of a nccl pair")
+        self._pair = _Pair("the trainer's end of a nccl pair")
         self._device = _device_of(memory, [copy.src_storage for copy in copies])
         self._buckets = schedule(copies, bucket_nbytes)
         self._lanes = _Lanes(self._buckets, self._device)
         self._packers = self._lanes.packers(self._buckets, memory)
         self._nbytes = sum(copy.nbytes for copy in copies)
-        self._listener = Listener(address, self._guard)
-        self._link: PairLink | None = None
-        self._comm: Communicator | None = None
+        self._listener = Listener(address, self._pair.guard)
         self._offer = NcclOffer(
             unique_id=new_unique_id(),
             bucket_nbytes=bucket_nbytes,
@@ -155,15 +198,14 @@ class NcclTrainerEnd(TrainerEnd):
         return msgspec.msgpack.encode(self._offer)
 
     def connect(self, deadline: Deadline) -> None:
-        with self._guard.use("connect", deadline):
-            self._link = PairLink.accept_from(self._listener, deadline)
+        with self._pair.use("connect", deadline):
+            link = PairLink.accept_from(self._listener, deadline)
             self._listener.close()
-            self._comm = Communicator(self._device, _checks(self._guard, self._link))
-            self._comm.connect(self._offer.unique_id, _TRAINER, 2, deadline)
+            self._pair.connect(link, self._device, self._offer.unique_id, _TRAINER, deadline)
 
     def send(self, deadline: Deadline) -> int:
-        with self._guard.use("send", deadline), torch.cuda.device(self._device):
-            comm, lanes = _connected(self._comm), self._lanes
+        with self._pair.use("send", deadline), torch.cuda.device(self._device):
+            comm, lanes = self._pair.connected(), self._lanes
             lanes.side.wait_stream(torch.cuda.current_stream(self._device))
             for number, (bucket, packer) in enumerate(zip(self._buckets, self._packers, strict=True)):
                 if (free := lanes.free(number)) is not None:
@@ -177,44 +219,37 @@ class NcclTrainerEnd(TrainerEnd):
             return self._nbytes
 
     def abort(self) -> None:
-        self._guard.abort()
+        self._pair.guard.abort()
 
     def close(self) -> None:
-        self._guard.close()
+        self._pair.close()
         self._listener.close()
-        if self._comm is not None:
-            self._comm.abort()
-        if self._link is not None:
-            self._link.close()
 
 
 class NcclWorkerEnd(WorkerEnd):
     """Receives and unpacks."""
 
     def __init__(self, copies: Sequence[Copy], offer: NcclOffer) -> None:
-        self._guard = EndGuard("the worker's end of a nccl pair")
+        self._pair = _Pair("the worker's end of a nccl pair")
         self._offer = offer
         self._copies = tuple(copies)
         self._buckets = schedule(copies, offer.bucket_nbytes)
         self._nbytes = sum(copy.nbytes for copy in copies)
-        self._link: PairLink | None = None
-        self._comm: Communicator | None = None
         self._lanes: _Lanes | None = None
         self._unpackers: Recent[list[CudaReplay]] = Recent()
 
     def connect(self, deadline: Deadline) -> None:
         """Meets the trainer on the current GPU, which ``receive``'s memory has to lie on."""
-        with self._guard.use("connect", deadline):
+        with self._pair.use("connect", deadline):
             offer = self._offer
-            self._link = PairLink.dial_to(offer.address, offer.port, offer.secret, deadline, self._guard)
+            link = PairLink.dial_to(offer.address, offer.port, offer.secret, deadline, self._pair.guard)
             device = torch.device("cuda", torch.cuda.current_device())
             self._lanes = _Lanes(self._buckets, device)
-            self._comm = Communicator(device, _checks(self._guard, self._link))
-            self._comm.connect(offer.unique_id, _WORKER, 2, deadline)
+            self._pair.connect(link, device, offer.unique_id, _WORKER, deadline)
 
     def receive(self, memory: Memory, deadline: Deadline) -> int:
-        with self._guard.use("receive", deadline):
-            comm, lanes = _connected(self._comm), self._lanes
+        with self._pair.use("receive", deadline):
+            comm, lanes = self._pair.connected(), self._lanes
             assert lanes is not None
             device = _device_of(memory, [copy.dst_storage for copy in self._copies])
             if device != comm.device:
@@ -235,30 +270,12 @@ class NcclWorkerEnd(WorkerEnd):
             return self._nbytes
 
     def abort(self) -> None:
-        self._guard.abort()
+        self._pair.guard.abort()
 
     def close(self) -> None:
-        self._guard.close()
-        if self._comm is not None:
-            self._comm.abort()
-        if self._link is not None:
-            self._link.close()
+        self._pair.close()
         self._unpackers.clear()
         self._lanes = None
-
-
-def _connected(comm: Communicator | None) -> Communicator:
-    if comm is None:
-        raise StateError("a round before connect")
-    return comm
-
-
-def _checks(guard: EndGuard, link: PairLink) -> Callable[[], None]:
-    def check() -> None:
-        guard.check()
-        link.check()
-
-    return check
 
 
 def _device_of(memory: Memory, storages: Sequence[int]) -> torch.device:
