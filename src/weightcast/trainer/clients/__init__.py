@@ -5,6 +5,8 @@ from __future__ import annotations
 from weightcast.trainer.clients.base import CommitOrder, CommitReply, EngineClient
 from weightcast.trainer.clients.http import HttpEngineClient
 from weightcast.trainer.clients.in_process import InProcessEngineClient, SyncEngine
+from weightcast.trainer.clients.rpc import RpcEngineClient
+from weightcast.trainer.clients.vllm import AsyncVllmClient, RayVllmClient, VllmClient
 
 
 def make_client(engine: str | EngineClient | SyncEngine, *, token: str | None = None) -> EngineClient:
@@ -13,15 +15,21 @@ def make_client(engine: str | EngineClient | SyncEngine, *, token: str | None = 
         return engine
     if isinstance(engine, str):
         return HttpEngineClient(engine, token=token)
+    if hasattr(engine, "collective_rpc"):
+        return VllmClient(engine)
     return InProcessEngineClient(engine)
 
 
 __all__ = [
+    "AsyncVllmClient",
     "CommitOrder",
     "CommitReply",
     "EngineClient",
     "HttpEngineClient",
     "InProcessEngineClient",
+    "RayVllmClient",
+    "RpcEngineClient",
     "SyncEngine",
+    "VllmClient",
     "make_client",
 ]

@@ -1,0 +1,151 @@
+"""Everything of vLLM's model loading that weightcast relies on, in one place: the layerwise reload and its metadata.
+
+The reload keeps, for each layer, what its parameters looked like when the model was built: the *load format*, in which
+checkpoint tensors are taken. After loading, a layer may have another, *live* format (packed, quantised, transposed).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from weightcast.errors import Unsupported
+
+try:
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.layers.attention import Attention
+    from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+    from vllm.model_executor.model_loader import get_model_loader
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+    from vllm.model_executor.model_loader.reload.layerwise import (
+        _get_original_loader,
+        _place_kernel_tensors,
+        get_layerwise_info,
+    )
+    from vllm.model_executor.model_loader.reload.sanitize import restore_layer_refs
+except ImportError as error:
+    raise Unsupported(
+        f"this vLLM has no layerwise reload: {error}", hint="weightcast works with vLLM 0.26 to 0.33"
+    ) from error
+
+RELOAD_LOGGER = "vllm.model_executor.model_loader.reload.layerwise"
+
+
+def load_format(layer: nn.Module) -> dict[str, torch.Tensor]:
+    """The layer's own parameters and buffers as they were built, on the meta device, with their weight loaders."""
+    parameters, buffers = get_layerwise_info(layer).restore_metadata
+    return {**parameters, **buffers}
+
+
+def stand_in(meta: torch.Tensor, layer: nn.Module) -> torch.Tensor:
+    """A tensor of the load format in memory that is reserved but never touched, for a loader that only records."""
+    tensor = torch.empty_strided(tuple(meta.shape), tuple(meta.stride()), dtype=meta.dtype, device="cpu")
+    tensor.__class__ = meta.__class__
+    tensor.__dict__ = meta.__dict__.copy()
+    tensor.requires_grad_(False)
+    restore_layer_refs(tensor, layer)
+    _unwrap(tensor)
+    return tensor
+
+
+def _unwrap(tensor: torch.Tensor) -> None:
+    """Take a reload's wrapper off a weight loader: it would count tensors for a reload that is over."""
+    loader = _get_original_loader(tensor)
+    if hasattr(tensor, "weight_loader") and tensor.weight_loader is not loader:
+        tensor.weight_loader = loader  # type: ignore[attr-defined]
+
+
+def derives_weights(layer: nn.Module) -> bool:
+    """Whether the layer computes more weights out of those of the layers below it (MLA does)."""
+    return hasattr(layer, "process_weights_after_loading") and not isinstance(layer, Attention)
+
+
+def quant_method(layer: nn.Module) -> Any:
+    """The layer's quantisation method, the unquantised ones included; None for plain modules."""
+    method = getattr(layer, "quant_method", None)
+    return method if isinstance(method, QuantizeMethodBase) else None
+
+
+def keeps_load_format(method: Any) -> bool:
+    """Whether the method's step after loading is the base class's, which does nothing."""
+    return type(method).process_weights_after_loading is QuantizeMethodBase.process_weights_after_loading
+
+
+def is_accelerator_unquantized(method: Any, device: torch.device) -> bool:
+    """Plain linear layers and embeddings on CUDA: their step after loading touches nothing there."""
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+    from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+
+    return device.type == "cuda" and type(method) in (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)
+
+
+def is_input_embedding(layer: nn.Module) -> bool:
+    """An unquantised embedding that is only looked up: what its step after loading packs is used by output heads only."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import (
+        ParallelLMHead,
+        UnquantizedEmbeddingMethod,
+        VocabParallelEmbedding,
+    )
+
+    return (
+        type(layer) is VocabParallelEmbedding
+        and not isinstance(layer, ParallelLMHead)
+        and type(quant_method(layer)) is UnquantizedEmbeddingMethod
+    )
+
+
+@contextmanager
+def layerwise_reload(model: nn.Module, vllm_config: Any) -> Iterator[None]:
+    """Layers take checkpoint tensors inside, and each goes live when it has all of its tensors.
+
+    When the body raises, layers that are not complete keep their former values, and the reload is over all the same.
+    """
+    with set_current_vllm_config(vllm_config), torch.device(vllm_config.device_config.device):
+        try:
+            initialize_layerwise_reload(model)
+            yield
+            finalize_layerwise_reload(model, vllm_config.model_config)
+        except BaseException:
+            _abandon(model)
+            raise
+
+
+def _abandon(model: nn.Module) -> None:
+    for layer in model.modules():
+        info = get_layerwise_info(layer)
+        if info.kernel_tensors is not None:
+            _place_kernel_tensors(layer, info)
+            for tensor in own_tensors(layer).values():
+                _unwrap(tensor)
+        info.reset()
+
+
+def current_config(vllm_config: Any) -> Any:
+    """The context in which vLLM's loaders expect to run."""
+    return set_current_vllm_config(vllm_config)
+
+
+def checkpoint_tensors(vllm_config: Any, model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The checkpoint that the engine was started with; Unsupported when its load format has none."""
+    loader = get_model_loader(vllm_config.load_config)
+    if not hasattr(loader, "get_all_weights"):
+        raise Unsupported(
+            f"weights of load format {vllm_config.load_config.load_format!r} cannot be loaded again",
+            hint="The next successful publish() makes the engine serve again",
+        )
+    weights: Iterator[tuple[str, torch.Tensor]] = loader.get_all_weights(vllm_config.model_config, model)
+    return weights
+
+
+def own_tensors(layer: nn.Module) -> Mapping[str, torch.Tensor]:
+    """Parameters and buffers that the layer itself registers."""
+    return {
+        name: tensor
+        for group in (layer._parameters, layer._buffers)
+        for name, tensor in group.items()
+        if tensor is not None
+    }

@@ -1,0 +1,160 @@
+"""VllmBackend: weightcast's WeightTransferEngine inside a vLLM worker.
+
+Load-bearing: nothing raises out of a call. In a tensor-parallel engine an exception would leave the reply queues out of step,
+and the next call would read another one's answer. Outcomes are kept and asked for with ``weightcast_call``.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgspec
+import torch
+import vllm
+from vllm.distributed.weight_transfer.base import WeightTransferEngine as VllmEngine
+from vllm.v1.worker.worker_base import WorkerBase
+
+from weightcast.engines.vllm.model import VllmModel
+from weightcast.engines.vllm.parallelism import worker_rank
+from weightcast.engines.vllm.versions import check_version
+from weightcast.errors import InvalidInput, WeightcastError
+from weightcast.outcome import WorkerOutcome
+from weightcast.weight_transfer.config import WeightTransferConfig
+from weightcast.weight_transfer.weightcast import WeightcastEngine, WeightcastInitInfo, WeightcastUpdateInfo
+
+logger = logging.getLogger(__name__)
+
+CALL = "weightcast_call"
+
+
+class VllmBackend(VllmEngine):  # type: ignore[misc,type-arg]
+    """One worker's WeightcastEngine behind vLLM's contract."""
+
+    init_info_cls = WeightcastInitInfo
+    update_info_cls = WeightcastUpdateInfo
+    supports_draft_weight_update = False
+
+    def __init__(self, config: Any, vllm_config: Any, device: torch.device, model: torch.nn.Module) -> None:
+        super().__init__(config, vllm_config, device, model)
+        check_version(vllm.__version__)
+        self._rank = worker_rank(vllm_config)
+        self._engine: WeightcastEngine | None = None
+        self._error: WeightcastError | None = None
+        self._apply_s = 0.0
+        install_call()
+
+    # -- vLLM's contract
+
+    def parse_init_info(self, init_dict: dict[str, Any]) -> Any:
+        return init_dict
+
+    def parse_update_info(self, update_dict: dict[str, Any]) -> Any:
+        return update_dict
+
+    def init_transfer_engine(self, init_info: Any) -> None:
+        self._carry_out(lambda engine: engine.init_transfer_engine(engine.parse_init_info(_mapping(init_info))))
+
+    def start_weight_update(self) -> None:
+        self._carry_out(lambda engine: engine.start_weight_update())
+
+    def update_weights(self, update_info: Any) -> None:
+        self._carry_out(lambda engine: engine.update_weights(engine.parse_update_info(_mapping(update_info))))
+
+    def receive_weights(self, update_info: Any) -> None:
+        self.update_weights(update_info)
+
+    def finish_weight_update(self) -> None:
+        # A failed update has closed its round already, and its error is the one to keep.
+        if self._error is None:
+            self._carry_out(lambda engine: engine.finish_weight_update())
+
+    def shutdown(self) -> None:
+        if self._engine is not None:
+            self._carry_out(lambda engine: engine.shutdown())
+
+    @staticmethod
+    def trainer_send_weights(iterator: Any, trainer_args: Any) -> None:
+        """Part of the contract of old versions; weightcast's trainers use a Publisher."""
+        raise NotImplementedError("use weightcast.Publisher")
+
+    # -- weightcast's own calls
+
+    def call(self, action: str, payload: Mapping[str, Any]) -> dict[str, Any]:
+        """Carry out ``init``, ``update``, ``shutdown``, ``status`` or ``checksums``; never raises. Returns a WorkerOutcome."""
+        checksums: dict[str, str] = {}
+        match action:
+            case "init":
+                self.init_transfer_engine(payload)
+            case "update":
+                self._round(payload)
+            case "shutdown":
+                self.shutdown()
+            case "checksums":
+                self._carry_out(lambda engine: checksums.update(engine.checksums()))
+            case "status":
+                pass
+            case _:
+                self._error = InvalidInput(f"no such call: {action!r}", field="action")
+        return msgspec.to_builtins(self._outcome(checksums))  # type: ignore[no-any-return]
+
+    def _round(self, payload: Mapping[str, Any]) -> None:
+        """All of an update in one call, so that no step can come in between."""
+        start = time.perf_counter()
+        self.start_weight_update()
+        if self._error is None:
+            self.update_weights(payload)
+        self.finish_weight_update()
+        self._apply_s = time.perf_counter() - start
+
+    def _outcome(self, checksums: dict[str, str]) -> WorkerOutcome:
+        engine, error = self._engine, self._error
+        return WorkerOutcome(
+            rank=self._rank.rank,
+            weight_version=engine.weight_version if engine is not None else "default",
+            digest=engine.digest if engine is not None else "",
+            dirty=engine is not None and engine.dirty,
+            error_kind=type(error).__name__ if error is not None else "",
+            error=error.message if error is not None else "",
+            apply_s=self._apply_s,
+            checksums=checksums,
+        )
+
+    def _carry_out(self, work: Callable[[WeightcastEngine], None]) -> None:
+        """Run it and keep its error. Broad except on purpose: see the module's first lines."""
+        self._error = None
+        start = time.perf_counter()
+        try:
+            work(self._made())
+        except WeightcastError as error:
+            self._error = error
+            logger.warning("weight transfer: %s", error)
+        except Exception as error:
+            logger.exception("weight transfer failed")
+            self._error = WeightcastError(f"{type(error).__name__}: {error}")
+        self._apply_s = time.perf_counter() - start
+
+    def _made(self) -> WeightcastEngine:
+        if self._engine is None:
+            model = VllmModel(self.model, self.vllm_config, self.device)
+            self._engine = WeightcastEngine(WeightTransferConfig(), model, self._rank)
+        return self._engine
+
+
+def install_call() -> None:
+    """Give this process's worker the method that ``collective_rpc`` reaches the backend by; idempotent."""
+
+    def weightcast_call(worker: Any, action: str, payload: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        backend: VllmBackend = worker.weight_transfer_engine
+        return backend.call(action, payload or {})
+
+    if not hasattr(WorkerBase, CALL):
+        setattr(WorkerBase, CALL, weightcast_call)
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise InvalidInput(f"an object with named fields is needed, not {type(value).__name__}")
+    return value

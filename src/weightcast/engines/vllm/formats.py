@@ -1,0 +1,157 @@
+"""Which layers of a vLLM model can be written directly, and a model whose loader can be recorded.
+
+A layer is direct when what its loader fills is what its forward pass reads: every parameter looks as it was built, no step
+after loading packed or quantised it, no other layer keeps something that was computed from it. All others go through vLLM's
+layerwise reload.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from weightcast.engines.vllm import api
+
+
+@dataclass(slots=True)
+class LayerTensors:
+    """A layer's own tensors in load format: live ones where the layer is direct, stand-ins where it is not."""
+
+    name: str
+    layer: nn.Module
+    direct: bool
+    required: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Parameters that a checkpoint has to fill."""
+    optional: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Buffers, and scales that have a default."""
+
+
+def classify(model: nn.Module, device: torch.device) -> dict[str, bool]:
+    """Whether each layer with tensors of its own is direct, by module name."""
+    derived = _names_below_deriving(model)
+    direct = {
+        name: name not in derived and _looks_as_built(layer) and _is_read_as_loaded(layer, device)
+        for name, layer in model.named_modules()
+        if api.load_format(layer) or api.own_tensors(layer)
+    }
+    _spread_over_shared(model, direct)
+    return direct
+
+
+def shared_layers(model: nn.Module) -> list[nn.Module]:
+    """Layers with a step after loading whose parameters are another layer's too (tied embeddings)."""
+    owners: dict[int, list[nn.Module]] = {}
+    for layer in model.modules():
+        for tensor in layer._parameters.values():
+            if tensor is not None and tensor.numel():
+                owners.setdefault(id(tensor), []).append(layer)
+    shared = [layer for layers in owners.values() if len(layers) > 1 for layer in layers]
+    return [layer for layer in dict.fromkeys(shared) if api.quant_method(layer) is not None]
+
+
+def _names_below_deriving(model: nn.Module) -> set[str]:
+    found: set[str] = set()
+    for name, layer in model.named_modules():
+        if name and api.derives_weights(layer):
+            below = {id(inner) for inner in layer.modules()}
+            found |= {other for other, inner in model.named_modules() if id(inner) in below}
+    return found
+
+
+def _looks_as_built(layer: nn.Module) -> bool:
+    live = api.own_tensors(layer)
+    return all(
+        name in live
+        and (live[name].shape, live[name].dtype, live[name].stride()) == (meta.shape, meta.dtype, meta.stride())
+        for name, meta in api.load_format(layer).items()
+    )
+
+
+def _is_read_as_loaded(layer: nn.Module, device: torch.device) -> bool:
+    method = api.quant_method(layer)
+    if method is None:
+        return not hasattr(layer, "process_weights_after_loading")
+    return (
+        api.keeps_load_format(method) or api.is_accelerator_unquantized(method, device) or api.is_input_embedding(layer)
+    )
+
+
+def _spread_over_shared(model: nn.Module, direct: dict[str, bool]) -> None:
+    """A parameter of several layers is direct only when all of them are."""
+    layers = dict(model.named_modules())
+    changed = True
+    while changed:
+        loaded = {id(t) for name, is_direct in direct.items() if not is_direct for t in _parameters(layers[name])}
+        touched = [name for name, is_direct in direct.items() if is_direct and loaded & set(map(id, _parameters(layers[name])))]
+        changed = bool(touched)
+        direct.update(dict.fromkeys(touched, False))
+
+
+def _parameters(layer: nn.Module) -> list[torch.Tensor]:
+    return [tensor for tensor in layer._parameters.values() if tensor is not None and tensor.numel()]
+
+
+@contextmanager
+def in_load_format(model: nn.Module, direct: dict[str, bool]) -> Iterator[list[LayerTensors]]:
+    """The model as its loader wants it: layers that are not direct have stand-ins, which must not be computed with.
+
+    Live tensors are back in their places afterwards; nothing of theirs was touched.
+    """
+    saved: list[tuple[nn.Module, dict[str, nn.Parameter | None], dict[str, torch.Tensor | None]]] = []
+    stand_ins: dict[int, torch.Tensor] = {}
+    try:
+        yield [
+            _prepare(name, layer, direct[name], stand_ins, saved)
+            for name, layer in model.named_modules()
+            if name in direct
+        ]
+    finally:
+        for layer, parameters, buffers in reversed(saved):
+            layer._parameters.clear()
+            layer._parameters.update(parameters)
+            layer._buffers.clear()
+            layer._buffers.update(buffers)
+
+
+def _prepare(
+    name: str,
+    layer: nn.Module,
+    direct: bool,
+    stand_ins: dict[int, torch.Tensor],
+    saved: list[tuple[nn.Module, dict[str, nn.Parameter | None], dict[str, torch.Tensor | None]]],
+) -> LayerTensors:
+    built, live = api.load_format(layer), api.own_tensors(layer)
+    tensors = dict(live)
+    if not direct:
+        saved.append((layer, dict(layer._parameters), dict(layer._buffers)))
+        # Some names (biases) are not in the metadata: their live tensors have the form that the loader wants.
+        forms = {**{n: t for n, t in live.items() if n not in built and n in _UNLISTED}, **built}
+        tensors = {}
+        for own, form in forms.items():
+            key = id(live[own]) if own in live and live[own].numel() else id(form)
+            if key not in stand_ins:
+                stand_ins[key] = api.stand_in(form, layer)
+            tensors[own] = stand_ins[key]
+        _install(layer, tensors)
+    result = LayerTensors(name, layer, direct)
+    for own, tensor in tensors.items():
+        is_required = isinstance(tensor, nn.Parameter) and not api.derives_weights(layer)
+        (result.required if is_required else result.optional)[own] = tensor
+    return result
+
+
+_UNLISTED = frozenset({"bias", "e_score_correction_bias"})
+
+
+def _install(layer: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    parameters = {name: t for name, t in tensors.items() if isinstance(t, nn.Parameter)}
+    buffers = {name: t for name, t in tensors.items() if name not in parameters}
+    layer._parameters.clear()
+    layer._parameters.update(parameters)
+    kept = {name: t for name, t in layer._buffers.items() if name not in tensors}
+    layer._buffers.clear()
+    layer._buffers.update({**kept, **buffers})

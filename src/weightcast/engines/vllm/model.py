@@ -1,0 +1,203 @@
+"""VllmModel: the live model of one vLLM worker.
+
+Two properties are load-bearing. A tensor is written directly only into layers that read what was loaded; whatever vLLM packs,
+quantises or derives goes through its own layerwise reload, whole layers at a time. And a manifest that would leave a layer
+half filled is refused while nothing is written yet.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from weightcast.digest import digest_tensor
+from weightcast.engines.vllm import api
+from weightcast.engines.vllm.formats import LayerTensors, classify, in_load_format, shared_layers
+from weightcast.errors import LoadError, PlanMismatch, Unsupported, WeightcastError
+from weightcast.layout import Layout, Placement
+from weightcast.manifest import Manifest
+from weightcast.memory import Memory, bytes_of
+from weightcast.receiver.base import LiveModel
+from weightcast.record import Recording, record_layout
+
+logger = logging.getLogger(__name__)
+
+SHOWN = 6
+
+
+class VllmModel(LiveModel):
+    """A worker's model as vLLM built and loaded it. Call it on the worker's thread, between two steps."""
+
+    relocatable = False
+
+    def __init__(self, model: nn.Module, vllm_config: Any, device: torch.device) -> None:
+        self.model = model
+        self.device = device
+        self._vllm_config = vllm_config
+        self._direct = classify(model, device)
+        self._memory = _direct_memory(model, self._direct)
+
+    def memory(self) -> Memory:
+        return self._memory
+
+    def rebind(self, memory: Memory) -> None:
+        raise Unsupported("vLLM's parameters stay where they are", hint="This is an error of weightcast")
+
+    def layout(self, manifest: Manifest) -> Layout:
+        """Landings in the direct layers; everything that touches another layer goes through the loader.
+
+        Raises PlanMismatch when a layer would be filled in part, LoadError when vLLM's loader refuses a tensor.
+        """
+        with api.current_config(self._vllm_config), in_load_format(self.model, self._direct) as layers:
+            stand_ins = [t for layer in layers if not layer.direct for t in _tensors(layer)]
+            storages = _storages(stand_ins)
+            memory = Memory([*self._memory.storages, *storages])
+            recording = record_layout(self._load, manifest, memory, self.device)
+            numbers = {storage.data_ptr(): number for number, storage in enumerate(memory.storages)}
+            _check_complete(layers, numbers, recording)
+            through = _through_loader(layers, numbers, recording)
+        names = [spec.name for spec in manifest.tensors]
+        unused = sorted(set(recording.unused))
+        if unused:
+            logger.info("%d published tensors are not used by this worker: %s", len(unused), _shown(unused))
+        return Layout(
+            placements=tuple(p for p in recording.layout.placements if p.region.name not in through),
+            storage_nbytes=tuple(storage.numel() for storage in self._memory.storages),
+            through_loader=tuple(name for name in names if name in through),
+        )
+
+    def load_weights(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
+        """Through vLLM's layerwise reload. Broad except on purpose: the loader is foreign code; LoadError says what it said."""
+        try:
+            with torch.no_grad(), _without_reload_noise(), api.layerwise_reload(self.model, self._vllm_config):
+                self._load(tensors)
+            with torch.no_grad(), api.current_config(self._vllm_config):
+                for layer in shared_layers(self.model):
+                    api.quant_method(layer).process_weights_after_loading(layer)
+        except WeightcastError:
+            raise
+        except Exception as error:
+            raise LoadError(f"vLLM's loader failed: {type(error).__name__}: {error}", phase="commit") from error
+
+    def load_initial(self) -> None:
+        self.load_weights(api.checkpoint_tensors(self._vllm_config, self.model))
+
+    def checksums(self) -> dict[str, str]:
+        """Digest of each live tensor. Layers that vLLM keeps in packed form outside of their parameters have none."""
+        found = {}
+        for name, layer in self.model.named_modules():
+            for own, tensor in api.own_tensors(layer).items():
+                if tensor.numel() and tensor.device.type != "meta" and own not in layer._non_persistent_buffers_set:
+                    found[f"{name}.{own}" if name else own] = f"{digest_tensor(tensor.detach()):016x}"
+        return found
+
+    def _load(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        self.model.load_weights(tensors)  # type: ignore[operator]
+
+
+def _direct_memory(model: nn.Module, direct: dict[str, bool]) -> Memory:
+    layers = dict(model.named_modules())
+    live = [t for name, is_direct in direct.items() if is_direct for t in _parameters_of(layers[name])]
+    return Memory(_storages(live))
+
+
+def _parameters_of(layer: nn.Module) -> list[torch.Tensor]:
+    """What a loader may fill: parameters, and buffers that have a weight loader or belong to the checkpoint."""
+    persistent = [t for n, t in layer._buffers.items() if t is not None and n not in layer._non_persistent_buffers_set]
+    return [*(t for t in layer._parameters.values() if t is not None), *persistent]
+
+
+def _storages(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    storages: dict[int, torch.Tensor] = {}
+    for tensor in tensors:
+        flat = bytes_of(tensor.detach())
+        if flat.numel():
+            storages.setdefault(flat.data_ptr(), flat)
+    return list(storages.values())
+
+
+def _tensors(layer: LayerTensors) -> list[torch.Tensor]:
+    return [*layer.required.values(), *layer.optional.values()]
+
+
+def _numbers_of(layer: LayerTensors, numbers: dict[int, int]) -> set[int]:
+    pointers = (bytes_of(tensor.detach()).data_ptr() for tensor in _tensors(layer) if tensor.numel())
+    return {numbers[pointer] for pointer in pointers if pointer in numbers}
+
+
+def _through_loader(layers: Sequence[LayerTensors], numbers: dict[int, int], recording: Recording) -> set[str]:
+    """Names that touch a layer which is not direct, and the names of every layer that those touch in turn."""
+    through = set(recording.reasons)
+    names_in: dict[int, set[str]] = {}
+    for placement in recording.layout.placements:
+        names_in.setdefault(placement.storage, set()).add(placement.region.name)
+    blocked = [(layer.direct, set().union(*(names_in.get(n, set()) for n in _numbers_of(layer, numbers)))) for layer in layers]
+    grown = True
+    while grown:
+        before = len(through)
+        for direct, names in blocked:
+            if not direct or names & through:
+                through |= names
+        grown = len(through) > before
+    return through
+
+
+def _check_complete(layers: Sequence[LayerTensors], numbers: dict[int, int], recording: Recording) -> None:
+    """Raise PlanMismatch for parameters that the manifest fills in part or not at all."""
+    holes = recording.unwritten()
+    written: dict[int, list[Placement]] = {}
+    for placement in recording.layout.placements:
+        written.setdefault(placement.storage, []).append(placement)
+    missing = []
+    for layer in layers:
+        for own, tensor in layer.required.items():
+            number = numbers.get(bytes_of(tensor.detach()).data_ptr()) if tensor.numel() else None
+            if number is None:
+                continue
+            lost = _missing_nbytes(tensor, holes.get(number, []))
+            if lost > _padding_nbytes(tensor):
+                filled = sorted({placement.region.name for placement in written.get(number, [])})
+                name = f"{layer.name}.{own}" if layer.name else own
+                missing.append(f"{name} ({'only ' + _shown(filled) if filled else 'nothing'} of it)")
+    if missing:
+        raise PlanMismatch(
+            f"the manifest does not fill {len(missing)} parameters of the engine's model: {_shown(missing)}",
+            hint="Publish the whole model, of the architecture that the engine serves",
+        )
+
+
+def _missing_nbytes(tensor: torch.Tensor, holes: list[tuple[int, int]]) -> int:
+    start = int(tensor.storage_offset()) * tensor.itemsize
+    end = start + tensor.numel() * tensor.itemsize
+    return sum(max(0, min(high, end) - max(low, start)) for low, high in holes)
+
+
+def _padding_nbytes(tensor: torch.Tensor) -> int:
+    """Bytes that no checkpoint fills, as the layer that made the parameter declared them."""
+    return int(tensor.numel() - getattr(tensor, "weight_loader_numel", tensor.numel())) * tensor.itemsize
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+
+
+@contextmanager
+def _without_reload_noise() -> Iterator[None]:
+    """The reload warns of each layer that got no tensors; here those are the direct ones, which got theirs already."""
+
+    def is_news(record: logging.LogRecord) -> bool:
+        return "Failed to load weights" not in record.getMessage()
+
+    source = logging.getLogger(api.RELOAD_LOGGER)
+    source.addFilter(is_news)
+    try:
+        yield
+    finally:
+        source.removeFilter(is_news)
+
+

@@ -1,0 +1,58 @@
+"""What became of a call in every worker of an engine, for engines whose workers must not raise.
+
+In such an engine (vLLM) a call answers with one record per worker. It counts as done only when all of them say so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from weightcast.errors import EngineError, WeightcastError, error_from_wire
+
+
+class WorkerOutcome(msgspec.Struct, frozen=True, kw_only=True):
+    """One worker's answer: what it serves now, and the error that the call ended with, if it did."""
+
+    rank: int
+    weight_version: str
+    digest: str
+    dirty: bool
+    error_kind: str = ""
+    error: str = ""
+    apply_s: float = 0.0
+    checksums: dict[str, str] = {}
+
+    def raised(self) -> WeightcastError | None:
+        """The error as it was raised in the worker."""
+        return error_from_wire(self.error_kind, self.error, worker=self.rank) if self.error_kind else None
+
+
+def outcomes_from(answers: Sequence[Any]) -> list[WorkerOutcome]:
+    """The records in an engine's answer; EngineError when it is something else."""
+    try:
+        outcomes = msgspec.convert(list(answers), list[WorkerOutcome])
+    except msgspec.ValidationError as error:
+        raise EngineError(
+            f"the engine's workers answered something else: {error}",
+            hint="Start it with --weight-transfer-config '{\"backend\": \"weightcast\"}'",
+        ) from None
+    if not outcomes:
+        raise EngineError("no worker answered")
+    return sorted(outcomes, key=lambda outcome: outcome.rank)
+
+
+def first_error(outcomes: Sequence[WorkerOutcome]) -> WeightcastError | None:
+    """The first worker's error, if any worker has one."""
+    return next((error for outcome in outcomes if (error := outcome.raised()) is not None), None)
+
+
+def common_version(outcomes: Sequence[WorkerOutcome]) -> str:
+    """The version that all workers serve; EngineError names the workers that differ."""
+    versions = {outcome.weight_version for outcome in outcomes}
+    if len(versions) > 1:
+        told = ", ".join(f"worker {outcome.rank} serves {outcome.weight_version}" for outcome in outcomes)
+        raise EngineError(f"the workers do not agree: {told}", hint="Publish again")
+    return versions.pop()
