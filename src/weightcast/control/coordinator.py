@@ -42,6 +42,14 @@ class Member:
     last_sent: float = 0.0
     lost: str | None = None
     inbox: list[AnyMessage] = field(default_factory=list)
+    on_trouble: Callable[[Failed | None], None] | None = None
+    """Called on the I/O thread with each Failed message, and with None when the worker is lost; must not block."""
+
+    def lose(self, reason: str) -> None:
+        if self.lost is None:
+            self.lost = reason
+            if self.on_trouble is not None:
+                self.on_trouble(None)
 
     @property
     def key(self) -> tuple[str, int]:
@@ -117,7 +125,7 @@ class Coordinator:
             self._tickets.remove(found)
         for member in self._members.values():
             if member.key == (hello.engine, hello.rank) and member.lost is None:
-                member.lost = "replaced by a newer worker"
+                member.lose("replaced by a newer worker")
         return Member(hello.engine, hello.rank, identity, hello, now)
 
     # -- talking
@@ -223,9 +231,11 @@ class Coordinator:
         with self._changed:
             member.last_heard = time.monotonic()
             if isinstance(message, Bye):
-                member.lost = member.lost or f"it left: {message.reason}"
+                member.lose(f"it left: {message.reason}")
             elif not isinstance(message, Heartbeat):
                 member.inbox.append(message)
+                if isinstance(message, Failed) and member.on_trouble is not None:
+                    member.on_trouble(message)
             self._changed.notify_all()
 
     def _first(self, identity: bytes, message: AnyMessage) -> None:
@@ -249,7 +259,7 @@ class Coordinator:
         with self._changed:
             member = self._members.get(parts[0])
             if member is not None and member.lost is None:
-                member.lost = "its connection closed"
+                member.lose("its connection closed")
                 self._changed.notify_all()
 
     def _tick(self, stalled_s: float) -> None:
@@ -259,7 +269,7 @@ class Coordinator:
             for member in members:
                 member.last_heard += stalled_s
                 if now - member.last_heard > self.silence_s:
-                    member.lost = f"silent for {self.silence_s:g} s"
+                    member.lose(f"silent for {self.silence_s:g} s")
                     self._changed.notify_all()
         for member in members:
             if now - member.last_sent >= self.heartbeat_s:

@@ -160,7 +160,7 @@ class Session:
             except WeightcastError as error:
                 if wish == "staged":
                     raise
-                logger.info("weights will be written in place: %s", error)
+                logger.info("weights will be written in place: %s", str(error))
         return "in_place", Target(self._model, self.manifest, self.layout, staged=False)
 
     # -- on the I/O thread

@@ -73,9 +73,7 @@ class DictModel(LiveModel):
         if not shape or shape[0] % world_size:
             return Region(name=name, offsets=(0,) * len(shape), sizes=shape)
         size = shape[0] // world_size
-        return Region(
-            name=name, offsets=(rank * size, *((0,) * (len(shape) - 1))), sizes=(size, *shape[1:])
-        )
+        return Region(name=name, offsets=(rank * size, *((0,) * (len(shape) - 1))), sizes=(size, *shape[1:]))
 
     def _slice(self, name: str, whole: torch.Tensor) -> torch.Tensor:
         for placement in self._layout.placements:

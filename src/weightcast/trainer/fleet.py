@@ -82,7 +82,8 @@ class Fleet:
         except WeightcastError as error:
             engine.broken = str(error)
             self._close_workers(engine, "it could not join")
-            raise error.at(engine=engine.name, phase="join") from error
+            error.at(engine=engine.name, phase="join")
+            raise
 
     def _admit(self, engine: EngineLink, deadline: Deadline) -> None:
         engine.joined = False
@@ -124,6 +125,7 @@ class Fleet:
             with _noting(engine, failures):
                 for worker in engine.workers:
                     worker.close_end()
+                    worker.at = (self.epoch, 0)
                     self._choose(worker)
         engines = [engine for engine in engines if engine.name not in failures]
         self._adopt({w.transport for e in engines for w in e.workers if w.transport is not None}, engines)
@@ -212,7 +214,10 @@ class Fleet:
             # The worker's own word says more than a broken connection; it is asked for briefly.
             with suppress(DeadlineExceeded, PeerLost):
                 self._take_ready(member, Deadline(WORD_TIMEOUT_S))
-            raise error.at(engine=member.engine, worker=member.rank, phase="setup") from error
+            named = worker.named(error.at(engine=member.engine, worker=member.rank, phase="setup"))
+            if named is error:
+                raise
+            raise named from error
         ready = self._take_ready(member, deadline)
         mine = plan_digest({THIS_RANK: worker.copies} if worker.copies else {})
         if ready.plan_digest != mine:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from weightcast.control.coordinator import Member
-from weightcast.messages import Landings
+from weightcast.errors import DeadlineExceeded, PeerLost, WeightcastError
+from weightcast.messages import Failed, Landings
 from weightcast.plan import Copy
 from weightcast.trainer.clients.base import EngineClient
 from weightcast.transports.base import TrainerEnd, Transport
@@ -24,6 +25,23 @@ class WorkerLink:
     copies: tuple[Copy, ...] = ()
     end: TrainerEnd | None = None
     digest_key: str = ""
+    at: tuple[int, int] = (0, 0)
+    """The (epoch, round) that the pair is used for now; round 0 is the set-up."""
+
+    def __post_init__(self) -> None:
+        self.member.on_trouble = self._wake
+
+    def _wake(self, failed: Failed | None) -> None:
+        """End a wait for a worker that is lost, or that has said that it will not come."""
+        end = self.end
+        if end is not None and (failed is None or (failed.epoch, failed.round) == self.at):
+            end.abort()
+
+    def named(self, error: WeightcastError) -> WeightcastError:
+        """The error, or the loss of the worker where that is what broke the pair."""
+        if self.member.lost is None or isinstance(error, DeadlineExceeded):
+            return error
+        return PeerLost(f"the worker is gone: {self.member.lost}", engine=self.member.engine, worker=self.member.rank)
 
     @property
     def in_place(self) -> bool:

@@ -121,7 +121,7 @@ class Publisher:
             raise self._join_error(failures)
         self._was_connected = True
         for error in failures.values():
-            logger.warning("not connected: %s", error)
+            logger.warning("not connected: %s", str(error))
 
     def add(self, engine: str | EngineClient | SyncEngine, timeout_s: float | None = None) -> Report | None:
         """Add an engine to the fleet and connect it; when that fails the fleet is as before.
@@ -282,24 +282,39 @@ class Publisher:
 
         With ``patience`` the others go on without those who are slow.
         """
-        for engine in engines:
-            if engine.joined and engine.lost():
-                engine.joined, engine.broken = False, engine.lost()
-        absent = [engine for engine in engines if not engine.joined]
-        joining = Deadline(self._timeout_s if patience is not None else max(deadline.remaining_s(), 0.001))
-        failures = self._rejoiner.attempt(absent, joining, patience) if absent else {}
-        while True:
-            # More than once: a transport that comes in new may move the source's memory, and then others connect again.
-            broken = [e for e in engines if e.joined and e.broken is not None and e.name not in failures]
-            if not broken:
-                break
-            share = 1.0 if patience is None else SETUP_SHARE
-            limit = Deadline(max(share * deadline.remaining_s(), 0.001))
-            failures |= self._fleet.set_up(broken, limit)
+        failures = self._connect(engines, deadline, patience)
+        if any(engine.name in failures and engine.joined and engine.lost() for engine in engines):
+            # Its death was noticed only now; whoever took its place may be there already.
+            failures = self._connect(engines, deadline, patience)
         for engine in engines:
             if engine.joined and engine.version == UNKNOWN and engine.name not in failures:
                 self._ask(engine, deadline, failures)
         return failures
+
+    def _connect(
+        self, engines: Sequence[EngineLink], deadline: Deadline, patience: Deadline | None
+    ) -> dict[str, WeightcastError]:
+        for engine in engines:
+            if engine.joined and engine.lost():
+                engine.joined, engine.broken = False, engine.lost()
+        absent = [engine for engine in engines if not engine.joined]
+        failures = self._rejoiner.attempt(absent, self._joining(deadline, patience), patience) if absent else {}
+        if failures and self._require == "all":
+            return failures
+        while True:
+            # More than once: a transport that comes in new may move the source's memory, and then others connect again.
+            broken = [e for e in engines if e.joined and e.broken is not None and e.name not in failures]
+            if not broken:
+                return failures
+            share = 1.0 if self._require == "all" else SETUP_SHARE
+            failures |= self._fleet.set_up(broken, Deadline(max(share * deadline.remaining_s(), 0.001)))
+
+    def _joining(self, deadline: Deadline, patience: Deadline | None) -> Deadline:
+        """How long engines may take to join: beside rounds a whole timeout, before them what leaves time for the rest."""
+        if patience is not None:
+            return Deadline(self._timeout_s)
+        share = 1.0 if self._require == "all" else 1.0 - SETUP_SHARE
+        return Deadline(max(share * deadline.remaining_s(), 0.001))
 
     @staticmethod
     def _ask(engine: EngineLink, deadline: Deadline, failures: dict[str, WeightcastError]) -> None:

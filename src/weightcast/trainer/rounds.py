@@ -25,7 +25,14 @@ from typing import Literal
 from weightcast.control.coordinator import Coordinator
 from weightcast.deadline import Deadline
 from weightcast.digest import version_name
-from weightcast.errors import DigestMismatch, PeerLost, RoundFailed, StateError, WeightcastError
+from weightcast.errors import (
+    DigestMismatch,
+    PeerLost,
+    RoundFailed,
+    StateError,
+    TransportError,
+    WeightcastError,
+)
 from weightcast.messages import Abort, Begin, Committed, Message, Staged, Verified
 from weightcast.report.model import EngineReport, Phase, Report, WorkerReport
 from weightcast.trainer.clients.base import AnswerLost, CommitOrder, CommitReply
@@ -150,6 +157,7 @@ class Round:
                 if worker.transport is not None and worker.transport.pulls:
                     self._guarded(engine, "begin", partial(self._send_bytes, worker, self._deadline))
             for _, worker in workers:
+                worker.at = (self._epoch, self._round)
                 self._tell(
                     worker, Begin(epoch=self._epoch, round=self._round, base=self._base, timeout_s=self._left_s())
                 )
@@ -168,7 +176,7 @@ class Round:
             if worker.transport is not None and not worker.transport.pulls:
                 try:
                     self._send_bytes(worker, self._transfer_deadline)
-                except PeerLost as error:
+                except TransportError as error:
                     self._ask_why(engine, worker, error)
             staged = self._take(engine, worker, Staged, "transfer", self._transfer_deadline)
             assert isinstance(staged, Staged)
@@ -179,10 +187,15 @@ class Round:
 
     def _ask_why(self, engine: EngineLink, worker: WorkerLink, error: WeightcastError) -> None:
         """Raise what the worker itself says about a broken connection, or the error when it says nothing."""
+        if self._is_over(engine):
+            raise _Cancelled("the round failed elsewhere")
         brief = Deadline(min(self._left_s(), UNDO_S))
         with contextlib.suppress(TimeoutError, _Cancelled):
             self._take(engine, worker, Staged, "transfer", brief)
-        raise error
+        raise worker.named(error)
+
+    def _is_over(self, engine: EngineLink) -> bool:
+        return self._failed.is_set() or self._outcomes[engine.name].error is not None
 
     def _digest_source(self, keys: set[str]) -> tuple[int, dict[str, int]]:
         memory = self._source.memory
@@ -268,7 +281,7 @@ class Round:
             try:
                 return engine.client.commit(order, self._deadline)
             except AnswerLost as error:
-                logger.info("%s: the answer to the commit was lost: %s", engine.name, error)
+                logger.info("%s: the answer to the commit was lost: %s", engine.name, str(error))
                 if engine.lost() or self._deadline.remaining_s() <= REPEAT_AFTER_S:
                     raise
             except PeerLost as error:
@@ -323,7 +336,7 @@ class Round:
             return (getattr(message, "epoch", 0), getattr(message, "round", 0)) == (self._epoch, self._round)
 
         def cancelled() -> WeightcastError | None:
-            if cancellable and (self._failed.is_set() or self._outcomes[engine.name].error is not None):
+            if cancellable and self._is_over(engine):
                 return _Cancelled("the round failed elsewhere")
             return None
 
@@ -356,7 +369,7 @@ class Round:
             # What broke because the round was called off is no cause of its failing.
             if outcome.error is None and not (self._failed.is_set() and not outcome.may_be_committed):
                 outcome.error = error
-                logger.warning("round %d.%d: %s", self._epoch, self._round, error)
+                logger.warning("round %d.%d: %s", self._epoch, self._round, str(error))
         if self._require == "all" or all(outcome.error is not None for outcome in self._outcomes.values()):
             self._fail()
         else:
@@ -416,7 +429,7 @@ class Round:
             status = engine.client.status(deadline)
             engine.version, engine.dirty = str(status["weight_version"]), bool(status["dirty"])
         except WeightcastError as error:
-            logger.warning("%s could not be taken back: %s", engine.name, error)
+            logger.warning("%s could not be taken back: %s", engine.name, str(error))
             outcome.error = outcome.error or error.at(engine=engine.name, phase="undo", round=self._round)
             engine.version, engine.dirty = UNKNOWN, engine.in_place
 
