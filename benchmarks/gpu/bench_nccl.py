@@ -15,7 +15,7 @@ from weightcast.testing.transport_cases import bulk_case
 from weightcast.transports.nccl import NcclTransport
 
 NBYTES = 1024 * 2**20
-ROUNDS = 4
+ROUNDS = 3
 
 
 class Rank:

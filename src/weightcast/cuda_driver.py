@@ -33,7 +33,6 @@ def _driver() -> ctypes.CDLL:
     pointer, size = ctypes.c_uint64, ctypes.c_size_t
     library.cuGetErrorString.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_char_p)]
     library.cuDevicePrimaryCtxRetain.argtypes = [ctypes.POINTER(ctypes.c_void_p), ctypes.c_int]
-    library.cuDevicePrimaryCtxRelease_v2.argtypes = [ctypes.c_int]
     library.cuCtxPushCurrent_v2.argtypes = [ctypes.c_void_p]
     library.cuCtxPopCurrent_v2.argtypes = [ctypes.POINTER(ctypes.c_void_p)]
     library.cuPointerGetAttribute.argtypes = [ctypes.c_void_p, ctypes.c_int, pointer]
@@ -52,20 +51,25 @@ def _check(code: int, what: str) -> None:
         raise TransportError(f"{what}: CUDA error {code}: {reason}")
 
 
+@cache
+def _primary_context(index: int) -> ctypes.c_void_p:
+    """A GPU's primary context, which torch uses, too. Never released: the last release would destroy it, and with it
+    every mapping made before torch has a hold on it."""
+    context = ctypes.c_void_p()
+    _check(_driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), index), f"cannot use GPU {index}")
+    return context
+
+
 @contextlib.contextmanager
 def _context(device: torch.device) -> Iterator[ctypes.CDLL]:
-    """The device's primary context (torch's) made current on this thread, which may never have used CUDA."""
-    driver, context = _driver(), ctypes.c_void_p()
+    """The device's primary context made current on this thread, which may never have used CUDA."""
+    driver = _driver()
     index = torch.cuda.current_device() if device.index is None else device.index
-    _check(driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), index), f"cannot use GPU {index}")
+    _check(driver.cuCtxPushCurrent_v2(_primary_context(index)), f"cannot use GPU {index}")
     try:
-        _check(driver.cuCtxPushCurrent_v2(context), f"cannot use GPU {index}")
-        try:
-            yield driver
-        finally:
-            driver.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
+        yield driver
     finally:
-        driver.cuDevicePrimaryCtxRelease_v2(index)
+        driver.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
 
 
 def allocation_of(address: int, device: torch.device) -> tuple[int, int]:

@@ -11,6 +11,8 @@ HERE = Path(__file__).parent
 # NCCL refuses two ranks on one GPU of one host; every process that the tests start calls itself a host of its own.
 os.environ.setdefault("NCCL_HOSTID", f"test-{os.getpid()}")
 os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+# NCCL's own monitoring keeps a connection to every process it ever met, for as long as this one lives.
+os.environ.setdefault("NCCL_RAS_ENABLE", "0")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

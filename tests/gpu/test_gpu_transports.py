@@ -151,6 +151,22 @@ class TestCudaIpc(GpuSuite):
 class TestNccl(GpuSuite):
     transport = "weightcast.transports.nccl:NcclTransport"
 
+    def test_nothing_is_left_of_a_peer_that_was_killed(self, trainer: Peer, worker: Peer) -> None:
+        """As in the suite, but NCCL closes the sockets of an aborted communicator in the background."""
+        case = bulk_case(2**20)
+        self._cycle(trainer, worker, case)
+        trainer.call("close")
+        worker.call("close")
+        clean = worker.call("census")
+        self._cycle(trainer, worker, case)
+        trainer.kill()
+        assert failure(worker, "receive", 0, 10.0) == "PeerLost"
+        worker.call("close")
+        limit = Deadline(5.0)
+        while worker.call("census") != clean:
+            limit.check("leaving nothing behind")
+            time.sleep(0.1)
+
     def test_two_workers_of_one_trainer_at_once(self, worker: Peer) -> None:
         """Three ranks on one GPU: two pairs, whose rounds overlap."""
         case, values = bulk_case(NBYTES), random.randbytes(NBYTES)

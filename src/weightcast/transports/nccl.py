@@ -1,7 +1,8 @@
 """nccl: GPU to GPU on any host, one communicator of two ranks for each pair; buckets packed on one stream while others travel.
 
-A bucket is packed (cast, gathered) by one kernel, sent, received and unpacked by one kernel; two are in flight. A quiet TCP
-connection between the two processes brings the news of a death at once, which NCCL itself does not.
+A bucket is packed (cast, gathered) by one kernel, travels, and is unpacked by one kernel; two are in flight. It travels as a
+broadcast to one: NCCL uses more channels for that than for a send. A quiet TCP connection between the two processes brings
+the news of a death at once, which NCCL itself does not.
 """
 
 from __future__ import annotations
@@ -213,7 +214,7 @@ class NcclTrainerEnd(TrainerEnd):
                 with torch.cuda.stream(lanes.side):
                     packer.run()
                 comm.stream.wait_stream(lanes.side)
-                comm.send(lanes.buffer(number, bucket.nbytes), _WORKER, deadline)
+                comm.broadcast(lanes.buffer(number, bucket.nbytes), _TRAINER, deadline)
                 lanes.mark_free(number, comm.stream)
             comm.finish(deadline, "sending weights")
             return self._nbytes
@@ -260,7 +261,7 @@ class NcclWorkerEnd(WorkerEnd):
                 for number, (bucket, unpacker) in enumerate(zip(self._buckets, unpackers, strict=True)):
                     if (free := lanes.free(number)) is not None:
                         comm.wait(free, deadline, "receiving weights")
-                    comm.recv(lanes.buffer(number, bucket.nbytes), _TRAINER, deadline)
+                    comm.broadcast(lanes.buffer(number, bucket.nbytes), _TRAINER, deadline)
                     lanes.side.wait_stream(comm.stream)
                     with torch.cuda.stream(lanes.side):
                         unpacker.run()
