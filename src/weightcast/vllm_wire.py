@@ -6,6 +6,8 @@ pickle of that one class has one form, whose bytes are compared, and the id is t
 
 from __future__ import annotations
 
+import socket
+import time
 from collections.abc import Iterator, Sequence
 
 import msgspec
@@ -63,6 +65,7 @@ def serve_unique_id(address: str, unique_id: bytes, world_size: int) -> TCPStore
 def fetch_unique_id(address: str, port: int, world_size: int, deadline: Deadline) -> bytes:
     """The other ranks' side."""
     where = f"{address}:{port}"
+    _await_listener(address, port, deadline)
     try:
         store = TCPStore(
             address, port, world_size, False, deadline.remaining(), wait_for_workers=False, use_libuv=False
@@ -73,6 +76,18 @@ def fetch_unique_id(address: str, port: int, world_size: int, deadline: Deadline
         if deadline.passed:
             raise DeadlineExceeded(f"no NCCL id from {where} within {deadline.timeout_s:g} s") from error
         raise PeerLost(f"no NCCL id from {where}: {error}") from error
+
+
+def _await_listener(address: str, port: int, deadline: Deadline) -> None:
+    """Return when somebody listens: torch's own wait for that takes up to twice its limit."""
+    while True:
+        try:
+            socket.create_connection((address, port), max(min(1.0, deadline.remaining_s()), 0.001)).close()
+        except OSError:
+            deadline.check(f"waiting for a rendezvous at {address}:{port}")
+            time.sleep(min(0.1, deadline.remaining_s()))
+        else:
+            return
 
 
 class Chunk(msgspec.Struct, frozen=True, kw_only=True):
