@@ -37,7 +37,7 @@ def outcomes_from(answers: Sequence[Any]) -> list[WorkerOutcome]:
     except msgspec.ValidationError as error:
         raise EngineError(
             f"the engine's workers answered something else: {error}",
-            hint="Start it with --weight-transfer-config '{\"backend\": \"weightcast\"}'",
+            hint='Start it with --weight-transfer-config \'{"backend": "weightcast"}\'',
         ) from None
     if not outcomes:
         raise EngineError("no worker answered")

@@ -51,7 +51,10 @@ def answers(llm: Any, prompts: Sequence[list[int]] = PROMPTS) -> list[tuple[list
     return [
         (
             list(output.outputs[0].token_ids),
-            [step[token].logprob for step, token in zip(output.outputs[0].logprobs, output.outputs[0].token_ids, strict=True)],
+            [
+                step[token].logprob
+                for step, token in zip(output.outputs[0].logprobs, output.outputs[0].token_ids, strict=True)
+            ],
         )
         for output in outputs
     ]

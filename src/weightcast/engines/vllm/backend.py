@@ -13,10 +13,10 @@ from typing import Any
 
 import msgspec
 import torch
-import vllm
 from vllm.distributed.weight_transfer.base import WeightTransferEngine as VllmEngine
 from vllm.v1.worker.worker_base import WorkerBase
 
+import vllm
 from weightcast.engines.vllm.model import VllmModel
 from weightcast.engines.vllm.parallelism import worker_rank
 from weightcast.engines.vllm.versions import check_version

@@ -86,7 +86,9 @@ def _spread_over_shared(model: nn.Module, direct: dict[str, bool]) -> None:
     changed = True
     while changed:
         loaded = {id(t) for name, is_direct in direct.items() if not is_direct for t in _parameters(layers[name])}
-        touched = [name for name, is_direct in direct.items() if is_direct and loaded & set(map(id, _parameters(layers[name])))]
+        touched = [
+            name for name, is_direct in direct.items() if is_direct and loaded & set(map(id, _parameters(layers[name])))
+        ]
         changed = bool(touched)
         direct.update(dict.fromkeys(touched, False))
 

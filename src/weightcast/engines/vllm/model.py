@@ -136,7 +136,9 @@ def _through_loader(layers: Sequence[LayerTensors], numbers: dict[int, int], rec
     names_in: dict[int, set[str]] = {}
     for placement in recording.layout.placements:
         names_in.setdefault(placement.storage, set()).add(placement.region.name)
-    blocked = [(layer.direct, set().union(*(names_in.get(n, set()) for n in _numbers_of(layer, numbers)))) for layer in layers]
+    blocked = [
+        (layer.direct, set().union(*(names_in.get(n, set()) for n in _numbers_of(layer, numbers)))) for layer in layers
+    ]
     grown = True
     while grown:
         before = len(through)
@@ -199,5 +201,3 @@ def _without_reload_noise() -> Iterator[None]:
         yield
     finally:
         source.removeFilter(is_news)
-
-

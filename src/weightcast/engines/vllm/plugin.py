@@ -12,9 +12,9 @@ logger = logging.getLogger(__name__)
 def register() -> None:
     """Make the backend known to vLLM. Raises Unsupported for vLLM versions out of range; idempotent."""
     import torch
-    import vllm
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
+    import vllm
     from weightcast.engines.vllm.versions import check_version
 
     check_version(vllm.__version__)

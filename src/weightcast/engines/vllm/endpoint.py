@@ -1,0 +1,71 @@
+"""The endpoint plug-in: ``/weightcast/*`` in vLLM's own server, without its development mode.
+
+vLLM loads it only where the operator names it (VLLM_PLUGINS=weightcast). The token is WEIGHTCAST_TOKEN; without one the routes
+that change anything answer clients of this machine only.
+"""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from weightcast.engines.vllm.front import VllmControl
+from weightcast.engines.vllm.plugin import BACKEND
+from weightcast.server.auth import TokenAuth
+from weightcast.server.body import query_flag
+from weightcast.server.control_routes import control_router
+from weightcast.server.operation import Operation, routes_of
+from weightcast.server.replies import json_response
+
+TOKEN_VARIABLE = "WEIGHTCAST_TOKEN"
+
+
+class WeightcastEndpoints:
+    """What vLLM calls: ``attach_router`` while the application is built, ``init_state`` when the engine is up."""
+
+    name = BACKEND
+    required_tasks = ("generate",)
+
+    def __init__(self) -> None:
+        self._control = VllmControl()
+
+    def attach_router(self, app: Any) -> None:
+        """Add the control routes, and the two open ones that trainers ask before them where vLLM does not serve them."""
+        auth = TokenAuth(os.environ.get(TOKEN_VARIABLE) or None)
+        present = {getattr(route, "path", None) for route in app.router.routes}
+        app.router.routes.extend(control_router(self._control, auth).routes)
+        missing = [operation for operation in self._open_operations() if operation.path not in present]
+        app.router.routes.extend(routes_of(missing, {}))
+
+    async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
+        if engine_client is not None:
+            self._control.attach(engine_client)
+
+    def _open_operations(self) -> list[Operation]:
+        return [
+            Operation(
+                method="GET",
+                path="/get_world_size",
+                handler=self._world_size,
+                summary="How many workers the engine has",
+                tag=BACKEND,
+            ),
+            Operation(
+                method="GET",
+                path="/weight_info",
+                handler=self._weight_info,
+                summary="Which version is live",
+                tag=BACKEND,
+            ),
+        ]
+
+    async def _world_size(self, request: Request) -> Response:
+        size = await self._control.front.get_world_size(query_flag(request, "include_dp", True))
+        return json_response({"world_size": size})
+
+    async def _weight_info(self, request: Request) -> Response:
+        return json_response({"weight_version": await self._control.front.get_weight_version()})
