@@ -144,7 +144,7 @@ def _config(model_type: str, fields: dict[str, Any], overrides: dict[str, Any]) 
     from transformers import AutoConfig
 
     known = AutoConfig.for_model(model_type)
-    unknown = [name for name in overrides if not hasattr(known, name)]
+    unknown = [name for name in overrides if name not in fields and not hasattr(known, name)]
     if unknown:
         raise InvalidInput(f"{model_type} configs have no field {unknown[0]!r}", field=unknown[0])
     return AutoConfig.for_model(model_type, **{**fields, **overrides})

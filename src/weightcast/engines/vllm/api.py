@@ -56,7 +56,7 @@ def _unwrap(tensor: torch.Tensor) -> None:
     """Take a reload's wrapper off a weight loader: it would count tensors for a reload that is over."""
     loader = _get_original_loader(tensor)
     if hasattr(tensor, "weight_loader") and tensor.weight_loader is not loader:
-        tensor.weight_loader = loader  # type: ignore[attr-defined]
+        tensor.weight_loader = loader
 
 
 def derives_weights(layer: nn.Module) -> bool:
@@ -83,21 +83,6 @@ def is_accelerator_unquantized(method: Any, device: torch.device) -> bool:
     return device.type == "cuda" and type(method) in (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)
 
 
-def is_input_embedding(layer: nn.Module) -> bool:
-    """An unquantised embedding that is only looked up: what its step after loading packs is used by output heads only."""
-    from vllm.model_executor.layers.vocab_parallel_embedding import (
-        ParallelLMHead,
-        UnquantizedEmbeddingMethod,
-        VocabParallelEmbedding,
-    )
-
-    return (
-        type(layer) is VocabParallelEmbedding
-        and not isinstance(layer, ParallelLMHead)
-        and type(quant_method(layer)) is UnquantizedEmbeddingMethod
-    )
-
-
 @contextmanager
 def layerwise_reload(model: nn.Module, vllm_config: Any) -> Iterator[None]:
     """Layers take checkpoint tensors inside, and each goes live when it has all of its tensors.
@@ -106,12 +91,23 @@ def layerwise_reload(model: nn.Module, vllm_config: Any) -> Iterator[None]:
     """
     with set_current_vllm_config(vllm_config), torch.device(vllm_config.device_config.device):
         try:
+            _forget_expert_kernels(model, vllm_config)
             initialize_layerwise_reload(model)
             yield
             finalize_layerwise_reload(model, vllm_config.model_config)
         except BaseException:
             _abandon(model)
             raise
+
+
+def _forget_expert_kernels(model: nn.Module, vllm_config: Any) -> None:
+    """On CPU experts are packed only while their kernel is made, so a reload has to make it again."""
+    if vllm_config.device_config.device.type != "cpu":
+        return
+    for layer in model.modules():
+        method = quant_method(layer)
+        if getattr(method, "moe_kernel", None) is not None:
+            method.moe_kernel = None
 
 
 def _abandon(model: nn.Module) -> None:

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 CALL = "weightcast_call"
 
 
-class VllmBackend(VllmEngine):  # type: ignore[misc,type-arg]
+class VllmBackend(VllmEngine):  # type: ignore[misc]
     """One worker's WeightcastEngine behind vLLM's contract."""
 
     init_info_cls = WeightcastInitInfo

@@ -75,9 +75,8 @@ def _is_read_as_loaded(layer: nn.Module, device: torch.device) -> bool:
     method = api.quant_method(layer)
     if method is None:
         return not hasattr(layer, "process_weights_after_loading")
-    return (
-        api.keeps_load_format(method) or api.is_accelerator_unquantized(method, device) or api.is_input_embedding(layer)
-    )
+    # On CPU an input embedding is packed too: some models use it as their output head.
+    return api.keeps_load_format(method) or api.is_accelerator_unquantized(method, device)
 
 
 def _spread_over_shared(model: nn.Module, direct: dict[str, bool]) -> None:

@@ -6,16 +6,16 @@ from weightcast.trainer.clients.base import CommitOrder, CommitReply, EngineClie
 from weightcast.trainer.clients.http import HttpEngineClient
 from weightcast.trainer.clients.in_process import InProcessEngineClient, SyncEngine
 from weightcast.trainer.clients.rpc import RpcEngineClient
-from weightcast.trainer.clients.vllm import AsyncVllmClient, RayVllmClient, VllmClient
+from weightcast.trainer.clients.vllm import AsyncVllmClient, OfflineEngine, RayVllmClient, VllmClient
 
 
-def make_client(engine: str | EngineClient | SyncEngine, *, token: str | None = None) -> EngineClient:
+def make_client(engine: str | EngineClient | SyncEngine | OfflineEngine, *, token: str | None = None) -> EngineClient:
     """A client for a URL, an engine object or a client."""
     if isinstance(engine, EngineClient):
         return engine
     if isinstance(engine, str):
         return HttpEngineClient(engine, token=token)
-    if hasattr(engine, "collective_rpc"):
+    if isinstance(engine, OfflineEngine):
         return VllmClient(engine)
     return InProcessEngineClient(engine)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Coroutine, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from weightcast.deadline import Deadline
 from weightcast.errors import DeadlineExceeded, InvalidInput
@@ -14,6 +14,7 @@ from weightcast.trainer.clients.rpc import CALL, RpcEngineClient
 _numbers = itertools.count()
 
 
+@runtime_checkable
 class OfflineEngine(Protocol):
     """The part of vLLM's ``LLM`` that is used."""
 
