@@ -1,0 +1,19 @@
+"""Without vLLM (make test-vllm has it) nothing here can run."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.vllm)
+            item.add_marker(pytest.mark.filterwarnings("default"))
+            item.add_marker(pytest.mark.timeout(300))
+
+
+collect_ignore_glob = [] if find_spec("vllm") is not None else ["test_*.py"]

@@ -1,0 +1,130 @@
+"""A stock vLLM server in a process group of its own, with the weightcast plug-in."""
+
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+START_TIMEOUT_S = 180.0
+
+
+@dataclass(frozen=True)
+class Served:
+    """A running server."""
+
+    url: str
+    token: str
+    log: Path
+    pid: int
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.token}"}
+
+    def get(self, path: str, **options: Any) -> httpx.Response:
+        return httpx.get(self.url + path, timeout=60, trust_env=False, **options)
+
+    def post(self, path: str, json: Any = None, **options: Any) -> httpx.Response:
+        return httpx.post(self.url + path, json=json, timeout=60, trust_env=False, **options)
+
+    def complete(self, ids: list[int], max_tokens: int = 12, **fields: Any) -> dict[str, Any]:
+        """A greedy completion with log-probabilities; the response's first choice."""
+        body = {
+            "model": "policy",
+            "prompt": ids,
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "logprobs": 0,
+            "return_token_ids": True,
+            **fields,
+        }
+        response = self.post("/v1/completions", body)
+        assert response.status_code == 200, response.text
+        choice: dict[str, Any] = response.json()["choices"][0]
+        return choice
+
+    def answers(self, prompts: list[list[int]]) -> list[tuple[list[int], list[float]]]:
+        """Tokens and log-probabilities of each prompt."""
+        choices = [self.complete(ids) for ids in prompts]
+        return [(choice["token_ids"], choice["logprobs"]["token_logprobs"]) for choice in choices]
+
+    @property
+    def version(self) -> str:
+        return str(self.get("/weight_info").json()["weight_version"])
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def server(model: Path, *options: str, env: dict[str, str] | None = None, backend: bool = True) -> Iterator[Served]:
+    """Start, wait until it is healthy, and end the whole process group afterwards."""
+    port, token = free_port(), secrets.token_hex(8)
+    log = model.parent / f"server-{port}.log"
+    command = [
+        str(Path(sys.executable).parent / "vllm"), "serve", str(model),
+        "--served-model-name", "policy", "--host", "127.0.0.1", "--port", str(port),
+        "--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "8",
+        "--kv-cache-memory-bytes", str(32 << 20), "--no-enable-log-requests",
+        *(["--weight-transfer-config", '{"backend": "weightcast"}'] if backend else []),
+        *options,
+    ]  # fmt: skip
+    environment = os.environ | {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+        "VLLM_PLUGINS": "weightcast",
+        "WEIGHTCAST_TOKEN": token,
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        **(env or {}),
+    }
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        _wait_healthy(process, f"http://127.0.0.1:{port}", log)
+        yield Served(f"http://127.0.0.1:{port}", token, log, process.pid)
+    finally:
+        _end(process)
+
+
+def _wait_healthy(process: "subprocess.Popen[bytes]", url: str, log: Path) -> None:
+    end = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < end:
+        if process.poll() is not None:
+            break
+        try:
+            if httpx.get(url + "/health", timeout=2, trust_env=False).status_code == 200:
+                return
+        except httpx.TransportError:
+            time.sleep(0.3)
+    raise AssertionError(f"vLLM did not come up:\n{log.read_text(errors='replace')[-6000:]}")
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    for number, patience_s in ((signal.SIGTERM, 15.0), (signal.SIGKILL, 10.0)):
+        try:
+            os.killpg(process.pid, number)
+        except ProcessLookupError:
+            return
+        try:
+            process.wait(patience_s)
+        except subprocess.TimeoutExpired:
+            continue
+        if number == signal.SIGTERM:
+            time.sleep(0.5)

@@ -1,0 +1,181 @@
+"""A served vLLM: rounds while requests run, refusals, failures and a killed trainer leave exactly version n."""
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from tests.vllm.served import Served, server
+
+from weightcast import Publisher
+from weightcast.errors import AuthError, WeightcastError
+from weightcast.testing.models import build_tiny_model, random_state_dict, save_checkpoint
+
+PROMPTS = [[5, 17, 33, 2, 90], list(range(60, 100)), [7]]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_model(tmp_path_factory.mktemp("served") / "m", "qwen3", dtype="bfloat16", head_dim=32)
+
+
+@pytest.fixture(scope="module")
+def served(model: Path) -> Iterator[Served]:
+    with server(model) as running:
+        yield running
+
+
+def test_the_control_routes_need_the_token_and_no_development_mode(served: Served) -> None:
+    assert served.get("/get_world_size").json() == {"world_size": 1}
+    assert served.get("/weightcast/status").json()["backend"] == "weightcast"
+    assert served.post("/start_weight_update").status_code == 404
+    for path in ("init", "commit", "rollback", "shutdown"):
+        assert served.post(f"/weightcast/{path}", {}).status_code == 401
+        assert served.post(f"/weightcast/{path}", {}, headers={"Authorization": "Bearer no"}).status_code == 401
+
+
+def test_bad_input_is_422_and_the_wrong_moment_409(served: Served) -> None:
+    def post(path: str, body: object) -> httpx.Response:
+        return served.post(f"/weightcast/{path}", body, headers=served.headers)
+
+    before = served.answers(PROMPTS)
+    order = {"epoch": 99, "round": 99, "version": "9-x", "timeout_s": 5}
+    assert post("commit", order).status_code == 409
+    answer = post("init", {"init_info": {"address": "tcp://127.0.0.1:1", "colour": "red"}})
+    assert answer.status_code == 422
+    answer = post("commit", {**order, "pause": "often"})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (422, "pause")
+    answer = post("commit", {**order, "colour": 1})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (422, "colour")
+    assert served.answers(PROMPTS) == before
+
+
+@pytest.mark.parametrize("transport", ["shm", "gloo"])
+@pytest.mark.parametrize("mode", ["staged", "in_place"])
+def test_rounds_arrive_while_requests_run(served: Served, model: Path, transport: str, mode: str) -> None:
+    weights = random_state_dict(model)
+    results: list[dict[str, object]] = []
+    busy = [
+        threading.Thread(target=lambda n=n: results.append(served.complete([n, n + 1, n + 2], max_tokens=200)))
+        for n in range(3)
+    ]
+    with Publisher(
+        weights, [served.url], token=served.token, transport=transport, mode=mode, timeout_s=60
+    ) as publisher:
+        publisher.connect()
+        for thread in busy:
+            thread.start()
+        first = publisher.publish()
+        for name, value in random_state_dict(model).items():
+            weights[name].copy_(value)
+        report = publisher.publish()
+        assert report.number == first.number + 1
+        assert report.digests_match
+        assert served.version == report.version
+    for thread in busy:
+        thread.join(60)
+    assert [result["finish_reason"] for result in results] == ["length"] * 3
+    assert served.answers(PROMPTS) == _fresh(served, model, weights)
+
+
+def _fresh(served: Served, model: Path, weights: dict[str, torch.Tensor]) -> list[tuple[list[int], list[float]]]:
+    """What vLLM answers when it loads the same weights from disk, in a process of its own."""
+    folder = save_checkpoint(model.parent / f"fresh-{time.monotonic_ns()}", weights, like=model)
+    code = (
+        "import json, sys\n"
+        "from pathlib import Path\n"
+        "from tests.vllm import offline\n"
+        "with offline.engine(Path(sys.argv[1])) as llm:\n"
+        "    print('ANSWERS' + json.dumps([offline.answers(llm, [ids])[0] for ids in json.loads(sys.argv[2])]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder), str(PROMPTS)], capture_output=True, text=True, timeout=120
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("ANSWERS")]
+    assert lines, done.stderr[-3000:]
+    import json
+
+    return [(ids, logprobs) for ids, logprobs in json.loads(lines[0].removeprefix("ANSWERS"))]
+
+
+@pytest.mark.parametrize("trouble", ["unknown tensor", "wrong shape", "half a fused group", "missing tensor"])
+def test_a_wrong_model_is_refused_before_anything_is_written(served: Served, model: Path, trouble: str) -> None:
+    before, version = served.answers(PROMPTS), served.version
+    weights = random_state_dict(model)
+    names = {
+        "unknown tensor": "model.layers.0.no_such.weight",
+        "wrong shape": "model.layers.0.mlp.down_proj.weight",
+        "half a fused group": "model.layers.1.self_attn.k_proj.weight",
+        "missing tensor": "model.norm.weight",
+    }
+    name = names[trouble]
+    if trouble == "unknown tensor":
+        weights[name] = torch.randn(4, 4)
+    elif trouble == "wrong shape":
+        weights[name] = weights[name][:, :-2].contiguous()
+    else:
+        del weights[name]
+    with Publisher(weights, [served.url], token=served.token, timeout_s=30) as publisher:
+        with pytest.raises(WeightcastError) as caught:
+            publisher.publish()
+    shown = {"half a fused group": "qkv_proj", "wrong shape": "down_proj"}.get(trouble, name.rpartition(".weight")[0])
+    assert shown in str(caught.value)
+    assert served.answers(PROMPTS) == before
+    assert served.version == version
+
+
+def test_a_killed_trainer_leaves_version_n_and_another_can_publish(served: Served, model: Path) -> None:
+    weights = random_state_dict(model)
+    with Publisher(weights, [served.url], token=served.token, timeout_s=60) as publisher:
+        version = publisher.publish().version
+    before = served.answers(PROMPTS)
+    code = (
+        "import os, signal, sys, threading\n"
+        "from weightcast import Publisher\n"
+        "from weightcast.testing.models import random_state_dict\n"
+        "from weightcast.trainer.rounds import Round\n"
+        "publisher = Publisher(random_state_dict(sys.argv[1]), [sys.argv[2]], token=sys.argv[3], timeout_s=60)\n"
+        "publisher.connect()\n"
+        "Round._commit = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "publisher.publish()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(model), served.url, served.token], timeout=90)
+    assert done.returncode == -9
+    assert (served.answers(PROMPTS), served.version) == (before, version)
+    with Publisher(random_state_dict(model), [served.url], token=served.token, timeout_s=60) as publisher:
+        end = time.monotonic() + 20
+        while True:
+            try:
+                report = publisher.publish()
+                break
+            except WeightcastError:
+                assert time.monotonic() < end
+                time.sleep(0.5)
+    assert served.version == report.version
+    assert served.answers(PROMPTS) != before
+
+
+@pytest.mark.parametrize("pause", ["keep", "wait", "abort", "none"])
+def test_pause_modes(served: Served, model: Path, pause: str) -> None:
+    results: list[dict[str, object]] = []
+    busy = threading.Thread(target=lambda: results.append(served.complete([3, 1, 4], max_tokens=240)))
+    with Publisher(random_state_dict(model), [served.url], token=served.token, pause=pause, timeout_s=60) as publisher:
+        publisher.connect()
+        busy.start()
+        time.sleep(0.15)
+        report = publisher.publish()
+    busy.join(60)
+    assert served.version == report.version
+    assert results[0]["finish_reason"] == ("abort" if pause == "abort" else "length")
+    assert not served.get("/weightcast/status").json()["paused"]
+
+
+def test_a_wrong_token_is_told(served: Served, model: Path) -> None:
+    with Publisher(random_state_dict(model), [served.url], token="wrong", timeout_s=10) as publisher:
+        with pytest.raises(AuthError):
+            publisher.connect()
