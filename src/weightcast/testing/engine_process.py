@@ -12,10 +12,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import uvicorn
+from safetensors.torch import load_file
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -60,8 +62,8 @@ def values_of(seed: int, device: str = "cpu") -> dict[str, torch.Tensor]:
 class _Model(DictModel):
     """Its loader reaches a point of injection after its first tensor."""
 
-    def __init__(self, faults: Faults, **options: Any) -> None:
-        super().__init__(values_of(0, options["device"]), **options)
+    def __init__(self, faults: Faults, tensors: Mapping[str, torch.Tensor], **options: Any) -> None:
+        super().__init__(tensors, **options)
         self._faults = faults
 
     def load_weights(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
@@ -159,7 +161,15 @@ class EngineHost:
     """What lives in the process; EngineProcess calls its methods."""
 
     def __init__(
-        self, mode: str, num_workers: int, loader: bool, relocatable: bool, device: str, host: str, port: int
+        self,
+        mode: str,
+        num_workers: int,
+        loader: bool,
+        relocatable: bool,
+        device: str,
+        checkpoint: str | None,
+        host: str,
+        port: int,
     ) -> None:
         shm.SLICE_NBYTES = SLICE_NBYTES
         self._faults = Faults()
@@ -167,7 +177,10 @@ class EngineHost:
         through = LOADED if loader else ()
         options = {"through_loader": through, "relocatable": relocatable, "device": device}
         self._device = device
-        self._models = [_Model(self._faults, rows=(rank, num_workers), **options) for rank in range(num_workers)]
+        tensors = values_of(0, device) if checkpoint is None else load_file(Path(checkpoint) / "model.safetensors")
+        self._models = [
+            _Model(self._faults, tensors, rows=(rank, num_workers), **options) for rank in range(num_workers)
+        ]
         self._workers = [
             WeightcastEngine(WeightTransferConfig(mode=mode), model, WorkerRank(rank=rank, world_size=num_workers))
             for rank, model in enumerate(self._models)
@@ -226,6 +239,10 @@ class EngineHost:
         """Whether every live byte is that of ``values_of(seed)``."""
         return all(model.holds(values_of(seed, self._device)) for model in self._models)
 
+    def checksums(self) -> dict[str, str]:
+        """Digest per live tensor; of an engine with one worker."""
+        return self._models[0].checksums()
+
     def state(self) -> tuple[str, bool]:
         return self._workers[0].weight_version, any(worker.dirty for worker in self._workers)
 
@@ -251,7 +268,10 @@ class EngineHost:
 
 
 class EngineProcess(Child):
-    """An engine at ``url``; ``mode`` is "staged" or "in_place". The same port can be given to its successor."""
+    """An engine at ``url``; ``mode`` is "staged" or "in_place". The same port can be given to its successor.
+
+    It holds ``values_of(0)`` at first, or the tensors of a checkpoint folder.
+    """
 
     def __init__(
         self,
@@ -261,16 +281,19 @@ class EngineProcess(Child):
         loader: bool = False,
         relocatable: bool = True,
         device: str = "cpu",
+        checkpoint: str | None = None,
         host: str = "127.0.0.1",
         port: int = 0,
         netns: str | None = None,
     ) -> None:
         self.options = {
-            "num_workers": num_workers, "loader": loader, "relocatable": relocatable, "device": device, "host": host,
-            "netns": netns,
+            "num_workers": num_workers, "loader": loader, "relocatable": relocatable, "device": device,
+            "checkpoint": checkpoint, "host": host, "netns": netns,
         }  # fmt: skip
         self.mode = mode
-        super().__init__(EngineHost, mode, num_workers, loader, relocatable, device, host, port, netns=netns)
+        super().__init__(
+            EngineHost, mode, num_workers, loader, relocatable, device, checkpoint, host, port, netns=netns
+        )
         self.url = str(self.call("url"))
         self.port = int(self.url.rpartition(":")[2])
 

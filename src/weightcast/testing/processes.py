@@ -13,7 +13,7 @@ import signal
 import threading
 import traceback
 from collections.abc import Callable
-from multiprocessing import get_context
+from multiprocessing import forkserver, get_context
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any
@@ -21,7 +21,13 @@ from typing import Any
 from weightcast.deadline import Deadline
 from weightcast.errors import DeadlineExceeded
 
-PRELOAD = ["weightcast.testing.engine_process", "weightcast.testing.trainer_process"]
+PRELOAD = ("weightcast.testing.engine_process", "weightcast.testing.trainer_process")
+
+
+def start_fork_server(*modules: str) -> None:
+    """Start the server that children are forked from, with more modules imported; nothing when it runs already."""
+    get_context("forkserver").set_forkserver_preload([*PRELOAD, *modules])
+    forkserver.ensure_running()
 
 
 class ChildFailed(RuntimeError):
@@ -39,8 +45,8 @@ class Child:
     """
 
     def __init__(self, factory: Callable[..., Any], *args: Any, netns: str | None = None) -> None:
+        start_fork_server()
         context = get_context("forkserver")
-        context.set_forkserver_preload(PRELOAD)
         self._channel, theirs = context.Pipe()
         self._numbers = itertools.count(1)
         self._process = context.Process(target=_serve, args=(theirs, netns, factory, args), daemon=True)

@@ -398,9 +398,10 @@ def second_trainer_takes_over(make: MakeField) -> str:
         with field.second(takeover=True) as second:
             number = second.publish(DEADLINE_S).number
             expect(number == 2, f"the second trainer published {number}")
-            field.seeds[number] = field._seed
+            seed = field._seed
             failure = field.fail()
             expect(set(failure.causes.values()) <= {"StateError", "PeerLost"}, f"{failure.error}")
+            field.seeds[number] = seed
             field.consistent(field.a, field.b)
         del second
         report = field.succeed()

@@ -1,0 +1,140 @@
+"""Servers of a chaos run: `weightcast serve` processes and the load on them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from weightcast.server.run import bind
+from weightcast.testing.chaos.reference import Answer, Reference
+
+TOKEN = "a-token-for-chaos"
+NAME = "policy"
+MAX_TOKENS = 24
+
+
+class Server:
+    """One `weightcast serve`, always at the same URL; it can be killed, stopped and started again."""
+
+    def __init__(self, checkpoint: Path, folder: Path, number: int, mode: str) -> None:
+        self._checkpoint, self._folder, self._mode = checkpoint, folder, mode
+        with bind("127.0.0.1", 0) as sock:
+            self.port = int(sock.getsockname()[1])
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.name = f"server {number}"
+        self._ready = folder / f"ready-{number}"
+        self._log = folder / f"server-{number}.log"
+        self._process: subprocess.Popen[bytes] | None = None
+        self.is_stopped = False
+
+    def start(self) -> None:
+        """Start it; it serves some seconds later."""
+        self._ready.unlink(missing_ok=True)
+        command = [sys.executable, "-m", "weightcast.cli", "serve", str(self._checkpoint), "--port", str(self.port)]
+        command += ["--token", TOKEN, "--dtype", "float64", "--num-threads", "1", "--served-model-name", NAME]
+        command += ["--weight-transfer-config", f'{{"mode": "{self._mode}"}}', "--ready-file", str(self._ready)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+
+    @property
+    def is_up(self) -> bool:
+        return self._process is not None and self._process.poll() is None and self._ready.exists()
+
+    @property
+    def is_dead(self) -> bool:
+        return self._process is None or self._process.poll() is not None
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+        self._ready.unlink(missing_ok=True)
+        self.is_stopped = False
+
+    def stop(self) -> None:
+        self._signal(signal.SIGSTOP)
+        self.is_stopped = True
+
+    def go_on(self) -> None:
+        self._signal(signal.SIGCONT)
+        self.is_stopped = False
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(number)
+
+    def checksums(self) -> tuple[str, dict[str, str]]:
+        """The live version, and the digest of each tensor as it lies in the server's memory."""
+        answer = httpx.get(
+            f"{self.url}/weightcast/status?checksums=true", headers={"Authorization": f"Bearer {TOKEN}"}, timeout=20
+        ).json()
+        return str(answer["weight_version"]), dict(answer["details"]["checksums"])
+
+    def tail(self) -> str:
+        """The end of its log."""
+        return self._log.read_text(errors="replace")[-4000:] if self._log.exists() else ""
+
+
+class Load(threading.Thread):
+    """Asks servers for greedy answers without a pause, and has each one checked against the reference."""
+
+    def __init__(self, servers: list[Server], reference: Reference, seed: int) -> None:
+        super().__init__(name="load", daemon=True)
+        self._servers, self._reference = servers, reference
+        self._random = random.Random(seed)
+        self._over = threading.Event()
+        self.num_answers = self.num_tokens = self.num_mixed = self.num_refused = 0
+        self.faults: list[str] = []
+
+    def run(self) -> None:
+        with httpx.Client(timeout=8, limits=httpx.Limits(max_keepalive_connections=0)) as client:
+            while not self._over.is_set():
+                answer = self._ask(client)
+                if answer is None:
+                    self.num_refused += 1
+                    time.sleep(0.02)
+                    continue
+                fault = self._reference.fault(answer)
+                if fault is not None:
+                    self.faults.append(f"{answer.server}: {fault}: {answer}")
+                self.num_answers += 1
+                self.num_tokens += len(answer.tokens)
+                self.num_mixed += len(answer.spans) > 1
+
+    def _ask(self, client: httpx.Client) -> Answer | None:
+        server = self._random.choice(self._servers)
+        prompt = tuple(self._random.randrange(3, 200) for _ in range(self._random.randint(1, 12)))
+        body: dict[str, Any] = {"model": NAME, "prompt": list(prompt), "max_tokens": MAX_TOKENS, "temperature": 0}
+        body |= {"ignore_eos": True, "return_token_ids": True}
+        try:
+            reply = client.post(f"{server.url}/v1/completions", json=body)
+        except httpx.TransportError:
+            return None
+        if reply.status_code != 200:
+            if reply.status_code >= 500 and reply.status_code != 503:
+                self.faults.append(f"{server.name} answered {reply.status_code}: {reply.text[:300]}")
+            if reply.status_code in (404, 422):
+                self.faults.append(f"{server.name} refused: {reply.text[:300]}")
+            return None
+        choice = reply.json()["choices"][0]
+        if not choice["token_ids"]:
+            return None
+        spans = tuple((span["version"], span["start"], span["end"]) for span in choice["weight_versions"])
+        return Answer(server.name, prompt, tuple(choice["token_ids"]), spans)
+
+    def close(self) -> None:
+        """End the load; the request in flight is waited for."""
+        self._over.set()
+        with contextlib.suppress(RuntimeError):
+            self.join(15)
