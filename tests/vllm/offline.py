@@ -1,11 +1,19 @@
 """Engines inside the test's own process: three seconds each, no server."""
 
 import gc
+import json
 import os
-from collections.abc import Iterator, Sequence
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import torch
+
+from weightcast.testing.models import save_checkpoint
 
 os.environ |= {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -17,6 +25,7 @@ os.environ |= {
 
 PROMPTS = [[5, 17, 33, 2, 90], [44, 45, 46], list(range(60, 100)), [7]]
 NUM_TOKENS = 12
+MARK = "ANSWERS "
 
 
 @contextmanager
@@ -58,3 +67,20 @@ def answers(llm: Any, prompts: Sequence[list[int]] = PROMPTS) -> list[tuple[list
         )
         for output in outputs
     ]
+
+
+def fresh_answers(
+    model: Path, weights: Mapping[str, torch.Tensor], prompts: Sequence[list[int]]
+) -> list[tuple[list[int], list[float]]]:
+    """What vLLM answers, prompt by prompt, when it loads these weights from disk in a process of its own."""
+    folder = save_checkpoint(model.parent / f"fresh-{time.monotonic_ns()}", weights, like=model)
+    command = [sys.executable, "-m", "tests.vllm.offline", str(folder), json.dumps(list(prompts))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    lines = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
+    assert lines, done.stderr[-3000:]
+    return [(ids, logprobs) for ids, logprobs in json.loads(lines[0].removeprefix(MARK))]
+
+
+if __name__ == "__main__":
+    with engine(Path(sys.argv[1])) as loaded:
+        print(MARK + json.dumps([answers(loaded, [ids])[0] for ids in json.loads(sys.argv[2])]))

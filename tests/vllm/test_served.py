@@ -10,11 +10,12 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
+from tests.vllm.offline import fresh_answers
 from tests.vllm.served import Served, server
 
 from weightcast import Publisher
 from weightcast.errors import AuthError, WeightcastError
-from weightcast.testing.models import build_tiny_model, random_state_dict, save_checkpoint
+from weightcast.testing.models import build_tiny_model, random_state_dict
 
 PROMPTS = [[5, 17, 33, 2, 90], list(range(60, 100)), [7]]
 
@@ -80,27 +81,7 @@ def test_rounds_arrive_while_requests_run(served: Served, model: Path, transport
     for thread in busy:
         thread.join(60)
     assert [result["finish_reason"] for result in results] == ["length"] * 3
-    assert served.answers(PROMPTS) == _fresh(served, model, weights)
-
-
-def _fresh(served: Served, model: Path, weights: dict[str, torch.Tensor]) -> list[tuple[list[int], list[float]]]:
-    """What vLLM answers when it loads the same weights from disk, in a process of its own."""
-    folder = save_checkpoint(model.parent / f"fresh-{time.monotonic_ns()}", weights, like=model)
-    code = (
-        "import json, sys\n"
-        "from pathlib import Path\n"
-        "from tests.vllm import offline\n"
-        "with offline.engine(Path(sys.argv[1])) as llm:\n"
-        "    print('ANSWERS' + json.dumps([offline.answers(llm, [ids])[0] for ids in json.loads(sys.argv[2])]))\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(folder), str(PROMPTS)], capture_output=True, text=True, timeout=120
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("ANSWERS")]
-    assert lines, done.stderr[-3000:]
-    import json
-
-    return [(ids, logprobs) for ids, logprobs in json.loads(lines[0].removeprefix("ANSWERS"))]
+    assert served.answers(PROMPTS) == fresh_answers(model, weights, PROMPTS)
 
 
 @pytest.mark.parametrize("trouble", ["unknown tensor", "wrong shape", "half a fused group", "missing tensor"])
@@ -120,9 +101,11 @@ def test_a_wrong_model_is_refused_before_anything_is_written(served: Served, mod
         weights[name] = weights[name][:, :-2].contiguous()
     else:
         del weights[name]
-    with Publisher(weights, [served.url], token=served.token, timeout_s=30) as publisher:
-        with pytest.raises(WeightcastError) as caught:
-            publisher.publish()
+    with (
+        Publisher(weights, [served.url], token=served.token, timeout_s=30) as publisher,
+        pytest.raises(WeightcastError) as caught,
+    ):
+        publisher.publish()
     shown = {"half a fused group": "qkv_proj", "wrong shape": "down_proj"}.get(trouble, name.rpartition(".weight")[0])
     assert shown in str(caught.value)
     assert served.answers(PROMPTS) == before
@@ -176,6 +159,8 @@ def test_pause_modes(served: Served, model: Path, pause: str) -> None:
 
 
 def test_a_wrong_token_is_told(served: Served, model: Path) -> None:
-    with Publisher(random_state_dict(model), [served.url], token="wrong", timeout_s=10) as publisher:
-        with pytest.raises(AuthError):
-            publisher.connect()
+    with (
+        Publisher(random_state_dict(model), [served.url], token="wrong", timeout_s=10) as publisher,
+        pytest.raises(AuthError),
+    ):
+        publisher.connect()

@@ -1,0 +1,108 @@
+"""Every model family: after each push, tokens and log-probabilities equal those of a fresh load of the same weights."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.vllm import offline
+
+from weightcast import Publisher
+from weightcast.errors import RoundFailed
+from weightcast.testing.models import build_tiny_model, random_state_dict, save_checkpoint
+
+HEAD = {"head_dim": 32}
+MLA = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 32, "v_head_dim": 32}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": HEAD,
+    "qwen3": HEAD,
+    "qwen3_tied": HEAD,
+    "qwen3_moe": HEAD,
+    "mistral": HEAD,
+    "gemma2": HEAD,
+    "gemma3": HEAD,
+    "deepseek_v3": MLA,
+}
+
+
+def build(folder: Path, arch: str, **options: Any) -> Path:
+    path = build_tiny_model(folder, arch, **{"dtype": "bfloat16", **FAMILIES[arch], **options})
+    if arch == "deepseek_v3":
+        config = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps({**config, "topk_method": "noaux_tc"}))
+    return path
+
+
+def pushed_and_fresh(path: Path, num_pushes: int = 2, mode: str = "auto", **options: Any) -> None:
+    """Push fresh random weights into one engine, then load each of them anew."""
+    seen = []
+    with offline.engine(path, **options) as llm:
+        start = offline.answers(llm)
+        weights = random_state_dict(path)
+        with Publisher(weights, [llm], timeout_s=60, mode=mode) as publisher:
+            for number in range(num_pushes):
+                for name, value in random_state_dict(path).items():
+                    weights[name].copy_(value)
+                report = publisher.publish()
+                assert report.digests_match
+                assert llm.get_weight_version() == report.version
+                folder = save_checkpoint(path.parent / f"push-{number}", weights, like=path)
+                seen.append((folder, offline.answers(llm)))
+    assert start != seen[0][1] != seen[-1][1]
+    for folder, got in seen:
+        with offline.engine(folder, **options) as llm:
+            assert offline.answers(llm) == got
+
+
+@pytest.mark.parametrize("arch", FAMILIES)
+def test_a_push_equals_a_fresh_load(tmp_path: Path, arch: str) -> None:
+    pushed_and_fresh(build(tmp_path / "m", arch))
+
+
+def test_in_place_and_float32(tmp_path: Path) -> None:
+    pushed_and_fresh(build(tmp_path / "m", "qwen3", dtype="float32"), mode="in_place")
+
+
+def _fail_after(llm: Any, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """The model's own loader raises after it took ``count`` tensors, once."""
+    model = llm.llm_engine.model_executor.driver_worker.worker.get_model()
+    load = model.load_weights
+
+    def failing(tensors: Any) -> Any:
+        monkeypatch.setattr(model, "load_weights", load, raising=False)
+
+        def some() -> Any:
+            for number, item in enumerate(tensors):
+                if number == count:
+                    raise ValueError("the loader stumbled")
+                yield item
+
+        return load(some())
+
+    monkeypatch.setattr(model, "load_weights", failing, raising=False)
+
+
+@pytest.mark.parametrize("arch", ["qwen3_tied", "qwen3_moe"])
+def test_a_loader_that_raises_half_way_leaves_version_n(
+    tmp_path: Path, arch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = build(tmp_path / "m", arch)
+    with offline.engine(path) as llm:
+        weights = random_state_dict(path)
+        with Publisher(weights, [llm], timeout_s=60, mode="staged") as publisher:
+            publisher.connect()
+            for version in ("default", None):
+                before = offline.answers(llm)
+                version = version or llm.get_weight_version()
+                with torch.no_grad():
+                    for name, value in random_state_dict(path).items():
+                        weights[name].copy_(value)
+                _fail_after(llm, monkeypatch, 7)
+                with pytest.raises(RoundFailed, match="the loader stumbled") as caught:
+                    publisher.publish()
+                assert caught.value.dirty == ()
+                assert llm.get_weight_version() == version
+                assert offline.answers(llm) == before
+                publisher.publish()
+                assert offline.answers(llm) != before
