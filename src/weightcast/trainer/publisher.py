@@ -287,7 +287,13 @@ class Publisher:
             # Its death was noticed only now; whoever took its place may be there already.
             failures = self._connect(engines, deadline, patience)
         for engine in engines:
-            if engine.joined and engine.version == UNKNOWN and engine.name not in failures:
+            if engine.name in failures:
+                continue
+            if not engine.joined or engine.broken is not None:
+                failures[engine.name] = StateError(f"not connected: {engine.broken}", phase="join").at(
+                    engine=engine.name
+                )
+            elif engine.version == UNKNOWN:
                 self._ask(engine, deadline, failures)
         return failures
 

@@ -42,12 +42,12 @@ class Rejoiner:
         waiting = []
         for engine in engines:
             before = self._attempts.get(engine.name)
-            if before is not None and (not before.future.done() or before.future.exception() is None):
+            if before is not None and not before.future.done():
                 if patience is None:
                     waiting.append(before.future)
                 continue
             if before is not None:
-                self._outcome(engine)  # an old failure is no answer to this call
+                self._outcome(engine)  # how that one ended is no answer to this call
             made = _Attempt(self._pool.submit(self._admit, engine, deadline), deadline)
             self._attempts[engine.name] = made
             if patience is None or engine.name not in self._sluggish:

@@ -177,7 +177,7 @@ class Round:
                 try:
                     self._send_bytes(worker, self._transfer_deadline)
                 except TransportError as error:
-                    self._ask_why(engine, worker, error)
+                    self._ask_why(engine, worker, error, Staged, "transfer")
             staged = self._take(engine, worker, Staged, "transfer", self._transfer_deadline)
             assert isinstance(staged, Staged)
             progress = _Progress(staged.nbytes, staged.transfer_s, staged.digest)
@@ -185,13 +185,15 @@ class Round:
 
         self._guarded(engine, "transfer", work, worker)
 
-    def _ask_why(self, engine: EngineLink, worker: WorkerLink, error: WeightcastError) -> None:
+    def _ask_why(
+        self, engine: EngineLink, worker: WorkerLink, error: WeightcastError, kind: type[Message], phase: str
+    ) -> None:
         """Raise what the worker itself says about a broken connection, or the error when it says nothing."""
         if self._is_over(engine):
             raise _Cancelled("the round failed elsewhere")
         brief = Deadline(min(self._left_s(), UNDO_S))
         with contextlib.suppress(TimeoutError, _Cancelled):
-            self._take(engine, worker, Staged, "transfer", brief)
+            self._take(engine, worker, kind, phase, brief)
         raise worker.named(error)
 
     def _is_over(self, engine: EngineLink) -> bool:
@@ -247,7 +249,8 @@ class Round:
             sending = [pool.submit(self._push, engine, worker) for worker in pushed]
             try:
                 reply = self._order(engine, outcome)
-            except WeightcastError:
+            except WeightcastError as error:
+                self._note(engine, error.at(engine=engine.name, phase="commit", round=self._round))
                 for worker in pushed:
                     if worker.end is not None:
                         worker.end.abort()
@@ -264,7 +267,13 @@ class Round:
         self._guarded(engine, "commit", work)
 
     def _push(self, engine: EngineLink, worker: WorkerLink) -> None:
-        self._guarded(engine, "commit", partial(self._send_bytes, worker, self._deadline), worker)
+        def work() -> None:
+            try:
+                self._send_bytes(worker, self._deadline)
+            except TransportError as error:
+                self._ask_why(engine, worker, error, Committed, "commit")
+
+        self._guarded(engine, "commit", work, worker)
 
     def _order(self, engine: EngineLink, outcome: _Outcome) -> CommitReply:
         """Have the engine commit. A lost answer is no lost commit: the order is repeated, as the round's number makes that

@@ -33,26 +33,28 @@ class Answer:
 
 
 class Reference:
-    """Knows every version by the seed of its weights. Thread-safe."""
+    """Knows every version by the seed of its weights. Thread-safe: one lock around all that transformers builds, as it
+    changes torch's default dtype meanwhile, for all threads."""
 
     def __init__(self, checkpoint: Path, initial_seed: int) -> None:
         self._config = transformers.AutoConfig.from_pretrained(checkpoint)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._seeds: dict[str, int] = {}
         self._models: OrderedDict[int, Any] = OrderedDict()
         self.initial_seed = initial_seed
 
     def weights(self, seed: int) -> dict[str, torch.Tensor]:
         """The checkpoint tensors of a seed."""
-        return random_state_dict(self._config, seed)
+        with self._lock:
+            return random_state_dict(self._config, seed)
 
     def announce(self, seed: int) -> str:
         """Weights of this seed are about to be published; returns what their version's name ends with."""
-        source = make_source(self.weights(seed))
-        source.refresh()
-        content = ExpectedDigest(source.manifest, whole_copies(source.manifest, source.layout), source.memory)
-        ending = version_name(0, source.manifest, content.of(source.memory)).partition("-")[2]
         with self._lock:
+            source = make_source(self.weights(seed))
+            source.refresh()
+            content = ExpectedDigest(source.manifest, whole_copies(source.manifest, source.layout), source.memory)
+            ending = version_name(0, source.manifest, content.of(source.memory)).partition("-")[2]
             self._seeds[ending] = seed
         return ending
 
@@ -88,7 +90,7 @@ class Reference:
         model = self._model(seed)
         ids = torch.tensor([answer.prompt + answer.tokens[:end]])
         first = len(answer.prompt) + start - 1
-        with torch.inference_mode():
+        with self._lock, torch.inference_mode():
             logits = model(ids).logits[0, first : first + end - start]
         chosen = logits.gather(1, torch.tensor(answer.tokens[start:end]).unsqueeze(1)).squeeze(1)
         bad = (logits.max(dim=1).values - chosen > TOLERANCE).nonzero()

@@ -15,9 +15,9 @@ from typing import Any
 
 from weightcast.errors import DeadlineExceeded
 from weightcast.testing.chaos.reference import Reference
-from weightcast.testing.chaos.servers import TOKEN, Load, Server
+from weightcast.testing.chaos.servers import Load, Server
 from weightcast.testing.chaos.trainer import ChaosTrainer
-from weightcast.testing.engine_process import EngineProcess
+from weightcast.testing.engine_process import TOKEN, EngineProcess
 from weightcast.testing.models import build_tiny_model
 from weightcast.testing.processes import ChildFailed, start_fork_server
 
@@ -129,11 +129,11 @@ class Chaos:
     def _round(self, number: int) -> None:
         event = self._random.choices(list(EVENTS), weights=list(EVENTS.values()))[0]
         delay_s = self._random.choice([0.0, 0.02, 0.05, 0.1, 0.2])
-        trainer = self._present_trainer()
         self._troubled = event != "nothing" or not self._all_up()
         before = getattr(self, "_before_" + event.replace(" ", "_"), None)
         if before is not None:
             before()
+        trainer = self._present_trainer()
         self._weights_seed += 1
         self._reference.announce(self._weights_seed)
         self.summary.rounds += 1
@@ -237,7 +237,6 @@ class Chaos:
     def _before_new_trainer(self) -> None:
         """The old one goes without a word; the next one has to find its way by itself."""
         self._drop_trainer()
-        self._present_trainer()
 
     # -- what comes back
 

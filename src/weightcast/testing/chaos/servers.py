@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import random
 import signal
@@ -17,8 +18,10 @@ import httpx
 
 from weightcast.server.run import bind
 from weightcast.testing.chaos.reference import Answer, Reference
+from weightcast.testing.engine_process import TOKEN
 
-TOKEN = "a-token-for-chaos"
+logger = logging.getLogger(__name__)
+
 NAME = "policy"
 MAX_TOKENS = 24
 
@@ -98,6 +101,14 @@ class Load(threading.Thread):
         self.faults: list[str] = []
 
     def run(self) -> None:
+        """The broad except is on purpose: a load that ended by itself would check nothing, and nobody would know."""
+        try:
+            self._go_on_asking()
+        except Exception as error:
+            logger.exception("the load ended")
+            self.faults.append(f"the load ended: {type(error).__name__}: {error}")
+
+    def _go_on_asking(self) -> None:
         with httpx.Client(timeout=8, limits=httpx.Limits(max_keepalive_connections=0)) as client:
             while not self._over.is_set():
                 answer = self._ask(client)

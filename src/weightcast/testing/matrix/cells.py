@@ -122,7 +122,8 @@ def engine_killed(make: MakeField, *, point: str) -> str:
 
 def engine_killed_while_joining(make: MakeField) -> str:
     with make() as field:
-        field.start([field.b.url], publish=True)
+        field.start([field.b.url], publish=False)
+        field.succeed(engines=[field.b])
         assert field.publisher is not None
         field.a.arm("join", "kill")
         error = _add(field, field.a.url)

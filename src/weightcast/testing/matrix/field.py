@@ -10,13 +10,13 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing import forkserver
 from types import TracebackType
 from typing import Any
 
 from weightcast.errors import RoundFailed, WeightcastError
 from weightcast.report.model import Report
 from weightcast.testing.engine_process import SLICE_NBYTES, TOKEN, EngineProcess, values_of
+from weightcast.testing.processes import start_fork_server
 from weightcast.testing.trainer_process import TrainerProcess
 from weightcast.trainer.clients import EngineClient
 from weightcast.trainer.publisher import Publisher
@@ -100,7 +100,7 @@ class Field:
         self.trainer: TrainerProcess | None = None
 
     def __enter__(self) -> Field:
-        forkserver.ensure_running()
+        start_fork_server()
         self._before = Usage.now()
         try:
             self.a = self._own(EngineProcess(self.mode, **self._engine_options, **self._network))
