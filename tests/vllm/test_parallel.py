@@ -5,12 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.vllm.offline import fresh_answers
 from tests.vllm.served import free_port, server
 
 from weightcast import Publisher
-from weightcast.errors import RoundFailed
-from weightcast.testing.models import build_tiny_model, random_state_dict
+from weightcast.errors import PlanMismatch, WeightcastError
+from weightcast.testing.models import build_tiny_model, random_state_dict, save_checkpoint
 
 PROMPTS = [[5, 17, 33, 2, 90], list(range(60, 100)), [7]]
 TWO_CORES = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
@@ -21,44 +20,39 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny_model(tmp_path_factory.mktemp("parallel") / "m", "qwen3", dtype="float32", head_dim=32)
 
 
-@pytest.mark.parametrize(
-    "option", ["--tensor-parallel-size", "--data-parallel-size", "--pipeline-parallel-size"], ids=["tp", "dp", "pp"]
-)
+@pytest.mark.parametrize("option", ["--tensor-parallel-size", "--data-parallel-size"], ids=["tp", "dp"])
 def test_two_workers(model: Path, option: str) -> None:
     weights = random_state_dict(model)
+    wanted = save_checkpoint(model.parent / f"wanted{option}", weights, like=model)
+    with server(wanted, option, "2", env=TWO_CORES) as served:
+        want = served.answers(PROMPTS)
     with (
         server(model, option, "2", env=TWO_CORES) as served,
-        Publisher(weights, [served.url], token=served.token, timeout_s=60) as publisher,
+        Publisher(random_state_dict(model), [served.url], token=served.token, timeout_s=60) as first,
     ):
         assert served.get("/get_world_size").json() == {"world_size": 2}
-        publisher.connect()
-        for number in (1, 2):
-            for name, value in random_state_dict(model).items():
-                weights[name].copy_(value)
-            report = publisher.publish()
-            assert report.number == number
-            assert [worker.rank for worker in report.engines[0].workers] == [0, 1]
-            assert report.digests_match
-            assert served.version == report.version
-        want = fresh_answers(model, weights, PROMPTS)
-        got = [served.answers(PROMPTS) for _ in range(2)]  # with two replicas, requests go to either
-        version = served.version
+        report = first.publish()
+        assert [worker.rank for worker in report.engines[0].workers] == [0, 1]
+        assert served.answers(PROMPTS) != want
+        with Publisher(weights, [served.url], token=served.token, timeout_s=60, takeover=True) as second:
+            report = second.publish()
+        assert report.digests_match
+        # Requests go round the replicas: each of them answers some.
+        assert [served.answers(PROMPTS) for _ in range(3)] == [want] * 3
+        assert served.version == report.version
         del weights["model.layers.1.mlp.up_proj.weight"]
         with (
             Publisher(weights, [served.url], token=served.token, timeout_s=20, takeover=True) as half,
-            pytest.raises(Exception, match="gate_up_proj"),
+            pytest.raises(PlanMismatch, match="gate_up_proj"),
         ):
             half.publish()
-        assert (served.answers(PROMPTS), served.version) == (got[0], version)
-    for answers in got:
-        assert [ids for ids, _ in answers] == [ids for ids, _ in want]
-        for (_, logprobs), (_, wanted) in zip(answers, want, strict=True):
-            assert logprobs == pytest.approx(wanted, abs=1e-4)
+        assert [served.answers(PROMPTS) for _ in range(2)] == [want] * 2
+        assert served.version == report.version
 
 
 def test_one_publisher_drives_vllm_and_an_embedded_server(model: Path) -> None:
     port, weights = free_port(), random_state_dict(model)
-    command = [sys.executable, "-m", "weightcast", "serve", str(model), "--port", str(port)]
+    command = [str(Path(sys.executable).parent / "weightcast"), "serve", str(model), "--port", str(port)]
     embedded = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         with server(model) as served:
@@ -73,7 +67,7 @@ def test_one_publisher_drives_vllm_and_an_embedded_server(model: Path) -> None:
                 embedded.kill()
                 embedded.wait(10)
                 before = served.answers(PROMPTS)
-                with pytest.raises((RoundFailed, Exception)):
+                with pytest.raises(WeightcastError):
                     publisher.publish(timeout_s=8)
                 assert (served.answers(PROMPTS), served.version) == (before, report.version)
     finally:

@@ -22,6 +22,7 @@ from weightcast.engines.vllm.parallelism import worker_rank
 from weightcast.engines.vllm.versions import check_version
 from weightcast.errors import InvalidInput, WeightcastError
 from weightcast.outcome import WorkerOutcome
+from weightcast.weight_transfer.base import WorkerRank
 from weightcast.weight_transfer.config import WeightTransferConfig
 from weightcast.weight_transfer.weightcast import WeightcastEngine, WeightcastInitInfo, WeightcastUpdateInfo
 
@@ -87,7 +88,7 @@ class VllmBackend(VllmEngine):  # type: ignore[misc]
         checksums: dict[str, str] = {}
         match action:
             case "init":
-                self.init_transfer_engine(payload)
+                self._join(payload)
             case "update":
                 self._round(payload)
             case "shutdown":
@@ -99,6 +100,17 @@ class VllmBackend(VllmEngine):  # type: ignore[misc]
             case _:
                 self._error = InvalidInput(f"no such call: {action!r}", field="action")
         return msgspec.to_builtins(self._outcome(checksums))  # type: ignore[no-any-return]
+
+    def _join(self, payload: Mapping[str, Any]) -> None:
+        """``init_info`` for the engine, and ``world_size``: how many workers were asked, all replicas included."""
+
+        def join(engine: WeightcastEngine) -> None:
+            engine.init_transfer_engine(engine.parse_init_info(_mapping(payload.get("init_info"))))
+
+        size = payload.get("world_size")
+        if self._engine is None and isinstance(size, int) and size > self._rank.rank:
+            self._rank = WorkerRank(rank=self._rank.rank, world_size=size)
+        self._carry_out(join)
 
     def _round(self, payload: Mapping[str, Any]) -> None:
         """All of an update in one call, so that no step can come in between."""

@@ -35,7 +35,8 @@ class VllmFront:
 
     async def init_weight_transfer_engine(self, init_info: Mapping[str, Any]) -> None:
         self._require_backend()
-        self._raise_first(await self._call("init", dict(init_info)))
+        size = await self.get_world_size()
+        self._raise_first(await self._call("init", {"init_info": dict(init_info), "world_size": size}))
 
     async def shutdown_weight_transfer_engine(self) -> None:
         self._require_backend()

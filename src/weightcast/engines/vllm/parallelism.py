@@ -12,10 +12,9 @@ def worker_rank(vllm_config: Any) -> WorkerRank:
     """``data_parallel_index * (tp * pp) + rank within the replica``; raises Unsupported for a set-up nobody mapped."""
     parallel = vllm_config.parallel_config
     _refuse(vllm_config, parallel)
-    return WorkerRank(
-        rank=parallel.data_parallel_index * parallel.world_size + parallel.rank,
-        world_size=parallel.world_size_across_dp,
-    )
+    rank = parallel.data_parallel_index * parallel.world_size + parallel.rank
+    # Replicas of a dense model run as engines of their own and are not told how many they are; whoever has them join is.
+    return WorkerRank(rank=rank, world_size=max(parallel.world_size_across_dp, rank + 1))
 
 
 def _refuse(vllm_config: Any, parallel: Any) -> None:

@@ -41,7 +41,8 @@ class RpcEngineClient(EngineClient):
         """Label what the engine's outputs are made with."""
 
     def init(self, init_info: Mapping[str, Any], deadline: Deadline) -> None:
-        self._all("init", init_info, deadline)
+        size = self.world_size(deadline)
+        self._all("init", {"init_info": dict(init_info), "world_size": size}, deadline)
 
     def shutdown(self, deadline: Deadline) -> None:
         self._all("shutdown", {}, deadline)
