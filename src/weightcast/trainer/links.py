@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from weightcast.control.coordinator import Member
 from weightcast.errors import DeadlineExceeded, PeerLost, WeightcastError
@@ -75,6 +77,11 @@ class EngineLink:
     @property
     def in_place(self) -> bool:
         return any(worker.in_place for worker in self.workers)
+
+    def learn(self, status: Mapping[str, Any]) -> None:
+        """Take over what the engine itself says that it serves."""
+        self.version, self.dirty = str(status["weight_version"]), bool(status["dirty"])
+        self.digest = str(status.get("digest") or "")
 
     def lost(self) -> str | None:
         """Why a worker is gone, if one is."""

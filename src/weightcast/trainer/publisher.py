@@ -18,8 +18,9 @@ from weightcast.report.model import Report
 from weightcast.trainer.clients import EngineClient, SyncEngine, make_client
 from weightcast.trainer.fleet import Fleet, FleetSettings
 from weightcast.trainer.links import UNKNOWN, EngineLink
+from weightcast.trainer.outcomes import Require
 from weightcast.trainer.rejoin import Rejoiner
-from weightcast.trainer.rounds import Require, Round
+from weightcast.trainer.rounds import Round
 from weightcast.trainer.sources import SourceLike, make_source
 from weightcast.trainer.timeline import Timeline
 from weightcast.transports.base import DEFAULT_BUCKET_NBYTES
@@ -326,12 +327,9 @@ class Publisher:
     def _ask(engine: EngineLink, deadline: Deadline, failures: dict[str, WeightcastError]) -> None:
         """Learn what an engine serves whose last commit or roll-back could not be followed."""
         try:
-            status = engine.client.status(Deadline(max(0.25 * deadline.remaining_s(), 0.001)))
+            engine.learn(engine.client.status(Deadline(max(0.25 * deadline.remaining_s(), 0.001))))
         except WeightcastError as error:
             failures[engine.name] = error.at(engine=engine.name, phase="join")
-            return
-        engine.version, engine.dirty = str(status["weight_version"]), bool(status["dirty"])
-        engine.digest = str(status.get("digest") or "")
 
     @staticmethod
     def _join_error(failures: dict[str, WeightcastError]) -> WeightcastError:

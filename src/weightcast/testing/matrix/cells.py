@@ -13,7 +13,7 @@ from weightcast.errors import DeadlineExceeded, PlanMismatch, ShadowError, State
 from weightcast.report.roundlog import RoundLog
 from weightcast.testing.engine_process import SHAPES, SLICE_NBYTES, TOKEN, EngineProcess
 from weightcast.testing.faults import Action, MessageTrouble, MessyChannel
-from weightcast.testing.matrix.field import DEADLINE_S, Failure, Field, expect, jumped_clock
+from weightcast.testing.matrix.field import DEADLINE_S, Failure, Field, expect, forget_frames, jumped_clock
 from weightcast.testing.network import Cable, obstacle
 from weightcast.trainer.clients import HttpEngineClient
 from weightcast.trainer.clients.base import AnswerLost, CommitOrder, CommitReply
@@ -483,6 +483,7 @@ def _add(field: Field, url: str) -> WeightcastError:
     try:
         field.publisher.add(url, DEADLINE_S)
     except WeightcastError as error:
+        forget_frames(error)
         return error
     raise AssertionError("it was added")
 

@@ -213,7 +213,7 @@ class Field:
             expect(seconds <= timeout_s + GRACE_S, f"the error came after {seconds:.1f} s: {error}")
             causes = error.causes if isinstance(error, RoundFailed) else {error.engine or "": error}
             for each in (error, *causes.values()):
-                _forget_frames(each)
+                forget_frames(each)
             expect(causes, f"the error names no cause: {error}")
             return Failure(error, {name: type(cause).__name__ for name, cause in causes.items()}, seconds)
         raise AssertionError(f"published in spite of the fault: {report}")
@@ -269,7 +269,7 @@ def _descriptors() -> list[str]:
     return found
 
 
-def _forget_frames(error: BaseException) -> None:
+def forget_frames(error: BaseException) -> None:
     """The frames of an error keep what they used alive, which is no leak."""
     found: list[BaseException | None] = [error]
     seen: set[int] = set()

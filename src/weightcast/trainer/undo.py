@@ -1,0 +1,63 @@
+"""The way back: engines that took part in a round that failed return to version n, or never leave it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from weightcast.control.coordinator import Coordinator
+from weightcast.deadline import Deadline
+from weightcast.errors import StateError, WeightcastError
+from weightcast.messages import Abort
+from weightcast.trainer.links import UNKNOWN, EngineLink
+from weightcast.trainer.outcomes import Outcome, Outcomes
+
+logger = logging.getLogger(__name__)
+
+
+class WayBack:
+    """Takes engines of one round back. Afterwards each one's link says what it serves, or that this is unknown."""
+
+    def __init__(self, outcomes: Outcomes, coordinator: Coordinator, *, epoch: int, round: int) -> None:
+        self._outcomes, self._coordinator = outcomes, coordinator
+        self._epoch, self._round = epoch, round
+
+    def take(self, engines: Sequence[EngineLink], deadline: Deadline) -> None:
+        """Take these engines back, side by side, by the deadline; never raises for an engine's sake."""
+        with ThreadPoolExecutor(max(1, len(engines)), thread_name_prefix="weightcast-undo") as pool:
+            for future in [pool.submit(self._take_one, engine, deadline) for engine in engines]:
+                future.result()
+
+    def _take_one(self, engine: EngineLink, deadline: Deadline) -> None:
+        outcome = self._outcomes.of(engine)
+        abort = Abort(epoch=self._epoch, round=self._round, reason="the trainer called it off")
+        for worker in engine.workers:
+            self._coordinator.send(worker.member, abort)
+        if outcome.may_be_committed:
+            self._roll_back(engine, outcome, deadline)
+        if outcome.error is not None or not self._is_reusable(engine):
+            engine.broken = "its last round failed"
+
+    def _is_reusable(self, engine: EngineLink) -> bool:
+        """Whether all pairs can be used again: a transfer that was cut off leaves a dead one."""
+        return all(
+            worker.transport is not None
+            and worker.transport.pulls
+            and (worker.in_place or self._outcomes.has_progress(worker))
+            for worker in engine.workers
+        )
+
+    def _roll_back(self, engine: EngineLink, outcome: Outcome, deadline: Deadline) -> None:
+        """Have an engine that may have committed return to version n, and ask what it serves now."""
+        try:
+            try:
+                engine.client.rollback(self._epoch, self._round, deadline)
+            except StateError:
+                if not engine.in_place:
+                    raise
+            engine.learn(engine.client.status(deadline))
+        except WeightcastError as error:
+            logger.warning("round %d.%d: %s could not be taken back: %s", self._epoch, self._round, engine.name, error)
+            outcome.error = outcome.error or error.at(engine=engine.name, phase="undo", round=self._round)
+            engine.version, engine.dirty = UNKNOWN, engine.in_place
