@@ -287,6 +287,8 @@ class Publisher:
         if any(engine.name in failures and engine.joined and engine.lost() for engine in engines):
             # Its death was noticed only now; whoever took its place may be there already.
             failures = self._connect(engines, deadline, patience)
+        if failures and self._require == "all":
+            return failures  # the others were not tried to the end, which is no fault of theirs
         for engine in engines:
             if engine.name in failures:
                 continue
