@@ -176,7 +176,8 @@ class DigestRun:
         self.is_whole = is_whole
 
 
-def _run_of(placement: Placement, manifest: Manifest) -> DigestRun | None:
+def run_of(placement: Placement, manifest: Manifest) -> DigestRun | None:
+    """The placement as one run, or None where it is not contiguous in memory and in the image."""
     spec = manifest[placement.region.name]
     sizes, itemsize = placement.region.sizes, dtype_of(placement.dtype).itemsize
     # Contiguous in the image: only the outermost dimension of more than one element may be cut.
@@ -206,7 +207,7 @@ class LayoutDigest:
         for placement in layout.placements:
             if placement.region.numel == 0:
                 continue
-            run = _run_of(placement, manifest)
+            run = run_of(placement, manifest)
             if run is None:
                 self._strided.append(placement)
             else:
@@ -216,7 +217,7 @@ class LayoutDigest:
 
     def of(self, memory: Memory) -> int:
         """The digest, an unsigned 64-bit number; on a GPU this waits for the result."""
-        if any(storage.is_cuda for storage in memory.storages):
+        if memory.gpu is not None or any(storage.is_cuda for storage in memory.storages):
             return self._on_gpu(memory).total()
         total = sum(self._of_run(memory, run) for run in self.runs)
         total += sum(self._of_strided(memory, placement) for placement in self._strided)
@@ -229,7 +230,7 @@ class LayoutDigest:
         compiled = self._compiled.get(memory.number)
         if compiled is None:
             boxes = [_box_of(placement, self._manifest) for placement in self._strided]
-            compiled = RunDigest(self.runs, memory.storages, boxes)
+            compiled = RunDigest(self.runs, memory.storages, boxes, memory.gpu)
             while len(self._compiled) >= 4:
                 del self._compiled[next(iter(self._compiled))]
             self._compiled[memory.number] = compiled

@@ -61,14 +61,22 @@ def digest_words(words: torch.Tensor, first: int) -> int:
 
 
 class RunDigest:
-    """The digest of many runs and boxes of GPU storages, compiled once; the caller keeps the storages alive."""
+    """The digest of many runs and boxes of GPU storages, compiled once; the caller keeps the storages alive.
+
+    ``gpu`` does it all: for storages in page-locked host memory, which it can read.
+    """
 
     def __init__(
-        self, runs: Sequence[RunLike], storages: Sequence[torch.Tensor], boxes: Sequence[StridedBox] = ()
+        self,
+        runs: Sequence[RunLike],
+        storages: Sequence[torch.Tensor],
+        boxes: Sequence[StridedBox] = (),
+        gpu: torch.device | None = None,
     ) -> None:
         self._count = len(runs) + len(boxes)
         self._parts: list[tuple[list[int], AddressDigest]] = []
-        where = [storages[run.storage].device for run in runs] + [storages[box.storage].device for box in boxes]
+        numbers = [run.storage for run in runs] + [box.storage for box in boxes]
+        where = [gpu or storages[number].device for number in numbers]
         for device in dict.fromkeys(where):
             if device.type == "cpu" and not _INTERPRETED:
                 raise Unsupported("one digest over weights on a GPU and on the CPU", hint="Make one for each")

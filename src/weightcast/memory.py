@@ -26,6 +26,7 @@ class Memory:
 
     ``is_arena``: the bytes between placements are zero and belong to nobody, so copies and digests may run across them.
     ``files``: per storage the span of a file that it is a read-only map of, or None; a transport may read the file instead.
+    ``gpu``: the storages are page-locked host memory that this GPU's kernels read and write.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class Memory:
         *,
         is_arena: bool = False,
         files: Sequence[FileSpan | None] = (),
+        gpu: torch.device | None = None,
     ) -> None:
         for storage in storages:
             if storage.dtype != torch.uint8 or storage.dim() != 1 or (storage.numel() and not storage.is_contiguous()):
@@ -42,6 +44,7 @@ class Memory:
         if files and len(files) != len(storages):
             raise InvalidInput(f"{len(storages)} storages, {len(files)} files", field="files")
         self.is_arena = is_arena
+        self.gpu = gpu
         self.files = tuple(files) or (None,) * len(self.storages)
         self.number = next(_numbers)
 
