@@ -5,11 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.vllm.served import free_port, server
 
 from weightcast import Publisher
 from weightcast.errors import PlanMismatch, WeightcastError
 from weightcast.testing.models import build_tiny_model, random_state_dict, save_checkpoint
+from weightcast.testing.vllm_server import free_port, vllm_server
 
 PROMPTS = [[5, 17, 33, 2, 90], list(range(60, 100)), [7]]
 TWO_CORES = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
@@ -24,10 +24,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_workers(model: Path, option: str) -> None:
     weights = random_state_dict(model)
     wanted = save_checkpoint(model.parent / f"wanted{option}", weights, like=model)
-    with server(wanted, option, "2", env=TWO_CORES) as served:
+    with vllm_server(wanted, option, "2", env=TWO_CORES) as served:
         want = served.answers(PROMPTS)
     with (
-        server(model, option, "2", env=TWO_CORES) as served,
+        vllm_server(model, option, "2", env=TWO_CORES) as served,
         Publisher(random_state_dict(model), [served.url], token=served.token, timeout_s=60) as first,
     ):
         assert served.get("/get_world_size").json() == {"world_size": 2}
@@ -55,7 +55,7 @@ def test_one_publisher_drives_vllm_and_an_embedded_server(model: Path) -> None:
     command = [str(Path(sys.executable).parent / "weightcast"), "serve", str(model), "--port", str(port)]
     embedded = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        with server(model) as served:
+        with vllm_server(model) as served:
             url = f"http://127.0.0.1:{port}"
             with Publisher(weights, [served.url, url], token=served.token, timeout_s=60) as publisher:
                 publisher.connect()

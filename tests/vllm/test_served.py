@@ -11,11 +11,11 @@ import httpx
 import pytest
 import torch
 from tests.vllm.offline import fresh_answers
-from tests.vllm.served import Served, server
 
 from weightcast import Publisher
 from weightcast.errors import AuthError, WeightcastError
 from weightcast.testing.models import build_tiny_model, random_state_dict
+from weightcast.testing.vllm_server import Served, vllm_server
 
 PROMPTS = [[5, 17, 33, 2, 90], list(range(60, 100)), [7]]
 
@@ -27,7 +27,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def served(model: Path) -> Iterator[Served]:
-    with server(model) as running:
+    with vllm_server(model) as running:
         yield running
 
 

@@ -1,7 +1,7 @@
 """The endpoint plug-in: ``/weightcast/*`` in vLLM's own server, without its development mode.
 
-vLLM loads it only where the operator names it (VLLM_PLUGINS=weightcast). The token is WEIGHTCAST_TOKEN; without one the routes
-that change anything answer clients of this machine only.
+vLLM loads it only where VLLM_PLUGINS names it; ``plugin.register`` sees to that when the command line asks for the backend. The
+token is WEIGHTCAST_TOKEN; without one the routes that change anything answer clients of this machine only.
 """
 
 from __future__ import annotations

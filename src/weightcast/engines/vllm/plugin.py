@@ -3,8 +3,22 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import entry_points
 
 BACKEND = "weightcast"
+ALLOW_LIST = "VLLM_PLUGINS"
+
+_LOADED_UNASKED = (
+    "vllm.general_plugins",
+    "vllm.platform_plugins",
+    "vllm.io_processor_plugins",
+    "vllm.stat_logger_plugins",
+)
+_ASKED_BY_NAME = frozenset({"lora_hf_hub_resolver"})
+"""Plug-ins of vLLM that do something only when the variable names them."""
 
 logger = logging.getLogger(__name__)
 
@@ -23,3 +37,36 @@ def register() -> None:
     if torch.cpu._is_amx_tile_supported():
         # Without it the first short prompt of a server that skipped its warm-up dies of an illegal instruction.
         torch.cpu._init_amx()
+    if asks_for_backend(sys.argv):
+        allow_routes()
+
+
+def asks_for_backend(arguments: Sequence[str]) -> bool:
+    """Whether a command line names weightcast as the server's weight transfer."""
+    for number, argument in enumerate(arguments):
+        name, _, value = argument.partition("=")
+        if name.lstrip("-").replace("_", "-").partition(".")[0] == "weight-transfer-config":
+            return BACKEND in (value or "".join(arguments[number + 1 : number + 2]))
+    return False
+
+
+def allow_routes() -> None:
+    """Let vLLM load weightcast's routes as well, and every other plug-in exactly as it would have.
+
+    vLLM adds a plug-in's routes only where VLLM_PLUGINS names it, and that variable, once set, keeps out whatever it does not
+    name. So it is set, if it is not, to weightcast and all that would have been loaded without it. An operator's own list is
+    left alone.
+    """
+    if ALLOW_LIST in os.environ:
+        if BACKEND not in os.environ[ALLOW_LIST].split(","):
+            logger.warning("%s does not name weightcast: its /weightcast/* routes are not served", ALLOW_LIST)
+        return
+    others = {point.name for point in entry_points(group="vllm.endpoint_plugins")} - {BACKEND}
+    loaded = {point.name for group in _LOADED_UNASKED for point in entry_points(group=group)}
+    if others & loaded:
+        logger.warning(
+            "set %s to the plug-ins that you want, %s among them: naming it here would also add the routes of %s",
+            ALLOW_LIST, BACKEND, ", ".join(sorted(others & loaded)),
+        )  # fmt: skip
+        return
+    os.environ[ALLOW_LIST] = ",".join(sorted((loaded | {BACKEND}) - _ASKED_BY_NAME))

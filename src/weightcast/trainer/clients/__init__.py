@@ -2,32 +2,55 @@
 
 from __future__ import annotations
 
+import asyncio
+from typing import Any
+
+from weightcast.errors import InvalidInput
 from weightcast.trainer.clients.base import CommitOrder, CommitReply, EngineClient
 from weightcast.trainer.clients.http import HttpEngineClient
+from weightcast.trainer.clients.in_loop import AsyncEngineClient
 from weightcast.trainer.clients.in_process import InProcessEngineClient, SyncEngine
+from weightcast.trainer.clients.ray import PublishedTo, RayEngineClient
 from weightcast.trainer.clients.rpc import RpcEngineClient
-from weightcast.trainer.clients.vllm import AsyncVllmClient, OfflineEngine, RayVllmClient, VllmClient
+from weightcast.trainer.clients.vllm import AsyncVllmClient, OfflineEngine, VllmClient
 
 
 def make_client(engine: str | EngineClient | SyncEngine | OfflineEngine, *, token: str | None = None) -> EngineClient:
-    """A client for a URL, an engine object or a client."""
+    """A client for a URL, an engine object or a client. An asynchronous engine is given on its running event loop."""
     if isinstance(engine, EngineClient):
         return engine
     if isinstance(engine, str):
         return HttpEngineClient(engine, token=token)
+    if asyncio.iscoroutinefunction(getattr(engine, "update_weights", None)):
+        return _client_on_loop(engine)
     if isinstance(engine, OfflineEngine):
         return VllmClient(engine)
     return InProcessEngineClient(engine)
 
 
+def _client_on_loop(engine: Any) -> EngineClient:
+    try:
+        loop = asyncio.get_running_loop()
+    except RuntimeError:
+        raise InvalidInput(
+            f"a {type(engine).__name__} belongs to an event loop, and none runs here",
+            field="engines",
+            hint="Make the Publisher in a coroutine, and then: await asyncio.to_thread(publisher.publish)",
+        ) from None
+    is_vllm = asyncio.iscoroutinefunction(getattr(engine, "collective_rpc", None))
+    return AsyncVllmClient(engine, loop) if is_vllm else AsyncEngineClient(engine, loop)
+
+
 __all__ = [
+    "AsyncEngineClient",
     "AsyncVllmClient",
     "CommitOrder",
     "CommitReply",
     "EngineClient",
     "HttpEngineClient",
     "InProcessEngineClient",
-    "RayVllmClient",
+    "PublishedTo",
+    "RayEngineClient",
     "RpcEngineClient",
     "SyncEngine",
     "VllmClient",

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Coroutine, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 from weightcast.deadline import Deadline
-from weightcast.errors import DeadlineExceeded, InvalidInput
+from weightcast.trainer.clients.in_loop import LoopCalls
 from weightcast.trainer.clients.rpc import CALL, RpcEngineClient
 
 _numbers = itertools.count()
@@ -60,75 +60,28 @@ class AsyncVllmClient(RpcEngineClient):
     host = "127.0.0.1"
 
     def __init__(self, engine: Any, loop: asyncio.AbstractEventLoop) -> None:
-        if not asyncio.iscoroutinefunction(getattr(engine, "collective_rpc", None)):
-            raise InvalidInput(f"a {type(engine).__name__} is no asynchronous vLLM engine", field="engine")
-        self._engine, self._loop = engine, loop
+        self._engine = engine
         self.name = f"vllm-async-{next(_numbers)}"
+        self._calls = LoopCalls(loop, self.name)
 
     def world_size(self, deadline: Deadline) -> int:
         return int(self._engine.vllm_config.parallel_config.world_size_across_dp)
 
     def call_workers(self, action: str, payload: Mapping[str, Any], deadline: Deadline) -> list[Any]:
-        answers: list[Any] = self._run(self._engine.collective_rpc(CALL, args=(action, dict(payload))), deadline)
+        answers: list[Any] = self._calls.run(self._engine.collective_rpc(CALL, args=(action, dict(payload))), deadline)
         return answers
 
     def pause(self, mode: str, clear_cache: bool, deadline: Deadline) -> bool:
-        if self._run(self._engine.is_paused(), deadline):
+        if self._calls.run(self._engine.is_paused(), deadline):
             return False
-        self._run(self._engine.pause_generation(mode=mode, clear_cache=clear_cache), deadline)
+        self._calls.run(self._engine.pause_generation(mode=mode, clear_cache=clear_cache), deadline)
         return True
 
     def resume(self, deadline: Deadline) -> None:
-        self._run(self._engine.resume_generation(), deadline)
+        self._calls.run(self._engine.resume_generation(), deadline)
 
     def forget_cache(self, deadline: Deadline) -> None:
-        self._run(self._engine.reset_prefix_cache(), deadline)
+        self._calls.run(self._engine.reset_prefix_cache(), deadline)
 
     def name_version(self, version: str, deadline: Deadline) -> None:
-        self._run(self._engine.update_weight_version(version), deadline)
-
-    def _run(self, work: Coroutine[Any, Any, Any], deadline: Deadline) -> Any:
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
-        try:
-            return future.result(max(deadline.remaining_s(), 0.001))
-        except TimeoutError:
-            raise DeadlineExceeded(f"the engine took longer than {deadline.timeout_s:g} s", engine=self.name) from None
-
-
-class RayVllmClient(RpcEngineClient):
-    """A Ray actor around a vLLM engine: ``collective_rpc``, ``get_world_size``, ``reset_prefix_cache`` and
-    ``update_weight_version`` are its remote methods. It has no requests in flight while it is called."""
-
-    kind = "ray"
-
-    def __init__(self, actor: Any, *, host: str = "127.0.0.1") -> None:
-        self._actor = actor
-        self.host = host
-        self.name = f"ray-{next(_numbers)}"
-
-    def world_size(self, deadline: Deadline) -> int:
-        return int(self._get(self._actor.get_world_size.remote(), deadline))
-
-    def call_workers(self, action: str, payload: Mapping[str, Any], deadline: Deadline) -> list[Any]:
-        answers: list[Any] = self._get(self._actor.collective_rpc.remote(CALL, args=(action, dict(payload))), deadline)
-        return answers
-
-    def pause(self, mode: str, clear_cache: bool, deadline: Deadline) -> bool:
-        return False
-
-    def resume(self, deadline: Deadline) -> None:
-        return
-
-    def forget_cache(self, deadline: Deadline) -> None:
-        self._get(self._actor.reset_prefix_cache.remote(), deadline)
-
-    def name_version(self, version: str, deadline: Deadline) -> None:
-        self._get(self._actor.update_weight_version.remote(version), deadline)
-
-    def _get(self, reference: Any, deadline: Deadline) -> Any:
-        import ray
-
-        try:
-            return ray.get(reference, timeout=max(deadline.remaining_s(), 0.001))
-        except ray.exceptions.GetTimeoutError:
-            raise DeadlineExceeded(f"the actor took longer than {deadline.timeout_s:g} s", engine=self.name) from None
+        self._calls.run(self._engine.update_weight_version(version), deadline)

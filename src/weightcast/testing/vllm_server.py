@@ -1,4 +1,6 @@
-"""A stock vLLM server in a process group of its own, with the weightcast plug-in."""
+"""A stock vLLM server in a process group of its own, with weightcast beside it; for tests and benchmarks."""
+
+from __future__ import annotations
 
 import os
 import secrets
@@ -7,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,8 @@ from typing import Any
 
 import httpx
 
-START_TIMEOUT_S = 180.0
+START_TIMEOUT_S = 240.0
+BACKEND = ("--weight-transfer-config", '{"backend": "weightcast"}')
 
 
 @dataclass(frozen=True)
@@ -71,21 +74,26 @@ def free_port() -> int:
 
 
 @contextmanager
-def server(model: Path, *options: str, env: dict[str, str] | None = None, backend: bool = True) -> Iterator[Served]:
+def vllm_server(
+    model: Path,
+    *options: str,
+    env: Mapping[str, str] | None = None,
+    max_model_len: int = 256,
+    kv_cache_nbytes: int = 32 << 20,
+    backend: Sequence[str] = BACKEND,
+) -> Iterator[Served]:
     """Start, wait until it is healthy, and end the whole process group afterwards."""
     port, token = free_port(), secrets.token_hex(8)
     log = model.parent / f"server-{port}.log"
     command = [
         str(Path(sys.executable).parent / "vllm"), "serve", str(model),
         "--served-model-name", "policy", "--host", "127.0.0.1", "--port", str(port),
-        "--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "8",
-        "--kv-cache-memory-bytes", str(32 << 20), "--no-enable-log-requests",
-        *(["--weight-transfer-config", '{"backend": "weightcast"}'] if backend else []),
-        *options,
+        "--enforce-eager", "--max-model-len", str(max_model_len), "--max-num-seqs", "8",
+        "--kv-cache-memory-bytes", str(kv_cache_nbytes), "--no-enable-log-requests",
+        *backend, *options,
     ]  # fmt: skip
     environment = os.environ | {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
-        "VLLM_PLUGINS": "weightcast",
         "WEIGHTCAST_TOKEN": token,
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
@@ -103,7 +111,7 @@ def server(model: Path, *options: str, env: dict[str, str] | None = None, backen
         _end(process)
 
 
-def _wait_healthy(process: "subprocess.Popen[bytes]", url: str, log: Path) -> None:
+def _wait_healthy(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
     end = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < end:
         if process.poll() is not None:
@@ -116,7 +124,7 @@ def _wait_healthy(process: "subprocess.Popen[bytes]", url: str, log: Path) -> No
     raise AssertionError(f"vLLM did not come up:\n{log.read_text(errors='replace')[-6000:]}")
 
 
-def _end(process: "subprocess.Popen[bytes]") -> None:
+def _end(process: subprocess.Popen[bytes]) -> None:
     for number, patience_s in ((signal.SIGTERM, 15.0), (signal.SIGKILL, 10.0)):
         try:
             os.killpg(process.pid, number)

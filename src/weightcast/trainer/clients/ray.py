@@ -1,0 +1,86 @@
+"""RayEngineClient: an engine object that lives in a Ray actor. The actor's class takes ``PublishedTo`` as a base.
+
+The actor carries out an EngineClient's calls on its own engine, one after another with its other calls. Errors come back as
+records: Ray would wrap an exception, and what it is called could not be told from the outside.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+from weightcast.deadline import Deadline
+from weightcast.errors import DeadlineExceeded, EngineError, PeerLost, WeightcastError, error_from_wire
+from weightcast.trainer.clients.base import CommitOrder, CommitReply, EngineClient
+
+_numbers = itertools.count()
+
+
+class PublishedTo:
+    """Base of a Ray actor's class: ``llm``, an engine object of either kind, takes what a Publisher publishes."""
+
+    llm: Any
+    _client: EngineClient | None = None
+
+    def weightcast_call(self, method: str, arguments: tuple[Any, ...], timeout_s: float) -> dict[str, Any]:
+        """Carry out a call of EngineClient. For RayEngineClient; broad except on purpose, see the module's first lines."""
+        from weightcast.trainer.clients import make_client
+
+        try:
+            if self._client is None:
+                self._client = make_client(self.llm)
+            return {"value": getattr(self._client, method)(*arguments, Deadline(timeout_s))}
+        except WeightcastError as error:
+            return {"error": type(error).__name__, "message": error.message}
+        except Exception as error:  # noqa: BLE001
+            return {"error": EngineError.__name__, "message": f"{type(error).__name__}: {error}"}
+
+
+class RayEngineClient(EngineClient):
+    """Calls an actor whose class is a ``PublishedTo``. A call waits for the actor's calls before it, within its deadline."""
+
+    kind = "ray"
+
+    def __init__(self, actor: Any, *, host: str = "127.0.0.1") -> None:
+        self._actor = actor
+        self.host = host
+        self.name = f"ray-{next(_numbers)}"
+
+    def world_size(self, deadline: Deadline) -> int:
+        return int(self._call("world_size", deadline))
+
+    def init(self, init_info: Mapping[str, Any], deadline: Deadline) -> None:
+        self._call("init", deadline, dict(init_info))
+
+    def commit(self, order: CommitOrder, deadline: Deadline) -> CommitReply:
+        reply: CommitReply = self._call("commit", deadline, order)
+        return reply
+
+    def rollback(self, epoch: int, round: int, deadline: Deadline) -> None:
+        self._call("rollback", deadline, epoch, round)
+
+    def status(self, deadline: Deadline) -> Mapping[str, Any]:
+        status: Mapping[str, Any] = self._call("status", deadline)
+        return status
+
+    def shutdown(self, deadline: Deadline) -> None:
+        self._call("shutdown", deadline)
+
+    def _call(self, method: str, deadline: Deadline, *arguments: Any) -> Any:
+        import ray
+
+        left_s = max(deadline.remaining_s(), 0.001)
+        try:
+            answer = ray.get(self._actor.weightcast_call.remote(method, arguments, left_s), timeout=left_s)
+        except ray.exceptions.GetTimeoutError:
+            raise DeadlineExceeded(
+                f"{method} took longer than {deadline.timeout_s:g} s",
+                engine=self.name,
+                hint="An actor does one thing at a time: is it still generating, or loading its model?",
+            ) from None
+        except ray.exceptions.RayActorError as error:
+            raise PeerLost(f"{method}: the actor is gone: {error}", engine=self.name) from None
+        if "error" in answer:
+            raise error_from_wire(answer["error"], answer["message"]).at(engine=self.name)
+        return answer["value"]
