@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
 from weightcast.deadline import Deadline
 from weightcast.errors import TransportError
 
-SPIN_S = 0.005
-"""How long a wait looks without sleeping: most rounds are over by then."""
+SPIN_S = 0.03
+"""How long a wait looks without sleeping: most rounds are over by then. Other threads may run at every look."""
 STEP_S = 0.0002
 
 
@@ -24,6 +25,16 @@ def new_event() -> torch.cuda.Event:
     return torch.cuda.Event()  # type: ignore[no-untyped-call]
 
 
+@contextmanager
+def own_stream(device: torch.device) -> Iterator[None]:
+    """Make the device, and a stream of its own, current on this thread; nothing where the device is no GPU."""
+    if device.type != "cuda":
+        yield
+        return
+    with torch.cuda.device(device), torch.cuda.stream(new_stream(device)):
+        yield
+
+
 def wait_event(event: torch.cuda.Event, deadline: Deadline, what: str, check: Callable[[], None]) -> None:
     """Return when the event has happened. ``check`` is called while waiting and may raise to end the wait.
 
@@ -33,8 +44,7 @@ def wait_event(event: torch.cuda.Event, deadline: Deadline, what: str, check: Ca
     while not _happened(event, what):
         deadline.check(what)
         check()
-        if time.monotonic() - start > SPIN_S:
-            time.sleep(STEP_S)
+        time.sleep(STEP_S if time.monotonic() - start > SPIN_S else 0)
 
 
 def _happened(event: torch.cuda.Event, what: str) -> bool:
@@ -42,6 +52,13 @@ def _happened(event: torch.cuda.Event, what: str) -> bool:
         return bool(event.query())  # type: ignore[no-untyped-call]
     except RuntimeError as error:
         raise TransportError(f"{what} failed on the GPU: {error}") from error
+
+
+def wait_stream(device: torch.device, deadline: Deadline, what: str) -> None:
+    """Return when all work queued on this thread's current stream of the device is done."""
+    done = new_event()
+    done.record(torch.cuda.current_stream(device))
+    wait_event(done, deadline, what, lambda: None)
 
 
 def wait_device(device: torch.device, deadline: Deadline, what: str, check: Callable[[], None]) -> None:

@@ -58,11 +58,13 @@ class Hello(Message, frozen=True, kw_only=True, tag="hello"):
 
 
 class Welcome(Message, frozen=True, kw_only=True, tag="welcome"):
-    """Coordinator: what is published, and how the channel is kept alive."""
+    """Coordinator: what is published, and how the channel is kept alive. ``shadows`` is how many staged copies to keep
+    where there is room."""
 
     session: str
     manifest: Manifest
     mode: ModeWish
+    shadows: int = 1
     heartbeat_s: float
     silence_s: float
 

@@ -92,7 +92,10 @@ def test_every_case_of_the_transports(case_name: str, rng: random.Random) -> Non
         shape = tuple(o + s + 3 for o, s in zip(copy.region.offsets, copy.sizes, strict=True))
         specs[copy.region.name] = TensorSpec(name=copy.region.name, dtype=copy.dst_dtype, shape=shape)
     check(
-        copies, Manifest.of(specs.values()), random_storages(list(case.src_nbytes)), random_storages(list(case.dst_nbytes))
+        copies,
+        Manifest.of(specs.values()),
+        random_storages(list(case.src_nbytes)),
+        random_storages(list(case.dst_nbytes)),
     )
 
 

@@ -8,7 +8,6 @@ import time
 from weightcast.control.link import JoinInfo
 from weightcast.deadline import Deadline
 from weightcast.errors import DigestMismatch, LoadError, StateError, WeightcastError
-from weightcast.memory import Memory
 from weightcast.messages import Committed
 from weightcast.receiver.base import LiveModel
 from weightcast.receiver.session import Identity, Session
@@ -85,7 +84,7 @@ class Receiver:
         start = time.perf_counter()
         try:
             if session.mode == "staged":
-                self._apply_staged(session)
+                self._apply_staged(session, deadline)
                 nbytes, transfer_s = 0, 0.0
             else:
                 nbytes, transfer_s = self._apply_in_place(session, id, approval, deadline)
@@ -114,6 +113,7 @@ class Receiver:
             raise StateError("only a staged round can be rolled back", phase="rollback", round=id.round)
         self.dirty = True
         session.target.swap()
+        session.target.settle(Deadline(APPROVAL_TIMEOUT_S))
         session.target.take_back_loader_tensors()
         self._load_previous(session, self._before[0])
         self.version, self.content, self.dirty = self._before
@@ -135,11 +135,12 @@ class Receiver:
 
     # -- making a round live
 
-    def _apply_staged(self, session: Session) -> None:
+    def _apply_staged(self, session: Session, deadline: Deadline) -> None:
         target = session.target
         was_dirty, has_loader = self.dirty, bool(session.layout.through_loader)
         try:
             target.swap()
+            target.settle(deadline)
         except Exception:
             self.dirty = True  # some values may have changed places and others not
             raise
@@ -176,15 +177,16 @@ class Receiver:
     ) -> tuple[int, float]:
         memory = session.target.memory()
         self.dirty, self._loaded = True, None
-        nbytes, transfer_s = session.receive(id, memory, deadline)
-        self._check_digest(session, memory, approval)
+        nbytes, transfer_s, digest = session.receive(id, memory, deadline)
+        session.proven_digest = session.digest_of(memory) if digest is None else digest
+        self._check_digest(session, approval)
         if session.layout.through_loader:
             self._model.load_weights(session.target.loader_tensors())
         return nbytes, transfer_s
 
     @staticmethod
-    def _check_digest(session: Session, memory: Memory, approval: Approval) -> None:
-        digest = session.proven_digest = session.digest_of(memory)
+    def _check_digest(session: Session, approval: Approval) -> None:
+        digest = session.proven_digest
         if digest != approval.digest:
             raise DigestMismatch(
                 f"live weights have digest {digest:016x}, published were {approval.digest:016x}", phase="commit"
@@ -200,6 +202,10 @@ class Receiver:
         target = session.target
         if target.moves or not target.staged:
             self._report(session, id, session.proven_digest, nbytes, transfer_s, apply_s, 0.0)
+            return
+        landed = target.landed_digest()
+        if landed is not None:
+            self._report(session, id, landed, nbytes, transfer_s, apply_s, 0.0)
             return
         memory = target.live_memory()
 

@@ -16,8 +16,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from weightcast.control.link import ControlLink, JoinInfo
+from weightcast.cuda_wait import own_stream, wait_stream
 from weightcast.deadline import Deadline
-from weightcast.digest import LayoutDigest
+from weightcast.digest import LayoutDigest, combine
 from weightcast.errors import (
     DeadlineExceeded,
     PeerLost,
@@ -48,7 +49,7 @@ from weightcast.messages import (
 )
 from weightcast.plan import compile_plan, plan_digest
 from weightcast.receiver.base import LiveModel
-from weightcast.receiver.staging import LoadedTensors, Target, with_staging
+from weightcast.receiver.staging import LoadedTensors, Target, choose_place, with_staging
 from weightcast.round import Approval, Phase, RoundId, WorkerRound
 from weightcast.transports.base import WorkerEnd
 from weightcast.transports.registry import registry
@@ -145,23 +146,26 @@ class Session:
         layout = self._model.layout(self.manifest)
         layout.check(self.manifest)
         self.layout: Layout = with_staging(layout, self.manifest)
-        self.mode, self.target = self._make_target(answer.mode)
+        self.mode, self.target = self._make_target(answer.mode, answer.shadows)
         self._digest = LayoutDigest(self.manifest, self.layout, gaps_are_zero=self.target.memory().is_arena)
-        shadow_nbytes = self.target.shadow_nbytes
-        where = str(self._model.device) if shadow_nbytes else ""
+        shadow_nbytes, place = self.target.shadow_nbytes, self.target.place
+        where = str(place or self._model.device) if shadow_nbytes else ""
+        logger.info("weights come %s; %d bytes beside them (%s)", self.mode, shadow_nbytes, where or "nowhere")
         self.link.send(Landings(layout=self.layout, mode=self.mode, shadow_nbytes=shadow_nbytes, shadow=where))
 
-    def _make_target(self, trainer_wish: str) -> tuple[Mode, Target]:
-        """The engine's own wish counts before the trainer's; "auto" stages where a second copy fits."""
+    def _make_target(self, trainer_wish: str, copies: int) -> tuple[Mode, Target]:
+        """The engine's own wish counts before the trainer's; "auto" stages where a second copy fits on the device."""
         wish = self._mode_wish if self._mode_wish != "auto" else trainer_wish
         if wish != "in_place":
+            area_nbytes = self.layout.storage_nbytes[-1] if self.layout.through_loader else 0
             try:
-                return "staged", Target(self._model, self.manifest, self.layout, staged=True, loaded=self._loaded)
+                place = choose_place(self._model, area_nbytes, copies, host=wish == "staged")
+                return "staged", Target(self._model, self.manifest, self.layout, place=place, loaded=self._loaded)
             except WeightcastError as error:
                 if wish == "staged":
                     raise
                 logger.info("weights will be written in place: %s", str(error))
-        return "in_place", Target(self._model, self.manifest, self.layout, staged=False)
+        return "in_place", Target(self._model, self.manifest, self.layout, place=None)
 
     # -- on the I/O thread
 
@@ -226,12 +230,13 @@ class Session:
     def _work(self) -> None:
         """The broad except is on purpose: a task that fails unforeseen must not end the thread, which would leave a
         worker that is alive and never answers."""
-        while (task := self._tasks.get()) is not None:
-            try:
-                task()
-            except Exception as error:  # noqa: BLE001 - see above
-                self.send_failure(self.round.id, "worker", error)
-        self._close_ends()
+        with own_stream(self._model.device):
+            while (task := self._tasks.get()) is not None:
+                try:
+                    task()
+                except Exception as error:  # noqa: BLE001 - see above
+                    self.send_failure(self.round.id, "worker", error)
+            self._close_ends()
 
     def _set_up(self, setup: Setup) -> None:
         try:
@@ -259,11 +264,11 @@ class Session:
     def _stage(self, begin: Begin) -> None:
         id = RoundId(epoch=begin.epoch, round=begin.round)
         try:
-            nbytes, transfer_s = self.receive(id, self.target.memory(), Deadline(begin.timeout_s))
+            memory = self.target.memory()
+            nbytes, transfer_s, digest = self.receive(id, memory, Deadline(begin.timeout_s))
             start = time.perf_counter()
-            digest = self._digest.of(self.target.memory())
+            digest = self.proven_digest = self.digest_of(memory) if digest is None else digest
             digest_s = time.perf_counter() - start
-            self.proven_digest = digest
             if self.round.staged(id):
                 self._send_staged(id, digest, nbytes, transfer_s, digest_s)
         except Exception as error:  # noqa: BLE001 - as above: whatever fails here is the trainer's to know
@@ -281,18 +286,30 @@ class Session:
 
     # -- shared with the Receiver
 
-    def receive(self, id: RoundId, memory: Memory, deadline: Deadline) -> tuple[int, float]:
-        """Receive a round from all trainer ranks at once; returns bytes and seconds. StateError once the round is over."""
+    def receive(self, id: RoundId, memory: Memory, deadline: Deadline) -> tuple[int, float, int | None]:
+        """Receive a round from all trainer ranks at once: bytes, seconds, and the digest of what landed where the transports
+        brought it. StateError once the round is over."""
         start = time.perf_counter()
         with self._in_use(id):
             if not self._ends:
                 raise StateError("no epoch is set up", hint="The trainer has to connect again")
             if len(self._ends) == 1:
-                nbytes = self._ends[0].receive(memory, deadline)
+                parts = [self._ends[0].receive_proven(memory, self.manifest, deadline)]
             else:
+                if self._model.device.type == "cuda":
+                    # The threads' streams know nothing of the engine's work, which may still read what they write.
+                    wait_stream(self._model.device, deadline, "the engine's last step")
                 with ThreadPoolExecutor(len(self._ends)) as pool:
-                    nbytes = sum(pool.map(lambda end: end.receive(memory, deadline), self._ends))
-        return nbytes, time.perf_counter() - start
+                    parts = list(pool.map(lambda end: self._receive_beside(end, memory, deadline), self._ends))
+        digests = [digest for _, digest in parts if digest is not None]
+        # Every landing is filled by exactly one copy, so the parts add up to the whole.
+        digest = combine(digests) if len(digests) == len(parts) else None
+        return sum(nbytes for nbytes, _ in parts), time.perf_counter() - start, digest
+
+    def _receive_beside(self, end: WorkerEnd, memory: Memory, deadline: Deadline) -> tuple[int, int | None]:
+        """On a thread of its own, whose current GPU and stream are its own, too."""
+        with own_stream(self._model.device):
+            return end.receive_proven(memory, self.manifest, deadline)
 
     @contextmanager
     def _in_use(self, id: RoundId | None = None) -> Iterator[None]:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import msgspec
 import torch
 
+from weightcast.cuda_wait import wait_stream
+from weightcast.deadline import Deadline
 from weightcast.errors import ShadowError
 from weightcast.layout import Layout, Placement, contiguous_strides, image_layout
 from weightcast.manifest import Manifest
 from weightcast.memory import Memory
 from weightcast.receiver.base import LiveModel
-from weightcast.receiver.exchange import Exchange
+from weightcast.receiver.exchange import Exchange, Landing
+
+logger = logging.getLogger(__name__)
 
 CHECK_HEADROOM = 1.1
 """A shadow is allocated only where this many times its size is free: the engine needs room to breathe."""
@@ -46,6 +51,49 @@ def free_nbytes(device: torch.device) -> int:
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """Where a staged copy lies: beside the live weights, or in page-locked memory of the host. ``copies`` is 1, or 2 where a
+    commit takes one of two in turn."""
+
+    device: torch.device
+    copies: int = 1
+
+    def __str__(self) -> str:
+        where = str(self.device) if self.device.type == "cuda" else "host memory"
+        return f"{where}, two copies" if self.copies > 1 else where
+
+
+def choose_place(model: LiveModel, area_nbytes: int, copies: int, *, host: bool) -> Place:
+    """The best place that has room; ``host`` allows page-locked memory of the host for weights on a GPU.
+
+    Parameters that can be rebound need one copy only. Raises ShadowError where nothing has room.
+    """
+    nbytes, device = model.memory().nbytes, model.device
+    free = free_nbytes(device)
+    for count in range(1 if model.relocatable else copies, 0, -1):
+        if (count * nbytes + area_nbytes) * CHECK_HEADROOM <= free:
+            return Place(device, count)
+    if device.type == "cuda" and host:
+        sizes = [*(storage.numel() for storage in model.memory().storages), area_nbytes]
+        needed = sum(_pinned_nbytes(size) for size in sizes)
+        in_host = free_nbytes(torch.device("cpu"))
+        if needed * CHECK_HEADROOM <= in_host:
+            return Place(torch.device("cpu"))
+        raise ShadowError(
+            f"a staged copy takes {nbytes + area_nbytes} bytes; {free} are free on {device}, {in_host} in the host's memory",
+            hint="Ask for mode in_place",
+        )
+    raise ShadowError(
+        f"a staged copy takes {nbytes + area_nbytes} bytes, {free} are free on {device}", hint="Ask for mode in_place"
+    )
+
+
+def _pinned_nbytes(nbytes: int) -> int:
+    """What torch takes for page-locked memory: the next power of two."""
+    return 1 << (nbytes - 1).bit_length() if nbytes else 0
+
+
+@dataclass(frozen=True, slots=True)
 class LoadedTensors:
     """What went through the engine's loader and is live: the way back to it outlives a trainer's stay."""
 
@@ -66,34 +114,37 @@ class Target:
         manifest: Manifest,
         layout: Layout,
         *,
-        staged: bool,
+        place: Place | None,
         loaded: LoadedTensors | None = None,
     ) -> None:
         self._model = model
+        self._manifest = manifest
+        self.place = place
         self._layout = layout
-        self.staged = staged
+        self.staged = place is not None
+        self._relocates = place is not None and model.relocatable and place.device == model.device
         self._num_live = len(model.memory().storages)
         self._has_staging = bool(layout.through_loader)
         self._memories: dict[tuple[int, ...], Memory] = {}
-        if staged:
-            self._check_room()
         try:
             self._area = self._allocate_area()
             self._loaded_area: torch.Tensor | None = None
             self._before: torch.Tensor | None = None
-            self._shadow = self._shadow_of(model.memory()) if staged else None
+            self._shadows = [self._shadow_of(model.memory()) for _ in range(place.copies)] if place else []
         except (RuntimeError, MemoryError) as error:
             raise ShadowError(f"no memory for the staged copy: {error}", hint="Ask for mode in_place") from error
         self._memory = self._combine()
-        self._swap: Exchange | None = None
+        self._exchange: Exchange | None = None
+        self._landings: dict[int, Landing] = {}
+        self._landed: Landing | None = None
         if loaded is not None and self._area is not None and loaded.layout_digest == self._layout_digest():
             self._loaded_area = loaded.area
 
     @property
     def shadow_nbytes(self) -> int:
         """Bytes taken beside the live weights."""
-        shadow = self._shadow.nbytes if self._shadow is not None else 0
-        return shadow + sum(area.numel() for area in (self._area, self._loaded_area) if area is not None)
+        areas = sum(area.numel() for area in (self._area, self._loaded_area) if area is not None)
+        return sum(shadow.nbytes for shadow in self._shadows) + areas
 
     def memory(self) -> Memory:
         """Where the next round's bytes go."""
@@ -102,23 +153,41 @@ class Target:
         return self._memory
 
     def swap(self) -> None:
-        """Exchange shadow and live direct landings: what was live is in the shadow afterwards. Twice is nothing."""
-        if self._shadow is None or not self._num_live:
+        """Make the staged direct landings live and keep what was: in the shadow afterwards, or in the other one of two.
+
+        Twice is nothing. On a GPU the work is queued on the current stream; ``settle`` waits for it.
+        """
+        if not self._shadows or not self._num_live:
             return
-        live = self._model.memory()
-        if self._model.relocatable:
-            self._model.rebind(self._shadow)
-            self._shadow = live
+        live, shadow = self._model.memory(), self._shadows[0]
+        if self._relocates:
+            self._model.rebind(shadow)
+            self._shadows = [live]
+        elif len(self._shadows) > 1:
+            if shadow.number not in self._landings:
+                self._landings[shadow.number] = Landing(live, shadow, self._direct(), self._manifest)
+            self._landed = self._landings[shadow.number]
+            self._landed.run()
+            self._shadows.reverse()
         else:
-            if self._swap is None:
-                self._swap = Exchange(live, self._shadow, self._direct())
-            self._swap.run()
+            if self._exchange is None:
+                self._exchange = Exchange(live, shadow, self._direct())
+            self._exchange.run()
         self._memory = self._combine()
+
+    def settle(self, deadline: Deadline) -> None:
+        """Return when a swap is done on the GPU, too."""
+        if self._model.device.type == "cuda":
+            wait_stream(self._model.device, deadline, "making the staged weights live")
+
+    def landed_digest(self) -> int | None:
+        """The digest of what the last swap made live, where it was taken on the way; otherwise None."""
+        return None if self._landed is None or self._has_staging else self._landed.total()
 
     @property
     def moves(self) -> bool:
         """True: a swap makes the very storages live that were staged, so their digest is that of what is live."""
-        return self.staged and self._model.relocatable
+        return self._relocates
 
     def loader_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The staged tensors that go through the engine's loader."""
@@ -132,7 +201,7 @@ class Target:
         """What is staged for the loader is live now; the version before it stays until the next round overwrites it."""
         if self._area is not None:
             self._before = self._loaded_area
-            free = self._before if self._before is not None else torch.zeros_like(self._area)
+            free = self._before if self._before is not None else self._new_storage(self._area.numel()).zero_()
             self._area, self._loaded_area = free, self._area
             self._memory = self._combine()
 
@@ -156,24 +225,25 @@ class Target:
         area = self._loaded_area if self._loaded_area is not None else self._area
         return self._known([*self._model.memory().storages] + ([area] if area is not None else []))
 
-    def _check_room(self) -> None:
-        needed = self._model.memory().nbytes + (self._layout.storage_nbytes[-1] if self._has_staging else 0)
-        free = free_nbytes(self._model.device)
-        if needed * CHECK_HEADROOM > free:
-            raise ShadowError(f"a staged copy takes {needed} bytes, {free} are free", hint="Ask for mode in_place")
-
     def _allocate_area(self) -> torch.Tensor | None:
-        if not self._has_staging:
-            return None
-        return torch.zeros(self._layout.storage_nbytes[-1], dtype=torch.uint8, device=self._model.device)
+        return self._new_storage(self._layout.storage_nbytes[-1]).zero_() if self._has_staging else None
 
-    @staticmethod
-    def _shadow_of(live: Memory) -> Memory:
+    def _new_storage(self, nbytes: int) -> torch.Tensor:
+        """Memory of the shadow's place; an in-place target's staging area lies with the live weights."""
+        device = self._model.device if self.place is None else self.place.device
+        pinned = device.type == "cpu" and self._model.device.type == "cuda"
+        return torch.empty(nbytes, dtype=torch.uint8, device=device, pin_memory=pinned)
+
+    def _shadow_of(self, live: Memory) -> Memory:
         # A copy, not empty memory: bytes that no landing covers must be right after a swap by rebinding.
-        return Memory([storage.clone() for storage in live.storages], is_arena=live.is_arena)
+        return self._new_memory([self._new_storage(s.numel()).copy_(s) for s in live.storages], live.is_arena)
+
+    def _new_memory(self, storages: list[torch.Tensor], is_arena: bool) -> Memory:
+        on_host = self._model.device.type == "cuda" and any(not storage.is_cuda for storage in storages)
+        return Memory(storages, is_arena=is_arena, gpu=self._model.device if on_host else None)
 
     def _combine(self) -> Memory:
-        direct = self._shadow if self._shadow is not None else self._model.memory()
+        direct = self._shadows[0] if self._shadows else self._model.memory()
         return self._known([*direct.storages] + ([self._area] if self._area is not None else []))
 
     def _known(self, storages: list[torch.Tensor]) -> Memory:
@@ -182,7 +252,7 @@ class Target:
         key = tuple(storage.data_ptr() for storage in storages)
         if key not in self._memories:
             live = self._model.memory()
-            self._memories[key] = Memory(storages, is_arena=live.is_arena or not live.storages)
+            self._memories[key] = self._new_memory(storages, live.is_arena or not live.storages)
         return self._memories[key]
 
     def _is_current(self) -> bool:

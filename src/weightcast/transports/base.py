@@ -28,6 +28,7 @@ from collections.abc import Sequence
 
 from weightcast.deadline import Deadline
 from weightcast.facts import Facts
+from weightcast.manifest import Manifest
 from weightcast.memory import Memory
 from weightcast.plan import Copy
 
@@ -69,6 +70,11 @@ class WorkerEnd(ABC):
     def receive(self, memory: Memory, deadline: Deadline) -> int:
         """Write one round's values into ``memory``; when it returns, they are there (device work included).
         Returns bytes received."""
+
+    def receive_proven(self, memory: Memory, manifest: Manifest, deadline: Deadline) -> tuple[int, int | None]:
+        """``receive``, and the digest of all that it wrote, read back from ``memory``, where the transport gets it on the
+        way; None where it has to be computed afterwards."""
+        return self.receive(memory, deadline), None
 
     @abstractmethod
     def abort(self) -> None: ...

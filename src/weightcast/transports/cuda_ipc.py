@@ -20,6 +20,7 @@ from weightcast import cuda_driver
 from weightcast.cuda_wait import new_event, new_stream, wait_device, wait_event
 from weightcast.deadline import Deadline
 from weightcast.errors import InvalidInput, ProtocolError, StateError, TransportError, Unsupported, WeightcastError
+from weightcast.manifest import Manifest
 from weightcast.memory import Memory
 from weightcast.plan import Copy
 from weightcast.transports.base import DEFAULT_BUCKET_NBYTES, Facts, TrainerEnd, Transport, WorkerEnd
@@ -29,6 +30,7 @@ from weightcast.transports.recent import Recent
 from weightcast.transports.rendezvous import Listener
 
 if TYPE_CHECKING:
+    from weightcast.proven_cuda import ProvenReplay
     from weightcast.replay_cuda import CudaReplay
 
 logger = logging.getLogger(__name__)
@@ -147,6 +149,7 @@ def _check_offer(offer: CudaIpcOffer, copies: Sequence[Copy]) -> None:
 def _export(copies: Sequence[Copy], memory: Memory) -> tuple[tuple[_Segment, ...], tuple[_Span, ...]]:
     used = {copy.src_storage for copy in copies if copy.nbytes}
     segments: dict[int, _Segment] = {}
+    numbers: dict[int, int] = {}
     spans = []
     for number, storage in enumerate(memory.storages):
         if number not in used:
@@ -155,9 +158,10 @@ def _export(copies: Sequence[Copy], memory: Memory) -> tuple[tuple[_Segment, ...
         start, nbytes = cuda_driver.allocation_of(storage.data_ptr(), storage.device)
         if start not in segments:
             handle = cuda_driver.export_allocation(start, storage.device)
+            numbers[start] = len(segments)
             segments[start] = _Segment(handle=handle, address=start, nbytes=nbytes, gpu=gpu_uuid(storage.device))
         offset = storage.data_ptr() - start
-        spans.append(_Span(segment=list(segments).index(start), offset=offset, nbytes=storage.numel()))
+        spans.append(_Span(segment=numbers[start], offset=offset, nbytes=storage.numel()))
     return tuple(segments.values()), tuple(spans)
 
 
@@ -284,6 +288,14 @@ def _new_replay(copies: Sequence[Copy], src: Memory, dst: Memory, device: torch.
     return CudaReplay(copies, src, dst, device)
 
 
+def _new_proven(
+    copies: Sequence[Copy], src: Memory, dst: Memory, manifest: Manifest, device: torch.device
+) -> ProvenReplay:
+    from weightcast.proven_cuda import ProvenReplay
+
+    return ProvenReplay(copies, src, dst, manifest, device)
+
+
 def _refuse_unreachable(uuid: str, device: torch.device) -> None:
     if uuid == gpu_uuid(device):
         return
@@ -307,6 +319,8 @@ class CudaIpcWorkerEnd(WorkerEnd):
         self._mapping: _Mapping | None = None
         self._stream: torch.cuda.Stream | None = None
         self._replays: Recent[CudaReplay] = Recent()
+        self._proven: Recent[ProvenReplay] = Recent()
+        self._devices: Recent[torch.device] = Recent()
 
     def connect(self, deadline: Deadline) -> None:
         """Map the memory for the current GPU; ``receive`` maps it anew if its memory lies on another."""
@@ -319,20 +333,38 @@ class CudaIpcWorkerEnd(WorkerEnd):
 
     def receive(self, memory: Memory, deadline: Deadline) -> int:
         with self._pair.use("receive", deadline):
-            self._pair.check()
-            mapping, stream = self._map(self._device_of(memory))
+            mapping = self._mapped_for(memory)
             replay = self._replays.get(
                 memory.number, lambda: _new_replay(self._copies, mapping.memory, memory, mapping.device)
             )
-            stream.wait_stream(torch.cuda.current_stream(mapping.device))
-            done = new_event()
-            with torch.cuda.stream(stream):
-                nbytes = replay.run()
-                done.record(stream)
-            wait_event(done, deadline, "the copy out of the trainer's GPU memory", self._pair.guard.check)
-            # Bytes of a process that died meanwhile may be anybody's.
-            self._pair.check()
-            return nbytes
+            return self._run(replay, mapping, deadline)
+
+    def receive_proven(self, memory: Memory, manifest: Manifest, deadline: Deadline) -> tuple[int, int | None]:
+        with self._pair.use("receive", deadline):
+            mapping = self._mapped_for(memory)
+            if memory.gpu is not None:
+                # What was written to the host's memory is read back over the bus; the digest does that better alone.
+                return self.receive(memory, deadline), None
+            replay = self._proven.get(
+                memory.number, lambda: _new_proven(self._copies, mapping.memory, memory, manifest, mapping.device)
+            )
+            nbytes = self._run(replay, mapping, deadline)
+            with torch.cuda.stream(self._stream):
+                return nbytes, replay.total()
+
+    def _run(self, replay: CudaReplay | ProvenReplay, mapping: _Mapping, deadline: Deadline) -> int:
+        """Queue the copies and wait for them."""
+        stream = self._stream
+        assert stream is not None
+        stream.wait_stream(torch.cuda.current_stream(mapping.device))
+        done = new_event()
+        with torch.cuda.stream(stream):
+            nbytes = replay.run()
+            done.record(stream)
+        wait_event(done, deadline, "the copy out of the trainer's GPU memory", self._pair.guard.check)
+        # Bytes of a process that died meanwhile may be anybody's.
+        self._pair.check()
+        return nbytes
 
     def abort(self) -> None:
         self._pair.guard.abort()
@@ -341,17 +373,24 @@ class CudaIpcWorkerEnd(WorkerEnd):
         self._pair.close()
         self._unmap()
 
+    def _mapped_for(self, memory: Memory) -> _Mapping:
+        """The trainer's memory for the GPU that ``memory`` lies on; raises unless both processes live."""
+        self._pair.check()
+        return self._map(self._devices.get(memory.number, lambda: self._device_of(memory)))
+
     def _device_of(self, memory: Memory) -> torch.device:
-        devices = {memory.storages[copy.dst_storage].device for copy in self._copies}
+        if memory.gpu is not None:
+            return memory.gpu
+        devices = {memory.storages[number].device for number in {copy.dst_storage for copy in self._copies}}
         if len(devices) > 1 or any(device.type != "cuda" for device in devices):
             raise InvalidInput(f"cuda_ipc receives into the memory of one GPU, not {sorted(map(str, devices))}")
         return devices.pop() if devices else torch.device("cuda", torch.cuda.current_device())
 
-    def _map(self, device: torch.device) -> tuple[_Mapping, torch.cuda.Stream]:
+    def _map(self, device: torch.device) -> _Mapping:
         if self._mapping is None or self._stream is None or self._mapping.device != device:
             self._unmap()
             self._mapping, self._stream = _Mapping(self._offer, device), new_stream(device)
-        return self._mapping, self._stream
+        return self._mapping
 
     def _unmap(self) -> None:
         mapping, stream = self._mapping, self._stream
@@ -368,3 +407,4 @@ class CudaIpcWorkerEnd(WorkerEnd):
         else:
             mapping.close()
         self._replays.clear()
+        self._proven.clear()

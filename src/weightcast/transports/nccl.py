@@ -238,6 +238,7 @@ class NcclWorkerEnd(WorkerEnd):
         self._nbytes = sum(copy.nbytes for copy in copies)
         self._lanes: _Lanes | None = None
         self._unpackers: Recent[list[CudaReplay]] = Recent()
+        self._devices: Recent[torch.device] = Recent()
 
     def connect(self, deadline: Deadline) -> None:
         """Meets the trainer on the current GPU, which ``receive``'s memory has to lie on."""
@@ -252,7 +253,9 @@ class NcclWorkerEnd(WorkerEnd):
         with self._pair.use("receive", deadline):
             comm, lanes = self._pair.connected(), self._lanes
             assert lanes is not None
-            device = _device_of(memory, [copy.dst_storage for copy in self._copies])
+            device = self._devices.get(
+                memory.number, lambda: _device_of(memory, [copy.dst_storage for copy in self._copies])
+            )
             if device != comm.device:
                 raise StateError(f"this pair was connected on {comm.device}, the memory lies on {device}")
             unpackers = self._unpackers.get(memory.number, lambda: lanes.unpackers(self._buckets, memory))
@@ -280,6 +283,8 @@ class NcclWorkerEnd(WorkerEnd):
 
 
 def _device_of(memory: Memory, storages: Sequence[int]) -> torch.device:
+    if memory.gpu is not None:
+        return memory.gpu
     devices = {memory.storages[storage].device for storage in storages}
     if len(devices) > 1 or any(device.type != "cuda" for device in devices):
         raise InvalidInput(f"one end of a nccl pair uses the memory of one GPU, not {sorted(map(str, devices))}")
