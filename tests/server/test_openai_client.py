@@ -42,6 +42,7 @@ def test_models(client: openai.OpenAI) -> None:
 
 def test_completion_and_its_stream_agree(client: openai.OpenAI) -> None:
     asked = {"model": NAME, "prompt": "once upon a time", "max_tokens": 24, "temperature": 0.8, "seed": 1234}
+    asked["extra_body"] = {"ignore_eos": True}
     whole = client.completions.create(**asked)
     chunks = list(client.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
     assert "".join(chunk.choices[0].text for chunk in chunks if chunk.choices) == whole.choices[0].text
@@ -55,7 +56,7 @@ def test_completion_and_its_stream_agree(client: openai.OpenAI) -> None:
 
 def test_n_greedy_outputs_are_equal_and_token_ids_in_give_token_ids_out(client: openai.OpenAI) -> None:
     ids = build_tokenizer().encode("a prompt of tokens")
-    extra = {"return_token_ids": True, "return_tokens_as_token_ids": True}
+    extra = {"return_token_ids": True, "return_tokens_as_token_ids": True, "ignore_eos": True}
     answer = client.completions.create(
         model=NAME, prompt=[ids, ids[::-1]], n=2, max_tokens=8, temperature=0, logprobs=0, extra_body=extra
     )
@@ -82,6 +83,7 @@ def test_all_logprobs_make_a_distribution(client: openai.OpenAI) -> None:
 
 def test_chat(client: openai.OpenAI) -> None:
     asked = {"model": NAME, "messages": MESSAGES, "max_completion_tokens": 12, "seed": 77, "n": 2}
+    asked["extra_body"] = {"ignore_eos": True}
     answer = client.chat.completions.create(**asked, logprobs=True, top_logprobs=3)
     assert [choice.message.role for choice in answer.choices] == ["assistant", "assistant"]
     for choice in answer.choices:
@@ -101,6 +103,7 @@ def test_chat(client: openai.OpenAI) -> None:
 
 def test_stop(client: openai.OpenAI) -> None:
     asked = {"model": NAME, "prompt": "stop here", "max_tokens": 60, "temperature": 0}
+    asked["extra_body"] = {"ignore_eos": True}
     text = client.completions.create(**asked).choices[0].text
     stop = text[5:7]
     whole = client.completions.create(**asked, stop=[stop])
