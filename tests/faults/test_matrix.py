@@ -1,31 +1,73 @@
-"""Every cell of the fault matrix: a named error in time, nobody hangs, no mixed version, the next round works, nothing leaks."""
+"""Every fault of the matrix: a named error in time, nobody hangs, no mixed version, the next round works, nothing leaks.
+
+Each fault is played once in each mode, under transports by turns; `make matrix` plays all of them under all transports.
+"""
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Callable, Iterator
+
 import pytest
 
-from weightcast.testing.matrix import Cell, cells, network_obstacle
+from weightcast.testing.matrix import CPU_TRANSPORTS, Cell, cells
+from weightcast.testing.matrix.results import Result
+from weightcast.testing.matrix.runner import Runner
+
+JOBS = 2
+TIMEOUT_S = 90.0
 
 
-def parameters() -> list[object]:
-    return [pytest.param(cell, id=cell.id, marks=[pytest.mark.gpu] if cell.needs_gpu else []) for cell in cells()]
+def by_turns() -> list[Cell]:
+    """One transport for each fault and mode."""
+    every = cells(CPU_TRANSPORTS)
+    pairs = list(dict.fromkeys((cell.fault, cell.mode) for cell in every))
+    turn = {pair: CPU_TRANSPORTS[number % len(CPU_TRANSPORTS)] for number, pair in enumerate(pairs)}
+    return [cell for cell in every if cell.transport == turn[cell.fault, cell.mode]]
+
+
+class Background:
+    """Cells that are played while tests wait for theirs."""
+
+    def __init__(self, chosen: list[Cell]) -> None:
+        self._results: dict[tuple[str, str, str], Result] = {}
+        self._changed = threading.Condition()
+        self._runner = Runner(JOBS, cell_timeout_s=60)
+        self._thread = threading.Thread(target=self._runner.run, args=(chosen, self._take))
+        self._thread.start()
+
+    def _take(self, result: Result) -> None:
+        with self._changed:
+            self._results[result.key] = result
+            self._changed.notify_all()
+
+    def result(self, cell: Cell) -> Result:
+        key = (cell.fault, cell.transport, cell.mode)
+        end = time.monotonic() + TIMEOUT_S
+        with self._changed:
+            while key not in self._results:
+                assert self._changed.wait(end - time.monotonic()), f"{cell.id} was not played in {TIMEOUT_S:g} s"
+        return self._results[key]
+
+    def close(self) -> None:
+        self._runner.stop()
+        self._thread.join()
 
 
 @pytest.fixture(scope="module")
-def why_no_network() -> str | None:
-    return network_obstacle()
+def play(request: pytest.FixtureRequest) -> Iterator[Callable[[Cell], Result]]:
+    """Gives the result of a cell; plays only cells whose tests were selected."""
+    selected = [item.callspec.params["cell"] for item in request.session.items if item.fspath == request.node.fspath]
+    background = Background(selected)
+    yield background.result
+    background.close()
 
 
-@pytest.mark.timeout(60)
-@pytest.mark.parametrize("cell", parameters())
-def test_cell(cell: Cell, why_no_network: str | None, record_property: pytest.FixtureRequest) -> None:
-    if cell.needs_network and why_no_network is not None:
-        pytest.skip(f"networks: {why_no_network}")
-    if cell.needs_gpu:
-        import torch
-
-        if not torch.cuda.is_available():
-            pytest.skip("no GPU here")
-    outcome = cell.run()
-    assert outcome
-    record_property("outcome", outcome)  # type: ignore[operator]
+@pytest.mark.parametrize("cell", by_turns(), ids=lambda cell: cell.id)
+def test_cell(cell: Cell, play: Callable[[Cell], Result]) -> None:
+    result = play(cell)
+    if result.state == "skipped":
+        pytest.skip(result.text)
+    assert result.state == "passed", result.text
+    assert result.text

@@ -30,6 +30,14 @@ def start_fork_server(*modules: str) -> None:
     forkserver.ensure_running()
 
 
+def be_a_host_for_nccl() -> None:
+    """Have NCCL take this process for a host of its own: it refuses two ranks on one GPU of one host."""
+    os.environ["NCCL_HOSTID"] = f"weightcast-{os.getpid()}"
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    # NCCL's own monitoring keeps a connection to every process it ever met, for as long as this one lives.
+    os.environ.setdefault("NCCL_RAS_ENABLE", "0")
+
+
 class ChildFailed(RuntimeError):
     """A call raised in the child, or the child is gone. ``kind`` is the name of the exception's class, or "gone"."""
 
@@ -125,6 +133,7 @@ def _serve(channel: Connection, netns: str | None, factory: Callable[..., Any], 
 
     from weightcast.testing.network import enter
 
+    be_a_host_for_nccl()
     if netns is not None:
         enter(netns)
     torch.set_num_threads(1)

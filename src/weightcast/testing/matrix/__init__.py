@@ -1,8 +1,9 @@
 """The fault matrix: every fault under every transport and mode, and what must be true afterwards.
 
-python -m weightcast.testing.matrix [--transport NAME] [--fault TEXT] [--write docs/failure-modes.md]
+python -m weightcast.testing.matrix --help
 """
 
-from weightcast.testing.matrix.cells import Cell, cells, network_obstacle
+from weightcast.testing.matrix.cells import CPU_TRANSPORTS, GPU_TRANSPORTS, Cell, cells
+from weightcast.testing.matrix.outcome import Outcome
 
-__all__ = ["Cell", "cells", "network_obstacle"]
+__all__ = ["CPU_TRANSPORTS", "GPU_TRANSPORTS", "Cell", "Outcome", "cells"]

@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -16,21 +16,19 @@ from typing import Any
 from weightcast.errors import RoundFailed, WeightcastError
 from weightcast.report.model import Report
 from weightcast.testing.engine_process import SLICE_NBYTES, TOKEN, EngineProcess, values_of
+from weightcast.testing.matrix.outcome import Outcome, expect
 from weightcast.testing.processes import start_fork_server
 from weightcast.testing.trainer_process import TrainerProcess
 from weightcast.trainer.clients import EngineClient
 from weightcast.trainer.publisher import Publisher
 
-DEADLINE_S = 1.5
+DEADLINE_S, GPU_DEADLINE_S = 1.5, 4.0
+"""Of a publish that a fault strikes. Processes that share one GPU take turns on it."""
 GRACE_S = 2.0
 """An error may come so long after the deadline."""
 HEALING_S = 15.0
-
-
-def expect(condition: object, text: str) -> None:
-    """A promise of the matrix; AssertionError says which one is broken."""
-    if not condition:
-        raise AssertionError(text)
+GPU_SLACK = 40
+"""Descriptors and threads that CUDA and NCCL open at their first use and keep for as long as the process lives."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +44,12 @@ class Usage:
         gc.collect()
         return cls(len(os.listdir("/proc/self/fd")), threading.active_count(), len(multiprocessing.active_children()))
 
-    def exceeds(self, before: Usage) -> bool:
-        return self.descriptors > before.descriptors or self.threads > before.threads or self.children > before.children
+    def exceeds(self, before: Usage, slack: int) -> bool:
+        return (
+            self.descriptors > before.descriptors + slack
+            or self.threads > before.threads + slack
+            or self.children > before.children
+        )
 
 
 @dataclass(slots=True)
@@ -59,9 +61,13 @@ class Failure:
     seconds: float
 
     @property
-    def summary(self) -> str:
-        kinds = sorted(set(self.causes.values())) or [type(self.error).__name__]
-        return f"{', '.join(kinds)} after {self.seconds:.1f} s"
+    def kinds(self) -> str:
+        """The causes' classes."""
+        return ", ".join(sorted(set(self.causes.values())) or [type(self.error).__name__])
+
+    @property
+    def outcome(self) -> Outcome:
+        return Outcome(self.kinds, self.seconds)
 
 
 class Field:
@@ -82,6 +88,8 @@ class Field:
         silence_s: float = 5.0,
     ) -> None:
         self.transport, self.mode, self.device = transport, mode, device
+        self._slack = 0 if device == "cpu" else GPU_SLACK
+        self.deadline_s = DEADLINE_S if device == "cpu" else GPU_DEADLINE_S
         self.options: dict[str, Any] = {
             "transport": transport,
             "mode": mode,
@@ -93,7 +101,7 @@ class Field:
         self._engine_options: dict[str, Any] = {"loader": loader, "relocatable": relocatable, "device": device}
         self._network: dict[str, Any] = {"host": host, "netns": netns}
         self._stack = contextlib.ExitStack()
-        self._seed = 0
+        self.seed = 0
         self.tensors = values_of(0, device)
         self.seeds: dict[int, int] = {0: 0}
         self.publisher: Publisher | None = None
@@ -105,6 +113,7 @@ class Field:
         try:
             self.a = self._own(EngineProcess(self.mode, **self._engine_options, **self._network))
             self.b = self._own(EngineProcess(self.mode, **self._engine_options))
+            self._usage = {engine: engine.call("usage") for engine in (self.a, self.b)}
         except BaseException:
             self._stack.close()
             raise
@@ -117,6 +126,7 @@ class Field:
                 self.publisher.close()
                 if kind is None:
                     expect(time.monotonic() - start < 5, "close() took longer than five seconds")
+                    self._check_engines_for_leaks()
         finally:
             self._stack.close()
         self.publisher = self.trainer = None
@@ -129,9 +139,20 @@ class Field:
 
     def _check_leaks(self) -> None:
         end = time.monotonic() + 3
-        while (now := Usage.now()).exceeds(self._before):
+        while (now := Usage.now()).exceeds(self._before, self._slack):
             expect(time.monotonic() < end, f"leaked: {self._before} became {now}: {_descriptors()}")
             time.sleep(0.05)
+
+    def _check_engines_for_leaks(self) -> None:
+        """Engines that lived through all of it hold what they held before the first trainer came."""
+        end = time.monotonic() + 3
+        for engine, before in self._usage.items():
+            while engine.alive:
+                now = engine.call("usage")
+                if all(now[kind] <= before[kind] + self._slack for kind in before):
+                    break
+                expect(time.monotonic() < end, f"{engine.url} leaked: {before} became {now}")
+                time.sleep(0.05)
 
     # -- trainers
 
@@ -170,14 +191,15 @@ class Field:
             )
         )
         expect(self.trainer is not None, "no trainer")
-        answer = self.trainer.call("publish", self._next_seed(1))
+        answer = self.trainer.call("publish", self.next_seed(1))
         expect(answer["version"], f"the first publish failed: {answer}")
         return self.trainer
 
-    def _next_seed(self, number: int) -> int:
-        self._seed += 1
-        self.seeds[number] = self._seed
-        return self._seed
+    def next_seed(self, number: int) -> int:
+        """Fresh values, to be published as this version."""
+        self.seed += 1
+        self.seeds[number] = self.seed
+        return self.seed
 
     def next_number(self) -> int:
         assert self.publisher is not None
@@ -185,13 +207,13 @@ class Field:
 
     def change(self) -> None:
         """What an optimizer's step does."""
-        self.tensors.update(values_of(self._next_seed(self.next_number()), self.device))
+        self.tensors.update(values_of(self.next_seed(self.next_number()), self.device))
 
     def succeed(self, timeout_s: float = HEALING_S, *, engines: Sequence[EngineProcess] | None = None) -> Report:
         """Publish new values: everybody (or ``engines``) must hold them afterwards."""
         assert self.publisher is not None
         self.change()
-        seed = self._seed
+        seed = self.seed
         report = self.publisher.publish(timeout_s)
         for engine in engines if engines is not None else (self.a, self.b):
             expect(engine.call("holds", seed), f"{engine.url} does not hold what was published")
@@ -201,9 +223,10 @@ class Field:
             expect(report.digests_match, "digests differ")
         return report
 
-    def fail(self, timeout_s: float = DEADLINE_S) -> Failure:
+    def fail(self, timeout_s: float | None = None) -> Failure:
         """Publish new values: that must end with a named error by deadline + 2 s."""
         assert self.publisher is not None
+        timeout_s = timeout_s if timeout_s is not None else self.deadline_s
         self.change()
         start = time.monotonic()
         try:
@@ -250,6 +273,12 @@ class Field:
             expect(not dirty, f"{engine.url} is dirty")
             expect(served == wanted, f"{engine.url} serves {version} instead of version {wanted}")
 
+    def steady_after(self, failure: Failure) -> None:
+        """Both engines serve version n, as the error says, and the next rounds work."""
+        self.steady(self.a, self.b)
+        self.told_truly(failure, self.a, self.b)
+        self.heal()
+
     def told_truly(self, failure: Failure, *engines: EngineProcess) -> None:
         """What the error says about these engines is what they serve."""
         error = failure.error
@@ -279,14 +308,3 @@ def forget_frames(error: BaseException) -> None:
             seen.add(id(link))
             link.__traceback__ = None
             found += [link.__cause__, link.__context__]
-
-
-@contextlib.contextmanager
-def jumped_clock(seconds: float) -> Iterator[None]:
-    """The wall clock of this process jumps for a while."""
-    real = time.time
-    time.time = lambda: real() + seconds
-    try:
-        yield
-    finally:
-        time.time = real

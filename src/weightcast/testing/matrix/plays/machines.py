@@ -1,0 +1,45 @@
+"""Faults of the machine: a full disk, a clock that jumps."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+
+from weightcast.report.roundlog import RoundLog
+from weightcast.testing.matrix.field import Field
+from weightcast.testing.matrix.outcome import Outcome, expect
+
+MakeField = Callable[..., Field]
+DAY_S = 86400.0
+
+
+def disk_full(make: MakeField) -> Outcome:
+    with make() as field:
+        field.start()
+        log = RoundLog("/dev/full")
+        report = field.succeed()
+        expect(not log.append(report), "the disk was not full")
+        field.heal()
+        return Outcome("published; a warning")
+
+
+def clock_jumps(make: MakeField) -> Outcome:
+    with make() as field:
+        field.start()
+        for seconds in (DAY_S, -2 * DAY_S):
+            field.a.call("jump_clock", seconds)
+            with jumped_clock(-seconds):
+                field.succeed(field.deadline_s)
+        return Outcome("published")
+
+
+@contextlib.contextmanager
+def jumped_clock(seconds: float) -> Iterator[None]:
+    """The wall clock of this process jumps for a while."""
+    real = time.time
+    time.time = lambda: real() + seconds
+    try:
+        yield
+    finally:
+        time.time = real
