@@ -64,7 +64,7 @@ class Welcome(Message, frozen=True, kw_only=True, tag="welcome"):
     session: str
     manifest: Manifest
     mode: ModeWish
-    shadows: int = 1
+    shadows: int
     heartbeat_s: float
     silence_s: float
 

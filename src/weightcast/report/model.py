@@ -36,7 +36,10 @@ class Phase:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerReport:
-    """One worker's part of a round: the transport it used and why, bytes, seconds, and the digest of what it holds."""
+    """One worker's part of a round: the transport it used and why, bytes, seconds, and the digest of what it holds.
+
+    ``shadow`` says where what it keeps beside its live weights lies, and ``shadow_nbytes`` how much that is.
+    """
 
     rank: int
     transport: str
@@ -44,6 +47,8 @@ class WorkerReport:
     nbytes: int
     seconds: float
     digest: str
+    shadow: str = ""
+    shadow_nbytes: int = 0
 
     def __post_init__(self) -> None:
         if self.rank < 0 or self.nbytes < 0 or not self.seconds >= 0:

@@ -89,6 +89,8 @@ class Account:
                     nbytes=progress.nbytes,
                     seconds=progress.seconds,
                     digest=f"{progress.digest or 0:016x}",
+                    shadow=worker.landings.shadow,
+                    shadow_nbytes=worker.landings.shadow_nbytes,
                 )
             )
         return tuple(reports)

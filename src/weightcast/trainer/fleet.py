@@ -44,6 +44,7 @@ class FleetSettings:
     bucket_nbytes: int
     takeover: bool
     address: str
+    shadows: int = 1
 
 
 class Fleet:
@@ -66,6 +67,7 @@ class Fleet:
             session=self._session,
             manifest=self._source.manifest,
             mode=self._settings.mode,
+            shadows=self._settings.shadows,
             heartbeat_s=self._coordinator.heartbeat_s,
             silence_s=self._coordinator.silence_s,
         )
@@ -112,6 +114,12 @@ class Fleet:
         engine.version, engine.digest, engine.dirty = hello.version, hello.digest, hello.dirty
         engine.workers, engine.broken, engine.joined = workers, "not set up", True
         logger.info("%s joined with %d workers, serving %s", engine.name, world_size, engine.version)
+        for worker in workers:
+            said = worker.landings
+            beside = f"{said.shadow_nbytes} bytes in {said.shadow}" if said.shadow_nbytes else "nothing"
+            logger.info(
+                "%s worker %d: %s, %s beside the live weights", engine.name, worker.member.rank, said.mode, beside
+            )
 
     # -- an epoch
 

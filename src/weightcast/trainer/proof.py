@@ -3,35 +3,90 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import msgspec
+import torch
 
-from weightcast.digest import LayoutDigest, combine, digest_region
-from weightcast.dtypes import dtype_of
-from weightcast.layout import Layout, Placement
-from weightcast.manifest import Manifest
+from weightcast.digest import LayoutDigest, combine
+from weightcast.dtypes import itemsize_of
+from weightcast.layout import Layout, Placement, contiguous_strides
+from weightcast.manifest import Manifest, align
 from weightcast.memory import Memory
-from weightcast.plan import Copy
+from weightcast.plan import Copy, split
+
+SCRATCH_NBYTES = 2**28
+"""Values that are cast on their way are cast here, too, so many bytes at a time."""
 
 
 class ExpectedDigest:
     """The digest of the source's values in the regions and dtypes of some copies."""
 
     def __init__(self, manifest: Manifest, copies: Sequence[Copy], memory: Memory) -> None:
-        self._manifest = manifest
-        self._casts = [copy for copy in copies if copy.src_dtype != copy.dst_dtype]
         held = tuple(_source_side(copy) for copy in copies if copy.src_dtype == copy.dst_dtype)
         layout = Layout(placements=held, storage_nbytes=tuple(s.numel() for s in memory.storages))
         self._plain = LayoutDigest(manifest, layout, gaps_are_zero=memory.is_arena)
+        self._casts = _Casts(manifest, [copy for copy in copies if copy.src_dtype != copy.dst_dtype and copy.nbytes])
 
     def of(self, memory: Memory) -> int:
-        return combine([self._plain.of(memory), *(self._of_cast(memory, copy) for copy in self._casts)])
+        return combine([self._plain.of(memory), self._casts.of(memory)])
 
-    def _of_cast(self, memory: Memory, copy: Copy) -> int:
-        held = _source_side(copy)
-        values = memory.view(held.storage, held.dtype, held.offset, held.region.sizes, held.strides)
-        return digest_region(values.to(dtype_of(copy.dst_dtype)), self._manifest, held)
+
+class _Casts:
+    """Copies that cast, in batches that fit a scratch storage."""
+
+    def __init__(self, manifest: Manifest, copies: Sequence[Copy]) -> None:
+        self._batches = list(_batches(copies))
+        self._nbytes = max((end for _, end in self._batches), default=0)
+        self._digests = [
+            LayoutDigest(manifest, Layout(placements=tuple(map(_scratch_side, batch)), storage_nbytes=(end,)))
+            for batch, end in self._batches
+        ]
+        self._compiled: tuple[int, Memory, list[tuple[list[torch.Tensor], list[torch.Tensor]]]] | None = None
+
+    @torch.no_grad()
+    def of(self, memory: Memory) -> int:
+        if not self._batches:
+            return 0
+        if self._compiled is None or self._compiled[0] != memory.number:
+            self._compiled = (memory.number, *self._compile(memory))
+        _, scratch, pairs = self._compiled
+        digests = []
+        for (casts, values), digest in zip(pairs, self._digests, strict=True):
+            torch._foreach_copy_(casts, values)
+            digests.append(digest.of(scratch))
+        return combine(digests)
+
+    def _compile(self, memory: Memory) -> tuple[Memory, list[tuple[list[torch.Tensor], list[torch.Tensor]]]]:
+        device = memory.storages[0].device
+        scratch = Memory([torch.zeros(self._nbytes, dtype=torch.uint8, device=device)])
+        pairs = []
+        for batch, _ in self._batches:
+            casts = [scratch.view(0, c.dst_dtype, c.dst_offset, c.sizes, c.dst_strides) for c in batch]
+            values = [memory.view(c.src_storage, c.src_dtype, c.src_offset, c.sizes, c.src_strides) for c in batch]
+            pairs.append((casts, values))
+        return scratch, pairs
+
+
+def _batches(copies: Sequence[Copy]) -> Iterator[tuple[list[Copy], int]]:
+    """The copies with places in the scratch storage as their destinations, and the bytes that a batch needs."""
+    batch: list[Copy] = []
+    end = 0
+    for copy in split(copies, SCRATCH_NBYTES):
+        if batch and end + copy.nbytes > SCRATCH_NBYTES:
+            yield batch, end
+            batch, end = [], 0
+        offset, strides = end // itemsize_of(copy.dst_dtype), contiguous_strides(copy.sizes)
+        batch.append(msgspec.structs.replace(copy, dst_storage=0, dst_offset=offset, dst_strides=strides))
+        end = align(end + copy.nbytes)
+    if batch:
+        yield batch, end
+
+
+def _scratch_side(copy: Copy) -> Placement:
+    return Placement(
+        region=copy.region, dtype=copy.dst_dtype, storage=0, offset=copy.dst_offset, strides=copy.dst_strides
+    )
 
 
 def copies_key(copies: Sequence[Copy]) -> str:

@@ -126,6 +126,7 @@ class Round:
     ) -> Future[tuple[int, dict[str, int]]]:
         if self._require == "live":
             self._transfer_deadline = Deadline(max(self._left_s() * LIVE_TRANSFER_SHARE, 0.001))
+        digesting = pool.submit(self._digest_source, {worker.digest_key for _, worker in workers})
         with self._timeline.phase("begin"):
             for engine, worker in workers:
                 if worker.transport is not None and worker.transport.pulls:
@@ -136,7 +137,6 @@ class Round:
                     worker, Begin(epoch=self._epoch, round=self._round, base=self._base, timeout_s=self._left_s())
                 )
         with self._timeline.phase("transfer"):
-            digesting = pool.submit(self._digest_source, {worker.digest_key for _, worker in workers})
             staged = [(engine, worker) for engine, worker in workers if not worker.in_place]
             futures = [pool.submit(self._stage, engine, worker) for engine, worker in staged]
             for future in futures:

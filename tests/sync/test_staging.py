@@ -1,0 +1,106 @@
+"""Staged copies of parameters that may not move: one that is exchanged, two that are copied from in turn."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from weightcast import Publisher
+from weightcast.errors import InvalidInput, RoundFailed, ShadowError
+from weightcast.receiver import staging
+from weightcast.testing.local_engine import DictModel, LocalEngine
+
+SHAPES = {"embed": (50, 33), "w": (128, 65), "scale": (7,), "norm": (64,)}
+
+
+def fresh(dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
+    return {name: torch.randn(shape).to(dtype) for name, shape in SHAPES.items()}
+
+
+def stuck_engine(name: str, *, through_loader: tuple[str, ...] = ()) -> LocalEngine:
+    model = DictModel(fresh(), relocatable=False, through_loader=through_loader)
+    return LocalEngine(name, [model], mode="staged")
+
+
+@pytest.mark.parametrize("through_loader", [(), ("norm",)])
+@pytest.mark.parametrize("shadows", [1, 2])
+def test_rounds_and_the_way_back(shadows: int, through_loader: tuple[str, ...]) -> None:
+    first, second = stuck_engine("a", through_loader=through_loader), stuck_engine("b")
+    tensors = fresh()
+    with Publisher(tensors, [first, second], timeout_s=20, shadows=shadows) as publisher:
+        for number in range(1, 6):
+            before = {name: value.clone() for name, value in tensors.items()}
+            tensors.update(fresh())
+            if number % 2 == 0:
+
+                def stumble(phase: str) -> None:
+                    if phase == "commit":
+                        second.before = lambda phase: None
+                        raise RuntimeError("lost its way")
+
+                second.before = stumble
+                with pytest.raises((RoundFailed, RuntimeError)):
+                    publisher.publish()
+                assert first.models[0].holds(before)
+                assert second.models[0].holds(before)
+            report = publisher.publish()
+            assert report.digests_match
+            assert first.models[0].holds(tensors)
+            assert second.models[0].holds(tensors)
+        worker = report.engines[1].workers[0]
+        direct = second.models[0].memory().nbytes
+        assert worker.shadow_nbytes == shadows * direct
+        assert worker.shadow == ("host memory, two copies" if shadows == 2 else "host memory")
+
+
+def test_little_room_means_one_copy_and_none_means_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = DictModel(fresh(), relocatable=False)
+    nbytes = model.memory().nbytes
+    monkeypatch.setattr(staging, "free_nbytes", lambda device: int(1.5 * nbytes))
+    assert staging.choose_place(model, 0, 2, host=True).copies == 1
+    monkeypatch.setattr(staging, "free_nbytes", lambda device: nbytes)
+    with pytest.raises(ShadowError):
+        staging.choose_place(model, 0, 2, host=True)
+    engine = LocalEngine("a", [model])
+    tensors = fresh()
+    with Publisher(tensors, [engine], timeout_s=20) as publisher:
+        assert publisher.publish().mode == "in_place"
+        assert model.holds(tensors)
+
+
+def test_master_weights_are_proven_in_the_published_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    from weightcast.trainer import proof
+
+    monkeypatch.setattr(proof, "SCRATCH_NBYTES", 4096)
+    engine = stuck_engine("a")
+    masters = fresh(torch.float32)
+    with Publisher(masters, [engine], timeout_s=20, dtype=torch.bfloat16) as publisher:
+        for _ in range(2):
+            for value in masters.values():
+                value.normal_()
+            assert publisher.publish().digests_match
+            assert engine.models[0].holds(masters)
+
+
+def test_tied_names_that_share_their_bytes_are_exchanged_once() -> None:
+    from weightcast.layout import Placement, Region
+    from weightcast.memory import Memory
+    from weightcast.receiver.exchange import Exchange
+
+    places = [
+        Placement(
+            region=Region(name=name, offsets=(0,), sizes=(size,)), dtype="uint8", storage=0, offset=0, strides=(1,)
+        )
+        for name, size in (("a", 100), ("b", 100), ("c", 60))
+    ]
+    live, shadow = (torch.randint(0, 256, (120,), dtype=torch.uint8) for _ in range(2))
+    kept = live.clone(), shadow.clone()
+    Exchange(Memory([live]), Memory([shadow]), places).run()
+    assert torch.equal(live[:100], kept[1][:100])
+    assert torch.equal(shadow[:100], kept[0][:100])
+    assert torch.equal(live[100:], kept[0][100:])
+
+
+def test_shadows_is_checked() -> None:
+    with pytest.raises(InvalidInput, match="shadows"):
+        Publisher(fresh(), [stuck_engine("a")], shadows=3)
