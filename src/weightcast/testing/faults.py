@@ -1,6 +1,6 @@
 """Fault injection: points in the life of a worker, and what can go wrong there.
 
-    shadow            the staged copy is about to be allocated (in the join)
+    shadow            the staged copy is being allocated (in the join)
     join              the trainer asks the engine to join
     setup             an epoch is being set up
     transfer:start    a round's bytes are about to be received
@@ -29,7 +29,7 @@ import torch
 
 from weightcast.control.pump import Pump
 from weightcast.deadline import Deadline
-from weightcast.errors import InvalidInput, ShadowError
+from weightcast.errors import InvalidInput
 from weightcast.memory import Memory
 from weightcast.receiver import staging
 from weightcast.receiver.session import Session
@@ -84,7 +84,7 @@ class Faults:
         elif action == "raise":
             raise InjectedFault(f"injected at {point}")
         elif action == "no memory":
-            raise ShadowError("injected: no memory for the staged copy")
+            raise MemoryError("injected: out of memory")
         elif action == "corrupt":
             assert memory is not None
             flat = memory.storages[0]
@@ -96,13 +96,13 @@ class Faults:
         """Put the points into this process's receiver. Not undone: meant for processes of their own."""
         self._hook_receive()
         self._hook_setup()
-        check_room = staging.Target._check_room
+        shadow_of = staging.Target._shadow_of
 
-        def checked(target: staging.Target) -> None:
+        def allocated(target: staging.Target, live: Memory) -> Memory:
             self.hit("shadow")
-            check_room(target)
+            return shadow_of(target, live)
 
-        staging.Target._check_room = checked  # type: ignore[method-assign, assignment]
+        staging.Target._shadow_of = allocated  # type: ignore[method-assign]
 
     def _hook_receive(self) -> None:
         receive, run = Session.receive, Replay.run
