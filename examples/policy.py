@@ -29,7 +29,7 @@ class Learner:
 
     def __init__(self, folder: Path) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=3e-3)
+        self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
 
     def step(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> float:
         """One policy-gradient step on sampled answers, all of one length; returns their mean reward."""

@@ -1,0 +1,110 @@
+"""A served process learns what a trainer publishes: rollouts and weights both go over HTTP routes.
+
+    python examples/rlhf_http.py [--engine embedded|vllm] [--steps 8]
+
+The server is what you would start by hand:
+
+    WEIGHTCAST_TOKEN=... weightcast serve MODEL
+    WEIGHTCAST_TOKEN=... vllm serve MODEL --weight-transfer-config '{"backend": "weightcast"}'
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+from policy import NUM_TOKENS, PROMPTS, Learner, build
+
+from weightcast import Publisher
+
+COMMANDS = {
+    "embedded": ["weightcast", "serve"],
+    "vllm": [
+        *("vllm", "serve", "--weight-transfer-config", '{"backend": "weightcast"}'),
+        *("--dtype", "float32", "--enforce-eager", "--max-model-len", "64", "--kv-cache-memory-bytes", str(64 << 20)),
+    ],
+}
+START_TIMEOUT_S = 240.0
+
+
+@contextmanager
+def serve(engine: str, folder: Path, token: str) -> Iterator[str]:
+    """A server of its own process group; its URL."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    program, *arguments = COMMANDS[engine]
+    command = [str(Path(sys.executable).parent / program), *arguments, "--port", str(port)]
+    command[2:2] = [str(folder), "--host", "127.0.0.1", "--served-model-name", "policy"]
+    environment = os.environ | {"WEIGHTCAST_TOKEN": token, "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    log = folder.parent / "server.log"
+    with log.open("wb") as output:
+        server = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
+    try:
+        end = time.monotonic() + START_TIMEOUT_S
+        while not healthy(f"http://127.0.0.1:{port}"):
+            if server.poll() is not None or time.monotonic() > end:
+                raise RuntimeError(f"the server did not come up:\n{log.read_text(errors='replace')[-4000:]}")
+            time.sleep(0.3)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+def healthy(url: str) -> bool:
+    try:
+        return httpx.get(url + "/health", timeout=5, trust_env=False).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def sample(client: httpx.Client) -> list[list[int]]:
+    """Sampled answers to all prompts, in one request."""
+    body = {
+        "model": "policy",
+        "prompt": PROMPTS,
+        "max_tokens": NUM_TOKENS,
+        "temperature": 1.0,
+        "ignore_eos": True,
+        "return_token_ids": True,
+    }
+    answer = client.post("/v1/completions", json=body).raise_for_status().json()
+    return [choice["token_ids"] for choice in sorted(answer["choices"], key=lambda choice: choice["index"])]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--engine", choices=COMMANDS, default="embedded")
+    parser.add_argument("--steps", type=int, default=8)
+    options = parser.parse_args()
+    token = secrets.token_hex(16)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = build(Path(scratch))
+        learner, rewards = Learner(folder), []
+        with (
+            serve(options.engine, folder, token) as url,
+            httpx.Client(base_url=url, timeout=60, trust_env=False) as client,
+            Publisher(learner.model, [url], token=token) as publisher,
+        ):
+            for step in range(options.steps):
+                report = publisher.publish()
+                assert report.digests_match, report
+                assert client.get("/weight_info").json()["weight_version"] == report.version
+                rewards.append(learner.step(PROMPTS, sample(client)))
+                print(f"step {step}: reward {rewards[-1]:.2f}; {report}")
+    print(f"reward {rewards[0]:.2f} -> {rewards[-1]:.2f}")
+
+
+if __name__ == "__main__":
+    main()
