@@ -108,7 +108,7 @@ class Faults:
         receive, run = Session.receive, Replay.run
         inside = threading.local()
 
-        def received(session: Session, id: RoundId, memory: Memory, deadline: Deadline) -> tuple[int, float]:
+        def received(session: Session, id: RoundId, memory: Memory, deadline: Deadline) -> tuple[int, float, int | None]:
             self.hit("transfer:start", memory)
             inside.copies = 0
             try:
