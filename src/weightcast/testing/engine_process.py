@@ -174,7 +174,7 @@ class EngineHost:
     ) -> None:
         shm.SLICE_NBYTES = SLICE_NBYTES
         self._faults = Faults()
-        self._faults.install()
+        self._faults.install(gpu=device != "cpu")
         through = LOADED if loader else ()
         options = {"through_loader": through, "relocatable": relocatable, "device": device}
         self._device = device

@@ -61,6 +61,7 @@ class Faults:
     def __init__(self) -> None:
         self._armed: dict[str, tuple[Action, float]] = {}
         self.reached: Counter[str] = Counter()
+        self._inside = threading.local()
 
     def arm(self, point: str, action: Action, seconds: float = 0.0) -> None:
         """Have ``action`` happen when ``point`` is reached next, once; ``seconds`` is how long a sleep lasts."""
@@ -71,8 +72,8 @@ class Faults:
     def disarm(self) -> None:
         self._armed.clear()
 
-    def hit(self, point: str, memory: Memory | None = None) -> None:
-        """A point is reached: count it, and do what was armed for it."""
+    def hit(self, point: str, memory: Memory | None = None) -> Action | None:
+        """A point is reached: count it, do what was armed for it, say what that was."""
         self.reached[point] += 1
         action, seconds = self._armed.pop(point, (None, 0.0))
         if action == "kill":
@@ -89,12 +90,15 @@ class Faults:
             assert memory is not None
             flat = memory.storages[0]
             flat[int(torch.randint(flat.numel() // 2, ()))] ^= 1 << int(torch.randint(8, ()))
+        return action
 
     # -- hooks
 
-    def install(self) -> None:
+    def install(self, *, gpu: bool = False) -> None:
         """Put the points into this process's receiver. Not undone: meant for processes of their own."""
         self._hook_receive()
+        if gpu:
+            self._hook_gpu_copies()
         self._hook_setup()
         shadow_of = staging.Target._shadow_of
 
@@ -102,20 +106,23 @@ class Faults:
             self.hit("shadow")
             return shadow_of(target, live)
 
-        staging.Target._shadow_of = allocated  # type: ignore[method-assign]
+        staging.Target._shadow_of = allocated  # type: ignore[method-assign, assignment]
 
     def _hook_receive(self) -> None:
-        receive, run = Session.receive, Replay.run
-        inside = threading.local()
+        receive, run, inside = Session.receive, Replay.run, self._inside
 
-        def received(session: Session, id: RoundId, memory: Memory, deadline: Deadline) -> tuple[int, float, int | None]:
+        def received(
+            session: Session, id: RoundId, memory: Memory, deadline: Deadline
+        ) -> tuple[int, float, int | None]:
             self.hit("transfer:start", memory)
             inside.copies = 0
             try:
                 result = receive(session, id, memory, deadline)
             finally:
                 inside.copies = None
-            self.hit("transfer:end", memory)
+            if self.hit("transfer:end", memory) == "corrupt":
+                # A digest that was taken while the bytes were copied does not know what the fault did to them on their way.
+                return result[0], result[1], None
             return result
 
         def copied(replay: Replay) -> int:
@@ -128,6 +135,22 @@ class Faults:
 
         Session.receive = received  # type: ignore[method-assign, assignment]
         Replay.run = copied  # type: ignore[method-assign, assignment]
+
+    def _hook_gpu_copies(self) -> None:
+        """On a GPU the first kernel may do all copies: the middle is where it was queued and nobody waited for it yet."""
+        from weightcast.proven_cuda import ProvenReplay
+        from weightcast.replay_cuda import CudaReplay
+
+        for kind in (CudaReplay, ProvenReplay):
+
+            def queued(replay: Any, run: Callable[[Any], int] = kind.run) -> int:
+                nbytes = run(replay)
+                if getattr(self._inside, "copies", None) == 0:
+                    self._inside.copies = 1
+                    self.hit("transfer:middle")
+                return nbytes
+
+            kind.run = queued  # type: ignore[method-assign, assignment]
 
     def _hook_setup(self) -> None:
         set_up = Session._set_up
