@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 
 import torch
@@ -12,14 +13,16 @@ import torch
 from weightcast.control.coordinator import Coordinator
 from weightcast.deadline import Deadline
 from weightcast.digest import version_name
-from weightcast.errors import InvalidInput, RoundFailed, StateError, WeightcastError
+from weightcast.errors import InvalidInput, StateError, WeightcastError
 from weightcast.messages import ModeWish
 from weightcast.report.model import Report
 from weightcast.trainer.clients import EngineClient, SyncEngine, make_client
 from weightcast.trainer.fleet import Fleet, FleetSettings
-from weightcast.trainer.links import UNKNOWN, EngineLink
+from weightcast.trainer.links import EngineLink
+from weightcast.trainer.metrics import TrainerMetrics
 from weightcast.trainer.outcomes import Require
-from weightcast.trainer.rejoin import Rejoiner
+from weightcast.trainer.presence import Presence, join_error, not_connected
+from weightcast.trainer.records import Records
 from weightcast.trainer.rounds import Round
 from weightcast.trainer.sources import SourceLike, make_source
 from weightcast.trainer.timeline import Timeline
@@ -28,10 +31,6 @@ from weightcast.transports.base import DEFAULT_BUCKET_NBYTES
 logger = logging.getLogger(__name__)
 
 PAUSES = ("keep", "wait", "abort", "none")
-REJOIN_PATIENCE_S = 2.0
-"""How long a round waits for absent engines where it can go on without them."""
-SETUP_SHARE = 0.4
-"""Share of the time left that connecting may take where an engine that does not answer is left behind."""
 
 
 class Publisher:
@@ -55,6 +54,8 @@ class Publisher:
         takeover: leave a trainer that is still connected to an engine; without it a second trainer is refused.
         address: where engines reach this process; found by itself when omitted.
         silence_s: a worker that is not heard for so long is lost.
+        log: file that every round's report is appended to, committed or not; one that cannot be written is no reason to fail.
+        metrics_port: serve Prometheus metrics on this port of the loopback interface; 0 chooses one (``metrics_port`` says which).
 
     Not thread-safe. A context manager: leaving it closes the publisher; engines go on with what they serve.
     """
@@ -77,6 +78,8 @@ class Publisher:
         address: str | None = None,
         bucket_nbytes: int = DEFAULT_BUCKET_NBYTES,
         silence_s: float = 5.0,
+        log: str | Path | None = None,
+        metrics_port: int | None = None,
     ) -> None:
         if pause not in PAUSES:
             raise InvalidInput(f"pause is one of {', '.join(PAUSES)}, not {pause!r}", field="pause")
@@ -106,12 +109,13 @@ class Publisher:
         )
         self._fleet = Fleet(self._source, self._coordinator, settings)
         self._fleet.engines = [EngineLink(client) for client in clients]
-        self._rejoiner = Rejoiner(self._fleet.admit)
+        self._presence = Presence(self._fleet, require, timeout_s)
+        self._records = Records(self._fleet.engines, log=log)
         self._number = 0
         self._rounds = 0
         self._closed = False
         self._was_connected = False
-        self.last_report: Report | None = None
+        self.metrics_port = self._records.metrics.serve(metrics_port) if metrics_port is not None else None
 
     # -- life
 
@@ -123,9 +127,9 @@ class Publisher:
         """
         self._require_open()
         deadline = Deadline(timeout_s or self._timeout_s)
-        failures = self._bring_up(self._fleet.engines, deadline)
-        if failures and (self._require == "all" or len(failures) == len(self._fleet.engines)):
-            raise self._join_error(failures)
+        failures = self._presence.bring_up(self._fleet.engines, deadline)
+        if self._presence.is_too_little(failures):
+            raise join_error(failures)
         self._was_connected = True
         for error in failures.values():
             logger.warning("not connected: %s", str(error))
@@ -143,26 +147,27 @@ class Publisher:
         deadline = Deadline(timeout_s or self._timeout_s)
         current = self._current()
         self._fleet.engines.append(link)
-        failures = self._bring_up([link], deadline)
+        failures = self._presence.bring_up([link], deadline)
         if failures:
             self.remove(link.name)
-            raise self._join_error(failures)
+            raise join_error(failures)
         return self._catch_up(link, current, deadline)
 
     def remove(self, name: str) -> None:
         """Dismiss an engine; it goes on with what it serves."""
         engine = self._fleet.find(name)
-        self._rejoiner.cancel(engine)
+        self._presence.forget(engine)
         self._fleet.remove(engine)
 
     def close(self) -> None:
         """Leave all engines and free memory, sockets and segments; idempotent. The source's tensors stay valid."""
         if not self._closed:
             self._closed = True
-            self._rejoiner.close()
+            self._presence.close()
             self._fleet.close()
             self._coordinator.close()
             self._source.close()
+            self._records.close()
 
     def __enter__(self) -> Publisher:
         return self
@@ -188,30 +193,38 @@ class Publisher:
         deadline = Deadline(timeout_s or self._timeout_s)
         timeline = Timeline()
         with timeline.phase("prepare"):
-            absent = self._bring_up(self._fleet.engines, deadline, self._patience(deadline))
-            if absent and (self._require == "all" or len(absent) == len(self._fleet.engines)):
-                raise self._not_connected(absent) if self._was_connected else self._join_error(absent)
+            absent = self._presence.bring_up(self._fleet.engines, deadline, self._presence.patience(deadline))
+            if self._presence.is_too_little(absent):
+                self._records.keep_unconnected(absent)
+                raise (
+                    not_connected(self._fleet, self._next_number(), absent)
+                    if self._was_connected
+                    else join_error(absent)
+                )
             self._was_connected = True
             self._source.refresh()
         engines = [engine for engine in self._fleet.engines if engine.name not in absent]
-        report = self._round(engines, self._next_number(), deadline, timeline, absent)
-        self.last_report = report
-        logger.info("%s", report)
-        return report
+        return self._round(engines, self._next_number(), deadline, timeline, absent)
 
     @property
     def versions(self) -> dict[str, str]:
         """What each engine serves, as last heard."""
-        return {engine.name: engine.version for engine in self._fleet.engines}
+        return self._records.versions()
 
     @property
     def members(self) -> dict[str, str]:
         """The state of each engine: "ready", "dirty", or why it is not connected."""
-        states = {}
-        for engine in self._fleet.engines:
-            gone = engine.lost() if engine.joined else engine.broken
-            states[engine.name] = gone or ("dirty" if engine.dirty else "ready")
-        return states
+        return self._records.members()
+
+    @property
+    def metrics(self) -> TrainerMetrics:
+        """Prometheus metrics of this publisher: ``render()`` them, or have ``metrics_port=`` serve them."""
+        return self._records.metrics
+
+    @property
+    def last_report(self) -> Report | None:
+        """The report of the last round that was committed."""
+        return self._records.last
 
     @property
     def control_address(self) -> str:
@@ -254,6 +267,7 @@ class Publisher:
         finally:
             if attempt.was_seen:
                 self._number = max(self._number, number)
+            self._records.keep(attempt.report())
 
     def _next_number(self) -> int:
         return max([self._number, *(_number_of(engine.version) for engine in self._fleet.engines)]) + 1
@@ -274,87 +288,6 @@ class Publisher:
         if version_name(number, self._source.manifest, digest) != current.version:
             return None
         return self._round([engine], number, deadline, Timeline(), {})
-
-    # -- who is there
-
-    def _patience(self, deadline: Deadline) -> Deadline | None:
-        if self._require == "all" or not any(engine.joined for engine in self._fleet.engines):
-            return None
-        return Deadline(max(min(REJOIN_PATIENCE_S, 0.25 * deadline.remaining_s()), 0.001))
-
-    def _bring_up(
-        self, engines: Sequence[EngineLink], deadline: Deadline, patience: Deadline | None = None
-    ) -> dict[str, WeightcastError]:
-        """Admit and set up whatever is not connected; errors by name of those that are not ready.
-
-        With ``patience`` the others go on without those who are slow.
-        """
-        failures = self._connect(engines, deadline, patience)
-        if any(engine.name in failures and engine.joined and engine.lost() for engine in engines):
-            # Its death was noticed only now; whoever took its place may be there already.
-            failures = self._connect(engines, deadline, patience)
-        if failures and self._require == "all":
-            return failures  # the others were not tried to the end, which is no fault of theirs
-        for engine in engines:
-            if engine.name in failures:
-                continue
-            if not engine.joined or engine.broken is not None:
-                failures[engine.name] = StateError(f"not connected: {engine.broken}", phase="join").at(
-                    engine=engine.name
-                )
-            elif engine.version == UNKNOWN:
-                self._ask(engine, deadline, failures)
-        return failures
-
-    def _connect(
-        self, engines: Sequence[EngineLink], deadline: Deadline, patience: Deadline | None
-    ) -> dict[str, WeightcastError]:
-        for engine in engines:
-            if engine.joined and engine.lost():
-                engine.joined, engine.broken = False, engine.lost()
-        absent = [engine for engine in engines if not engine.joined]
-        failures = self._rejoiner.attempt(absent, self._joining(deadline, patience), patience) if absent else {}
-        if failures and self._require == "all":
-            return failures
-        while True:
-            # More than once: a transport that comes in new may move the source's memory, and then others connect again.
-            broken = [e for e in engines if e.joined and e.broken is not None and e.name not in failures]
-            if not broken:
-                return failures
-            share = 1.0 if self._require == "all" else SETUP_SHARE
-            failures |= self._fleet.set_up(broken, Deadline(max(share * deadline.remaining_s(), 0.001)))
-
-    def _joining(self, deadline: Deadline, patience: Deadline | None) -> Deadline:
-        """How long engines may take to join: beside rounds a whole timeout, before them what leaves time for the rest."""
-        if patience is not None:
-            return Deadline(self._timeout_s)
-        share = 1.0 if self._require == "all" else 1.0 - SETUP_SHARE
-        return Deadline(max(share * deadline.remaining_s(), 0.001))
-
-    @staticmethod
-    def _ask(engine: EngineLink, deadline: Deadline, failures: dict[str, WeightcastError]) -> None:
-        """Learn what an engine serves whose last commit or roll-back could not be followed."""
-        try:
-            engine.learn(engine.client.status(Deadline(max(0.25 * deadline.remaining_s(), 0.001))))
-        except WeightcastError as error:
-            failures[engine.name] = error.at(engine=engine.name, phase="join")
-
-    @staticmethod
-    def _join_error(failures: dict[str, WeightcastError]) -> WeightcastError:
-        if len(failures) == 1:
-            return next(iter(failures.values()))
-        return RoundFailed("engines could not be connected", phase="join", causes=failures)
-
-    def _not_connected(self, failures: dict[str, WeightcastError]) -> RoundFailed:
-        return RoundFailed(
-            f"version {self._next_number()} was not published: {len(failures)} of {len(self._fleet.engines)} engines "
-            "are not connected",
-            phase="join",
-            causes=failures,
-            serving={engine.name: engine.version for engine in self._fleet.engines if not engine.dirty},
-            dirty=tuple(engine.name for engine in self._fleet.engines if engine.dirty),
-            hint="Call publish() again when they are back, or remove() them",
-        )
 
 
 def _number_of(version: str) -> int:

@@ -77,6 +77,7 @@ class Round:
         self._expected: dict[str, int] = {}
         self.content_digest = 0
         self.version = ""
+        self._is_committed = False
 
     @property
     def was_seen(self) -> bool:
@@ -109,8 +110,17 @@ class Round:
         self._undo([engine for engine in self._engines if engine not in well])
         for engine in well:
             engine.version, engine.digest, engine.dirty = self.version, f"{self.content_digest:016x}", False
+        self._is_committed = True
+        return self.report()
+
+    def report(self) -> Report:
+        """What the round did so far; that of a round that failed says what the way back left."""
         return self._account.report(
-            self._fleet.engines, self._timeline, version=self.version, digest=self.content_digest
+            self._fleet.engines,
+            self._timeline,
+            version=self.version or str(self._number),
+            digest=self.content_digest,
+            outcome="committed" if self._is_committed else "aborted",
         )
 
     def _undo(self, engines: list[EngineLink]) -> None:
