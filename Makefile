@@ -34,7 +34,7 @@ $(STAMP): pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install -q -c $(VENV)/held.txt -e '.[$(EXTRAS)]'
 	touch $@
 
-test: lint type pytest ## lint, types and the whole test suite
+test: lint type docs pytest ## lint, types, documents and the whole test suite
 
 lint: $(STAMP) ## ruff: rules and format
 	$(BIN)/ruff check .

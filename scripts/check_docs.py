@@ -1,13 +1,23 @@
-"""Checks the documents: relative links lead somewhere, and docs/structure.md names every package and module."""
+"""Checks the documents: relative links lead somewhere, and docs/structure.md says about every module what its docstring says.
+
+    python scripts/check_docs.py            # judge
+    python scripts/check_docs.py --write    # write the list of modules anew
+"""
 
 from __future__ import annotations
 
+import argparse
+import ast
 import re
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "src" / "weightcast"
+STRUCTURE = ROOT / "docs" / "structure.md"
+HEADING = "## Modules, one sentence each\n"
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+SILENT = ("__init__.py", "__main__.py")
 
 
 def broken_links(document: Path) -> list[str]:
@@ -20,23 +30,39 @@ def broken_links(document: Path) -> list[str]:
     return found
 
 
-def undescribed_modules(structure: Path) -> list[str]:
-    """Modules under src/weightcast that the structure document does not name by their file name."""
-    text = structure.read_text(encoding="utf-8")
-    package = ROOT / "src" / "weightcast"
-    modules = sorted(path for path in package.rglob("*.py") if path.name not in ("__init__.py", "__main__.py"))
-    return [
-        f"{structure.relative_to(ROOT)}: {module.relative_to(package)} is not described"
-        for module in modules
-        if module.name not in text
-    ]
+def first_line(module: Path) -> str:
+    """The first line of a module's docstring."""
+    doc = ast.get_docstring(ast.parse(module.read_text(encoding="utf-8")))
+    if not doc:
+        raise SystemExit(f"{module.relative_to(ROOT)}: no docstring")
+    return doc.splitlines()[0]
+
+
+def list_of_modules() -> str:
+    """Every package with its modules, and what the first line of each docstring says."""
+    lines = [HEADING]
+    for package in (PACKAGE, *sorted(path.parent for path in PACKAGE.rglob("*/__init__.py"))):
+        name = package.relative_to(PACKAGE).as_posix()
+        title = "The core and its nearest helpers" if package == PACKAGE else f"{name}/"
+        lines += [f"### {title}", "", first_line(package / "__init__.py"), ""]
+        modules = sorted(path for path in package.glob("*.py") if path.name not in SILENT)
+        lines += [*(f"- `{module.name}`: {first_line(module)}" for module in modules), ""]
+    return "\n".join(lines)
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description="Check the documents.")
+    parser.add_argument("--write", action="store_true", help="write the list of modules in docs/structure.md anew")
+    options = parser.parse_args()
+    written, _, listed = STRUCTURE.read_text(encoding="utf-8").partition(HEADING)
+    modules = list_of_modules()
+    if options.write:
+        STRUCTURE.write_text(written + modules, encoding="utf-8")
+        listed = modules.removeprefix(HEADING)
     documents = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
     problems = [problem for document in documents for problem in broken_links(document)]
-    structure = ROOT / "docs" / "structure.md"
-    problems += undescribed_modules(structure) if structure.exists() else ["docs/structure.md is missing"]
+    if HEADING + listed != modules:
+        problems.append("docs/structure.md: the list of modules is not what they say; run scripts/check_docs.py --write")
     print("\n".join(problems) or f"{len(documents)} documents are fine")
     return 1 if problems else 0
 
