@@ -76,11 +76,22 @@ def keeps_load_format(method: Any) -> bool:
 
 
 def is_accelerator_unquantized(method: Any, device: torch.device) -> bool:
-    """Plain linear layers and embeddings on CUDA: their step after loading touches nothing there."""
+    """Plain linear layers, embeddings and experts on CUDA whose step after loading leaves the weights as they are there.
+
+    Experts' kernels differ in that: Triton's read what was loaded, FlashInfer's want it rearranged.
+    """
     from vllm.model_executor.layers.linear import UnquantizedLinearMethod
     from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
-    return device.type == "cuda" and type(method) in (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)
+    if device.type != "cuda":
+        return False
+    if type(method) in (UnquantizedLinearMethod, UnquantizedEmbeddingMethod):
+        return True
+    kernels = getattr(method, "unquantized_backend", None)
+    return type(method).__name__ == "UnquantizedFusedMoEMethod" and getattr(kernels, "name", "") in _PLAIN_EXPERTS
+
+
+_PLAIN_EXPERTS = frozenset({"TRITON", "BATCHED_TRITON"})
 
 
 @contextmanager

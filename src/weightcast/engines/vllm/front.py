@@ -80,7 +80,10 @@ class VllmFront:
         return int(parallel.world_size_across_dp if include_dp else parallel.world_size)
 
     async def get_weight_version(self) -> str:
-        return str(await self._client.get_weight_version())
+        """vLLM's label; what the workers say where vLLM (before 0.28) has none."""
+        if hasattr(self._client, "get_weight_version"):
+            return str(await self._client.get_weight_version())
+        return common_version(self._outcomes or await self._call("status"))
 
     async def checksums(self) -> dict[str, str]:
         outcomes = await self._call("checksums")
@@ -122,7 +125,7 @@ class VllmFront:
 
     async def _name_version(self) -> None:
         version = common_version(self._outcomes)
-        if await self.get_weight_version() != version:
+        if hasattr(self._client, "update_weight_version") and await self.get_weight_version() != version:
             await self._client.update_weight_version(version)
 
     async def _call(self, action: str, payload: Mapping[str, Any] | None = None) -> list[WorkerOutcome]:

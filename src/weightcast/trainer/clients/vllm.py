@@ -16,12 +16,11 @@ _numbers = itertools.count()
 
 @runtime_checkable
 class OfflineEngine(Protocol):
-    """The part of vLLM's ``LLM`` that is used."""
+    """The part of vLLM's ``LLM`` that is used, but for ``update_weight_version``, which older ones lack."""
 
     def get_world_size(self) -> int: ...
     def collective_rpc(self, method: str, timeout: float | None = None, args: tuple[Any, ...] = ()) -> list[Any]: ...
     def reset_prefix_cache(self) -> bool: ...
-    def update_weight_version(self, new_version: str) -> None: ...
 
 
 class VllmClient(RpcEngineClient):
@@ -50,7 +49,10 @@ class VllmClient(RpcEngineClient):
         self._engine.reset_prefix_cache()
 
     def name_version(self, version: str, deadline: Deadline) -> None:
-        self._engine.update_weight_version(version)
+        # vLLM before 0.28 has no label for its outputs' weights; the workers know their version all the same.
+        label = getattr(self._engine, "update_weight_version", None)
+        if label is not None:
+            label(version)
 
 
 class AsyncVllmClient(RpcEngineClient):
@@ -84,4 +86,6 @@ class AsyncVllmClient(RpcEngineClient):
         self._calls.run(self._engine.reset_prefix_cache(), deadline)
 
     def name_version(self, version: str, deadline: Deadline) -> None:
-        self._calls.run(self._engine.update_weight_version(version), deadline)
+        label = getattr(self._engine, "update_weight_version", None)
+        if label is not None:
+            self._calls.run(label(version), deadline)
