@@ -10,13 +10,17 @@ EXTRAS ?= dev
 PYTHON ?= $(shell for python in python3.12 python3.11 python3.13 python3; do \
 	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$python && break; done)
 DEMO_ARGS ?=
+MATRIX_ARGS ?=
+CHAOS_ARGS ?=
+SOAK_ARGS ?=
+FUZZ_ARGS ?=
 PYTEST_ARGS ?=
 
 # Threads that spin while they wait take the cores from the other processes of a test or a demo.
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-vllm test-vllm test lint type pytest demo demo-smollm bench docs clean
+.PHONY: help setup setup-vllm test-vllm test lint type pytest matrix chaos soak fuzz demo demo-smollm bench docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -45,6 +49,19 @@ type: $(STAMP) ## mypy, strict
 
 pytest: $(STAMP) ## the test suite alone; PYTEST_ARGS="-k name"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+matrix: $(STAMP) ## every fault under every transport (five minutes); MATRIX_ARGS="--transports cuda_ipc,nccl --out DIR"
+	OMP_NUM_THREADS=1 $(BIN)/python -m weightcast.testing.matrix $(MATRIX_ARGS)
+
+chaos: $(STAMP) ## hundreds of rounds under load with random kills and stops; CHAOS_ARGS="--seed 7"
+	OMP_NUM_THREADS=1 $(BIN)/python -m weightcast.testing.chaos $(CHAOS_ARGS)
+
+soak: $(STAMP) ## 2,000 rounds, and nothing grows; SOAK_ARGS="--rounds 200"
+	OMP_NUM_THREADS=1 $(BIN)/python -m weightcast.testing.soak $(SOAK_ARGS)
+
+fuzz: $(STAMP) ## atheris on what comes from the network; FUZZ_ARGS="--seconds 300"
+	$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/python -m pip install -q -c $(VENV)/held.txt -e '.[fuzz]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m weightcast.testing.fuzz $(FUZZ_ARGS)
 
 demo: $(STAMP) ## a policy learns while a live server serves it (two minutes); DEMO_ARGS="--short"
 	OMP_NUM_THREADS=1 $(BIN)/weightcast demo $(DEMO_ARGS)

@@ -7,8 +7,6 @@ so both sides know every byte without sending it.
 from __future__ import annotations
 
 import asyncio
-import gc
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -30,6 +28,7 @@ from weightcast.server.control import EngineCommitter
 from weightcast.server.control_routes import control_router
 from weightcast.server.run import bind, url_of
 from weightcast.testing.faults import Action, Faults, MessageTrouble, MessyChannel
+from weightcast.testing.footprint import Footprint
 from weightcast.testing.local_engine import DictModel
 from weightcast.testing.processes import Child
 from weightcast.transports import shm
@@ -266,8 +265,13 @@ class EngineHost:
 
     def usage(self) -> dict[str, int]:
         """Descriptors and threads of the process."""
-        gc.collect()  # frames of errors that form cycles are no leak
-        return {"descriptors": len(os.listdir("/proc/self/fd")) - 1, "threads": len(os.listdir("/proc/self/task"))}
+        now = Footprint.now()
+        return {"descriptors": now.descriptors, "threads": now.threads}
+
+    def footprint(self) -> tuple[int, int, int, int]:
+        """All that the process holds; see testing.footprint."""
+        now = Footprint.now()
+        return now.descriptors, now.threads, now.segments, now.resident_nbytes
 
 
 class EngineProcess(Child):

@@ -275,6 +275,7 @@ class Chaos:
                 bucket_nbytes=16 * 2**10,
                 silence_s=2.0,
             )
+            self._trainer.call("ready", timeout_s=STARTING_S)
             self._troubled = True
         return self._trainer
 

@@ -21,6 +21,10 @@ class TrainerHost:
         self._tensors = random_state_dict(self._config, 0)
         self._publisher = Publisher(self._tensors, urls, token=token, **options)
 
+    def ready(self) -> bool:
+        """Answers once the process has started and imported everything."""
+        return True
+
     def publish(self, seed: int, timeout_s: float) -> dict[str, Any]:
         """What came of a publish, as plain values."""
         self._tensors.update(random_state_dict(self._config, seed))

@@ -1,0 +1,1 @@
+"""Soak runs: `python -m weightcast.testing.soak --rounds 2000`."""

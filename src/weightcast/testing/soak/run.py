@@ -1,0 +1,106 @@
+"""Soak: thousands of rounds on a small model, some of which fail, with engines that leave and come back; nothing may grow."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from weightcast.errors import RoundFailed
+from weightcast.testing.engine_process import SLICE_NBYTES, TOKEN, EngineProcess, values_of
+from weightcast.testing.footprint import Footprint
+from weightcast.testing.processes import start_fork_server
+from weightcast.trainer.publisher import Publisher
+
+TIMEOUT_S = 20.0
+FAILS_EVERY, LEAVES_EVERY, CHECKED_EVERY = 25, 40, 20
+WARM_UP = 0.25
+"""Share of the rounds after which everything has been done once, so that nothing needs more from then on."""
+MEMORY_NBYTES = 6 * 2**20
+"""What a process may take beyond: allocators keep what they fragment. 1,500 rounds that leaked one copy of the model each
+would take 1.7 GB, one kilobyte each 1.5 MB per direction and engine."""
+
+
+@dataclass(slots=True)
+class Soaked:
+    """What a run found: footprints by process after warming up and at the end, and what grew."""
+
+    rounds: int = 0
+    failed: int = 0
+    seconds: float = 0.0
+    before: dict[str, Footprint] = field(default_factory=dict)
+    after: dict[str, Footprint] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.rounds} rounds in {self.seconds:.0f} s ({self.seconds / max(1, self.rounds) * 1e3:.1f} ms each), "
+            f"{self.failed} of them made to fail"
+        ]
+        for name, before in self.before.items():
+            lines.append(f"{name}:\n  after warming up {before}\n  at the end       {self.after.get(name)}")
+        return "\n".join([*lines, *(self.faults or ["nothing grew"])])
+
+
+class Soak:
+    """One run: two engines, staged over shm and in place over gloo by turns of the publisher's choice."""
+
+    def __init__(self, *, transport: str = "shm", modes: tuple[str, ...] = ("staged", "in_place")) -> None:
+        self._transport, self._modes = transport, modes
+
+    def run(self, rounds: int, tell: Callable[[str], None] = lambda line: None) -> Soaked:
+        """Play the rounds; the result lists what grew."""
+        start_fork_server()
+        found, tensors = Soaked(), values_of(0)
+        engines = [EngineProcess(mode) for mode in self._modes]
+        options = {"transport": self._transport, "timeout_s": TIMEOUT_S, "bucket_nbytes": SLICE_NBYTES}
+        start = time.monotonic()
+        try:
+            with Publisher(tensors, [engine.url for engine in engines], token=TOKEN, **options) as publisher:  # type: ignore[arg-type]
+                for number in range(rounds):
+                    tensors.update(values_of(number + 1))
+                    self._round(publisher, engines, number, found)
+                    if number == int(rounds * WARM_UP):
+                        found.before = _footprints(engines)
+                    if number and number % 250 == 0:
+                        tell(f"round {number}: {_footprints(engines)['trainer']}")
+                found.after = _footprints(engines)
+        finally:
+            for engine in engines:
+                engine.close()
+        found.seconds = time.monotonic() - start
+        for name, before in found.before.items():
+            grown = found.after[name].growth(before, MEMORY_NBYTES)
+            if grown is not None:
+                found.faults.append(f"{name} grew: {grown}")
+        return found
+
+    def _round(self, publisher: Publisher, engines: list[EngineProcess], number: int, found: Soaked) -> None:
+        seed = number + 1
+        engine = engines[number // FAILS_EVERY % len(engines)]
+        fails = number % FAILS_EVERY == FAILS_EVERY - 1
+        if fails:
+            engine.arm("transfer:end", "corrupt")
+        try:
+            report = publisher.publish()
+        except RoundFailed:
+            if not fails:
+                raise
+            found.failed += 1
+        else:
+            if fails:
+                found.faults.append(f"round {number} was published in spite of corrupted bytes")
+            elif number % CHECKED_EVERY == 0 and not all(each.call("holds", seed) for each in engines):
+                found.faults.append(f"an engine does not hold {report.version}")
+        if number % LEAVES_EVERY == LEAVES_EVERY - 1:
+            leaver = engines[number // LEAVES_EVERY % len(engines)]
+            publisher.remove(leaver.url)
+            publisher.add(leaver.url)
+        found.rounds += 1
+
+
+def _footprints(engines: list[EngineProcess]) -> dict[str, Footprint]:
+    every = {"trainer": Footprint.now()}
+    for number, engine in enumerate(engines):
+        every[f"engine {number} ({engine.mode})"] = Footprint(*engine.call("footprint"))
+    return every
