@@ -19,3 +19,8 @@ def test_rlhf_async_replaces_weights_in_flight() -> None:
 
 def test_rlhf_http() -> None:
     assert learnt(run_example("rlhf_http.py", timeout_s=90)) > 0.1
+
+
+@pytest.mark.skipif(find_spec("trl") is None, reason="TRL is not installed: pip install 'weightcast[trl]'")
+def test_trl_grpo() -> None:
+    assert learnt(run_example("trl_grpo.py", timeout_s=110)) > 0.05
