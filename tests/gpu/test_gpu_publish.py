@@ -1,0 +1,189 @@
+"""publish() end to end on one GPU: a trainer and engines in processes of their own, over cuda_ipc and nccl."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+from weightcast import Publisher
+from weightcast.errors import DigestMismatch, RoundFailed
+from weightcast.testing.peer_engine import PeerEngine
+
+pytest.importorskip("triton", reason="needs a CUDA build of torch")
+
+DEVICE, PULL, PUSH = "cuda", "cuda_ipc", "nccl"
+SHAPES = {
+    "embed": ((5000, 513), "bfloat16"),
+    "wide": ((300, 4096), "bfloat16"),
+    "deep": ((2000, 1024), "float32"),
+    "scale": ((7,), "bfloat16"),
+    "eight": ((33, 65), "float8_e4m3fn"),
+    "norm": ((64,), "float32"),
+    "steps": ((), "int64"),
+}
+
+
+class Policy(nn.Module):
+    """A trainer's model: parameters where an optimizer would keep them."""
+
+    def __init__(self, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        for name, (shape, kept) in SHAPES.items():
+            target = getattr(torch, kept)
+            value = torch.randn(shape).mul(9).to(device=DEVICE, dtype=dtype if target.is_floating_point and dtype else target)
+            if value.is_floating_point() and value.element_size() > 1:
+                self.register_parameter(name, nn.Parameter(value))
+            else:
+                self.register_buffer(name, value)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """New values at the same addresses."""
+        for value in [*self.parameters(), *self.buffers()]:
+            value.copy_(torch.randn(value.shape).mul(9))
+
+
+def contents(policy: nn.Module, dtypes: dict[str, torch.dtype] | None = None) -> dict[str, bytes]:
+    found = {}
+    for name, value in policy.state_dict().items():
+        value = value.to((dtypes or {}).get(name, value.dtype))
+        found[name] = value.contiguous().reshape(-1).view(torch.uint8).cpu().numpy().tobytes()
+    return found
+
+
+@pytest.fixture
+def engine() -> Iterator[PeerEngine]:
+    with PeerEngine() as made:
+        yield made
+
+
+WAYS = {
+    "in place": ({"mode": "in_place"}, 1, f"{DEVICE}:0", 0),
+    "staged, rebound": ({"mode": "staged"}, 1, f"{DEVICE}:0", 1),
+    "staged, exchanged": ({"mode": "staged", "relocatable": False}, 1, f"{DEVICE}:0", 1),
+    "staged, two shadows": ({"mode": "staged", "relocatable": False}, 2, f"{DEVICE}:0, two copies", 2),
+}
+
+
+@pytest.mark.parametrize(("transport", "way"), list(itertools.product((PULL, PUSH), WAYS)))
+def test_every_round_arrives(engine: PeerEngine, transport: str, way: str) -> None:
+    options, shadows, place, copies = WAYS[way]
+    engine.build(SHAPES, device=DEVICE, **options)
+    policy = Policy()
+    with Publisher(policy, [engine], transport=transport, shadows=shadows, timeout_s=30) as publisher:
+        for number in range(1, 5):
+            policy.step()
+            report = publisher.publish()
+            assert report.digests_match
+            assert report.number == number
+            assert engine.peer.call("contents") == contents(policy)
+        worker = report.engines[0].workers[0]
+        assert worker.transport == transport
+        assert (worker.shadow_nbytes > 0) == (copies > 0)
+        if copies and DEVICE == "cuda":
+            assert worker.shadow == place
+
+
+@pytest.mark.parametrize("transport", [PULL, PUSH])
+def test_master_weights_are_cast_on_the_way(engine: PeerEngine, transport: str) -> None:
+    shapes = {name: (shape, "bfloat16") for name, (shape, dtype) in SHAPES.items() if dtype in ("bfloat16", "float32")}
+    engine.build(shapes, mode="in_place", device=DEVICE)
+    policy = nn.ParameterDict({name: nn.Parameter(torch.randn(shape, device=DEVICE)) for name, (shape, _) in shapes.items()})
+    with Publisher(policy, [engine], transport=transport, dtype=torch.bfloat16, timeout_s=30) as publisher:
+        for _ in range(3):
+            with torch.no_grad():
+                for value in policy.values():
+                    value.copy_(torch.randn(value.shape))
+            assert publisher.publish().digests_match
+            assert engine.peer.call("contents") == contents(policy, dict.fromkeys(shapes, torch.bfloat16))
+
+
+@pytest.mark.parametrize("transport", [PULL, PUSH])
+def test_a_shadow_in_the_hosts_memory(engine: PeerEngine, transport: str) -> None:
+    if DEVICE != "cuda":
+        pytest.skip("page-locked memory needs a GPU")
+    engine.peer.call("limit", 1_000_000)
+    engine.build(SHAPES, mode="staged", device=DEVICE, relocatable=True)
+    policy = Policy()
+    with Publisher(policy, [engine], transport=transport, timeout_s=30) as publisher:
+        for _ in range(3):
+            policy.step()
+            report = publisher.publish()
+            assert report.digests_match
+            assert engine.peer.call("contents") == contents(policy)
+        assert report.engines[0].workers[0].shadow == "host memory"
+
+
+def test_no_room_for_a_shadow_means_in_place(engine: PeerEngine) -> None:
+    if DEVICE != "cuda":
+        pytest.skip("the host always has room")
+    engine.peer.call("limit", 1_000_000)
+    engine.build(SHAPES, device=DEVICE)
+    policy = Policy()
+    with Publisher(policy, [engine], timeout_s=30) as publisher:
+        assert publisher.publish().mode == "in_place"
+        assert engine.peer.call("contents") == contents(policy)
+
+
+@pytest.mark.parametrize("shadows", [1, 2])
+def test_tensors_through_the_loader_and_the_way_back(shadows: int) -> None:
+    with PeerEngine("a") as first, PeerEngine("b") as second:
+        first.build(SHAPES, mode="staged", device=DEVICE, relocatable=False, through_loader=("norm", "wide"))
+        second.build(SHAPES, mode="staged", device=DEVICE, relocatable=False)
+        policy = Policy()
+        with Publisher(policy, [first, second], shadows=shadows, timeout_s=15) as publisher:
+            for _ in range(2):
+                policy.step()
+                assert publisher.publish().digests_match
+            before = contents(policy)
+            commit, rollback = second.commit, first.rollback
+            taken_back = []
+            first.rollback = lambda *args: (taken_back.append(1), rollback(*args))[1]  # type: ignore[method-assign]
+
+            def fail(*_: object) -> None:
+                raise DigestMismatch("planted")
+
+            second.commit = fail  # type: ignore[assignment, method-assign]
+            policy.step()
+            with pytest.raises(RoundFailed):
+                publisher.publish()
+            assert taken_back
+            assert first.peer.call("contents") == second.peer.call("contents") == before
+            second.commit = commit  # type: ignore[method-assign]
+            assert publisher.publish().digests_match
+            assert first.peer.call("contents") == second.peer.call("contents") == contents(policy)
+
+
+def test_a_dead_engine_is_named_and_its_successor_joins() -> None:
+    policy = Policy()
+    with PeerEngine("a") as engine:
+        engine.build(SHAPES, mode="in_place", device=DEVICE)
+        with Publisher(policy, [engine], timeout_s=10, silence_s=2.0) as publisher:
+            publisher.publish()
+            engine.peer.kill()
+            with pytest.raises((RoundFailed, OSError)):
+                publisher.publish()
+    with PeerEngine("a") as successor:
+        successor.build(SHAPES, mode="in_place", device=DEVICE)
+        with Publisher(policy, [successor], timeout_s=10) as publisher:
+            assert publisher.publish().digests_match
+            assert successor.peer.call("contents") == contents(policy)
+
+
+def test_a_trainers_memory_is_free_again_after_close(engine: PeerEngine) -> None:
+    if DEVICE != "cuda":
+        pytest.skip("counts GPU memory")
+    engine.build(SHAPES, mode="in_place", device=DEVICE)
+    policy = Policy()
+    for _ in range(2):
+        with Publisher(policy, [engine], timeout_s=10) as publisher:
+            publisher.publish()
+        del publisher
+    with Publisher(policy, [engine], timeout_s=10, transport=PULL) as publisher:
+        policy.step()
+        assert publisher.publish().digests_match
+        assert engine.peer.call("contents") == contents(policy)
