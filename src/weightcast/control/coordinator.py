@@ -28,6 +28,7 @@ from weightcast.messages import AnyMessage, Bye, Failed, Heartbeat, Hello, Messa
 logger = logging.getLogger(__name__)
 
 TICKET_LIFE_S = 120.0
+PROBE_S = 0.2
 
 
 @dataclass(slots=True)
@@ -192,6 +193,13 @@ class Coordinator:
                 if deadline.passed:
                     raise DeadlineExceeded(f"no answer in {deadline.timeout_s:g} s", **where)  # type: ignore[arg-type]
                 self._changed.wait(min(deadline.remaining_s(), 0.1))
+
+    def probe(self, members: Iterable[Member]) -> None:
+        """Say something to members, so that those whose connection has closed are lost at once; takes at most a moment."""
+        for member in members:
+            if member.lost is None:
+                self.send(member, Heartbeat())
+        self._pump.flush(PROBE_S)
 
     def clear_inboxes(self, members: Iterable[Member]) -> None:
         """Throw away what members said about rounds and epochs that are over."""

@@ -56,7 +56,7 @@ class Pump:
         self._on_tick = on_tick
         self._on_unsent = on_unsent
         self._on_disconnect = on_disconnect
-        self._outgoing: queue.SimpleQueue[list[bytes] | None] = queue.SimpleQueue()
+        self._outgoing: queue.SimpleQueue[list[bytes] | threading.Event | None] = queue.SimpleQueue()
         address = f"inproc://wake-{secrets.token_hex(8)}"
         self._wake_reader: zmq.Socket[bytes] = context.socket(zmq.PAIR)
         self._wake_reader.bind(address)
@@ -76,6 +76,12 @@ class Pump:
         """Queue one message; after ``stop`` it is dropped."""
         self._put(list(parts))
 
+    def flush(self, timeout_s: float) -> bool:
+        """Wait until everything queued before was handed to the socket; False when that took longer, or the pump ended."""
+        passed = threading.Event()
+        self._put(passed)
+        return passed.wait(timeout_s)
+
     def stop(self) -> None:
         """End the thread soon, after what is queued was sent; from any thread, its own too. Idempotent."""
         self._put(None)
@@ -86,7 +92,7 @@ class Pump:
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join(timeout_s)
 
-    def _put(self, item: list[bytes] | None) -> None:
+    def _put(self, item: list[bytes] | threading.Event | None) -> None:
         with self._wake_lock:
             if self._closed:
                 return
@@ -172,6 +178,9 @@ class Pump:
                 return True
             if item is None:
                 return False
+            if isinstance(item, threading.Event):
+                item.set()
+                continue
             try:
                 self._socket.send_multipart(item, zmq.NOBLOCK)
             except zmq.ZMQError as error:

@@ -63,7 +63,9 @@ def describe(operations: Sequence[Operation]) -> dict[str, Any]:
 
 
 def _operation(operation: Operation, refs: dict[type[msgspec.Struct], Any]) -> dict[str, Any]:
-    content = {operation.media_type: {"schema": {"type": "object"} if "json" in operation.media_type else {}}}
+    content: dict[str, Any] = {operation.media_type: {"schema": _answer(operation.media_type)}}
+    if operation.body is not None and "stream" in operation.body.__struct_fields__:
+        content["text/event-stream"] = {"schema": {"type": "string"}}
     described: dict[str, Any] = {
         "operationId": f"{operation.method.lower()}{operation.path.replace('/', '_')}",
         "summary": operation.summary,
@@ -84,6 +86,10 @@ def _operation(operation: Operation, refs: dict[type[msgspec.Struct], Any]) -> d
     if operation.guard != "open":
         described["security"] = [{operation.guard: []}]
     return described
+
+
+def _answer(media_type: str) -> dict[str, Any]:
+    return {"type": "object"} if "json" in media_type else {}
 
 
 def _possible(code: str, operation: Operation) -> bool:

@@ -121,6 +121,10 @@ class Fleet:
                 "%s worker %d: %s, %s beside the live weights", engine.name, worker.member.rank, said.mode, beside
             )
 
+    def probe(self, engines: Iterable[EngineLink]) -> None:
+        """Notice workers of these engines whose connection has closed."""
+        self._coordinator.probe(worker.member for engine in engines for worker in engine.workers)
+
     # -- an epoch
 
     def set_up(self, engines: Sequence[EngineLink], deadline: Deadline) -> dict[str, WeightcastError]:

@@ -51,8 +51,9 @@ class Presence:
     ) -> dict[str, WeightcastError]:
         """Admit and set up whatever is not connected; errors by name of those that are not ready.
 
-        With ``patience`` the others go on without those who are slow.
+        Who died since the last round is noticed first, so that whoever took its place takes part in this one. With ``patience`` the others go on without those who are slow.
         """
+        self._fleet.probe(engines)
         failures = self._connect(engines, deadline, patience)
         if any(engine.name in failures and engine.joined and engine.lost() for engine in engines):
             # Its death was noticed only now; whoever took its place may be there already.
