@@ -78,14 +78,24 @@ def digest_bytes(data: torch.Tensor, position: int) -> int:
     nbytes = data.numel()
     if nbytes == 0:
         return 0
-    lead = position % WORD_NBYTES
-    if lead or nbytes % WORD_NBYTES or (data.storage_offset() % WORD_NBYTES) or data.data_ptr() % WORD_NBYTES:
+    lead = -position % WORD_NBYTES
+    if nbytes < lead + WORD_NBYTES or not _is_word(data[lead:]):
         return _digest_unaligned(data, position)
+    tail = (nbytes - lead) % WORD_NBYTES
+    if lead or tail:
+        edges = _digest_unaligned(data[:lead], position)
+        edges += _digest_unaligned(data[nbytes - tail :], position + nbytes - tail)
+        return (edges + digest_bytes(data[lead : nbytes - tail], position + lead)) & _MASK
     if data.is_cuda:
         from weightcast.digest_cuda import digest_words
 
         return digest_words(data.view(torch.int64), position // WORD_NBYTES)
     return _digest_words(data.view(torch.int64), position // WORD_NBYTES)
+
+
+def _is_word(data: torch.Tensor) -> bool:
+    """Whether bytes can be seen as words where they lie."""
+    return data.storage_offset() % WORD_NBYTES == 0 and data.data_ptr() % WORD_NBYTES == 0
 
 
 def _digest_unaligned(data: torch.Tensor, position: int) -> int:
