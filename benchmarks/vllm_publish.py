@@ -141,7 +141,7 @@ def reload_alone(model: Path, rounds: int) -> None:
     from vllm import LLM
     from weightcast.engines.vllm import api
 
-    llm = LLM(model=str(model), enforce_eager=True, max_model_len=256, max_num_seqs=8, kv_cache_memory_bytes=32 << 20)
+    llm = LLM(model=str(model), enforce_eager=True, max_model_len=256, max_num_seqs=8, kv_cache_memory_bytes=256 << 20)
     worker = llm.llm_engine.model_executor.driver_worker.worker
     weights, times = random_state_dict(model), []
     for _ in range(rounds):

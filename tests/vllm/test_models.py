@@ -83,7 +83,7 @@ def _fail_after(llm: Any, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     monkeypatch.setattr(model, "load_weights", failing, raising=False)
 
 
-@pytest.mark.parametrize("arch", ["qwen3_tied", "qwen3_moe"])
+@pytest.mark.parametrize("arch", ["deepseek_v3", "qwen3_moe"])
 def test_a_loader_that_raises_half_way_leaves_version_n(
     tmp_path: Path, arch: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -106,3 +106,24 @@ def test_a_loader_that_raises_half_way_leaves_version_n(
                 assert offline.answers(llm) == before
                 publisher.publish()
                 assert offline.answers(llm) != before
+
+
+def test_packing_that_fails_half_way_leaves_version_n(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = build(tmp_path / "m", "qwen3_tied")
+    with offline.engine(path) as llm, Publisher(weights := random_state_dict(path), [llm], timeout_s=60) as publisher:
+        version = publisher.publish().version
+        before = offline.answers(llm)
+        for name, value in random_state_dict(path).items():
+            weights[name].copy_(value)
+        layer = llm.llm_engine.model_executor.driver_worker.worker.get_model().model.layers[1].mlp.down_proj
+        with monkeypatch.context() as patch:
+            patch.setattr(type(layer.quant_method), "process_weights_after_loading", _no_memory)
+            with pytest.raises(RoundFailed, match="no room to pack"):
+                publisher.publish()
+        assert (offline.answers(llm), llm.get_weight_version()) == (before, version)
+        publisher.publish()
+        assert offline.answers(llm) != before
+
+
+def _no_memory(method: Any, layer: Any) -> None:
+    raise MemoryError("no room to pack")

@@ -14,7 +14,7 @@ from weightcast.memory import Memory
 
 
 class LiveModel(ABC):
-    """The model of one worker. All calls but ``layout`` come between two forward passes, on the engine's thread."""
+    """The model of one worker. All calls but ``layout`` and ``prepare`` come between two forward passes, on the engine's thread."""
 
     device: torch.device
     relocatable: bool = False
@@ -35,6 +35,21 @@ class LiveModel(ABC):
     @abstractmethod
     def rebind(self, memory: Memory) -> None:
         """Point all live parameters at another memory of the same layout (only if ``relocatable``). Cheap, no copies."""
+
+    def prepare(self, memory: Memory) -> None:
+        """All bytes of a round are in ``memory``, which ``rebind`` may make live: do beforehand what takes long.
+
+        Called while the engine computes, on another thread than its own.
+        """
+        return
+
+    def refresh(self) -> None:
+        """The bytes of ``memory()`` were written in place: bring up to date what is computed from them."""
+        return
+
+    def forget(self) -> None:
+        """No other memory will be rebound any more: free what was kept for that."""
+        return
 
     @abstractmethod
     def load_weights(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:

@@ -126,6 +126,7 @@ class Receiver:
             self._loaded = self._session.target.loaded() or self._loaded
             self._session.close()
             self._session = None
+            self._model.forget()
         self._before = None
 
     def _require_session(self) -> Session:
@@ -180,6 +181,7 @@ class Receiver:
         nbytes, transfer_s, digest = session.receive(id, memory, deadline)
         session.proven_digest = session.digest_of(memory) if digest is None else digest
         self._check_digest(session, approval)
+        self._model.refresh()
         if session.layout.through_loader:
             self._model.load_weights(session.target.loader_tensors())
         return nbytes, transfer_s

@@ -269,6 +269,7 @@ class Session:
             start = time.perf_counter()
             digest = self.proven_digest = self.digest_of(memory) if digest is None else digest
             digest_s = time.perf_counter() - start
+            self.target.prepare()
             if self.round.staged(id):
                 self._send_staged(id, digest, nbytes, transfer_s, digest_s)
         except Exception as error:  # noqa: BLE001 - as above: whatever fails here is the trainer's to know

@@ -152,6 +152,11 @@ class Target:
             self._memory = self._combine()
         return self._memory
 
+    def prepare(self) -> None:
+        """All bytes are staged: have the model get ready for ``swap``, beside the running engine."""
+        if self._relocates:
+            self._model.prepare(self._shadows[0])
+
     def swap(self) -> None:
         """Make the staged direct landings live and keep what was: in the shadow afterwards, or in the other one of two.
 

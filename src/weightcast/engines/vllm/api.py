@@ -42,8 +42,10 @@ def load_format(layer: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def stand_in(meta: torch.Tensor, layer: nn.Module) -> torch.Tensor:
-    """A tensor of the load format in memory that is reserved but never touched, for a loader that only records."""
-    tensor = torch.empty_strided(tuple(meta.shape), tuple(meta.stride()), dtype=meta.dtype, device="cpu")
+    """A tensor of the load format in zeroed memory that is reserved but never touched, for a loader that only records."""
+    extent = sum((size - 1) * stride for size, stride in zip(meta.shape, meta.stride(), strict=True)) + 1
+    flat = torch.zeros(extent if meta.numel() else 0, dtype=meta.dtype, device="cpu")
+    tensor = flat.as_strided(tuple(meta.shape), tuple(meta.stride()))
     tensor.__class__ = meta.__class__
     tensor.__dict__ = meta.__dict__.copy()
     tensor.requires_grad_(False)
@@ -92,6 +94,14 @@ def is_accelerator_unquantized(method: Any, device: torch.device) -> bool:
 
 
 _PLAIN_EXPERTS = frozenset({"TRITON", "BATCHED_TRITON"})
+
+
+def is_packed_for_cpu(method: Any, device: torch.device) -> bool:
+    """Plain linear layers and embeddings on CPU: their step after loading packs the weight, and can be taken anew at will."""
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+    from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+
+    return device.type == "cpu" and type(method) in (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)
 
 
 @contextmanager

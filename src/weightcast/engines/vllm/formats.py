@@ -1,8 +1,8 @@
-"""Which layers of a vLLM model can be written directly, and a model whose loader can be recorded.
+"""Which layers of a vLLM model can be landed in, and a model whose loader can be recorded.
 
-A layer is direct when what its loader fills is what its forward pass reads: every parameter looks as it was built, no step
-after loading packed or quantised it, no other layer keeps something that was computed from it. All others go through vLLM's
-layerwise reload.
+A layer is landable when what its loader fills is what its forward pass reads: every parameter looks as it was built, no step
+after loading packed or quantised it, no other layer keeps something that was computed from it. On CPU so are plain layers that
+are only packed after loading (see mirror.py). All others go through vLLM's layerwise reload.
 """
 
 from __future__ import annotations
@@ -19,27 +19,31 @@ from weightcast.engines.vllm import api
 
 @dataclass(slots=True)
 class LayerTensors:
-    """A layer's own tensors in load format: live ones where the layer is direct, stand-ins where it is not."""
+    """A layer's own tensors in load format: live ones, or stand-ins for them."""
 
     name: str
     layer: nn.Module
-    direct: bool
+    landable: bool
     required: dict[str, torch.Tensor] = field(default_factory=dict)
     """Parameters that a checkpoint has to fill."""
     optional: dict[str, torch.Tensor] = field(default_factory=dict)
     """Buffers, and scales that have a default."""
 
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        return [*self.required.values(), *self.optional.values()]
+
 
 def classify(model: nn.Module, device: torch.device) -> dict[str, bool]:
-    """Whether each layer with tensors of its own is direct, by module name."""
+    """Whether each layer with tensors of its own is landable, by module name."""
     derived = _names_below_deriving(model)
-    direct = {
-        name: name not in derived and _looks_as_built(layer) and _is_read_as_loaded(layer, device)
+    landable = {
+        name: name not in derived and _is_landable(layer, device)
         for name, layer in model.named_modules()
         if api.load_format(layer) or api.own_tensors(layer)
     }
-    _spread_over_shared(model, direct)
-    return direct
+    _spread_over_shared(model, landable)
+    return landable
 
 
 def shared_layers(model: nn.Module) -> list[nn.Module]:
@@ -62,6 +66,16 @@ def _names_below_deriving(model: nn.Module) -> set[str]:
     return found
 
 
+def _is_landable(layer: nn.Module, device: torch.device) -> bool:
+    method = api.quant_method(layer)
+    if method is None:
+        return not hasattr(layer, "process_weights_after_loading") and _looks_as_built(layer)
+    if api.is_packed_for_cpu(method, device):
+        return True
+    is_read_as_loaded = api.keeps_load_format(method) or api.is_accelerator_unquantized(method, device)
+    return is_read_as_loaded and _looks_as_built(layer)
+
+
 def _looks_as_built(layer: nn.Module) -> bool:
     live = api.own_tensors(layer)
     return all(
@@ -71,25 +85,17 @@ def _looks_as_built(layer: nn.Module) -> bool:
     )
 
 
-def _is_read_as_loaded(layer: nn.Module, device: torch.device) -> bool:
-    method = api.quant_method(layer)
-    if method is None:
-        return not hasattr(layer, "process_weights_after_loading")
-    # On CPU an input embedding is packed too: some models use it as their output head.
-    return api.keeps_load_format(method) or api.is_accelerator_unquantized(method, device)
-
-
-def _spread_over_shared(model: nn.Module, direct: dict[str, bool]) -> None:
-    """A parameter of several layers is direct only when all of them are."""
+def _spread_over_shared(model: nn.Module, landable: dict[str, bool]) -> None:
+    """Layers that share a parameter are landable only when all of them are."""
     layers = dict(model.named_modules())
     changed = True
     while changed:
-        loaded = {id(t) for name, is_direct in direct.items() if not is_direct for t in _parameters(layers[name])}
+        loaded = {id(t) for name, lands in landable.items() if not lands for t in _parameters(layers[name])}
         touched = [
-            name for name, is_direct in direct.items() if is_direct and loaded & set(map(id, _parameters(layers[name])))
+            name for name, lands in landable.items() if lands and loaded & set(map(id, _parameters(layers[name])))
         ]
         changed = bool(touched)
-        direct.update(dict.fromkeys(touched, False))
+        landable.update(dict.fromkeys(touched, False))
 
 
 def _parameters(layer: nn.Module) -> list[torch.Tensor]:
@@ -97,8 +103,9 @@ def _parameters(layer: nn.Module) -> list[torch.Tensor]:
 
 
 @contextmanager
-def in_load_format(model: nn.Module, direct: dict[str, bool]) -> Iterator[list[LayerTensors]]:
-    """The model as its loader wants it: layers that are not direct have stand-ins, which must not be computed with.
+def in_load_format(model: nn.Module, landable: dict[str, bool], *, live: bool) -> Iterator[list[LayerTensors]]:
+    """The model as its loader wants it: with stand-ins, which must not be computed with, for all layers, or (``live``) for those
+    that are not landable.
 
     Live tensors are back in their places afterwards; nothing of theirs was touched.
     """
@@ -106,9 +113,9 @@ def in_load_format(model: nn.Module, direct: dict[str, bool]) -> Iterator[list[L
     stand_ins: dict[int, torch.Tensor] = {}
     try:
         yield [
-            _prepare(name, layer, direct[name], stand_ins, saved)
+            _prepare(name, layer, landable[name], live and landable[name], stand_ins, saved)
             for name, layer in model.named_modules()
-            if name in direct
+            if name in landable
         ]
     finally:
         for layer, parameters, buffers in reversed(saved):
@@ -121,13 +128,14 @@ def in_load_format(model: nn.Module, direct: dict[str, bool]) -> Iterator[list[L
 def _prepare(
     name: str,
     layer: nn.Module,
-    direct: bool,
+    landable: bool,
+    as_it_is: bool,
     stand_ins: dict[int, torch.Tensor],
     saved: list[tuple[nn.Module, dict[str, nn.Parameter | None], dict[str, torch.Tensor | None]]],
 ) -> LayerTensors:
     built, live = api.load_format(layer), api.own_tensors(layer)
     tensors = dict(live)
-    if not direct:
+    if not as_it_is:
         saved.append((layer, dict(layer._parameters), dict(layer._buffers)))
         # Some names (biases) are not in the metadata: their live tensors have the form that the loader wants.
         forms = {**{n: t for n, t in live.items() if n not in built and n in _UNLISTED}, **built}
@@ -138,7 +146,7 @@ def _prepare(
                 stand_ins[key] = api.stand_in(form, layer)
             tensors[own] = stand_ins[key]
         _install(layer, tensors)
-    result = LayerTensors(name, layer, direct)
+    result = LayerTensors(name, layer, landable)
     for own, tensor in tensors.items():
         is_required = isinstance(tensor, nn.Parameter) and not api.derives_weights(layer)
         (result.required if is_required else result.optional)[own] = tensor

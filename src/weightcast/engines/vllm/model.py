@@ -1,8 +1,8 @@
 """VllmModel: the live model of one vLLM worker.
 
-Two properties are load-bearing. A tensor is written directly only into layers that read what was loaded; whatever vLLM packs,
-quantises or derives goes through its own layerwise reload, whole layers at a time. And a manifest that would leave a layer
-half filled is refused while nothing is written yet.
+Two properties are load-bearing. Tensors land only in layers that read what was loaded, or are merely packed from it (on CPU); what
+vLLM quantises or derives goes through its own layerwise reload, whole layers at a time. And a manifest that would leave a
+layer half filled is refused while nothing is written yet.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from torch import nn
 from weightcast.digest import digest_tensor
 from weightcast.engines.vllm import api
 from weightcast.engines.vllm.formats import LayerTensors, classify, in_load_format, shared_layers
-from weightcast.errors import LoadError, PlanMismatch, Unsupported, WeightcastError
+from weightcast.engines.vllm.mirror import Mirror, plan_mirror
+from weightcast.errors import LoadError, PlanMismatch, WeightcastError
 from weightcast.layout import Layout, Placement
 from weightcast.manifest import Manifest
 from weightcast.memory import Memory, bytes_of
@@ -31,45 +32,78 @@ SHOWN = 6
 
 
 class VllmModel(LiveModel):
-    """A worker's model as vLLM built and loaded it. Call it on the worker's thread, between two steps."""
+    """A worker's model as vLLM built and loaded it. Call it on the worker's thread, between two steps; ``prepare`` from any.
 
-    relocatable = False
+    On CPU, ``memory`` is the mirror that layers take their weights from, on other devices the weights themselves.
+    """
 
     def __init__(self, model: nn.Module, vllm_config: Any, device: torch.device) -> None:
         self.model = model
         self.device = device
+        self.relocatable = device.type == "cpu"
         self._vllm_config = vllm_config
-        self._direct = classify(model, device)
-        self._memory = _direct_memory(model, self._direct)
+        self._landable = classify(model, device)
+        self._weights = Memory([]) if self.relocatable else _live_memory(model, self._landable)
+        self._form: object = None
+        self._mirror = Mirror({}, {}, Memory([]))
 
     def memory(self) -> Memory:
-        return self._memory
+        return self._mirror.live if self.relocatable else self._weights
 
     def rebind(self, memory: Memory) -> None:
-        raise Unsupported("vLLM's parameters stay where they are", hint="This is an error of weightcast")
+        """Make the mirror that was prepared last live."""
+        self._mirror.go_live(memory)
+
+    def prepare(self, memory: Memory) -> None:
+        """Pack what lies in another mirror; the model may compute meanwhile."""
+        self._mirror.prepare(memory)
+
+    def refresh(self) -> None:
+        """Pack the live mirror again."""
+        self._mirror.refresh()
+
+    def forget(self) -> None:
+        """Free what was kept for the way back."""
+        self._mirror.forget()
 
     def layout(self, manifest: Manifest) -> Layout:
-        """Landings in the direct layers; everything that touches another layer goes through the loader.
+        """Landings in the landable layers; everything that touches another layer goes through the loader.
 
-        Raises PlanMismatch when a layer would be filled in part, LoadError when vLLM's loader refuses a tensor.
+        Ask for ``memory()`` afterwards. Raises PlanMismatch when a layer would be filled in part, LoadError when vLLM's loader
+        refuses a tensor.
         """
-        with api.current_config(self._vllm_config), in_load_format(self.model, self._direct) as layers:
-            stand_ins = [t for layer in layers if not layer.direct for t in _tensors(layer)]
-            storages = _storages(stand_ins)
-            memory = Memory([*self._memory.storages, *storages])
+        mirrored = self.relocatable
+        with (
+            api.current_config(self._vllm_config),
+            in_load_format(self.model, self._landable, live=not mirrored) as layers,
+        ):
+            stand_ins = [t for layer in layers if mirrored or not layer.landable for t in layer.tensors]
+            memory = Memory([*self._weights.storages, *_storages(stand_ins)])
             recording = record_layout(self._load, manifest, memory, self.device)
             numbers = {storage.data_ptr(): number for number, storage in enumerate(memory.storages)}
             _check_complete(layers, numbers, recording)
             through = _through_loader(layers, numbers, recording)
-        names = [spec.name for spec in manifest.tensors]
+            landings = [p for p in recording.layout.placements if p.region.name not in through]
+            if mirrored:
+                landings = self._mirror_of(layers, numbers, landings, manifest)
         unused = sorted(set(recording.unused))
         if unused:
             logger.info("%d published tensors are not used by this worker: %s", len(unused), _shown(unused))
         return Layout(
-            placements=tuple(p for p in recording.layout.placements if p.region.name not in through),
-            storage_nbytes=tuple(storage.numel() for storage in self._memory.storages),
-            through_loader=tuple(name for name in names if name in through),
+            placements=tuple(landings),
+            storage_nbytes=tuple(storage.numel() for storage in self.memory().storages),
+            through_loader=tuple(spec.name for spec in manifest.tensors if spec.name in through),
         )
+
+    def _mirror_of(
+        self, layers: Sequence[LayerTensors], numbers: dict[int, int], landings: list[Placement], manifest: Manifest
+    ) -> list[Placement]:
+        """The landings, moved from the stand-ins they were recorded in to a mirror; the present one where it fits."""
+        slots, landings = plan_mirror(layers, numbers, landings, manifest)
+        if self._form != slots:
+            taken = {layer.name: layer.layer for layer in layers if layer.name in slots.layers}
+            self._mirror, self._form = Mirror(taken, slots.layers, slots.new_memory()), slots
+        return landings
 
     def load_weights(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
         """Through vLLM's layerwise reload. Broad except on purpose: the loader is foreign code; LoadError says what it said."""
@@ -78,7 +112,8 @@ class VllmModel(LiveModel):
                 self._load(tensors)
             with torch.no_grad(), api.current_config(self._vllm_config):
                 for layer in shared_layers(self.model):
-                    api.quant_method(layer).process_weights_after_loading(layer)
+                    if layer not in self._mirror:
+                        api.quant_method(layer).process_weights_after_loading(layer)
         except WeightcastError:
             raise
         except Exception as error:
@@ -88,10 +123,14 @@ class VllmModel(LiveModel):
         self.load_weights(api.checkpoint_tensors(self._vllm_config, self.model))
 
     def checksums(self) -> dict[str, str]:
-        """Digest of each live tensor. Layers that vLLM keeps in packed form outside of their parameters have none."""
+        """Digest of each live tensor, that of its load format for layers that take it from the mirror.
+
+        Layers that vLLM keeps in packed form outside of their parameters have none before the first sync.
+        """
         found = {}
         for name, layer in self.model.named_modules():
-            for own, tensor in api.own_tensors(layer).items():
+            tensors = {**api.own_tensors(layer), **self._mirror.views(name)}
+            for own, tensor in tensors.items():
                 if tensor.numel() and tensor.device.type != "meta" and own not in layer._non_persistent_buffers_set:
                     found[f"{name}.{own}" if name else own] = f"{digest_tensor(tensor.detach()):016x}"
         return found
@@ -100,10 +139,9 @@ class VllmModel(LiveModel):
         self.model.load_weights(tensors)  # type: ignore[operator]
 
 
-def _direct_memory(model: nn.Module, direct: dict[str, bool]) -> Memory:
+def _live_memory(model: nn.Module, landable: dict[str, bool]) -> Memory:
     layers = dict(model.named_modules())
-    live = [t for name, is_direct in direct.items() if is_direct for t in _parameters_of(layers[name])]
-    return Memory(_storages(live))
+    return Memory(_storages(t for name, lands in landable.items() if lands for t in _parameters_of(layers[name])))
 
 
 def _parameters_of(layer: nn.Module) -> list[torch.Tensor]:
@@ -121,29 +159,29 @@ def _storages(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     return list(storages.values())
 
 
-def _tensors(layer: LayerTensors) -> list[torch.Tensor]:
-    return [*layer.required.values(), *layer.optional.values()]
-
-
 def _numbers_of(layer: LayerTensors, numbers: dict[int, int]) -> set[int]:
-    pointers = (bytes_of(tensor.detach()).data_ptr() for tensor in _tensors(layer) if tensor.numel())
+    pointers = (bytes_of(tensor.detach()).data_ptr() for tensor in layer.tensors if tensor.numel())
     return {numbers[pointer] for pointer in pointers if pointer in numbers}
 
 
 def _through_loader(layers: Sequence[LayerTensors], numbers: dict[int, int], recording: Recording) -> set[str]:
-    """Names that touch a layer which is not direct, and the names of every layer that those touch in turn."""
+    """Names that touch a layer which is not landable, and the names of every layer that those touch in turn."""
     through = set(recording.reasons)
+    if recording.foreign_writes:
+        # The loader also writes values of its own making, which no landing would bring.
+        return {placement.region.name for placement in recording.layout.placements} | through
     names_in: dict[int, set[str]] = {}
     for placement in recording.layout.placements:
         names_in.setdefault(placement.storage, set()).add(placement.region.name)
     blocked = [
-        (layer.direct, set().union(*(names_in.get(n, set()) for n in _numbers_of(layer, numbers)))) for layer in layers
+        (layer.landable, set().union(*(names_in.get(n, set()) for n in _numbers_of(layer, numbers))))
+        for layer in layers
     ]
     grown = True
     while grown:
         before = len(through)
-        for direct, names in blocked:
-            if not direct or names & through:
+        for lands, names in blocked:
+            if not lands or names & through:
                 through |= names
         grown = len(through) > before
     return through

@@ -1,0 +1,208 @@
+"""Mirror: the load format of a CPU worker's layers in memory that can be landed in, and the way from there to live kernels.
+
+On CPU vLLM packs weights for its kernels and drops what was loaded. The mirror keeps what was loaded: landings fill it, also
+with a tensor-parallel worker's slices only, and digests are taken there. Packing takes most of an update's time, so it is done
+from a mirror in the background, into stand-ins for the layers; going live is then an exchange of what the stand-ins hold.
+
+Two properties are load-bearing. Parameter objects stay what they are (models and compiled code hold them, tied layers share
+them): only their data are exchanged. And what was live is kept with its mirror, so that going back is the same exchange.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import torch
+from torch import nn
+
+from weightcast.dtypes import itemsize_of, name_of
+from weightcast.engines.vllm import api
+from weightcast.engines.vllm.formats import LayerTensors
+from weightcast.errors import StateError
+from weightcast.layout import Placement
+from weightcast.manifest import Manifest, align
+from weightcast.memory import Memory, bytes_of
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Where one tensor of a layer, in load format, lies in the mirror; ``offset`` counts elements."""
+
+    dtype: str
+    offset: int
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Slots:
+    """A mirror's form: the tensors of each layer, and how large it is."""
+
+    layers: dict[str, dict[str, Slot]]
+    nbytes: int
+
+    def new_memory(self) -> Memory:
+        """A mirror's memory, zero like the padding that no checkpoint fills."""
+        return Memory([torch.zeros(self.nbytes, dtype=torch.uint8)] if self.nbytes else [], is_arena=True)
+
+
+@dataclass(slots=True)
+class Kernels:
+    """What a layer computes with: its parameters' and buffers' data, and what its step after loading left on it."""
+
+    data: dict[str, torch.Tensor] = field(default_factory=dict)
+    attributes: dict[str, Any] = field(default_factory=dict)
+
+
+class Mirror:
+    """The layers that take their weights from a mirror. ``live`` is the mirror of what they compute with now."""
+
+    def __init__(self, layers: Mapping[str, nn.Module], slots: Mapping[str, Mapping[str, Slot]], live: Memory) -> None:
+        self._layers = dict(layers)
+        self._slots = slots
+        self._ready: dict[int, dict[str, Kernels]] = {}
+        self._is_filled = False
+        self.live = live
+
+    def prepare(self, memory: Memory) -> None:
+        """Pack what lies in another mirror, for ``go_live``; may run while the model computes."""
+        self._ready.pop(self._address(memory), None)
+        self._ready[self._address(memory)] = {name: self._packed(name, memory) for name in self._layers}
+
+    def go_live(self, memory: Memory) -> None:
+        """Compute with what was prepared from ``memory`` from now on; what was live before is ready to come back."""
+        ready = self._ready.pop(self._address(memory), None)
+        if ready is None and self._layers:
+            raise StateError("this mirror was not prepared")
+        before = {name: _exchange(self._layers[name], kernels) for name, kernels in (ready or {}).items()}
+        self._ready[self._address(self.live)] = before
+        self.live, self._is_filled = memory, True
+
+    def refresh(self) -> None:
+        """Pack the live mirror, whose bytes were written in place, layer by layer; what was live before is gone."""
+        for name in self._layers:
+            _exchange(self._layers[name], self._packed(name, self.live))
+        self._is_filled = True
+
+    def _packed(self, name: str, memory: Memory) -> Kernels:
+        layer, views = self._layers[name], self._views(name, memory)
+        method = api.quant_method(layer)
+        if method is None or api.keeps_load_format(method):
+            # The model reads these as they were loaded, maybe through references of its own: values, no exchange.
+            return Kernels(data={own: view.clone() for own, view in views.items()})
+        stand_in = _stand_in(layer, views)
+        with torch.no_grad():
+            method.process_weights_after_loading(stand_in)
+        known = layer.__dict__
+        attributes = {
+            attribute: value
+            for attribute, value in stand_in.__dict__.items()
+            if attribute not in _OWN_DICTS and (attribute not in known or known[attribute] is not value)
+        }
+        tensors = api.own_tensors(stand_in)
+        return Kernels(data={own: tensors[own].data for own in views if own in tensors}, attributes=attributes)
+
+    def forget(self) -> None:
+        """Free what is ready besides what is live."""
+        self._ready.clear()
+
+    def __contains__(self, layer: object) -> bool:
+        return any(layer is own for own in self._layers.values())
+
+    def views(self, name: str) -> dict[str, torch.Tensor]:
+        """A layer's tensors in the live mirror, once something landed there."""
+        return self._views(name, self.live) if self._is_filled and name in self._layers else {}
+
+    def _views(self, name: str, memory: Memory) -> dict[str, torch.Tensor]:
+        return {
+            own: memory.view(0, slot.dtype, slot.offset, slot.sizes, slot.strides)
+            for own, slot in self._slots[name].items()
+        }
+
+    @staticmethod
+    def _address(memory: Memory) -> int:
+        return memory.storages[0].data_ptr() if memory.storages else 0
+
+
+_OWN_DICTS = frozenset({"_parameters", "_buffers", "_modules"})
+
+
+def _stand_in(layer: nn.Module, views: Mapping[str, torch.Tensor]) -> nn.Module:
+    """An object of the layer's class with its attributes and tensors of its own: the layer itself is not touched."""
+    stand_in = object.__new__(type(layer))
+    stand_in.__dict__.update(layer.__dict__)
+    stand_in.__dict__["_parameters"] = {
+        own: nn.Parameter(views[own], requires_grad=False) if own in views else parameter
+        for own, parameter in layer._parameters.items()
+    }
+    stand_in.__dict__["_buffers"] = {own: views.get(own, buffer) for own, buffer in layer._buffers.items()}
+    stand_in.__dict__["_modules"] = dict(layer._modules)
+    return stand_in
+
+
+@torch.no_grad()
+def _exchange(layer: nn.Module, kernels: Kernels) -> Kernels:
+    """Give the layer these kernels and return those it had."""
+    before = Kernels()
+    tensors = api.own_tensors(layer)
+    method = api.quant_method(layer)
+    in_place = method is None or api.keeps_load_format(method)
+    for own, data in kernels.data.items():
+        tensor = tensors[own]
+        if in_place:
+            before.data[own] = tensor.detach().clone()
+            tensor.detach().copy_(data)
+        else:
+            before.data[own] = tensor.data
+            tensor.data = data
+    for attribute, value in kernels.attributes.items():
+        if attribute in layer.__dict__:
+            before.attributes[attribute] = layer.__dict__[attribute]
+        layer.__dict__[attribute] = value
+    return before
+
+
+def plan_mirror(
+    layers: Sequence[LayerTensors], numbers: Mapping[int, int], landings: Sequence[Placement], manifest: Manifest
+) -> tuple[Slots, list[Placement]]:
+    """The form of a mirror for all tensors that have landings, in the manifest's order, and the landings in it.
+
+    ``numbers``: the number of the storage that each tensor of the layers was recorded in, by address.
+    """
+    order = {spec.name: number for number, spec in enumerate(manifest.tensors)}
+    firsts: dict[int, int] = {}
+    for landing in landings:
+        firsts[landing.storage] = min(order[landing.region.name], firsts.get(landing.storage, len(order)))
+    found: dict[str, dict[str, tuple[int, torch.Tensor]]] = {}
+    sizes: dict[int, int] = {}
+    for layer in layers:
+        for own, tensor in {**layer.required, **layer.optional}.items():
+            number = numbers.get(bytes_of(tensor.detach()).data_ptr()) if tensor.numel() else None
+            if number in firsts:
+                found.setdefault(layer.name, {})[own] = (number, tensor)
+                sizes[number] = bytes_of(tensor.detach()).numel()
+    starts, end = {}, 0
+    for number in sorted(firsts, key=firsts.__getitem__):
+        starts[number], end = end, align(end + sizes[number])
+    slots = {
+        name: {
+            own: Slot(
+                dtype=name_of(tensor.dtype),
+                offset=starts[number] // tensor.itemsize + int(tensor.storage_offset()),
+                sizes=tuple(tensor.shape),
+                strides=tuple(tensor.stride()),
+            )
+            for own, (number, tensor) in tensors.items()
+        }
+        for name, tensors in found.items()
+    }
+    moved = [
+        msgspec.structs.replace(
+            landing, storage=0, offset=landing.offset + starts[landing.storage] // itemsize_of(landing.dtype)
+        )
+        for landing in landings
+    ]
+    return Slots(slots, end), moved
