@@ -34,7 +34,11 @@ class Policy(nn.Module):
         super().__init__()
         for name, (shape, kept) in SHAPES.items():
             target = getattr(torch, kept)
-            value = torch.randn(shape).mul(9).to(device=DEVICE, dtype=dtype if target.is_floating_point and dtype else target)
+            value = (
+                torch.randn(shape)
+                .mul(9)
+                .to(device=DEVICE, dtype=dtype if target.is_floating_point and dtype else target)
+            )
             if value.is_floating_point() and value.element_size() > 1:
                 self.register_parameter(name, nn.Parameter(value))
             else:
@@ -92,7 +96,9 @@ def test_every_round_arrives(engine: PeerEngine, transport: str, way: str) -> No
 def test_master_weights_are_cast_on_the_way(engine: PeerEngine, transport: str) -> None:
     shapes = {name: (shape, "bfloat16") for name, (shape, dtype) in SHAPES.items() if dtype in ("bfloat16", "float32")}
     engine.build(shapes, mode="in_place", device=DEVICE)
-    policy = nn.ParameterDict({name: nn.Parameter(torch.randn(shape, device=DEVICE)) for name, (shape, _) in shapes.items()})
+    policy = nn.ParameterDict(
+        {name: nn.Parameter(torch.randn(shape, device=DEVICE)) for name, (shape, _) in shapes.items()}
+    )
     with Publisher(policy, [engine], transport=transport, dtype=torch.bfloat16, timeout_s=30) as publisher:
         for _ in range(3):
             with torch.no_grad():
