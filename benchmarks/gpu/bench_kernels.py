@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 import torch
 from common import Table, gpu_ms, random_memory, wall_ms
 from shapes import SHAPES, layouts
 
-from weightcast import cuda_runs, digest_cuda
+from weightcast import cuda_runs, digest_cuda, proven_cuda
 from weightcast.digest import LayoutDigest
+from weightcast.layout import Layout, Placement
+from weightcast.manifest import Manifest
 from weightcast.memory import Memory
-from weightcast.plan import compile_plan
+from weightcast.plan import Copy, compile_plan
 from weightcast.replay import Replay
 from weightcast.replay_cuda import CudaReplay
 from weightcast.swap import Swap
@@ -72,6 +75,7 @@ def copies(table: Table, name: str, sweep: bool) -> None:
         cuda_runs.COPY_TILE_NBYTES, cuda_runs.COPY_CHUNK_WORDS, cuda_runs.COPY_WARPS = kept
     theirs, ours = LayoutDigest(manifest, held), LayoutDigest(manifest, wanted)
     assert theirs.of(src) == ours.of(dst), "the copies are wrong"
+    both(table, name, (plan, src, dst, manifest), ours, sweep)
     digest(table, f"{name} trainer's side", src, theirs, sweep)
     digest(table, f"{name} engine's side", dst, ours, False)
     if name != "MoE":
@@ -80,6 +84,42 @@ def copies(table: Table, name: str, sweep: bool) -> None:
         table.add(f"{name}: swap on the GPU ({len(dst.storages)} pairs), one side counted", gpu_ms(swap.run), nbytes)
         if sweep:
             swaps(table, swap)
+
+
+def both(
+    table: Table, name: str, compiled: tuple[Sequence[Copy], Memory, Memory, Manifest], ours: LayoutDigest, sweep: bool
+) -> None:
+    """Copy and digest in one pass."""
+    plan, src, dst, manifest = compiled
+    nbytes, device = src.nbytes, torch.device("cuda", 0)
+    for storage in dst.storages:
+        storage.random_(0, 256)
+    proven = proven_cuda.ProvenReplay(plan, src, dst, manifest, device)
+    proven.run()
+    assert proven.total() == ours.of(dst) == LayoutDigest(manifest, ours_layout(plan, src)).of(src)
+    table.add(f"{name}: copy and digest in one kernel", gpu_ms(proven.run), nbytes)
+    kept = proven_cuda.TILE_BLOCKS, proven_cuda.CHUNK_WORDS, proven_cuda.NUM_WARPS
+    for blocks, chunk, warps in ((1, 1024, 4), (1, 4096, 8), (1, 2048, 4), (2, 2048, 8), (4, 2048, 8)) if sweep else ():
+        proven_cuda.TILE_BLOCKS, proven_cuda.CHUNK_WORDS, proven_cuda.NUM_WARPS = blocks, chunk, warps
+        variant = proven_cuda.ProvenReplay(plan, src, dst, manifest, device)
+        table.add(f"  {blocks=} {chunk=} {warps=}", gpu_ms(variant.run), nbytes)
+        assert variant.total() == proven.total()
+    proven_cuda.TILE_BLOCKS, proven_cuda.CHUNK_WORDS, proven_cuda.NUM_WARPS = kept
+
+
+def ours_layout(plan: Sequence[Copy], src: Memory) -> Layout:
+    """The trainer's side of a plan."""
+    placements = tuple(
+        Placement(
+            region=copy.region,
+            dtype=copy.src_dtype,
+            storage=copy.src_storage,
+            offset=copy.src_offset,
+            strides=copy.src_strides,
+        )
+        for copy in plan
+    )
+    return Layout(placements=placements, storage_nbytes=tuple(storage.numel() for storage in src.storages))
 
 
 def swaps(table: Table, swap: Swap) -> None:
