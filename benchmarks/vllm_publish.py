@@ -2,7 +2,8 @@
 
 A served model of about 400M parameters in bf16, streams in flight, one trainer process. For each transport and mode, medians of
 one run: the round with its phases (the engine's own pause, apply and resume are inside "commit"), the longest gap between two
-tokens of a stream while the round ran, less the usual gap, and vLLM's layerwise reload of the same tensors by itself.
+tokens of a stream while the round ran, less the usual gap, and vLLM's layerwise reload of the same tensors by itself. The stall
+contains the recomputation of keys and values under the new weights; "kept" does without.
 
     make setup-vllm && .venv-vllm/bin/python benchmarks/vllm_publish.py [--rounds 5] [--json FILE]
 """
@@ -44,7 +45,7 @@ SHAPE = {
     "num_key_value_heads": 8,
     "head_dim": 128,
 }
-WAYS = (("shm", "staged"), ("shm", "in_place"), ("gloo", "staged"), ("gloo", "in_place"))
+WAYS = ("shm staged", "shm in_place", "gloo staged", "gloo in_place", "shm staged kept")
 MARK = "RELOAD "
 
 
@@ -96,13 +97,20 @@ def streams(served: Served, count: int) -> Iterator[list[Stream]]:
 
 
 def measure(
-    served: Served, weights: dict[str, torch.Tensor], transport: str, mode: str, rounds: int, num_streams: int
+    served: Served, weights: dict[str, torch.Tensor], way: str, rounds: int, num_streams: int
 ) -> dict[str, Any]:
     """Publish ``rounds`` times while streams run."""
+    transport, mode, *kept = way.split()
     reports: list[Report] = []
     stalls, usual = [], []
     with Publisher(
-        weights, [served.url], token=served.token, transport=transport, mode=mode, timeout_s=120
+        weights,
+        [served.url],
+        token=served.token,
+        transport=transport,
+        mode=mode,
+        clear_cache=not kept,
+        timeout_s=120,
     ) as publisher:
         start = time.perf_counter()
         publisher.connect()
@@ -123,8 +131,7 @@ def measure(
                 stalls.append(max(gap for stream in running for gap in stream.gaps(start, end)) - usual[-1])
     seconds = [{**r.phase_seconds(), **{f"engine {p.name}": p.seconds for p in r.engines[0].phases}} for r in reports]
     return {
-        "transport": transport,
-        "mode": mode,
+        "way": way,
         "nbytes": reports[-1].nbytes,
         "connect_s": connect_s,
         "publish_s": statistics.median(r.total_s for r in reports),
@@ -182,7 +189,7 @@ def show(rows: list[dict[str, Any]], reload_s: float, num_streams: int) -> None:
     for row in rows:
         phases = [row["phases"].get(n, 0.0) for n in ("prepare", "transfer", "verify", "commit", *engine)]
         numbers = [row["publish_s"], row["worst_s"], *phases, row["stall_s"], row["token_s"]]
-        table.add_row(f"{row['transport']} {row['mode']}", *(f"{number * 1e3:.0f}" for number in numbers))
+        table.add_row(row["way"], *(f"{number * 1e3:.0f}" for number in numbers))
     Console(width=150).print(table)
 
 
@@ -191,7 +198,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--layers", type=int, default=25)
     parser.add_argument("--streams", type=int, default=4)
-    parser.add_argument("--ways", nargs="+", default=[" ".join(way) for way in WAYS])
+    parser.add_argument("--ways", nargs="+", default=WAYS, help="kept: old keys and values stay")
     parser.add_argument("--json", help="append the numbers to this file")
     parser.add_argument("--reload-alone", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -207,8 +214,7 @@ def main() -> None:
         weights, rows = random_state_dict(model), []
         with vllm_server(model, kv_cache_nbytes=256 << 20, env={"VLLM_CPU_OMP_THREADS_BIND": "auto"}) as served:
             for way in options.ways:
-                transport, mode = way.split()
-                rows.append(measure(served, weights, transport, mode, options.rounds, options.streams))
+                rows.append(measure(served, weights, way, options.rounds, options.streams))
         show(rows, reload_s, options.streams)
     if options.json:
         with open(options.json, "a") as file:

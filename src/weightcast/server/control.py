@@ -139,10 +139,11 @@ class EngineCommitter:
             await _timed(phases, "apply", self._apply(order, deadline))
             if order.pause == "none" and order.clear_cache:
                 await self._engine.reset_prefix_cache(reset_running_requests=True)
+            # Before the engine goes on: afterwards the answer would wait for a step, and the first one recomputes caches.
+            version = await self._engine.get_weight_version()
         finally:
             if not was_paused and order.pause != "none":
                 await _timed(phases, "resume", self._engine.resume_generation())
-        version = await self._engine.get_weight_version()
         logger.info(
             "%s of round %d (epoch %d): version %s, pause %.3f s, apply %.3f s, resume %.3f s",
             order.action, order.round, order.epoch, version, phases["pause"], phases["apply"], phases["resume"],
