@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import struct
 import time
 from collections.abc import Callable
 
@@ -38,7 +39,7 @@ class JoinInfo(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=
             raise InvalidInput(f"address is tcp://host:port, not {self.address!r}", field="address")
         try:
             valid = len(z85.decode(self.public_key)) == 32
-        except (ValueError, KeyError, IndexError):
+        except (ValueError, KeyError, IndexError, struct.error):  # whatever the decoder stumbles over
             valid = False
         if not valid:
             raise InvalidInput("public_key is not a CURVE key", field="public_key")

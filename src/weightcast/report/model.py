@@ -133,7 +133,7 @@ class Report:
         """Read ``to_json``'s form; raises InvalidInput that says which field is wrong. Unknown fields are ignored."""
         try:
             return msgspec.json.decode(text, type=cls)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise InvalidInput(f"not a report: {error}", field="report") from None
 
     def __str__(self) -> str:

@@ -108,7 +108,7 @@ class CudaIpcTransport(Transport):
     def worker_end(self, offer: bytes, copies: Sequence[Copy]) -> WorkerEnd:
         try:
             decoded = msgspec.msgpack.decode(offer, type=CudaIpcOffer)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise ProtocolError(f"malformed cuda_ipc offer: {error}") from None
         _check_offer(decoded, copies)
         return CudaIpcWorkerEnd(copies, decoded)

@@ -77,7 +77,7 @@ class GlooTransport(Transport):
     def worker_end(self, offer: bytes, copies: Sequence[Copy]) -> WorkerEnd:
         try:
             decoded = msgspec.msgpack.decode(offer, type=GlooOffer)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise ProtocolError(f"malformed gloo offer: {error}") from None
         try:
             check_bucket_nbytes(decoded.bucket_nbytes)

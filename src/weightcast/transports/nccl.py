@@ -80,7 +80,7 @@ class NcclTransport(Transport):
         try:
             decoded = msgspec.msgpack.decode(offer, type=NcclOffer)
             check_bucket_nbytes(decoded.bucket_nbytes)
-        except (msgspec.DecodeError, InvalidInput) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, InvalidInput) as error:
             raise ProtocolError(f"malformed nccl offer: {error}") from None
         if len(decoded.unique_id) != UNIQUE_ID_NBYTES:
             raise ProtocolError(f"nccl offer: an id of {len(decoded.unique_id)} bytes")

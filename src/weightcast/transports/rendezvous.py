@@ -75,7 +75,7 @@ class PairStore(Store):
         try:
             frame = _receive(self.connection, nbytes, self._deadline, self._guard)
             return msgspec.msgpack.decode(frame, type=_Entry)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise ProtocolError(f"malformed rendezvous frame: {error}") from None
 
     @contextlib.contextmanager

@@ -120,7 +120,7 @@ class ShmTransport(Transport):
     def worker_end(self, offer: bytes, copies: Sequence[Copy]) -> WorkerEnd:
         try:
             decoded = msgspec.msgpack.decode(offer, type=ShmOffer)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise ProtocolError(f"malformed shm offer: {error}") from None
         _check_offer(decoded, copies)
         return ShmWorkerEnd(copies, decoded)

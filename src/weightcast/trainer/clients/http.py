@@ -96,6 +96,6 @@ class HttpEngineClient(EngineClient):
 def _json_object(content: bytes) -> dict[str, Any]:
     try:
         value = msgspec.json.decode(content)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeDecodeError):
         return {}
     return value if isinstance(value, dict) else {}

@@ -72,7 +72,7 @@ def read_header(path: Path) -> tuple[dict[str, _Entry], int]:
             header: dict[str, Any] = msgspec.json.decode(file.read(header_nbytes), type=dict[str, Any])
             header.pop("__metadata__", None)
             entries = msgspec.convert(header, dict[str, _Entry])
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise InvalidInput(f"{path}: bad safetensors header: {error}", field="checkpoint") from None
     start = 8 + header_nbytes
     for name, entry in entries.items():

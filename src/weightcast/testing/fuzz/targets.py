@@ -1,0 +1,231 @@
+"""Targets: functions of arbitrary bytes that must end well, or in an error that weightcast names. Anything else is a finding."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+import msgspec
+
+from weightcast.control.link import JoinInfo
+from weightcast.deadline import Deadline
+from weightcast.errors import InvalidInput, ProtocolError, StateError, WeightcastError
+from weightcast.facts import Facts
+from weightcast.layout import image_layout
+from weightcast.manifest import Manifest, TensorSpec
+from weightcast.messages import (
+    Abort,
+    Begin,
+    Bye,
+    Committed,
+    Failed,
+    Heartbeat,
+    Hello,
+    Landings,
+    Message,
+    Offer,
+    Ready,
+    Refused,
+    Setup,
+    Staged,
+    Verified,
+    Welcome,
+    decode,
+    encode,
+)
+from weightcast.plan import Copy, compile_plan
+from weightcast.report.model import Report
+from weightcast.round import Approval, Phase, RoundId, WorkerRound
+from weightcast.server.body import decode as decode_body
+from weightcast.server.control_routes import CommitBody, InitBody, RollbackBody
+from weightcast.server.rl_schemas import UpdateBody
+from weightcast.server.schemas import ChatRequest, CompletionRequest
+from weightcast.transports.gloo import GlooOffer
+from weightcast.transports.registry import registry
+from weightcast.transports.shm import ShmOffer
+
+Target = Callable[[bytes], None]
+BODIES: tuple[type[msgspec.Struct], ...] = (
+    InitBody,
+    CommitBody,
+    RollbackBody,
+    UpdateBody,
+    CompletionRequest,
+    ChatRequest,
+)
+MANIFEST = Manifest.of(
+    [TensorSpec(name="w", dtype="bfloat16", shape=(3, 4)), TensorSpec(name="s", dtype="int64", shape=())]
+)
+LAYOUT = image_layout(MANIFEST)
+TRANSPORTS = ("shm", "gloo")
+
+
+def frames(data: bytes) -> None:
+    """A frame of the control channel is a message, which says the same when it is sent again, or ProtocolError."""
+    try:
+        message = decode(data)
+    except ProtocolError:
+        return
+    heard = decode(encode(message))
+    if heard != message and "nan" not in repr(message):
+        raise AssertionError(f"{message} became {heard}")
+
+
+def setups(data: bytes) -> None:
+    """Whatever holdings a trainer claims, compiling a plan with them ends in a plan inside both memories, or in an error."""
+    try:
+        message = decode(data)
+        if not isinstance(message, Setup):
+            return
+        plan = compile_plan(MANIFEST, message.holdings, LAYOUT)
+    except WeightcastError:
+        return
+    for rank, copies in plan.items():
+        sizes = message.holdings[rank].storage_nbytes
+        for copy in copies:
+            if copy.nbytes > sum(LAYOUT.storage_nbytes) or copy.src_storage >= len(sizes):
+                raise AssertionError(f"{copy} does not fit")
+
+
+def offers(data: bytes) -> None:
+    """A transport's offer is a worker's end, which connects nowhere yet, or an error."""
+    whole = tuple(compile_plan(MANIFEST, {0: LAYOUT}, LAYOUT)[0])
+    for name in TRANSPORTS:
+        copies: tuple[Copy, ...] = whole if len(data) % 2 else ()
+        with suppress(WeightcastError):
+            registry().get(name).worker_end(data, copies).close()
+
+
+def bodies(data: bytes) -> None:
+    """A body is what its route wants, or InvalidInput that names a field."""
+    for kind in BODIES:
+        try:
+            decode_body(data, kind)
+        except InvalidInput as error:
+            if not error.field:
+                raise AssertionError(f"no field is named: {error}") from error
+
+
+def join_infos(data: bytes) -> None:
+    """What an engine is told to join is an address with a key, or an error."""
+    with suppress(msgspec.DecodeError, InvalidInput, UnicodeDecodeError, RecursionError):
+        # As the engine does it: the body's JSON first, then its fields.
+        info = msgspec.convert(msgspec.json.decode(data), JoinInfo)
+        Deadline(info.timeout_s)
+
+
+def reports(data: bytes) -> None:
+    """A line of a log is a report, which reads back as itself, or InvalidInput."""
+    try:
+        report = Report.from_json(data)
+    except InvalidInput:
+        return
+    if Report.from_json(report.to_json()) != report and "nan" not in repr(report):
+        raise AssertionError(f"{report!r} reads back as another one")
+
+
+def conversations(data: bytes) -> None:
+    """However messages of rounds follow each other: no round goes live that was not approved, and none of them twice."""
+    worker = WorkerRound()
+    approved: set[RoundId] = set()
+    live: set[RoundId] = set()
+    for position in range(0, len(data) - 1, 2):
+        action, number = data[position] % 7, data[position + 1]
+        id = RoundId(epoch=number >> 4, round=number & 15)
+        if action == 0:
+            worker.begin(id, Deadline(60) if number % 3 else None)
+        elif action == 1:
+            worker.staged(id)
+        elif action == 2:
+            if worker.verified(id, Approval(version=f"{number}-x", content="", digest=number)):
+                approved.add(id)
+        elif action == 3:
+            worker.abort(id, "fuzzed")
+        elif action == 4:
+            _commit(worker, id, approved, live)
+        elif action == 5:
+            with suppress(StateError):
+                worker.fence(id, "fuzzed")
+        elif worker.rolled_back(id):
+            live.discard(id)
+        if worker.phase is Phase.COMMITTED and worker.id not in live:
+            raise AssertionError(f"round {worker.id} is live and was never committed")
+
+
+def _commit(worker: WorkerRound, id: RoundId, approved: set[RoundId], live: set[RoundId]) -> None:
+    if worker.id != id or worker.phase is not Phase.VERIFIED:
+        return  # it would wait for an approval, by its deadline
+    worker.wait_for_approval(id, Deadline(0.1))
+    if id not in approved or id in live:
+        raise AssertionError(f"round {id} was committed: approved {id in approved}, live {id in live}")
+    if worker.committed(id):
+        live.add(id)
+
+
+TARGETS: dict[str, Target] = {
+    target.__name__: target for target in (frames, setups, offers, bodies, join_infos, reports, conversations)
+}
+
+
+def seeds(target: str) -> list[bytes]:
+    """Good inputs to start from."""
+    if target in ("frames", "setups"):
+        return [encode(message) for message in messages() if target == "frames" or isinstance(message, Setup)]
+    if target == "offers":
+        gloo = GlooOffer(address="127.0.0.1", port=1, secret=b"s", bucket_nbytes=4096, plan="00")
+        return [
+            msgspec.msgpack.encode(gloo),
+            msgspec.msgpack.encode(ShmOffer(arena=None, spans=(), gaps_are_zero=True)),
+        ]
+    if target == "bodies":
+        return [
+            b'{"init_info": {"address": "tcp://127.0.0.1:1"}}',
+            b'{"epoch": 1, "round": 2, "version": "3-ab", "pause": "keep", "timeout_s": 1.5}',
+            b'{"prompt": [1, 2], "max_tokens": 3, "temperature": 0.5, "stop": ["x"], "stream": true}',
+            b'{"messages": [{"role": "user", "content": "x"}], "n": 2, "logprobs": true}',
+        ]
+    if target == "join_infos":
+        key = "rq:rM>}U?@Lns47E1%kR.o@n%FcmmsL/@{H8]yf7"
+        return [f'{{"address": "tcp://h:1", "public_key": "{key}", "ticket": "t", "engine": "e"}}'.encode()]
+    if target == "reports":
+        report = Report(
+            version="1-a", number=1, epoch=1, round=1, digest="0", mode="staged", nbytes=1, total_s=0.1,
+            outcome="committed",
+        )  # fmt: skip
+        return [report.to_json().encode()]
+    return [b"\x00\x11\x01\x11\x02\x11\x04\x11\x06\x11", b""]
+
+
+def messages() -> list[Message]:
+    """One message of each kind."""
+    facts = Facts(host="h", pid=1, device="cpu")
+    return [
+        Heartbeat(),
+        Bye(reason="done"),
+        Refused(kind="AuthError", message="no"),
+        Hello(ticket="t", engine="e", rank=0, world_size=2, facts=facts, version="3-ab", digest="", dirty=False),
+        Welcome(session="s", manifest=MANIFEST, mode="auto", shadows=1, heartbeat_s=0.5, silence_s=5.0),
+        Landings(layout=LAYOUT, mode="staged", shadow_nbytes=512, shadow="cpu"),
+        Setup(epoch=1, holdings={0: LAYOUT}, offers=(Offer(rank=0, transport="shm", data=b"\x00"),), timeout_s=1.5),
+        Ready(epoch=1, plan_digest="00"),
+        Begin(epoch=1, round=2, base="3-ab", timeout_s=2.0),
+        Staged(epoch=1, round=2, digest=2**64 - 1, nbytes=5, transfer_s=0.1, digest_s=0.1),
+        Verified(epoch=1, round=2, version="4-cd", content="ff", digest=2**63),
+        Committed(epoch=1, round=2, digest=1, nbytes=0, transfer_s=0.0, apply_s=0.1, digest_s=0.1),
+        Abort(epoch=1, round=2, reason="r"),
+        Failed(epoch=1, round=2, phase="transfer", kind="PeerLost", message="m", dirty=True),
+    ]
+
+
+def timed(target: Target, limit_s: float = 1.0) -> Target:
+    """The target, which must also be quick: a few bytes that keep a side busy are a way to stop it."""
+
+    def check(data: bytes) -> None:
+        start = time.monotonic()
+        target(data)
+        seconds = time.monotonic() - start
+        if seconds > limit_s:
+            raise AssertionError(f"{len(data)} bytes took {seconds:.1f} s")
+
+    return check
