@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import socket
+from importlib.util import find_spec
 
 import torch
 from common import Table, wall_ms
@@ -77,6 +79,33 @@ class Rank:
     def close(self) -> None:
         self.end.close()
 
+    def join_vllm(self, port: int, rank: int) -> None:
+        """vLLM's own group of two."""
+        from vllm.distributed.weight_transfer.nccl_common import stateless_init_process_group
+
+        self.rank = rank
+        self.group = stateless_init_process_group("127.0.0.1", port, rank, 2, torch.device("cuda", 0))
+
+    def vllm_packed(self, buffer_nbytes: int) -> float:
+        """NBYTES in tensors of 16 MiB through vLLM's packed path; the receiver's loader does nothing."""
+        from vllm.distributed.weight_transfer import packed_tensor
+
+        parts = self.buffer.split(16 * 2**20)
+        common = {"group": self.group, "src": 0, "buffer_size_bytes": buffer_nbytes, "num_buffers": 2}
+
+        def run() -> None:
+            if self.rank == 0:
+                named = ((str(number), part) for number, part in enumerate(parts))
+                packed_tensor.packed_nccl_broadcast_producer(named, post_iter_func=lambda item: item[1], **common)
+            else:
+                known = ((str(number), (part.shape, part.dtype)) for number, part in enumerate(parts))
+                packed_tensor.packed_nccl_broadcast_consumer(
+                    known, post_unpack_func=lambda tensors: None, device=self.buffer.device, **common
+                )
+            torch.cuda.synchronize()
+
+        return wall_ms(run, ROUNDS, 1)
+
 
 def both(ranks: list[Peer], method: str, *args: object) -> float:
     for rank in ranks:
@@ -106,7 +135,22 @@ def main() -> None:
             table.add(f"nccl pair, buckets of {bucket_nbytes >> 20} MiB", ms, NBYTES, f"connect {connect_ms:.0f} ms")
             for rank in (first, second):
                 rank.call("close")
+        if find_spec("vllm") is not None:
+            vllm_rows(table, first, second)
     table.save()
+
+
+def vllm_rows(table: Table, first: Peer, second: Peer) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    for number, rank in enumerate((first, second)):
+        rank.start("join_vllm", port, number)
+    for rank in (first, second):
+        rank.result(90)
+    for nbytes in (64 * 2**20, 2**30):
+        milliseconds = both([first, second], "vllm_packed", nbytes)
+        table.add(f"vLLM's packed path, buffers of {nbytes >> 20} MiB", milliseconds, NBYTES)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ of each round (median over rounds) and the difference, the stall; beside it what
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import tempfile
 import threading
@@ -60,7 +61,7 @@ class Clients:
         return [
             after - before
             for times in self._times
-            for before, after in zip(times, times[1:], strict=False)
+            for before, after in itertools.pairwise(list(times))
             if after >= start and before <= end and after - before < 5
         ]
 

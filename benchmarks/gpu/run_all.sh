@@ -1,17 +1,37 @@
 #!/bin/bash
-# All GPU tests and benchmarks in one go; the table comes last. Usage: benchmarks/gpu/run_all.sh [tests|kernels|ipc|nccl ...]
+# GPU tests and benchmarks, each part with a limit of its own; a summary comes last, everything is in $OUT.
+# Usage: benchmarks/gpu/run_all.sh PART...   without parts: all. Parts that need vLLM are left out where it is absent.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
-export PYTHONPATH="$PWD/src:$PWD/benchmarks/gpu:${PYTHONPATH:-}" PYTHONUNBUFFERED=1 OUT="${OUT:-$PWD/build}"
-mkdir -p "$OUT"
-parts=("$@"); [ ${#parts[@]} -eq 0 ] && parts=(tests kernels ipc nccl)
+. benchmarks/gpu/setup.sh
+printf '[pytest]\nmarkers = gpu\naddopts = -p no:cacheprovider\n' >"$OUT/pytest.ini"   # the project's own needs more plug-ins
+parts=("$@"); [ ${#parts[@]} -eq 0 ] && parts=(tests suite kernels publish ipc nccl matrix vllm-tests vllm stall)
+has_vllm() { [ -d /tmp/site/vllm ] || python3 -c 'import importlib.util as u, sys; sys.exit(u.find_spec("vllm") is None)'; }
+run() { # NAME SECONDS COMMAND...
+    local name=$1 limit=$2 start=$SECONDS; shift 2
+    timeout -k 5 "$limit" "$@" >"$OUT/$name.log" 2>&1; local code=$?
+    echo "== $name: exit $code after $((SECONDS - start)) s"
+}
+tests() { run "$1" "$2" python3 -m pytest -q --timeout "${T:-60}" -n "$3" -c "$OUT/pytest.ini" --rootdir . --tb=short --durations=5 "${@:4}"; }
 for part in "${parts[@]}"; do
     case $part in
-        # The project's own pytest settings need plug-ins that a bare GPU machine may lack.
-        tests) printf '[pytest]\nmarkers = gpu\naddopts = -p no:cacheprovider\n' >"$OUT/pytest.ini"
-               timeout 210 python3 -m pytest -q --timeout 60 --maxfail=30 -c "$OUT/pytest.ini" --rootdir . --durations=8 ${TESTS:-tests/gpu} >"$OUT/tests.log" 2>&1
-               tail -45 "$OUT/tests.log" | cut -c1-220 ;;
-        kernels) timeout 150 python3 benchmarks/gpu/bench_kernels.py ${SWEEP:+--sweep} 2>&1 | tee "$OUT/kernels.log" | tail -70 ;;
-        ipc|nccl) timeout 100 python3 "benchmarks/gpu/bench_$part.py" 2>&1 | tee "$OUT/$part.log" | tail -25 ;;
+        tests) tests tests 150 8 tests/gpu/test_gpu_{proven,digest,swap,publish,embedded}.py tests/engine/test_engine_cuda.py ;;
+        suite) tests suite 120 6 tests/gpu/test_gpu_transports.py tests/gpu/test_gpu_vllm_wire.py ;;
+        kernels) run kernels 150 python3 benchmarks/gpu/bench_kernels.py ${SWEEP:+--sweep} ;;
+        publish|ipc|nccl) run "$part" 150 python3 "benchmarks/gpu/bench_$part.py" ;;
+        matrix) run matrix 150 python3 -m weightcast.testing.matrix --transports cuda_ipc,nccl --jobs 12 \
+                    --budget "${BUDGET:-115}" --cell-timeout 60 --out "$OUT" ;;
+        vllm-tests) has_vllm && T=150 tests vllm-tests "${LIMIT:-200}" "${JOBS:-6}" tests/gpu/test_gpu_vllm.py ${K:+-k "$K"} ;;
+        vllm) has_vllm && run vllm "${LIMIT:-200}" python3 benchmarks/gpu/bench_vllm.py ${SHAPES:-0.6B 8B MoE} ;;
+        stall) has_vllm && run stall 120 python3 benchmarks/gpu/bench_stall.py ;;
     esac
 done
+for part in "${parts[@]}"; do
+    [ -f "$OUT/$part.log" ] || continue
+    echo "---- $part"
+    case $part in
+        *tests|suite) grep -E "^(FAILED|ERROR)|passed|failed|^E  |slowest|^[0-9.]+s (call|setup)" "$OUT/$part.log" | cut -c1-230 | tail -"${LINES_EACH:-40}" ;;
+        *) tail -"${LINES_EACH:-40}" "$OUT/$part.log" | cut -c1-330 ;;
+    esac
+done
+tar -czf "$OUT/logs.tgz" -C "$OUT" $(cd "$OUT" && ls | grep -E '\.(log|jsonl|json|md)$') 2>/dev/null; true
