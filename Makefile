@@ -20,7 +20,7 @@ PYTEST_ARGS ?=
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-vllm test-vllm test lint type pytest matrix chaos soak fuzz demo demo-smollm bench docs clean
+.PHONY: help setup setup-vllm test-vllm test-gpu bench-gpu test lint type pytest matrix chaos soak fuzz demo demo-smollm bench docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -95,6 +95,12 @@ $(VLLM_STAMP): tests/vllm/requirements.txt tests/vllm/shim/pyproject.toml pyproj
 
 test-vllm: $(VLLM_STAMP) ## weightcast inside stock vLLM, on CPU; VLLM_TEST_ARGS="-k name"
 	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest tests/vllm -m vllm $(VLLM_TEST_ARGS)
+
+test-gpu: $(STAMP) ## tests that need a CUDA GPU (those of vLLM where it is installed); PYTEST_ARGS="-k name"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/gpu tests/engine/test_engine_cuda.py $(PYTEST_ARGS)
+
+bench-gpu: ## all benchmarks of benchmarks/gpu, with a summary at the end
+	benchmarks/gpu/run_all.sh kernels publish ipc nccl vllm stall
 
 docs: $(STAMP) ## check the documents: links, and that every module is described
 	$(BIN)/python scripts/check_docs.py

@@ -4,6 +4,8 @@
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 . benchmarks/gpu/setup.sh
+DEST=$OUT; export OUT=/tmp/gpu-out; mkdir -p "$OUT"; rm -f "$OUT"/*.log
+keep() { tar -czf "$DEST/logs.tgz" -C "$OUT" . 2>/dev/null; cp -f "$OUT"/*.jsonl "$OUT"/matrix.* "$DEST" 2>/dev/null; true; }
 printf '[pytest]\nmarkers = gpu\naddopts = -p no:cacheprovider\n' >"$OUT/pytest.ini"   # the project's own needs more plug-ins
 parts=("$@"); [ ${#parts[@]} -eq 0 ] && parts=(tests suite kernels publish ipc nccl matrix vllm-tests vllm stall)
 has_vllm() { [ -d /tmp/site/vllm ] || python3 -c 'import importlib.util as u, sys; sys.exit(u.find_spec("vllm") is None)'; }
@@ -11,6 +13,7 @@ run() { # NAME SECONDS COMMAND...
     local name=$1 limit=$2 start=$SECONDS; shift 2
     timeout -k 5 "$limit" "$@" >"$OUT/$name.log" 2>&1; local code=$?
     echo "== $name: exit $code after $((SECONDS - start)) s"
+    keep
 }
 tests() { run "$1" "$2" python3 -m pytest -q --timeout "${T:-60}" -n "$3" -c "$OUT/pytest.ini" --rootdir . --tb=short --durations=5 "${@:4}"; }
 for part in "${parts[@]}"; do
@@ -34,4 +37,4 @@ for part in "${parts[@]}"; do
         *) tail -"${LINES_EACH:-40}" "$OUT/$part.log" | cut -c1-330 ;;
     esac
 done
-tar -czf "$OUT/logs.tgz" -C "$OUT" $(cd "$OUT" && ls | grep -E '\.(log|jsonl|json|md)$') 2>/dev/null; true
+keep
