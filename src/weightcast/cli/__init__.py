@@ -8,7 +8,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-COMMANDS = ("serve", "push", "demo", "status", "verify", "doctor")
+COMMANDS = ("serve", "push", "demo", "status", "watch", "verify", "doctor")
 
 
 class LazyGroup(TyperGroup):

@@ -12,9 +12,11 @@ from starlette.responses import Response
 from starlette.routing import Router
 
 from weightcast.errors import InvalidInput
+from weightcast.report.watch import watch_page
 from weightcast.server.auth import TokenAuth, presented_token
 from weightcast.server.body import query_flag, read_struct
 from weightcast.server.control import CommitPause, EngineControl, RoundOrder
+from weightcast.server.history import RoundHistory
 from weightcast.server.metrics import ServerMetrics
 from weightcast.server.operation import Operation, QueryParam, routes_of
 from weightcast.server.replies import json_response
@@ -60,6 +62,7 @@ class ControlRoutes:
         self._auth = auth
         self._metrics = metrics
         self._max_body_nbytes = max_body_nbytes
+        self._history = RoundHistory()
 
     def operations(self) -> list[Operation]:
         def change(path: str, handler: Any, summary: str, body: type[msgspec.Struct] | None) -> Operation:
@@ -86,6 +89,21 @@ class ControlRoutes:
                 summary="What the engine serves; with the token also details",
                 tag="weightcast",
                 query=(QueryParam(name="checksums", schema={"type": "boolean"}, description="needs the token"),),
+            ),
+            Operation(
+                method="GET",
+                path="/weightcast/rounds",
+                handler=self.rounds,
+                summary="The latest rounds, as the page shows them",
+                tag="weightcast",
+            ),
+            Operation(
+                method="GET",
+                path="/weightcast",
+                handler=self.page,
+                summary="A page that shows versions and rounds as they come",
+                tag="weightcast",
+                media_type="text/html",
             ),
         ]
 
@@ -118,9 +136,20 @@ class ControlRoutes:
             answer["details"] = await self._control.details(with_checksums)
         return json_response(answer)
 
+    async def rounds(self, request: Request) -> Response:
+        """Open to everyone, as the status is; errors are named and not quoted."""
+        status = await self._control.status()
+        return json_response({"engines": [{"name": status.model, "status": status, "rounds": self._history.entries()}]})
+
+    async def page(self, request: Request) -> Response:
+        return Response(watch_page("weightcast"), media_type="text/html")
+
     async def _carry_out(self, order: RoundOrder) -> Response:
-        with self._timed(order.action):
-            return json_response(await self._control.carry_out(order))
+        history = self._history.record(order.action, order.epoch, order.round, order.version)
+        with self._timed(order.action), history as outcome:
+            answer = await self._control.carry_out(order)
+            outcome.version, outcome.phases = answer.version, answer.phases
+        return json_response(answer)
 
     def _timed(self, operation: str) -> AbstractContextManager[None]:
         return nullcontext() if self._metrics is None else self._metrics.time_weight_operation(operation)

@@ -1,0 +1,117 @@
+"""weightcast watch: a page in the browser that shows a fleet's versions, rounds and phases as they come."""
+
+from __future__ import annotations
+
+import json
+import webbrowser
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from weightcast.cli.shared import console, reported_errors
+
+ASK_TIMEOUT_S = 3.0
+SHOWN_ROUNDS = 200
+
+
+def command(
+    urls: Annotated[list[str], typer.Argument(help="URLs of engines' servers.")],
+    log: Annotated[
+        Path | None, typer.Option(help="A publisher's log (Publisher(log=...)): shows its phases, too.")
+    ] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port on this machine; 0 chooses one.")] = 0,
+    open_browser: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
+) -> None:
+    """Serve a page on this machine that shows what engines serve, round by round, until interrupted."""
+    with reported_errors(), WatchServer(urls, log=log, port=port) as server:
+        console().print(f"watching {len(urls)} engines at {server.url}", soft_wrap=True, highlight=False)
+        if open_browser:
+            webbrowser.open(server.url)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            return
+
+
+class WatchServer(ThreadingHTTPServer):
+    """Two answers, to this machine only: the page, and what all engines say of their rounds."""
+
+    daemon_threads = True
+
+    def __init__(self, urls: Sequence[str], *, log: Path | None = None, port: int = 0) -> None:
+        self._urls = [url.rstrip("/") for url in urls]
+        self._log = log
+        super().__init__(("127.0.0.1", port), _Handler)
+        self.url = f"http://127.0.0.1:{self.server_address[1]}/"
+
+    def rounds(self) -> dict[str, Any]:
+        """What the page asks for: each engine's status and latest rounds; one that does not answer has no status."""
+        with ThreadPoolExecutor(max_workers=min(16, len(self._urls) + 1)) as pool:
+            engines = [engine for answer in pool.map(_ask, self._urls) for engine in answer]
+        return {"engines": [*self._trainer(), *engines]}
+
+    def _trainer(self) -> list[dict[str, Any]]:
+        if self._log is None or not self._log.exists():
+            return []
+        from weightcast.report.roundlog import read_rounds
+
+        reports = list(read_rounds(self._log))[-SHOWN_ROUNDS:]
+        served = next((report.version for report in reversed(reports) if report.outcome == "committed"), "default")
+        rounds = [
+            {
+                "at": None,
+                "action": "publish",
+                "epoch": report.epoch,
+                "round": report.round,
+                "version": report.version,
+                "seconds": report.total_s,
+                "phases": report.phase_seconds(),
+                "error": None if report.outcome == "committed" else report.outcome,
+            }
+            for report in reports
+        ]
+        return [{"name": "trainer", "status": {"weight_version": served, "ready": True}, "rounds": rounds}]
+
+
+def _ask(url: str) -> list[dict[str, Any]]:
+    import httpx
+
+    try:
+        answer = httpx.get(f"{url}/weightcast/rounds", timeout=ASK_TIMEOUT_S)
+        engines = answer.raise_for_status().json()["engines"]
+    except (httpx.HTTPError, ValueError, KeyError):
+        return [{"name": url, "status": None, "rounds": []}]
+    return [{**engine, "name": url if len(engines) == 1 else f"{url} {engine['name']}"} for engine in engines]
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: WatchServer
+
+    def do_GET(self) -> None:
+        """Also checks the Host header: another name for this machine is somebody else's page."""
+        from weightcast.report.watch import watch_page
+
+        host = self.headers.get("Host", "").rpartition(":")[0]
+        if host not in ("127.0.0.1", "localhost"):
+            self.send_error(HTTPStatus.FORBIDDEN)
+        elif self.path == "/":
+            self._answer("text/html; charset=utf-8", watch_page("weightcast").encode())
+        elif self.path == "/weightcast/rounds":
+            self._answer("application/json", json.dumps(self.server.rounds()).encode())
+        else:
+            self.send_error(HTTPStatus.NOT_FOUND)
+
+    def _answer(self, media_type: str, body: bytes) -> None:
+        self.send_response(HTTPStatus.OK)
+        self.send_header("Content-Type", media_type)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        """Nothing: the page asks every second."""

@@ -1,0 +1,69 @@
+"""RoundHistory: the latest orders that an engine carried out, for the page at /weightcast."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+KEPT = 200
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundEntry:
+    """One order: when it came (seconds since 1970), what came of it, and how long each phase took. ``error`` is a class's
+    name: what an error says is for the owner of the token."""
+
+    at: float
+    action: str
+    epoch: int
+    round: int
+    version: str
+    seconds: float
+    phases: Mapping[str, float] = field(default_factory=dict)
+    error: str | None = None
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What is live after an order, and how long its phases took."""
+
+    version: str
+    phases: dict[str, float] = field(default_factory=dict)
+
+
+class RoundHistory:
+    """The latest ``KEPT`` entries. For one thread, that of the event loop."""
+
+    def __init__(self) -> None:
+        self._entries: deque[RoundEntry] = deque(maxlen=KEPT)
+
+    @contextmanager
+    def record(self, action: str, epoch: int, round: int, version: str) -> Iterator[Outcome]:
+        """Time the body and keep an entry of it, also when it raises; what the body puts into the outcome is kept with it."""
+        at, start, error = time.time(), time.perf_counter(), None
+        outcome = Outcome(version)
+        try:
+            yield outcome
+        except Exception as raised:
+            error = type(raised).__name__
+            raise
+        finally:
+            self._entries.append(
+                RoundEntry(
+                    at=at,
+                    action=action,
+                    epoch=epoch,
+                    round=round,
+                    version=outcome.version,
+                    seconds=time.perf_counter() - start,
+                    phases=outcome.phases,
+                    error=error,
+                )
+            )
+
+    def entries(self) -> list[RoundEntry]:
+        """Oldest first."""
+        return list(self._entries)
