@@ -7,7 +7,7 @@ cd "$(dirname "$0")/../.."
 DEST=$OUT; export OUT=/tmp/gpu-out; mkdir -p "$OUT"; rm -f "$OUT"/*.log
 keep() { tar -czf "$DEST/logs.tgz" -C "$OUT" . 2>/dev/null; cp -f "$OUT"/*.jsonl "$OUT"/matrix.* "$DEST" 2>/dev/null; true; }
 printf '[pytest]\nmarkers = gpu\naddopts = -p no:cacheprovider\n' >"$OUT/pytest.ini"   # the project's own needs more plug-ins
-parts=("$@"); [ ${#parts[@]} -eq 0 ] && parts=(tests suite kernels publish ipc nccl matrix vllm-tests vllm stall)
+parts=("$@"); [ ${#parts[@]} -eq 0 ] && parts=(tests kernels publish ipc nccl matrix vllm-tests vllm stall)
 has_vllm() { [ -d /tmp/site/vllm ] || python3 -c 'import importlib.util as u, sys; sys.exit(u.find_spec("vllm") is None)'; }
 run() { # NAME SECONDS COMMAND...
     local name=$1 limit=$2 start=$SECONDS; shift 2
@@ -18,8 +18,8 @@ run() { # NAME SECONDS COMMAND...
 tests() { run "$1" "$2" python3 -m pytest -q --timeout "${T:-60}" -n "$3" -c "$OUT/pytest.ini" --rootdir . --tb=short --durations=5 "${@:4}"; }
 for part in "${parts[@]}"; do
     case $part in
-        tests) tests tests 150 8 tests/gpu/test_gpu_{proven,digest,swap,publish,embedded}.py tests/engine/test_engine_cuda.py ;;
-        suite) tests suite 120 6 tests/gpu/test_gpu_transports.py tests/gpu/test_gpu_vllm_wire.py ;;
+        tests) tests tests 170 "${JOBS:-12}" tests/gpu/test_gpu_{transports,vllm_wire,publish,embedded,proven,digest,swap}.py \
+                   tests/engine/test_engine_cuda.py ${K:+-k "$K"} ;;
         kernels) run kernels 150 python3 benchmarks/gpu/bench_kernels.py ${SWEEP:+--sweep} ;;
         publish|ipc|nccl) run "$part" 150 python3 "benchmarks/gpu/bench_$part.py" ;;
         matrix) run matrix 150 python3 -m weightcast.testing.matrix --transports cuda_ipc,nccl --jobs 12 \
@@ -33,7 +33,7 @@ for part in "${parts[@]}"; do
     [ -f "$OUT/$part.log" ] || continue
     echo "---- $part"
     case $part in
-        *tests|suite) grep -E "^(FAILED|ERROR)|passed|failed|^E  |slowest|^[0-9.]+s (call|setup)" "$OUT/$part.log" | cut -c1-230 | tail -"${LINES_EACH:-40}" ;;
+        *tests) grep -E "^(FAILED|ERROR)|passed|failed|^E  |slowest|^[0-9.]+s (call|setup)" "$OUT/$part.log" | cut -c1-230 | tail -"${LINES_EACH:-40}" ;;
         *) tail -"${LINES_EACH:-40}" "$OUT/$part.log" | cut -c1-330 ;;
     esac
 done

@@ -15,6 +15,8 @@ from weightcast.testing.models import random_state_dict, save_checkpoint
 pytest.importorskip("vllm", reason="needs vLLM")
 pytest.importorskip("triton", reason="needs a CUDA build of torch")
 
+pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.timeout(180)]
+
 
 @pytest.fixture(autouse=True)
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
