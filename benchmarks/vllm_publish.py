@@ -11,6 +11,7 @@ contains the recomputation of keys and values under the new weights; "kept" does
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -77,9 +78,18 @@ class Stream(threading.Thread):
         """Seconds between two tokens, for all pairs that touch the span."""
         return [
             after - before
-            for before, after in zip(self.times, self.times[1:], strict=False)
+            for before, after in itertools.pairwise(self.times)
             if after >= start and before <= end
         ]
+
+    def gaps_after(self, end: float, count: int) -> list[float]:
+        """Wait for ``count`` further tokens; the seconds between them."""
+        limit = time.perf_counter() + 60
+        while len(times := [moment for moment in self.times if moment > end]) <= count:
+            if time.perf_counter() > limit:
+                raise TimeoutError("a stream stands still")
+            time.sleep(0.05)
+        return [after - before for before, after in itertools.pairwise(times)]
 
 
 @contextmanager
@@ -125,9 +135,7 @@ def measure(
                 reports.append(publisher.publish())
                 end = time.perf_counter()
                 assert reports[-1].digests_match
-                time.sleep(2.5)
-                after = [gap for stream in running for gap in stream.gaps(end + 0.5, end + 2.5)]
-                usual.append(statistics.median(after))
+                usual.append(statistics.median(gap for stream in running for gap in stream.gaps_after(end, 8)))
                 stalls.append(max(gap for stream in running for gap in stream.gaps(start, end)) - usual[-1])
     seconds = [{**r.phase_seconds(), **{f"engine {p.name}": p.seconds for p in r.engines[0].phases}} for r in reports]
     return {
