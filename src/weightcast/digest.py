@@ -65,7 +65,11 @@ def _shift_right(value: torch.Tensor, bits: int) -> torch.Tensor:
 @cache
 def word_weights(device: torch.device) -> torch.Tensor:
     """The weights ``a`` of the words of one block: odd int64, shape [BLOCK_WORDS]."""
-    return splitmix64(torch.arange(BLOCK_WORDS, device=device), _A_SEED) | 1
+    weights = splitmix64(torch.arange(BLOCK_WORDS, device=device), _A_SEED) | 1
+    if weights.is_cuda:
+        # Other threads use them on streams of their own.
+        torch.cuda.current_stream(device).synchronize()
+    return weights
 
 
 def block_weights(blocks: torch.Tensor) -> torch.Tensor:

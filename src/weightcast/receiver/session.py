@@ -50,6 +50,7 @@ from weightcast.messages import (
 from weightcast.plan import compile_plan, plan_digest
 from weightcast.receiver.base import LiveModel
 from weightcast.receiver.staging import LoadedTensors, Target, choose_place, with_staging
+from weightcast.report.logs import about
 from weightcast.round import Approval, Phase, RoundId, WorkerRound
 from weightcast.transports.base import WorkerEnd
 from weightcast.transports.registry import registry
@@ -278,7 +279,8 @@ class Session:
 
     def _send_staged(self, id: RoundId, digest: int, nbytes: int, transfer_s: float, digest_s: float) -> None:
         rate = nbytes / max(transfer_s, 1e-9) / 1e9
-        logger.info("round %s staged: %d bytes in %.3f s, %.2f GB/s", id, nbytes, transfer_s, rate)
+        where = about(epoch=id.epoch, round=id.round, phase="transfer")
+        logger.info("round %s staged: %d bytes in %.3f s, %.2f GB/s", id, nbytes, transfer_s, rate, extra=where)
         self.link.send(
             Staged(
                 epoch=id.epoch, round=id.round, digest=digest, nbytes=nbytes, transfer_s=transfer_s, digest_s=digest_s
@@ -347,9 +349,9 @@ class Session:
         else:
             kind, text = "TransportError", f"{type(error).__name__}: {error}"
         level = logging.INFO if isinstance(error, WeightcastError) else logging.ERROR
-        logger.log(
-            level, "round %d.%d failed in %s: %s", id.epoch, id.round, phase, text, exc_info=level >= logging.ERROR
-        )
+        where = about(epoch=id.epoch, round=id.round, phase=phase)
+        trace = level >= logging.ERROR
+        logger.log(level, "round %s failed in %s: %s", id, phase, text, exc_info=trace, extra=where)
         self.send(Failed(epoch=id.epoch, round=id.round, phase=phase, kind=kind, message=text, dirty=dirty))
 
     def _close_ends(self) -> None:

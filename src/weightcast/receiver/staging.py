@@ -25,6 +25,9 @@ CHECK_HEADROOM = 1.1
 """A shadow is allocated only where this many times its size is free: the engine needs room to breathe."""
 
 
+FILL_TIMEOUT_S = 60.0
+
+
 def with_staging(layout: Layout, manifest: Manifest) -> Layout:
     """The engine's landings plus one storage in which whole tensors wait for the engine's loader."""
     if not layout.through_loader:
@@ -133,6 +136,8 @@ class Target:
             self._shadows = [self._shadow_of(model.memory()) for _ in range(place.copies)] if place else []
         except (RuntimeError, MemoryError) as error:
             raise ShadowError(f"no memory for the staged copy: {error}", hint="Ask for mode in_place") from error
+        # Rounds are received on another stream than the one that filled these.
+        self.settle(Deadline(FILL_TIMEOUT_S))
         self._memory = self._combine()
         self._exchange: Exchange | None = None
         self._landings: dict[int, Landing] = {}
@@ -206,7 +211,11 @@ class Target:
         """What is staged for the loader is live now; the version before it stays until the next round overwrites it."""
         if self._area is not None:
             self._before = self._loaded_area
-            free = self._before if self._before is not None else self._new_storage(self._area.numel()).zero_()
+            if self._before is None:
+                free = self._new_storage(self._area.numel()).zero_()
+                self.settle(Deadline(FILL_TIMEOUT_S))
+            else:
+                free = self._before
             self._area, self._loaded_area = free, self._area
             self._memory = self._combine()
 

@@ -112,7 +112,7 @@ class EngineSide:
         if self._engine is not None:
             self._engine.stop()
         self._engine = None
-        if torch.cuda.is_initialized():
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.empty_cache()
 
 

@@ -80,6 +80,7 @@ class ModuleSource(Source):
             placements=tuple(placements), storage_nbytes=tuple(s.numel() for s in self.memory.storages)
         )
         self._bound = self._find_bound(numbers)
+        self._values = [value for value, _ in self._bound]
         self._addresses = self._current_addresses()
 
     def _find_bound(self, numbers: dict[int, int]) -> list[tuple[torch.Tensor, int]]:
@@ -92,7 +93,7 @@ class ModuleSource(Source):
         return found
 
     def _current_addresses(self) -> list[int]:
-        return [value.data_ptr() for value, _ in self._bound]
+        return list(map(torch.Tensor.data_ptr, self._values))
 
     def consolidate(self) -> None:
         starts, end = [], 0
