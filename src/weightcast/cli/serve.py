@@ -21,6 +21,13 @@ class LoadFormat(StrEnum):
     dummy = "dummy"
 
 
+class LogFormat(StrEnum):
+    """How log lines are written."""
+
+    text = "text"
+    json = "json"
+
+
 class LogLevel(StrEnum):
     """What is written to standard error."""
 
@@ -59,6 +66,7 @@ def command(
     max_body_mib: Annotated[int, typer.Option(min=1, help="Largest request body.")] = 64,
     ready_file: Annotated[Path | None, typer.Option(help="Gets the URL once it listens.")] = None,
     log_level: Annotated[LogLevel, typer.Option(help="What is logged.")] = LogLevel.info,
+    log_format: Annotated[LogFormat, typer.Option(help="Lines for people, or JSON objects.")] = LogFormat.text,
 ) -> None:
     """Serve MODEL over HTTP until SIGTERM or SIGINT."""
     # Spinning OpenMP threads would take the cores from the trainer; torch reads this when it is imported.
@@ -76,7 +84,7 @@ def command(
     }
     arguments: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     arguments |= {"dtype": dtype, "load_format": load_format.value, "seed": seed}
-    _configure_logging(log_level.value)
+    _configure_logging(log_level.value, log_format)
     with reported_errors():
         arguments["weight_transfer_config"] = _transfer_config(weight_transfer_config, wait_for_weights)
         _serve(model, arguments, host, port, token or None, api_key or None, max_body_mib << 20, ready_file)
@@ -143,9 +151,14 @@ def _serve(
         run_server(app, engine, sock, announce)
 
 
-def _configure_logging(level: str) -> None:
+def _configure_logging(level: str, form: LogFormat) -> None:
     import logging
 
+    from weightcast.report.logs import JsonFormatter
+
     logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if form is LogFormat.json:
+        for handler in logging.getLogger().handlers:
+            handler.setFormatter(JsonFormatter())
     for name in ("httpx", "httpcore", "uvicorn.error"):
         logging.getLogger(name).setLevel(logging.WARNING)

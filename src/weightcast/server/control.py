@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol, TypeVar
 from weightcast.deadline import Deadline
 from weightcast.engines.base import EngineStatus, InferenceEngine, PauseMode
 from weightcast.errors import DeadlineExceeded, StateError, WeightcastError
+from weightcast.report.logs import about
 
 logger = logging.getLogger(__name__)
 
@@ -147,6 +148,7 @@ class EngineCommitter:
         logger.info(
             "%s of round %d (epoch %d): version %s, pause %.3f s, apply %.3f s, resume %.3f s",
             order.action, order.round, order.epoch, version, phases["pause"], phases["apply"], phases["resume"],
+            extra=about(epoch=order.epoch, round=order.round, version=version, phase=order.action),
         )  # fmt: skip
         return RoundAnswer(version=version, phases=phases)
 

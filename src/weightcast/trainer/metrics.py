@@ -104,7 +104,7 @@ class _Members(Collector):
         self._members, self._versions = members, versions
 
     def collect(self) -> Iterator[Metric]:
-        states = {"ready": 0, "dirty": 0, "absent": 0}
+        states = {"ready": 0, "dirty": 0, "unknown": 0, "absent": 0}
         for state in self._members().values():
             states[state if state in states else "absent"] += 1
         count = GaugeMetricFamily("weightcast_members", "Engines of the fleet by state.", labels=["state"])

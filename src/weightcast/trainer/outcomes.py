@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from weightcast.errors import StateError, WeightcastError
+from weightcast.report.logs import about
 from weightcast.report.model import Phase
 from weightcast.trainer.links import EngineLink, WorkerLink
 
@@ -114,7 +115,10 @@ class Outcomes:
             # What broke because the round was called off is no cause of its failing.
             if outcome.error is None and not (self.failed and not outcome.may_be_committed):
                 outcome.error = error
-                logger.warning("round %d.%d: %s", self._epoch, self._round, str(error))
+                where = about(
+                    epoch=self._epoch, round=self._round, engine=engine.name, worker=error.worker, phase=error.phase
+                )
+                logger.warning("round %d.%d: %s", self._epoch, self._round, str(error), extra=where)
         if self._require == "all" or all(outcome.error is not None for outcome in self._of.values()):
             self.fail()
         else:

@@ -213,7 +213,7 @@ class Publisher:
 
     @property
     def members(self) -> dict[str, str]:
-        """The state of each engine: "ready", "dirty", or why it is not connected."""
+        """The state of each engine: "ready", "dirty", "unknown" (what it serves could not be asked), or why it is not connected."""
         return self._records.members()
 
     @property

@@ -10,7 +10,7 @@ from weightcast.errors import WeightcastError
 from weightcast.report.logs import about
 from weightcast.report.model import Report
 from weightcast.report.roundlog import RoundLog
-from weightcast.trainer.links import EngineLink
+from weightcast.trainer.links import UNKNOWN, EngineLink
 from weightcast.trainer.metrics import TrainerMetrics
 
 logger = logging.getLogger(__name__)
@@ -26,11 +26,12 @@ class Records:
         self.last: Report | None = None
 
     def members(self) -> dict[str, str]:
-        """The state of each engine: "ready", "dirty", or why it is not connected."""
+        """The state of each engine: "ready", "dirty", "unknown" (what it serves could not be asked), or why it is not connected."""
         states = {}
         for engine in list(self._engines):
             gone = engine.lost() if engine.joined else engine.broken
-            states[engine.name] = gone or ("dirty" if engine.dirty else "ready")
+            here = "dirty" if engine.dirty else "unknown" if engine.version == UNKNOWN else "ready"
+            states[engine.name] = gone or here
         return states
 
     def versions(self) -> dict[str, str]:

@@ -78,6 +78,7 @@ class Round:
         self.content_digest = 0
         self.version = ""
         self._is_committed = False
+        self._report: Report | None = None
 
     @property
     def was_seen(self) -> bool:
@@ -114,14 +115,16 @@ class Round:
         return self.report()
 
     def report(self) -> Report:
-        """What the round did so far; that of a round that failed says what the way back left."""
-        return self._account.report(
-            self._fleet.engines,
-            self._timeline,
-            version=self.version or str(self._number),
-            digest=self.content_digest,
-            outcome="committed" if self._is_committed else "aborted",
-        )
+        """What the round did, once it has run; that of a round that failed says what the way back left."""
+        if self._report is None:
+            self._report = self._account.report(
+                self._fleet.engines,
+                self._timeline,
+                version=self.version or str(self._number),
+                digest=self.content_digest,
+                outcome="committed" if self._is_committed else "aborted",
+            )
+        return self._report
 
     def _undo(self, engines: list[EngineLink]) -> None:
         if engines:

@@ -10,6 +10,7 @@ from weightcast.control.coordinator import Coordinator
 from weightcast.deadline import Deadline
 from weightcast.errors import StateError, WeightcastError
 from weightcast.messages import Abort
+from weightcast.report.logs import about
 from weightcast.trainer.links import UNKNOWN, EngineLink
 from weightcast.trainer.outcomes import Outcome, Outcomes
 
@@ -58,6 +59,8 @@ class WayBack:
                     raise
             engine.learn(engine.client.status(deadline))
         except WeightcastError as error:
-            logger.warning("round %d.%d: %s could not be taken back: %s", self._epoch, self._round, engine.name, error)
+            where = about(epoch=self._epoch, round=self._round, engine=engine.name, phase="undo")
+            text = "round %d.%d: %s could not be taken back: %s"
+            logger.warning(text, self._epoch, self._round, engine.name, str(error), extra=where)
             outcome.error = outcome.error or error.at(engine=engine.name, phase="undo", round=self._round)
             engine.version, engine.dirty = UNKNOWN, engine.in_place

@@ -51,7 +51,7 @@ function drawLanes(engines, now) {
       });
       box.append(svg("title", {}, `${span.version}, since ${new Date(span.from * 1000).toLocaleTimeString()}`));
       chart.append(box);
-      if (width > 60) {
+      if (width > 24) {
         const label = span.version.split("-")[0];
         chart.append(svg("text", { class: "version-text", x: x(span.from) + 5, y: row * i + 17 }, label));
       }
@@ -109,10 +109,11 @@ async function refresh() {
     const answer = await fetch("weightcast/rounds", { cache: "no-store" });
     if (!answer.ok) throw new Error(`answered ${answer.status}`);
     const { engines } = await answer.json();
-    drawLanes(engines, Date.now() / 1000);
+    const fleet = engines.filter((engine) => engine.name !== "trainer");
+    drawLanes(fleet, Date.now() / 1000);
     document.getElementById("engines").replaceChildren(...engines.map(drawEngine));
-    const versions = new Set(engines.map((e) => (e.status ? e.status.weight_version : "?")));
-    state.textContent = `${engines.length} engine${engines.length === 1 ? "" : "s"}, serving ${[...versions].join(", ")}`;
+    const versions = new Set(fleet.map((e) => (e.status ? e.status.weight_version : "?")));
+    state.textContent = `${fleet.length} engine${fleet.length === 1 ? "" : "s"}, serving ${[...versions].join(", ")}`;
     state.className = "";
   } catch (error) {
     state.textContent = `no answer: ${error.message}`;

@@ -13,6 +13,7 @@ from weightcast.trainer.clients.in_process import InProcessEngineClient, SyncEng
 from weightcast.trainer.clients.ray import PublishedTo, RayEngineClient
 from weightcast.trainer.clients.rpc import RpcEngineClient
 from weightcast.trainer.clients.vllm import AsyncVllmClient, OfflineEngine, VllmClient
+from weightcast.trainer.clients.vllm_dev import VllmDevClient
 
 
 def make_client(engine: str | EngineClient | SyncEngine | OfflineEngine, *, token: str | None = None) -> EngineClient:
@@ -54,5 +55,6 @@ __all__ = [
     "RpcEngineClient",
     "SyncEngine",
     "VllmClient",
+    "VllmDevClient",
     "make_client",
 ]

@@ -85,7 +85,10 @@ class HttpEngineClient(EngineClient):
         error = _json_object(response.content).get("error")
         if isinstance(error, dict) and isinstance(error.get("message"), str):
             return error_from_wire(str(error.get("type")), error["message"]).at(engine=self.name)
-        hint = "It has no weightcast routes: start it with weightcast serve, or vLLM with the weightcast plug-in"
+        hint = (
+            "It has no weightcast routes: start it with weightcast serve, or vLLM with --weight-transfer-config; "
+            "for vLLM before 0.28 use trainer.clients.VllmDevClient(url)"
+        )
         return EngineError(
             f"{method} {path} answered {response.status}",
             engine=self.name,

@@ -6,9 +6,8 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 
-from weightcast.report.roundlog import RoundLog
 from weightcast.testing.matrix.field import Field
-from weightcast.testing.matrix.outcome import Outcome, expect
+from weightcast.testing.matrix.outcome import Outcome
 
 MakeField = Callable[..., Field]
 DAY_S = 86400.0
@@ -16,12 +15,12 @@ DAY_S = 86400.0
 
 def disk_full(make: MakeField) -> Outcome:
     with make() as field:
-        field.start()
-        log = RoundLog("/dev/full")
-        report = field.succeed()
-        expect(not log.append(report), "the disk was not full")
+        field.start(log="/dev/full")
         field.heal()
-        return Outcome("published; a warning")
+        field.a.arm("transfer:end", "corrupt")
+        failure = field.fail()
+        field.steady_after(failure)
+        return Outcome("published; a warning in the log")
 
 
 def clock_jumps(make: MakeField) -> Outcome:
