@@ -88,7 +88,8 @@ class Account:
                     reason=worker.reason,
                     nbytes=progress.nbytes,
                     seconds=progress.seconds,
-                    digest=f"{progress.digest or 0:016x}",
+                    # What was staged and did not go live is nothing that the engine holds.
+                    digest=f"{progress.digest or 0:016x}" if self._outcomes.of(engine).committed else "",
                     shadow=worker.landings.shadow,
                     shadow_nbytes=worker.landings.shadow_nbytes,
                 )
