@@ -15,7 +15,8 @@ run() { # NAME SECONDS COMMAND...
     echo "== $name: exit $code after $((SECONDS - start)) s"
     keep
 }
-tests() { run "$1" "$2" python3 -m pytest -q --timeout "${T:-60}" -n "$3" -c "$OUT/pytest.ini" --rootdir . --tb=short --durations=5 "${@:4}"; }
+beside() { python3 -c 'import xdist' 2>/dev/null && echo "-n $1"; }
+tests() { run "$1" "$2" python3 -m pytest -q --timeout "${T:-60}" $(beside "$3") -c "$OUT/pytest.ini" --rootdir . --tb=short --durations=5 "${@:4}"; }
 for part in "${parts[@]}"; do
     case $part in
         tests) tests tests 170 "${JOBS:-12}" tests/gpu/test_gpu_{transports,vllm_wire,publish,embedded,proven,digest,swap}.py \
