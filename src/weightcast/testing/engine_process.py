@@ -247,6 +247,10 @@ class EngineHost:
     def state(self) -> tuple[str, bool]:
         return self._workers[0].weight_version, any(worker.dirty for worker in self._workers)
 
+    def num_syncs(self) -> int:
+        """How many rounds went live here."""
+        return self._engine.num_syncs
+
     def messy(self, trouble: MessageTrouble | None) -> None:
         """Trouble what the workers say, or (None) stop that."""
         if self._messy is not None:

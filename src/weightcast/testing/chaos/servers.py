@@ -45,7 +45,13 @@ class Server:
         self._ready.unlink(missing_ok=True)
         command = [sys.executable, "-m", "weightcast.cli", "serve", str(self._checkpoint), "--port", str(self.port)]
         command += ["--token", TOKEN, "--dtype", "float64", "--num-threads", "1", "--served-model-name", NAME]
-        command += ["--weight-transfer-config", f'{{"mode": "{self._mode}"}}', "--ready-file", str(self._ready)]
+        command += [
+            "--weight-transfer-config",
+            f'{{"mode": "{self._mode}"}}',
+            "--ready-file",
+            str(self._ready),
+            "--wait-for-weights",
+        ]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)

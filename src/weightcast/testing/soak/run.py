@@ -14,8 +14,8 @@ from weightcast.trainer.publisher import Publisher
 
 TIMEOUT_S = 20.0
 FAILS_EVERY, LEAVES_EVERY, CHECKED_EVERY = 25, 40, 20
-WARM_UP = 0.25
-"""Share of the rounds after which everything has been done once, so that nothing needs more from then on."""
+WARM_UP_ROUNDS = 100
+"""After so many (or half of them) everything has been done more than once, so that nothing needs more from then on."""
 MEMORY_NBYTES = 6 * 2**20
 """What a process may take beyond: allocators keep what they fragment. 1,500 rounds that leaked one copy of the model each
 would take 1.7 GB, one kilobyte each 1.5 MB per direction and engine."""
@@ -60,7 +60,7 @@ class Soak:
                 for number in range(rounds):
                     tensors.update(values_of(number + 1))
                     self._round(publisher, engines, number, found)
-                    if number == int(rounds * WARM_UP):
+                    if number == min(WARM_UP_ROUNDS, rounds // 2):
                         found.before = _footprints(engines)
                     if number and number % 250 == 0:
                         tell(f"round {number}: {_footprints(engines)['trainer']}")

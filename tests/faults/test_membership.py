@@ -1,0 +1,85 @@
+"""Engines that die, return and join while others serve: real processes, a real server."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import httpx
+import pytest
+
+from weightcast import Publisher
+from weightcast.testing.chaos.reference import Reference
+from weightcast.testing.chaos.servers import Server
+from weightcast.testing.engine_process import SLICE_NBYTES, TOKEN, EngineProcess, values_of
+from weightcast.testing.models import build_tiny_model
+
+TIMEOUT_S = 20.0
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as made:
+        yield made
+
+
+@pytest.mark.parametrize("mode", ["staged", "in_place"])
+def test_who_took_the_place_of_a_dead_engine_takes_part_in_the_very_next_round(stack: ExitStack, mode: str) -> None:
+    engines = [EngineProcess(mode) for _ in range(2)]
+    for engine in engines:
+        stack.callback(engine.close)
+    tensors = values_of(0)
+    publisher = stack.enter_context(
+        Publisher(
+            tensors, [engine.url for engine in engines], token=TOKEN, timeout_s=TIMEOUT_S, bucket_nbytes=SLICE_NBYTES
+        )
+    )
+    publisher.publish()
+    engines[0].kill()
+    successor = engines[0].successor()
+    stack.callback(successor.close)
+    tensors.update(values_of(1))
+    report = publisher.publish()
+    assert report.ok
+    assert report.number == 2
+    assert successor.call("holds", 1)
+    assert engines[1].call("holds", 1)
+
+
+def test_a_server_that_joins_serves_nothing_before_it_is_current(stack: ExitStack, tmp_path: Path) -> None:
+    checkpoint = build_tiny_model(
+        tmp_path / "model", "qwen3", "float64", 0, hidden_size=32, intermediate_size=48, num_hidden_layers=2
+    )
+    reference = Reference(checkpoint, 0)
+    joiner = Server(checkpoint, tmp_path, 0, "staged")
+    stack.callback(joiner.kill)
+    joiner.start()
+    other = EngineProcess(checkpoint=str(checkpoint))
+    stack.callback(other.close)
+    publisher = stack.enter_context(Publisher(reference.weights(7), [other.url], token=TOKEN, timeout_s=TIMEOUT_S))
+    first = publisher.publish()
+    end = time.monotonic() + 60
+    while not joiner.is_up:
+        assert time.monotonic() < end, joiner.tail()
+        assert not joiner.is_dead, joiner.tail()
+        time.sleep(0.1)
+    health = httpx.get(f"{joiner.url}/health", timeout=5)
+    assert health.status_code == 503
+    assert "waiting for the first weights" in health.text
+    ask = {"model": "policy", "prompt": [5, 6, 7], "max_tokens": 4}
+    assert httpx.post(f"{joiner.url}/v1/completions", json=ask, timeout=10).status_code == 503
+    commits = other.call("num_syncs")
+    report = publisher.add(joiner.url)
+    assert report is not None
+    assert report.version == first.version
+    assert other.call("num_syncs") == commits
+    answer = httpx.get(f"{joiner.url}/health", timeout=5)
+    assert answer.status_code == 200
+    assert answer.json()["weight_version"] == first.version
+    version, checksums = joiner.checksums()
+    assert version == first.version
+    expected = reference.checksums(7)
+    assert {name: checksums[name] for name in expected} == expected
+    assert httpx.post(f"{joiner.url}/v1/completions", json=ask, timeout=10).status_code == 200

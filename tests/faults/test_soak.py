@@ -1,0 +1,28 @@
+"""A short soak and a short chaos run; `make soak` and `make chaos` are the long ones."""
+
+from __future__ import annotations
+
+import secrets
+from pathlib import Path
+
+import pytest
+
+from weightcast.testing.chaos.run import Chaos
+from weightcast.testing.soak.run import Soak
+
+
+@pytest.mark.parametrize("transport", ["shm", "gloo"])
+def test_nothing_grows(transport: str) -> None:
+    found = Soak(transport=transport).run(120)
+    assert found.failed == 4
+    assert found.faults == [], str(found)
+
+
+@pytest.mark.timeout(180)
+def test_chaos_finds_nothing(tmp_path: Path) -> None:
+    """One server with a language model under load, two engines without; the seed is in the message."""
+    chaos = Chaos(tmp_path, seed=secrets.randbelow(10**6), num_servers=1)
+    summary = chaos.run(30, max_s=20)
+    assert not summary.faults, str(summary)
+    assert summary.committed, str(summary)
+    assert summary.answers, str(summary)
