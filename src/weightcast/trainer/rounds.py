@@ -41,6 +41,7 @@ UNDO_S = 1.5
 """What taking back may last beyond the round's deadline."""
 LIVE_TRANSFER_SHARE = 0.6
 """Share of the time left that a transfer may take where stragglers are dropped: the others still have to commit."""
+UNDO_AT_LEAST_S = 0.3
 REPEAT_AFTER_S = 0.2
 
 
@@ -130,7 +131,8 @@ class Round:
         if engines:
             way_back = WayBack(self._outcomes, self._coordinator, epoch=self._epoch, round=self._round)
             with self._timeline.phase("undo"):
-                way_back.take(engines, Deadline(self._deadline.remaining_s() + UNDO_S))
+                # Counted from the round's deadline, whatever was needed to end its transfers.
+                way_back.take(engines, Deadline(max(self._deadline.at + UNDO_S - time.monotonic(), UNDO_AT_LEAST_S)))
 
     # -- phases
 
