@@ -26,7 +26,8 @@ DEADLINE_S, GPU_DEADLINE_S = 1.5, 4.0
 """Of a publish that a fault strikes. Processes that share one GPU take turns on it."""
 GRACE_S = 2.0
 """An error may come so long after the deadline."""
-HEALING_S = 15.0
+HEALING_S, GPU_HEALING_S = 15.0, 45.0
+"""Of all other publishes. Kernels may have to be compiled in them."""
 GPU_SLACK = 40
 """Descriptors and threads that CUDA and NCCL open at their first use and keep for as long as the process lives."""
 
@@ -89,6 +90,7 @@ class Field:
     ) -> None:
         self.transport, self.mode, self.device = transport, mode, device
         self._slack = 0 if device == "cpu" else GPU_SLACK
+        self.healing_s = HEALING_S if device == "cpu" else GPU_HEALING_S
         self.deadline_s = DEADLINE_S if device == "cpu" else GPU_DEADLINE_S
         self.options: dict[str, Any] = {
             "transport": transport,
@@ -165,7 +167,7 @@ class Field:
             self.tensors,
             list(engines) if engines is not None else [self.a.url, self.b.url],
             token=TOKEN,
-            **{"timeout_s": HEALING_S, **self.options, **options},
+            **{"timeout_s": self.healing_s, **self.options, **options},
         )
         if publish:
             self.succeed()
@@ -180,14 +182,17 @@ class Field:
     def second(self, **options: Any) -> Publisher:
         """Another trainer for the same engines, not connected; close it."""
         return Publisher(
-            self.tensors, [self.a.url, self.b.url], token=TOKEN, **{"timeout_s": HEALING_S, **self.options, **options}
+            self.tensors,
+            [self.a.url, self.b.url],
+            token=TOKEN,
+            **{"timeout_s": self.healing_s, **self.options, **options},
         )
 
     def start_trainer(self, **options: Any) -> TrainerProcess:
         """A trainer in a process of its own; the engines serve its first version."""
         self.trainer = self._own(
             TrainerProcess(
-                [self.a.url, self.b.url], device=self.device, **{**self.options, "timeout_s": HEALING_S, **options}
+                [self.a.url, self.b.url], device=self.device, **{**self.options, "timeout_s": self.healing_s, **options}
             )
         )
         expect(self.trainer is not None, "no trainer")
@@ -209,12 +214,12 @@ class Field:
         """What an optimizer's step does."""
         self.tensors.update(values_of(self.next_seed(self.next_number()), self.device))
 
-    def succeed(self, timeout_s: float = HEALING_S, *, engines: Sequence[EngineProcess] | None = None) -> Report:
+    def succeed(self, timeout_s: float | None = None, *, engines: Sequence[EngineProcess] | None = None) -> Report:
         """Publish new values: everybody (or ``engines``) must hold them afterwards."""
         assert self.publisher is not None
         self.change()
         seed = self.seed
-        report = self.publisher.publish(timeout_s)
+        report = self.publisher.publish(timeout_s if timeout_s is not None else self.healing_s)
         for engine in engines if engines is not None else (self.a, self.b):
             expect(engine.call("holds", seed), f"{engine.url} does not hold what was published")
             expect(engine.call("state") == (report.version, False), f"{engine.url} is {engine.call('state')}")
@@ -241,7 +246,7 @@ class Field:
             return Failure(error, {name: type(cause).__name__ for name, cause in causes.items()}, seconds)
         raise AssertionError(f"published in spite of the fault: {report}")
 
-    def heal(self, timeout_s: float = HEALING_S) -> None:
+    def heal(self, timeout_s: float | None = None) -> None:
         """The next round works, for everybody, and the one after it."""
         self.succeed(timeout_s)
         self.succeed(timeout_s)

@@ -12,10 +12,12 @@ import traceback
 
 import msgspec
 
+from weightcast.errors import WeightcastError
 from weightcast.testing.matrix.cells import Cell, cells
 from weightcast.testing.matrix.results import Result
 from weightcast.testing.network import obstacle
 from weightcast.testing.processes import be_a_host_for_nccl
+from weightcast.transports.registry import registry
 
 
 def play(cell: Cell) -> Result:
@@ -34,10 +36,10 @@ def play(cell: Cell) -> Result:
 def _why_not(cell: Cell) -> str | None:
     if cell.needs_network:
         return obstacle()
-    if cell.needs_gpu:
-        import torch
-
-        return None if torch.cuda.is_available() else "no CUDA GPU"
+    try:
+        registry().get(cell.transport)
+    except WeightcastError as error:
+        return f"{cell.transport}: {error}"
     return None
 
 
