@@ -1,11 +1,23 @@
 """Without vLLM (make test-vllm has it) nothing here can run."""
 
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 HERE = Path(__file__).parent
+
+if find_spec("vllm") is not None:
+    from tests.vllm.offline import FreshLoads
+
+
+@pytest.fixture(scope="session")
+def fresh() -> "Iterator[FreshLoads]":
+    """What vLLM answers when it loads weights from disk."""
+    loads = FreshLoads()
+    yield loads
+    loads.close()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -33,16 +33,9 @@ def engine(path: Path, **options: Any) -> Iterator[Any]:
     """A ``vllm.LLM`` over a model folder, with the weightcast backend."""
     from vllm import LLM
 
-    llm = LLM(
-        model=str(path),
-        enforce_eager=True,
-        max_model_len=256,
-        max_num_seqs=8,
-        kv_cache_memory_bytes=32 << 20,
-        weight_transfer_config={"backend": "weightcast"},
-        disable_log_stats=True,
-        **options,
-    )
+    usual = {"max_model_len": 256, "max_num_seqs": 8, "kv_cache_memory_bytes": 32 << 20, "enforce_eager": True}
+    backend = {"backend": "weightcast"}
+    llm = LLM(model=str(path), weight_transfer_config=backend, disable_log_stats=True, **{**usual, **options})
     try:
         yield llm
     finally:
@@ -69,18 +62,44 @@ def answers(llm: Any, prompts: Sequence[list[int]] = PROMPTS) -> list[tuple[list
     ]
 
 
-def fresh_answers(
-    model: Path, weights: Mapping[str, torch.Tensor], prompts: Sequence[list[int]]
-) -> list[tuple[list[int], list[float]]]:
-    """What vLLM answers, prompt by prompt, when it loads these weights from disk in a process of its own."""
-    folder = save_checkpoint(model.parent / f"fresh-{time.monotonic_ns()}", weights, like=model)
-    command = [sys.executable, "-m", "tests.vllm.offline", str(folder), json.dumps(list(prompts))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    lines = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
-    assert lines, done.stderr[-3000:]
-    return [(ids, logprobs) for ids, logprobs in json.loads(lines[0].removeprefix(MARK))]
+class FreshLoads:
+    """A process that loads checkpoints with vLLM one after another: what it answers is what a fresh server would."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+
+    def answers(
+        self, model: Path, weights: Mapping[str, torch.Tensor], prompts: Sequence[list[int]], **options: Any
+    ) -> list[tuple[list[int], list[float]]]:
+        """Tokens and log-probabilities, prompt by prompt, of these weights with the config of the folder ``model``."""
+        folder = save_checkpoint(model.parent / f"fresh-{time.monotonic_ns()}", weights, like=model)
+        process = self._process = self._process or self._started()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(json.dumps([str(folder), list(prompts), options]) + "\n")
+        process.stdin.flush()
+        for line in process.stdout:
+            if line.startswith(MARK):
+                return [(ids, logprobs) for ids, logprobs in json.loads(line.removeprefix(MARK))]
+        raise AssertionError(f"the process of fresh loads ended with {process.wait()}")
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+
+    @staticmethod
+    def _started() -> "subprocess.Popen[str]":
+        command = [sys.executable, "-m", "tests.vllm.offline"]
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def main() -> None:
+    for line in sys.stdin:
+        folder, prompts, options = json.loads(line)
+        with engine(Path(folder), **options) as loaded:
+            print(MARK + json.dumps([answers(loaded, [ids])[0] for ids in prompts]), flush=True)
 
 
 if __name__ == "__main__":
-    with engine(Path(sys.argv[1])) as loaded:
-        print(MARK + json.dumps([answers(loaded, [ids])[0] for ids in json.loads(sys.argv[2])]))
+    main()

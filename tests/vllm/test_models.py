@@ -60,6 +60,14 @@ def test_a_push_equals_a_fresh_load(tmp_path: Path, arch: str) -> None:
     pushed_and_fresh(build(tmp_path / "m", arch))
 
 
+def test_a_quantised_model_takes_the_checkpoint_it_was_quantised_from(tmp_path: Path) -> None:
+    path = build(tmp_path / "m", "qwen3", hidden_size=128, intermediate_size=256)
+    pushed_and_fresh(path, quantization="fp8_per_channel")
+    with offline.engine(tmp_path / "push-1", quantization="fp8_per_channel") as llm:
+        layer = llm.llm_engine.model_executor.driver_worker.worker.get_model().model.layers[0].mlp.down_proj
+        assert layer.weight.dtype == torch.float8_e4m3fn
+
+
 def test_in_place_and_float32(tmp_path: Path) -> None:
     pushed_and_fresh(build(tmp_path / "m", "qwen3", dtype="float32"), mode="in_place")
 

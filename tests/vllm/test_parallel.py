@@ -5,10 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.vllm.offline import FreshLoads
 
 from weightcast import Publisher
 from weightcast.errors import PlanMismatch, WeightcastError
-from weightcast.testing.models import build_tiny_model, random_state_dict, save_checkpoint
+from weightcast.testing.models import build_tiny_model, random_state_dict
 from weightcast.testing.vllm_server import free_port, vllm_server
 
 PROMPTS = [[5, 17, 33, 2, 90], list(range(60, 100)), [7]]
@@ -21,11 +22,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("option", ["--tensor-parallel-size", "--data-parallel-size"], ids=["tp", "dp"])
-def test_two_workers(model: Path, option: str) -> None:
+def test_two_workers(model: Path, fresh: FreshLoads, option: str) -> None:
     weights = random_state_dict(model)
-    wanted = save_checkpoint(model.parent / f"wanted{option}", weights, like=model)
-    with vllm_server(wanted, option, "2", env=TWO_CORES) as served:
-        want = served.answers(PROMPTS)
+    # A replica computes what a single worker does; slices are summed up in another order.
+    alike = {"tensor_parallel_size": 2} if option == "--tensor-parallel-size" else {}
+    want = fresh.answers(model, weights, PROMPTS, **alike)
     with (
         vllm_server(model, option, "2", env=TWO_CORES) as served,
         Publisher(random_state_dict(model), [served.url], token=served.token, timeout_s=60) as first,

@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from tests.vllm.offline import fresh_answers
+from tests.vllm.offline import FreshLoads
 
 from weightcast import Publisher
 from weightcast.errors import AuthError, WeightcastError
@@ -58,7 +58,9 @@ def test_bad_input_is_422_and_the_wrong_moment_409(served: Served) -> None:
 
 @pytest.mark.parametrize("transport", ["shm", "gloo"])
 @pytest.mark.parametrize("mode", ["staged", "in_place"])
-def test_rounds_arrive_while_requests_run(served: Served, model: Path, transport: str, mode: str) -> None:
+def test_rounds_arrive_while_requests_run(
+    served: Served, model: Path, fresh: FreshLoads, transport: str, mode: str
+) -> None:
     weights = random_state_dict(model)
     results: list[dict[str, object]] = []
     busy = [
@@ -81,7 +83,7 @@ def test_rounds_arrive_while_requests_run(served: Served, model: Path, transport
     for thread in busy:
         thread.join(60)
     assert [result["finish_reason"] for result in results] == ["length"] * 3
-    assert served.answers(PROMPTS) == fresh_answers(model, weights, PROMPTS)
+    assert served.answers(PROMPTS) == fresh.answers(model, weights, PROMPTS)
 
 
 @pytest.mark.parametrize("trouble", ["unknown tensor", "wrong shape", "half a fused group", "missing tensor"])

@@ -68,9 +68,10 @@ class VllmBackend(VllmEngine):  # type: ignore[misc]
         self.update_weights(update_info)
 
     def finish_weight_update(self) -> None:
-        # A failed update has closed its round already, and its error is the one to keep.
-        if self._error is None:
-            self._carry_out(lambda engine: engine.finish_weight_update())
+        """Closes the round whatever became of its update; the first error is the one to keep."""
+        error = self._error
+        self._carry_out(lambda engine: engine.finish_weight_update())
+        self._error = error or self._error
 
     def shutdown(self) -> None:
         if self._engine is not None:

@@ -63,7 +63,16 @@ class VllmFront:
         return bool(await self._client.is_paused())
 
     async def pause_generation(self, mode: PauseMode = "abort", clear_cache: bool = True) -> None:
-        await self._client.pause_generation(mode=mode, clear_cache=clear_cache)
+        """As vLLM's, but without the 20 ms that it sleeps so that ended requests' last outputs arrive first: frozen
+        requests have none, and they would stand still as long."""
+        pause = getattr(self._client.engine_core, "pause_scheduler_async", None)
+        forget = getattr(getattr(self._client, "renderer", None), "clear_mm_cache_async", None)
+        if mode != "keep" or pause is None or forget is None:
+            await self._client.pause_generation(mode=mode, clear_cache=clear_cache)
+            return
+        if clear_cache:
+            await forget()
+        await pause(mode=mode, clear_cache=clear_cache)
 
     async def resume_generation(self) -> None:
         """Go on, unless the weights are of no version."""

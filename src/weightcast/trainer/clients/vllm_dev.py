@@ -1,0 +1,104 @@
+"""VllmDevClient: a vLLM server without endpoint plug-ins (before 0.28), through its development routes.
+
+They have no token: whoever reaches the server can use them. vLLM serves them with VLLM_SERVER_DEV_MODE=1 only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import urlencode, urlsplit
+
+import httpcore
+import msgspec
+
+from weightcast.deadline import Deadline
+from weightcast.errors import DeadlineExceeded, EngineError, InvalidInput, PeerLost, Unsupported
+from weightcast.trainer.clients import wire
+from weightcast.trainer.clients.base import AnswerLost
+from weightcast.trainer.clients.rpc import CALL, RpcEngineClient
+
+
+class VllmDevClient(RpcEngineClient):
+    """Reaches workers with ``/collective_rpc`` and pauses by the stock routes."""
+
+    kind = "vllm-dev"
+
+    def __init__(self, url: str) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise InvalidInput(f"an engine is http://host:port, not {url!r}", field="engines")
+        self.name = url.rstrip("/")
+        self.host = parts.hostname
+
+    def world_size(self, deadline: Deadline) -> int:
+        """All workers. Unsupported for several replicas: vLLM passes on the first one's answers only."""
+        size = int(self._call("GET", "/get_world_size", deadline, {"include_dp": "true"})["world_size"])
+        alone = int(self._call("GET", "/get_world_size", deadline, {"include_dp": "false"})["world_size"])
+        if size != alone:
+            raise Unsupported(
+                "data-parallel replicas cannot be reached through vLLM's development routes",
+                engine=self.name,
+                hint="Use vLLM 0.28 or later, which serves weightcast's own routes, or start each replica as a server",
+            )
+        return size
+
+    def call_workers(self, action: str, payload: Mapping[str, Any], deadline: Deadline) -> list[Any]:
+        body = {"method": CALL, "args": [action, dict(payload)], "timeout": max(deadline.remaining_s(), 0.001)}
+        answers = self._call("POST", "/collective_rpc", deadline, body=body).get("results")
+        return answers if isinstance(answers, list) else []
+
+    def pause(self, mode: str, clear_cache: bool, deadline: Deadline) -> bool:
+        if self._call("GET", "/is_paused", deadline).get("is_paused"):
+            return False
+        self._call("POST", "/pause", deadline, {"mode": mode, "clear_cache": "true" if clear_cache else "false"})
+        return True
+
+    def resume(self, deadline: Deadline) -> None:
+        self._call("POST", "/resume", deadline)
+
+    def forget_cache(self, deadline: Deadline) -> None:
+        self._call("POST", "/reset_prefix_cache", deadline)
+
+    def name_version(self, version: str, deadline: Deadline) -> None:
+        """Versions before 0.28 have no label to set; there the receiver's own version is all there is."""
+        self._call("POST", "/update_weight_version", deadline, body={"new_version": version}, may_be_absent=True)
+
+    def _call(
+        self,
+        method: str,
+        path: str,
+        deadline: Deadline,
+        query: Mapping[str, str] | None = None,
+        body: Any = None,
+        *,
+        may_be_absent: bool = False,
+    ) -> dict[str, Any]:
+        deadline.check(f"{method} {path}")
+        url = self.name + path + (f"?{urlencode(query)}" if query else "")
+        content = None if body is None else msgspec.json.encode(body)
+        try:
+            response = wire.request(method, url, {"Content-Type": "application/json"}, content, deadline)
+        except httpcore.TimeoutException:
+            raise DeadlineExceeded(
+                f"{method} {path} took longer than {deadline.timeout_s:g} s", engine=self.name
+            ) from None
+        except httpcore.ConnectError as error:
+            raise PeerLost(f"{method} {path}: {error}", engine=self.name, hint="Is the server running?") from None
+        except (httpcore.NetworkError, httpcore.ProtocolError) as error:
+            raise AnswerLost(f"{method} {path}: {error or type(error).__name__}", engine=self.name) from None
+        if 200 <= response.status < 300:
+            return _object(response.content)
+        if response.status == 404 and may_be_absent:
+            return {}
+        hint = "Start it with VLLM_SERVER_DEV_MODE=1" if response.status == 404 else None
+        told = response.content[:400].decode(errors="replace")
+        raise EngineError(f"{method} {path} answered {response.status}: {told}", engine=self.name, hint=hint)
+
+
+def _object(content: bytes) -> dict[str, Any]:
+    try:
+        value = msgspec.json.decode(content) if content else {}
+    except msgspec.DecodeError:
+        return {}
+    return value if isinstance(value, dict) else {}
