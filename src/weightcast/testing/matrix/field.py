@@ -243,6 +243,10 @@ class Field:
             for each in (error, *causes.values()):
                 forget_frames(each)
             expect(causes, f"the error names no cause: {error}")
+            expect(error.phase and (error.round or error.phase in ("join", "setup")), f"where was it? {error}")
+            expect(error.hint, f"what is to be done? {error}")
+            for name, cause in causes.items():
+                expect(cause.engine == name and cause.phase, f"who and where? {cause}")
             return Failure(error, {name: type(cause).__name__ for name, cause in causes.items()}, seconds)
         raise AssertionError(f"published in spite of the fault: {report}")
 
