@@ -11,9 +11,11 @@ import httpx
 import pytest
 
 from weightcast import Publisher
+from weightcast.errors import RoundFailed
 from weightcast.testing.chaos.reference import Reference
 from weightcast.testing.chaos.servers import Server
 from weightcast.testing.engine_process import SLICE_NBYTES, TOKEN, EngineProcess, values_of
+from weightcast.testing.local_engine import DictModel, LocalEngine
 from weightcast.testing.models import build_tiny_model
 
 TIMEOUT_S = 20.0
@@ -83,3 +85,45 @@ def test_a_server_that_joins_serves_nothing_before_it_is_current(stack: ExitStac
     expected = reference.checksums(7)
     assert {name: checksums[name] for name in expected} == expected
     assert httpx.post(f"{joiner.url}/v1/completions", json=ask, timeout=10).status_code == 200
+
+
+def test_a_fleet_of_mixed_kinds(stack: ExitStack) -> None:
+    """Served and in this process, staged and in place, sharded and whole, through the loader and not: one version for all."""
+    served = [EngineProcess("staged", num_workers=2), EngineProcess("in_place", loader=True)]
+    for engine in served:
+        stack.callback(engine.close)
+    local = LocalEngine("here", [DictModel(values_of(0), relocatable=False)], mode="staged")
+    stack.callback(local.stop)
+    tensors = values_of(0)
+    engines = [*(engine.url for engine in served), local]
+    publisher = stack.enter_context(Publisher(tensors, engines, token=TOKEN, timeout_s=TIMEOUT_S))
+    for seed in (1, 2, 3):
+        tensors.update(values_of(seed))
+        report = publisher.publish()
+        assert report.ok
+        assert report.digests_match
+        assert report.mode == "mixed"
+        assert {engine.kind for engine in report.engines} == {"http", "local"}
+        assert all(engine.call("holds", seed) for engine in served)
+        assert local.models[0].holds(values_of(seed))
+    served[0].arm("transfer:end", "corrupt")
+    with pytest.raises(RoundFailed) as caught:
+        publisher.publish()
+    assert set(caught.value.causes) == {served[0].url}
+    assert set(caught.value.serving.values()) == {report.version}
+    assert local.models[0].holds(values_of(3))
+
+
+def test_the_next_trainer_knows_the_digest_so_it_can_bring_a_joiner_to_what_is_served(stack: ExitStack) -> None:
+    engines = [LocalEngine(name, [DictModel(values_of(0))], mode="staged") for name in ("a", "b")]
+    for engine in engines:
+        stack.callback(engine.stop)
+    tensors = values_of(5)
+    with Publisher(tensors, [engines[0]], timeout_s=TIMEOUT_S) as before:
+        first = before.publish()
+    after = stack.enter_context(Publisher(tensors, [engines[0]], timeout_s=TIMEOUT_S))
+    after.connect()
+    report = after.add(engines[1])
+    assert report is not None
+    assert report.version == first.version
+    assert engines[1].models[0].holds(values_of(5))
