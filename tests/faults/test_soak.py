@@ -13,7 +13,7 @@ from weightcast.testing.soak.run import Soak
 
 @pytest.mark.parametrize("transport", ["shm", "gloo"])
 def test_nothing_grows(transport: str) -> None:
-    found = Soak(transport=transport).run(120)
+    found = Soak(transport=transport).run(100)
     assert found.failed == 4
     assert found.faults == [], str(found)
 
@@ -22,7 +22,7 @@ def test_nothing_grows(transport: str) -> None:
 def test_chaos_finds_nothing(tmp_path: Path) -> None:
     """One server with a language model under load, two engines without; the seed is in the message."""
     chaos = Chaos(tmp_path, seed=secrets.randbelow(10**6), num_servers=1)
-    summary = chaos.run(30, max_s=20)
+    summary = chaos.run(30, max_s=12)
     assert not summary.faults, str(summary)
     assert summary.committed, str(summary)
     assert summary.answers, str(summary)
