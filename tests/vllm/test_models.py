@@ -1,16 +1,20 @@
 """Every model family: after each push, tokens and log-probabilities equal those of a fresh load of the same weights."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from tests.vllm import offline
 
 from weightcast import Publisher
 from weightcast.errors import RoundFailed
+from weightcast.record import record_layout
 from weightcast.testing.models import build_tiny_model, random_state_dict, save_checkpoint
+from weightcast.trainer.sources import make_source
 
 HEAD = {"head_dim": 32}
 MLA = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 32, "v_head_dim": 32}
@@ -135,3 +139,35 @@ def test_packing_that_fails_half_way_leaves_version_n(tmp_path: Path, monkeypatc
 
 def _no_memory(method: Any, layer: Any) -> None:
     raise MemoryError("no room to pack")
+
+
+def test_a_record_that_is_wrong_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of k_proj are said to land where those of v_proj do, and the other way round."""
+    from weightcast.engines.vllm import model as vllm_model
+
+    def misread(*args: Any) -> Any:
+        recording = record_layout(*args)
+        swapped = {
+            f"model.layers.0.self_attn.{a}_proj.weight": f"model.layers.0.self_attn.{b}_proj.weight"
+            for a, b in ("kv", "vk")
+        }
+        moved = {p.region.name: p for p in recording.layout.placements if p.region.name in swapped}
+        placements = [
+            msgspec.structs.replace(p, offset=moved[swapped[p.region.name]].offset) if p.region.name in swapped else p
+            for p in recording.layout.placements
+        ]
+        layout = msgspec.structs.replace(recording.layout, placements=tuple(placements))
+        return dataclasses.replace(recording, layout=layout)
+
+    monkeypatch.setattr(vllm_model, "record_layout", misread)
+    path = build(tmp_path / "m", "qwen3")
+    pushed_and_fresh(path)
+    with offline.engine(path) as llm:
+        worker = llm.llm_engine.model_executor.driver_worker.worker
+        model = vllm_model.VllmModel(worker.get_model(), worker.vllm_config, torch.device("cpu"))
+        manifest = make_source(random_state_dict(path)).manifest
+        through = set(model.layout(manifest).through_loader)
+        assert through == {f"model.layers.0.self_attn.{name}_proj.weight" for name in "qkv"}
+        monkeypatch.undo()
+        model = vllm_model.VllmModel(worker.get_model(), worker.vllm_config, torch.device("cpu"))
+        assert model.layout(manifest).through_loader == ()

@@ -17,8 +17,9 @@ from torch import nn
 
 from weightcast.digest import digest_tensor
 from weightcast.engines.vllm import api
+from weightcast.engines.vllm.check import names_that_differ
 from weightcast.engines.vllm.formats import LayerTensors, classify, in_load_format, shared_layers
-from weightcast.engines.vllm.mirror import Mirror, plan_mirror
+from weightcast.engines.vllm.mirror import Mirror, Slots, plan_mirror
 from weightcast.errors import LoadError, PlanMismatch, WeightcastError
 from weightcast.layout import Layout, Placement
 from weightcast.manifest import Manifest
@@ -44,8 +45,9 @@ class VllmModel(LiveModel):
         self._vllm_config = vllm_config
         self._landable = classify(model, device)
         self._weights = Memory([]) if self.relocatable else _live_memory(model, self._landable)
-        self._form: object = None
+        self._form: Slots | None = None
         self._mirror = Mirror({}, {}, Memory([]))
+        self._checked: dict[str, set[str]] = {}
 
     def memory(self) -> Memory:
         return self._mirror.live if self.relocatable else self._weights
@@ -73,16 +75,10 @@ class VllmModel(LiveModel):
         refuses a tensor.
         """
         mirrored = self.relocatable
-        with (
-            api.current_config(self._vllm_config),
-            in_load_format(self.model, self._landable, live=not mirrored) as layers,
-        ):
-            stand_ins = [t for layer in layers if mirrored or not layer.landable for t in layer.tensors]
-            memory = Memory([*self._weights.storages, *_storages(stand_ins)])
-            recording = record_layout(self._load, manifest, memory, self.device)
-            numbers = {storage.data_ptr(): number for number, storage in enumerate(memory.storages)}
+        distrusted = self._distrusted(manifest)
+        with self._recorded(manifest, live=not mirrored) as (layers, numbers, _, recording):
             _check_complete(layers, numbers, recording)
-            through = _through_loader(layers, numbers, recording)
+            through = _through_loader(layers, numbers, recording, distrusted)
             landings = [p for p in recording.layout.placements if p.region.name not in through]
             if mirrored:
                 landings = self._mirror_of(layers, numbers, landings, manifest)
@@ -94,6 +90,32 @@ class VllmModel(LiveModel):
             storage_nbytes=tuple(storage.numel() for storage in self.memory().storages),
             through_loader=tuple(spec.name for spec in manifest.tensors if spec.name in through),
         )
+
+    @contextmanager
+    def _recorded(
+        self, manifest: Manifest, *, live: bool
+    ) -> Iterator[tuple[list[LayerTensors], dict[int, int], Memory, Recording]]:
+        """The model's layers in load format, numbers of their storages by address, those storages, and what was recorded."""
+        with (
+            api.current_config(self._vllm_config),
+            in_load_format(self.model, self._landable, live=live) as layers,
+        ):
+            stand_ins = [t for layer in layers if not (live and layer.landable) for t in layer.tensors]
+            memory = Memory([*(self._weights.storages if live else ()), *_storages(stand_ins)])
+            recording = record_layout(self._load, manifest, memory, self.device)
+            numbers = {storage.data_ptr(): number for number, storage in enumerate(memory.storages)}
+            yield layers, numbers, memory, recording
+
+    def _distrusted(self, manifest: Manifest) -> set[str]:
+        """Names that land elsewhere than vLLM's own loader writes them; asked once for each form of a model."""
+        form = manifest.digest
+        if form not in self._checked:
+            with self._recorded(manifest, live=False) as (_, _, memory, recording):
+                self._checked[form] = names_that_differ(self._load, manifest, memory, recording)
+        if found := self._checked[form]:
+            logger.warning("%d tensors go through vLLM's loader: it writes them in a way of its own: %s",
+                           len(found), _shown(sorted(found)))  # fmt: skip
+        return self._checked[form]
 
     def _mirror_of(
         self, layers: Sequence[LayerTensors], numbers: dict[int, int], landings: list[Placement], manifest: Manifest
@@ -164,9 +186,11 @@ def _numbers_of(layer: LayerTensors, numbers: dict[int, int]) -> set[int]:
     return {numbers[pointer] for pointer in pointers if pointer in numbers}
 
 
-def _through_loader(layers: Sequence[LayerTensors], numbers: dict[int, int], recording: Recording) -> set[str]:
+def _through_loader(
+    layers: Sequence[LayerTensors], numbers: dict[int, int], recording: Recording, distrusted: set[str]
+) -> set[str]:
     """Names that touch a layer which is not landable, and the names of every layer that those touch in turn."""
-    through = set(recording.reasons)
+    through = set(recording.reasons) | distrusted
     if recording.foreign_writes:
         # The loader also writes values of its own making, which no landing would bring.
         return {placement.region.name for placement in recording.layout.placements} | through

@@ -1,0 +1,93 @@
+"""Checks a record against vLLM's own loader: what the loader writes must be what the landings would have brought.
+
+The loader runs once more, on stand-ins, with tensors whose bytes differ from place to place. Only what this worker lands is
+filled in: the rest of a tensor that is sliced over workers is reserved and never touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+
+from weightcast.dtypes import dtype_of
+from weightcast.layout import Placement
+from weightcast.manifest import Manifest, TensorSpec
+from weightcast.memory import Memory
+from weightcast.record import Recording
+
+_PERIOD_NBYTES = 1_048_583
+"""Prime, so that no two rows, slices or tensors of a checkpoint begin alike."""
+
+
+def names_that_differ(
+    load: Callable[[Iterable[tuple[str, torch.Tensor]]], None], manifest: Manifest, memory: Memory, recording: Recording
+) -> set[str]:
+    """Names whose landings are not what ``load`` writes into ``memory``, the stand-ins that they were recorded in."""
+    landings: dict[str, list[Placement]] = {}
+    for placement in recording.layout.placements:
+        landings.setdefault(placement.region.name, []).append(placement)
+    overwritten = {earlier for earlier, _ in recording.overlaps}
+    specs = [spec for spec in manifest.tensors if spec.name in landings]
+    pattern = _Pattern()
+    with torch.no_grad():
+        load(_patterned(specs, landings, pattern))
+    return {
+        spec.name
+        for spec in specs
+        if spec.name not in overwritten and not _as_recorded(spec, landings[spec.name], memory, pattern)
+    }
+
+
+class _Pattern:
+    """Bytes that look random, cheaper than random ones; each tensor's begin elsewhere."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0x5EED)
+        self._bytes = torch.randint(0, 256, (_PERIOD_NBYTES,), generator=generator, dtype=torch.uint8)
+
+    def fill(self, part: torch.Tensor, start: int) -> None:
+        """Write the pattern from ``start`` on into a tensor of any strides."""
+        wanted = part.numel() * part.itemsize
+        shift = start % _PERIOD_NBYTES
+        repeats = -(-(wanted + shift) // _PERIOD_NBYTES)
+        flat = self._bytes.repeat(repeats)[shift : shift + wanted]
+        part.copy_(flat.clone().view(part.dtype).view(part.shape))
+
+
+def _patterned(
+    specs: Sequence[TensorSpec], landings: dict[str, list[Placement]], pattern: _Pattern
+) -> Iterator[tuple[str, torch.Tensor]]:
+    for spec in specs:
+        yield spec.name, _tensor(spec, landings[spec.name], pattern)
+
+
+def _tensor(spec: TensorSpec, landings: Sequence[Placement], pattern: _Pattern) -> torch.Tensor:
+    tensor = torch.empty(spec.shape, dtype=dtype_of(spec.dtype))
+    for placement in landings:
+        pattern.fill(_part(tensor, placement), _start(placement))
+    return tensor
+
+
+def _as_recorded(spec: TensorSpec, landings: Sequence[Placement], memory: Memory, pattern: _Pattern) -> bool:
+    wanted = _tensor(spec, landings, pattern)
+    return all(
+        torch.equal(
+            memory.view(p.storage, p.dtype, p.offset, p.region.sizes, p.strides).contiguous().view(torch.uint8),
+            _part(wanted, p).contiguous().view(torch.uint8),
+        )
+        for p in landings
+        if p.region.numel
+    )
+
+
+def _part(tensor: torch.Tensor, placement: Placement) -> torch.Tensor:
+    for axis, (offset, size) in enumerate(zip(placement.region.offsets, placement.region.sizes, strict=True)):
+        tensor = tensor.narrow(axis, offset, size)
+    return tensor
+
+
+def _start(placement: Placement) -> int:
+    """A place in the pattern of the landing's own, the same whenever it is asked for."""
+    key = f"{placement.region.name}:{placement.region.offsets}".encode()
+    return int.from_bytes(key, "big") % _PERIOD_NBYTES
