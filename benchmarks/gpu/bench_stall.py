@@ -33,6 +33,12 @@ WAYS = {
     "staged": {"mode": "staged"},
     "staged, two shadows": {"mode": "staged", "shadows": 2},
     "staged, two shadows, keys and values kept": {"mode": "staged", "shadows": 2, "clear_cache": False},
+    "the same, between two steps, without a pause": {
+        "mode": "staged",
+        "shadows": 2,
+        "clear_cache": False,
+        "pause": "none",
+    },
 }
 
 
