@@ -18,7 +18,7 @@ TWO_CORES = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_tiny_model(tmp_path_factory.mktemp("parallel") / "m", "qwen3", dtype="float32", head_dim=32)
+    return build_tiny_model(tmp_path_factory.mktemp("parallel") / "m", "qwen3", dtype="bfloat16", head_dim=32)
 
 
 @pytest.mark.parametrize("option", ["--tensor-parallel-size", "--data-parallel-size"], ids=["tp", "dp"])
@@ -34,6 +34,12 @@ def test_two_workers(model: Path, fresh: FreshLoads, option: str) -> None:
         assert served.get("/get_world_size").json() == {"world_size": 2}
         report = first.publish()
         assert [worker.rank for worker in report.engines[0].workers] == [0, 1]
+        total = sum(value.nbytes for value in weights.values())
+        shares = [worker.nbytes / total for worker in report.engines[0].workers]
+        if alike:
+            assert all(0.5 < share < 0.55 for share in shares), "norms are whole, everything else is sliced"
+        else:
+            assert shares == [1.0, 1.0]
         assert served.answers(PROMPTS) != want
         with Publisher(weights, [served.url], token=served.token, timeout_s=60, takeover=True) as second:
             report = second.publish()
