@@ -15,7 +15,7 @@ from weightcast.testing.matrix import CPU_TRANSPORTS, Cell, cells
 from weightcast.testing.matrix.results import Result
 from weightcast.testing.matrix.runner import Runner
 
-JOBS = 2
+JOBS = 3
 TIMEOUT_S = 90.0
 
 

@@ -214,3 +214,25 @@ async def test_mounted_into_another_application(engine: ScriptedEngine) -> None:
         assert (await post(http, "commit", order(round=-1), 422, authorization=f"Bearer {token}"))["error"][
             "param"
         ] == "round"
+
+
+async def test_the_latest_rounds_are_open_and_name_errors_without_quoting_them(engine: ScriptedEngine) -> None:
+    async with client_for(engine, ServerConfig(token="secret")) as http:
+        bearer = {"authorization": "Bearer secret"}
+        await post(http, "init", INIT, **bearer)
+        good, bad = order(), order()
+        await post(http, "commit", good, **bearer)
+        engine.fail("update_weights", DigestMismatch("live weights have digest 00aa"))
+        await post(http, "commit", bad, 424, **bearer)
+        answer = await http.get("/weightcast/rounds")
+        assert answer.status_code == 200
+        (told,) = answer.json()["engines"]
+        first, second = told["rounds"]
+        assert (first["version"], first["round"], first["error"]) == (good["version"], good["round"], None)
+        assert set(first["phases"]) == {"pause", "apply", "resume"}
+        assert (second["round"], second["error"]) == (bad["round"], "DigestMismatch")
+        assert "00aa" not in answer.text
+        assert told["status"]["weight_version"] == good["version"]
+        page = await http.get("/weightcast")
+        assert page.headers["content-type"].startswith("text/html")
+        assert good["version"] not in page.text

@@ -77,6 +77,8 @@ async def test_metrics(http: httpx.AsyncClient, engine: ScriptedEngine) -> None:
     assert seen[("weightcast_http_requests_total", '{"code": "404", "route": "unmatched"}')] == 1
     assert seen[("weightcast_syncs_total", "{}")] == 1
     assert seen[("weightcast_weight_operation_seconds_count", '{"operation": "commit", "outcome": "ok"}')] == 1
+    for phase in ("pause", "apply", "resume"):
+        assert seen[("weightcast_weight_phase_seconds_count", f'{{"operation": "commit", "phase": "{phase}"}}')] == 1
     digest = (await engine.status()).digest
     labels = json.dumps({"digest": digest, "model": "scripted", "version": "v-9"}, sort_keys=True)
     assert seen[("weightcast_weight_version_info", labels)] == 1

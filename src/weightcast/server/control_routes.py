@@ -149,6 +149,8 @@ class ControlRoutes:
         with self._timed(order.action), history as outcome:
             answer = await self._control.carry_out(order)
             outcome.version, outcome.phases = answer.version, answer.phases
+            if self._metrics is not None:
+                self._metrics.observe_phases(order.action, answer.phases)
         return json_response(answer)
 
     def _timed(self, operation: str) -> AbstractContextManager[None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
@@ -54,6 +54,18 @@ class ServerMetrics:
             buckets=_LATENCY_S,
             registry=self.registry,
         )
+        self.phase_seconds = Histogram(
+            "weightcast_weight_phase_seconds",
+            "Duration of the phases of a commit or roll-back; requests stand still from pause to resume.",
+            ["operation", "phase"],
+            buckets=(0.0005, 0.001, 0.0025, *_LATENCY_S),
+            registry=self.registry,
+        )
+
+    def observe_phases(self, operation: str, phases: Mapping[str, float]) -> None:
+        """Take in how long each phase of a commit or roll-back took."""
+        for phase, seconds in phases.items():
+            self.phase_seconds.labels(operation, phase).observe(seconds)
 
     def count_tokens(self, prompts: Iterable[RequestOutput]) -> None:
         """Add an answered request's tokens."""
