@@ -38,7 +38,7 @@ def without(make: MakeField, *, point: str, action: Action) -> Outcome:
 
 def _comes_back(field: Field) -> None:
     assert field.publisher is not None
-    end = time.monotonic() + 10
+    end = time.monotonic() + field.healing_s
     while True:
         report = field.succeed(engines=[field.b])
         if report.ok:
