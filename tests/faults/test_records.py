@@ -112,6 +112,20 @@ def test_the_log_has_every_round(engines: list[LocalEngine], tmp_path: Path) -> 
     assert not reports[1].digests_match
 
 
+def test_numbers_go_on_from_the_log_when_no_engine_knows_them(engines: list[LocalEngine], tmp_path: Path) -> None:
+    path = tmp_path / "rounds.jsonl"
+    with Publisher(values(), engines[:1], timeout_s=20, log=path) as trainer:
+        for _ in range(3):
+            trainer.publish()
+    with path.open("ab") as file:
+        file.write(b'{"version": "9-torn')
+    with Publisher(values(), engines[1:], timeout_s=20, log=path) as trainer:
+        assert trainer.publish().number == 4
+    assert [report.number for report in read_rounds(path)] == [1, 2, 3, 4]
+    with Publisher(values(), engines[1:], timeout_s=20, log=tmp_path / "another.jsonl") as trainer:
+        assert trainer.publish().number == 5
+
+
 def test_lines_say_which_round_they_are_about(engines: list[LocalEngine]) -> None:
     stream = io.StringIO()
     handler = log_as_json(stream=stream)

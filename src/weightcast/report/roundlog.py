@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Iterator
@@ -12,17 +13,21 @@ from weightcast.report.model import Report
 
 logger = logging.getLogger(__name__)
 
+TAIL_NBYTES = 2**20
+
 
 class RoundLog:
     """Appends one line per report to ``path``.
 
     A full disk, a missing right or a vanished folder is logged once as a warning; later reports are still tried, so the
-    log goes on when there is room again. A line is written whole: what a failed write left behind is cut off.
+    log goes on when there is room again. A line is written whole: what a failed write, or a process that died, left behind is
+    cut off.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._warned = False
+        self._mended = False
 
     def append(self, report: Report) -> bool:
         """Write one report; False when it could not be written. Raises nothing for the file's sake."""
@@ -37,7 +42,34 @@ class RoundLog:
         self._warned = False
         return True
 
+    def last_number(self) -> int:
+        """The highest version number of the latest reports; 0 when there are none. Lines that are no reports are passed over."""
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_NBYTES))
+                lines = file.read().splitlines()
+        except OSError:
+            return 0
+        numbers = [0]
+        for line in lines:
+            with contextlib.suppress(InvalidInput):
+                numbers.append(Report.from_json(line).number)
+        return max(numbers)
+
+    def _mend(self) -> None:
+        """Cut off the line that a process left unfinished when it died."""
+        with open(self.path, "rb+") as file:
+            size = os.fstat(file.fileno()).st_size
+            start = max(0, size - TAIL_NBYTES)
+            file.seek(start)
+            tail = file.read(size - start)
+            if tail and not tail.endswith(b"\n"):
+                file.truncate(start + tail.rfind(b"\n") + 1)
+
     def _write(self, line: bytes) -> None:
+        if not self._mended and self.path.exists():
+            self._mend()
+        self._mended = True
         file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         try:
             written = os.write(file, line)

@@ -55,6 +55,7 @@ class Publisher:
         address: where engines reach this process; found by itself when omitted.
         silence_s: a worker that is not heard for so long is lost.
         log: file that every round's report is appended to, committed or not; one that cannot be written is no reason to fail.
+            Numbers go on from it, also when no engine can be reached that knows the last one.
         metrics_port: serve Prometheus metrics on this port of the loopback interface; 0 chooses one (``metrics_port`` says which).
 
     Not thread-safe. A context manager: leaving it closes the publisher; engines go on with what they serve.
@@ -111,7 +112,7 @@ class Publisher:
         self._fleet.engines = [EngineLink(client) for client in clients]
         self._presence = Presence(self._fleet, require, timeout_s)
         self._records = Records(self._fleet.engines, log=log)
-        self._number = 0
+        self._number = self._records.last_number
         self._rounds = 0
         self._closed = False
         self._was_connected = False

@@ -24,6 +24,8 @@ class Records:
         self._log = RoundLog(log) if log is not None else None
         self.metrics = TrainerMetrics(self.members, self.versions)
         self.last: Report | None = None
+        self.last_number = self._log.last_number() if self._log is not None else 0
+        """The highest version number that the log knew at the start."""
 
     def members(self) -> dict[str, str]:
         """The state of each engine: "ready", "dirty", "unknown" (what it serves could not be asked), or why it is not connected."""

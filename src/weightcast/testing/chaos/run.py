@@ -28,6 +28,8 @@ GRACE_S = 2.0
 SLACK_S = 1.0
 """Servers that start take the cores; a process that waits for one is no process that hangs."""
 STARTING_S = 120.0
+AFTER_FAILURE_S = 0.3
+"""Without all engines a round may fail at once: others get the time to come back."""
 INITIAL_SEED = 0
 FIRST_WEIGHTS_SEED = 1000
 
@@ -166,6 +168,7 @@ class Chaos:
             self.summary.slowest_s = max(self.summary.slowest_s, answer["seconds"])
         if answer["version"] is None:
             self.summary.failed += 1
+            time.sleep(AFTER_FAILURE_S)
             logger.info("failed: %s", answer["error"])
             if not self._troubled:
                 self.summary.faults.append(f"an undisturbed round failed: {answer['error']}")
@@ -274,6 +277,7 @@ class Chaos:
                 timeout_s=DEADLINE_S,
                 bucket_nbytes=16 * 2**10,
                 silence_s=2.0,
+                log=str(self._folder / "rounds.jsonl"),
             )
             self._trainer.call("ready", timeout_s=STARTING_S)
             self._troubled = True
