@@ -46,8 +46,9 @@ class RoundLog:
         """The highest version number of the latest reports; 0 when there are none. Lines that are no reports are passed over."""
         try:
             with open(self.path, "rb") as file:
-                file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_NBYTES))
-                lines = file.read().splitlines()
+                size = os.fstat(file.fileno()).st_size  # 0 for what is no file and has no end
+                file.seek(max(0, size - TAIL_NBYTES))
+                lines = file.read(min(size, TAIL_NBYTES)).splitlines()
         except OSError:
             return 0
         numbers = [0]
