@@ -133,7 +133,7 @@ class VllmModel(LiveModel):
             with torch.no_grad(), _without_reload_noise(), api.layerwise_reload(self.model, self._vllm_config):
                 self._load(tensors)
             with torch.no_grad(), api.current_config(self._vllm_config):
-                for layer in shared_layers(self.model):
+                for layer in shared_layers(self.model, self.device):
                     if layer not in self._mirror:
                         api.quant_method(layer).process_weights_after_loading(layer)
         except WeightcastError:
