@@ -27,6 +27,25 @@ def stack() -> Iterator[ExitStack]:
         yield made
 
 
+def test_connecting_again_brings_who_was_replaced_to_what_the_others_serve(stack: ExitStack) -> None:
+    engines = [EngineProcess() for _ in range(2)]
+    for engine in engines:
+        stack.callback(engine.close)
+    publisher = stack.enter_context(
+        Publisher(values_of(4), [engine.url for engine in engines], token=TOKEN, timeout_s=TIMEOUT_S)
+    )
+    first = publisher.publish()
+    engines[0].kill()
+    successor = engines[0].successor()
+    stack.callback(successor.close)
+    publisher.connect()
+    assert set(publisher.versions.values()) == {first.version}
+    assert successor.call("state") == (first.version, False)
+    assert successor.call("holds", 4)
+    assert engines[1].call("num_syncs") == 1
+    assert publisher.publish().number == 2
+
+
 @pytest.mark.parametrize("mode", ["staged", "in_place"])
 def test_who_took_the_place_of_a_dead_engine_takes_part_in_the_very_next_round(stack: ExitStack, mode: str) -> None:
     engines = [EngineProcess(mode) for _ in range(2)]

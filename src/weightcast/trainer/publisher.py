@@ -123,6 +123,8 @@ class Publisher:
     def connect(self, timeout_s: float | None = None) -> None:
         """Join all engines and connect all transports; learns what they serve, so that version numbers go on from there.
 
+        Engines that do not serve what the others do, as after a restart, are brought to it beside them if the source still has
+        it; otherwise they get the next version. May be called at any time to have lost engines back before the next round.
         Raises the error of an engine that cannot be connected (require="live": when none can); the publisher stays usable, and
         ``publish`` tries again what is not connected.
         """
@@ -134,6 +136,10 @@ class Publisher:
         self._was_connected = True
         for error in failures.values():
             logger.warning("not connected: %s", str(error))
+        current = self._current()
+        for engine in self._fleet.engines:
+            if engine.name not in failures:
+                self._catch_up(engine, current, deadline)
 
     def add(self, engine: str | EngineClient | SyncEngine, timeout_s: float | None = None) -> Report | None:
         """Add an engine to the fleet and connect it; when that fails the fleet is as before.
@@ -280,7 +286,9 @@ class Publisher:
 
     def _catch_up(self, engine: EngineLink, current: EngineLink | None, deadline: Deadline) -> Report | None:
         """Bring one engine to what the fleet serves, if the source still has exactly that."""
-        if current is None or (engine.version, engine.digest) == (current.version, current.digest):
+        if current is None:
+            return None
+        if not engine.dirty and (engine.version, engine.digest) == (current.version, current.digest):
             return None
         self._source.refresh()
         number, digest = _number_of(current.version), self._fleet.content().of(self._source.memory)
