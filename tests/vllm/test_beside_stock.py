@@ -4,6 +4,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def served(model: Path) -> Iterator[Served]:
-    with vllm_server(model, "--enable-scale-out", env=DEV_MODE, max_model_len=640, kv_cache_nbytes=64 << 20) as running:
+    token_routes = ["--enable-scale-out"] if find_spec("vllm.entrypoints.launchers") else []
+    with vllm_server(model, *token_routes, env=DEV_MODE, max_model_len=640, kv_cache_nbytes=64 << 20) as running:
         # The very first prompt is a single token: it must not need a warm-up.
         assert len(running.complete([7], max_tokens=3)["token_ids"]) == 3
         yield running
@@ -67,6 +69,8 @@ def test_a_frozen_request_goes_on_with_the_new_weights(served: Served, model: Pa
         time.sleep(0.3)
         new = publisher.publish().version
     busy.join(60)
+    if "choices" not in answers[0]:
+        pytest.skip("this vLLM has no route for token ids")
     (choice,) = answers[0]["choices"]
     if "weight_versions" not in choice:
         pytest.skip("this vLLM does not say in its outputs which version made them")

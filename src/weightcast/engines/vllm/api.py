@@ -104,6 +104,13 @@ def is_packed_for_cpu(method: Any, device: torch.device) -> bool:
     return device.type == "cpu" and type(method) in (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)
 
 
+def is_embedding(method: Any) -> bool:
+    """Plain embeddings, those that serve as output heads included."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+
+    return type(method) is UnquantizedEmbeddingMethod
+
+
 @contextmanager
 def layerwise_reload(model: nn.Module, vllm_config: Any) -> Iterator[None]:
     """Layers take checkpoint tensors inside, and each goes live when it has all of its tensors.

@@ -46,18 +46,14 @@ def classify(model: nn.Module, device: torch.device) -> dict[str, bool]:
     return landable
 
 
-def shared_layers(model: nn.Module, device: torch.device) -> list[nn.Module]:
-    """Plain layers, packed after loading, whose parameters are another layer's too (tied embeddings).
-
-    Others that share parameters (experts and the layer that routes to them) are processed by the reload itself.
-    """
+def tied_embeddings(model: nn.Module) -> list[nn.Module]:
+    """Embeddings that share their weight with another layer: a reload packs it for one of them only."""
     owners: dict[int, list[nn.Module]] = {}
     for layer in model.modules():
-        for tensor in layer._parameters.values():
-            if tensor is not None and tensor.numel():
-                owners.setdefault(id(tensor), []).append(layer)
-    shared = [layer for layers in owners.values() if len(layers) > 1 for layer in layers]
-    return [layer for layer in dict.fromkeys(shared) if api.is_packed_for_cpu(api.quant_method(layer), device)]
+        weight = layer._parameters.get("weight")
+        if weight is not None and weight.numel() and api.is_embedding(api.quant_method(layer)):
+            owners.setdefault(id(weight), []).append(layer)
+    return [layer for layers in owners.values() if len(layers) > 1 for layer in layers]
 
 
 def _names_below_deriving(model: nn.Module) -> set[str]:

@@ -18,7 +18,7 @@ from torch import nn
 from weightcast.digest import digest_tensor
 from weightcast.engines.vllm import api
 from weightcast.engines.vllm.check import names_that_differ
-from weightcast.engines.vllm.formats import LayerTensors, classify, in_load_format, shared_layers
+from weightcast.engines.vllm.formats import LayerTensors, classify, in_load_format, tied_embeddings
 from weightcast.engines.vllm.mirror import Mirror, Slots, plan_mirror
 from weightcast.errors import LoadError, PlanMismatch, WeightcastError
 from weightcast.layout import Layout, Placement
@@ -133,7 +133,7 @@ class VllmModel(LiveModel):
             with torch.no_grad(), _without_reload_noise(), api.layerwise_reload(self.model, self._vllm_config):
                 self._load(tensors)
             with torch.no_grad(), api.current_config(self._vllm_config):
-                for layer in shared_layers(self.model, self.device):
+                for layer in tied_embeddings(self.model):
                     if layer not in self._mirror:
                         api.quant_method(layer).process_weights_after_loading(layer)
         except WeightcastError:
