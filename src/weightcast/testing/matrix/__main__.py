@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -31,6 +32,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--budget", type=float, default=float("inf"), help="seconds for the whole run")
     made.add_argument("--out", type=Path, help="write matrix.json and matrix.md into this folder, and no document")
     made.add_argument("--merge", type=Path, help="play nothing: take in a matrix.json that was played elsewhere")
+    made.add_argument("--again", type=Path, help="only what did not pass in this matrix.json")
     made.add_argument("--dry", action="store_true", help="print only, write nothing")
     return made
 
@@ -59,16 +61,24 @@ def _chosen(given: argparse.Namespace) -> list[Cell]:
     unknown = set(transports) - {*CPU_TRANSPORTS, *GPU_TRANSPORTS}
     if unknown:
         raise SystemExit(f"no transport {', '.join(sorted(unknown))} in the matrix")
-    return [cell for cell in cells(transports) if given.fault.lower() in cell.fault.lower()]
+    passed = {result.key for result in read_results(given.again) if result.state == "passed"} if given.again else set()
+    return [
+        cell
+        for cell in cells(transports)
+        if given.fault.lower() in cell.fault.lower() and (cell.fault, cell.transport, cell.mode) not in passed
+    ]
 
 
 def _play(chosen: list[Cell], given: argparse.Namespace, console: Console) -> list[Result]:
-    start, count = time.monotonic(), 0
+    start, told, lock = time.monotonic(), list[Result](), threading.Lock()
 
     def tell(result: Result) -> None:
-        nonlocal count
-        count += 1
-        line = f"{count}/{len(chosen)} {result.state} {result.fault} {result.transport} {result.mode}"
+        with lock:
+            told.append(result)
+            if given.out is not None:  # what was played is kept even if this process does not see the end
+                given.out.mkdir(parents=True, exist_ok=True)
+                write_results(given.out / "matrix.json", told)
+        line = f"{len(told)}/{len(chosen)} {result.state} {result.fault} {result.transport} {result.mode}"
         console.print(f"{line} in {result.played_s:.1f} s", highlight=False, markup=False)
 
     results = Runner(given.jobs, cell_timeout_s=given.cell_timeout, budget_s=given.budget).run(chosen, tell)

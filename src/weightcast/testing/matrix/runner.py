@@ -22,6 +22,7 @@ from weightcast.testing.matrix.results import Result
 
 CELL_TIMEOUT_S = 90.0
 LOG_NBYTES = 2000
+OVER = "the run's time was over"
 
 
 class Runner:
@@ -63,10 +64,12 @@ class Runner:
                     return
                 left_s = self._end - time.monotonic()
                 if left_s <= 0 or self._stop.is_set():
-                    result = _unplayed(cell, "skipped", "the run's time was over")
+                    result = _unplayed(cell, "skipped", OVER)
                 else:
                     player = player or _Player()
                     result = player.play(cell, min(self._cell_timeout_s, left_s), self._stop)
+                    if result.state == "hung" and (self._stop.is_set() or left_s < self._cell_timeout_s):
+                        result = _unplayed(cell, "skipped", OVER)  # it was not given the time of a cell
                     if not player.alive:
                         player.close()
                         player = None
@@ -105,13 +108,14 @@ class _Player:
         end = time.monotonic() + timeout_s
         while not select.select([self._process.stdout], [], [], 0.2)[0]:
             if stop.is_set() or time.monotonic() > end:
+                said = self._tail()
                 self.close()
-                what = "the run was stopped" if stop.is_set() else f"no end within {timeout_s:.0f} s"
-                return _unplayed(cell, "hung", f"{what}: {self._tail()}")
+                return _unplayed(cell, "hung", f"no end within {timeout_s:.0f} s: {said}")
         line = self._process.stdout.readline()
         if not line:
+            said = self._tail()
             self.close()
-            return _unplayed(cell, "failed", f"its process ended: {self._tail()}")
+            return _unplayed(cell, "failed", f"its process ended: {said}")
         return msgspec.json.decode(line, type=Result)
 
     def _tail(self) -> str:
