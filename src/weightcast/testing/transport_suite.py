@@ -27,7 +27,7 @@ from weightcast.testing.ranks import Peer, RankFailed
 from weightcast.testing.transport_cases import CASES, TransportCase, arena_case, bulk_case
 from weightcast.testing.transport_sides import TrainerSide, WorkerSide, load_transport
 
-PROMPTLY_S = 1.0
+PROMPTLY_S = 2.0
 """A passed deadline, an abort and a dead peer are noticed within this."""
 
 BULK_NBYTES = 48 * 2**20
