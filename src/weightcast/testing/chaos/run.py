@@ -252,6 +252,8 @@ class Chaos:
                 self._stopped_engines.discard(i)
                 engine.close()
                 self._engines[i] = engine.successor()
+            elif i not in self._stopped_engines:
+                engine.call("disarm")  # a round that ended early met no fault, and the next one may be undisturbed
         for server in self._servers:
             if server.is_stopped:
                 server.go_on()
