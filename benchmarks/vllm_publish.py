@@ -33,6 +33,7 @@ import httpx
 import torch
 from rich.console import Console
 from rich.table import Table
+from transformers import AutoModelForCausalLM
 
 from weightcast import Publisher
 from weightcast.report.model import Report
@@ -76,11 +77,7 @@ class Stream(threading.Thread):
 
     def gaps(self, start: float, end: float) -> list[float]:
         """Seconds between two tokens, for all pairs that touch the span."""
-        return [
-            after - before
-            for before, after in itertools.pairwise(self.times)
-            if after >= start and before <= end
-        ]
+        return [after - before for before, after in itertools.pairwise(self.times) if after >= start and before <= end]
 
     def gaps_after(self, end: float, count: int) -> list[float]:
         """Wait for ``count`` further tokens; the seconds between them."""
@@ -106,15 +103,13 @@ def streams(served: Served, count: int) -> Iterator[list[Stream]]:
             stream.join(60)
 
 
-def measure(
-    served: Served, weights: dict[str, torch.Tensor], way: str, rounds: int, num_streams: int
-) -> dict[str, Any]:
+def measure(served: Served, trained: torch.nn.Module, way: str, rounds: int, num_streams: int) -> dict[str, Any]:
     """Publish ``rounds`` times while streams run."""
     transport, mode, *kept = way.split()
     reports: list[Report] = []
     stalls, usual = [], []
     with Publisher(
-        weights,
+        trained,
         [served.url],
         token=served.token,
         transport=transport,
@@ -129,8 +124,8 @@ def measure(
         with streams(served, num_streams) as running:
             time.sleep(4)
             for _ in range(rounds):
-                for value in weights.values():
-                    value.mul_(1.001)
+                with torch.no_grad():
+                    torch._foreach_mul_(list(trained.parameters()), 1.001)
                 start = time.perf_counter()
                 reports.append(publisher.publish())
                 end = time.perf_counter()
@@ -219,10 +214,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = build_tiny_model(Path(folder) / "m", "qwen3", "bfloat16", num_hidden_layers=options.layers, **SHAPE)
         reload_s = measure_reload(model, options.rounds)
-        weights, rows = random_state_dict(model), []
+        trained, rows = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16), []
         with vllm_server(model, kv_cache_nbytes=256 << 20, env={"VLLM_CPU_OMP_THREADS_BIND": "auto"}) as served:
             for way in options.ways:
-                rows.append(measure(served, weights, way, options.rounds, options.streams))
+                rows.append(measure(served, trained, way, options.rounds, options.streams))
         show(rows, reload_s, options.streams)
     if options.json:
         with open(options.json, "a") as file:
