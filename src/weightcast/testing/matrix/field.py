@@ -22,7 +22,7 @@ from weightcast.testing.trainer_process import TrainerProcess
 from weightcast.trainer.clients import EngineClient
 from weightcast.trainer.publisher import Publisher
 
-DEADLINE_S, GPU_DEADLINE_S = 1.5, 4.0
+DEADLINE_S, GPU_DEADLINE_S = 1.5, 8.0
 """Of a publish that a fault strikes. Processes that share one GPU take turns on it."""
 GRACE_S = 2.0
 """An error may come so long after the deadline."""
