@@ -80,6 +80,7 @@ class Faults:
             os.kill(os.getpid(), signal.SIGKILL)
         elif action == "stop":
             os.kill(os.getpid(), signal.SIGSTOP)
+            time.sleep(0.3)  # another thread may take the signal; this one must not go on before all have stopped
         elif action == "sleep":
             time.sleep(seconds)
         elif action == "raise":
