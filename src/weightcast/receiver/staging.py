@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import msgspec
 import torch
 
-from weightcast.cuda_wait import wait_stream
+from weightcast.cuda.wait import wait_stream
 from weightcast.deadline import Deadline
 from weightcast.errors import ShadowError
 from weightcast.layout import Layout, Placement, contiguous_strides, image_layout
