@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
+_FOUND = find_spec("vllm")
+HAS_VLLM = _FOUND is not None and _FOUND.origin is not None  # a folder of that name on the path is not vLLM
 
-if find_spec("vllm") is not None:
+if HAS_VLLM:
     from tests.vllm.offline import FreshLoads
 
 
@@ -28,4 +30,4 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.timeout(300))
 
 
-collect_ignore_glob = [] if find_spec("vllm") is not None else ["test_*.py"]
+collect_ignore_glob = [] if HAS_VLLM else ["test_*.py"]
