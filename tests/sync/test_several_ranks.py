@@ -24,7 +24,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from weightcast import Publisher
 from weightcast.deadline import Deadline
-from weightcast.errors import WeightcastError
+from weightcast.errors import DeadlineExceeded, WeightcastError
 from weightcast.report.model import Report
 from weightcast.testing.local_engine import DictModel, LocalEngine
 from weightcast.testing.ranks import Peer, run_ranks
@@ -126,12 +126,11 @@ def three_rounds(
     """Publish three times and compare every live byte on rank 0. ``fresh(seed)`` gives whole values and this rank's part."""
     seed, rank = agreed_seed(), dist.get_rank()
     models: list[DictModel] = []
+    start = {n: v if dtype is None else v.to(dtype) for n, v in fresh(seed)[0].items()}
     if rank == 0:
-        start = {n: v if dtype is None else v.to(dtype) for n, v in fresh(seed)[0].items()}
         models = [DictModel(start, rows=(i, workers)) for i in range(workers)]
-    else:
-        fresh(seed)
     engines = [LocalEngine("a", models)] if rank == 0 else []
+    late = LocalEngine("b", [DictModel(start)] if rank == 0 else [])
     versions = []
     try:
         with Publisher(
@@ -149,8 +148,15 @@ def three_rounds(
                 assert all(model.holds(whole) for model in models)
                 assert publisher.last_report == report
                 versions.append(report.version)
+                if number == 1:
+                    caught_up = publisher.add(late)
+                    assert caught_up is not None
+                    assert caught_up.version == report.version
+                    models += late.models
+                    assert all(model.holds(whole) for model in models)
+            publisher.remove("b")
     finally:
-        for engine in engines:
+        for engine in [*engines, late]:
             engine.stop()
     return versions
 
@@ -205,7 +211,7 @@ def publish_trained(rank: int, size: int, folder: str) -> list[list[str]]:
     told = []
     with process_group(rank, size, folder):
         seed = agreed_seed()
-        told.append(train_and_publish(seed))
+        told += [train_and_publish(seed, "shm"), train_and_publish(seed + 1, "gloo")]
         mesh = init_device_mesh("cpu", (2, 2))
         ways = {
             "both": [Shard(0), Shard(1)],
@@ -225,7 +231,7 @@ def publish_trained(rank: int, size: int, folder: str) -> list[list[str]]:
     return told
 
 
-def train_and_publish(seed: int) -> list[str]:
+def train_and_publish(seed: int, transport: str) -> list[str]:
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
     for layer in (model[0], model[2], model):
@@ -236,7 +242,7 @@ def train_and_publish(seed: int) -> list[str]:
     versions = []
     try:
         with Publisher(
-            model, engines, process_group=dist.group.WORLD, transport="shm", timeout_s=TIMEOUT_S
+            model, engines, process_group=dist.group.WORLD, transport=transport, timeout_s=TIMEOUT_S
         ) as publisher:
             for _ in range(3):
                 optimizer.zero_grad()
@@ -435,6 +441,11 @@ def refusals(rank: int, size: int, folder: str) -> list[tuple[str, str]]:
                 told.append(("", ""))
             except WeightcastError as error:
                 told.append((type(error).__name__, str(error)))
+        if rank == 0:
+            with pytest.raises(DeadlineExceeded, match="not every trainer rank came within 1 s"):
+                Publisher({"w": whole}, process_group=group, timeout_s=1)
+        else:
+            time.sleep(1.5)
         return told
 
 

@@ -256,9 +256,11 @@ class Publisher:
         """Bring every engine to the next version.
 
         When it returns, every engine serves that version, proven by digest (require="live": but those whose report is not
-        ``ok``). A publisher that was never connected connects first and raises what ``connect`` does. When it raises RoundFailed, every engine serves what ``serving`` says (the version before, or "unknown" for
-        one that cannot be asked) or is named in ``dirty``; calling again repairs and repeats. It ends at most two seconds
-        after its deadline. Tensors of the source must not change while it runs.
+        ``ok``). A publisher that was never connected connects first and raises what ``connect`` does. When it raises
+        RoundFailed, every engine serves what ``serving`` says (the version before, or "unknown" for one that cannot be asked) or
+        is named in ``dirty``; calling again repairs and repeats. With several ranks, one that is gone or does not come before
+        the round begins is PeerLost or DeadlineExceeded on all others, and nothing was changed. It ends at most two seconds after
+        its deadline. Tensors of the source must not change while it runs.
         """
         self._require_open()
         deadline = Deadline(timeout_s or self._timeout_s)

@@ -7,8 +7,8 @@ each rank to the workers that want them.
 
 from weightcast.trainer.ranks.coverage import check_complete
 from weightcast.trainer.ranks.end import SharedEnd
-from weightcast.trainer.ranks.exchange import Group
 from weightcast.trainer.ranks.follower import Follower
 from weightcast.trainer.ranks.leader import Ranks
+from weightcast.trainer.ranks.meeting import Group
 
 __all__ = ["Follower", "Group", "Ranks", "SharedEnd", "check_complete"]
