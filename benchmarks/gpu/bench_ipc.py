@@ -6,7 +6,7 @@ import torch
 from common import Table, gpu_ms, random_memory, wall_ms
 from shapes import SHAPES, layouts
 
-from weightcast.cuda_wait import wait_device
+from weightcast.cuda.wait import wait_device
 from weightcast.deadline import Deadline
 from weightcast.digest import LayoutDigest
 from weightcast.memory import Memory

@@ -9,14 +9,16 @@ import torch
 from common import Table, gpu_ms, random_memory, wall_ms
 from shapes import SHAPES, layouts
 
-from weightcast import cuda_runs, digest_cuda, proven_cuda
+from weightcast.cuda import digest as cuda_digest
+from weightcast.cuda import proven as cuda_proven
+from weightcast.cuda import runs as cuda_runs
+from weightcast.cuda.replay import CudaReplay
 from weightcast.digest import LayoutDigest
 from weightcast.layout import Layout, Placement
 from weightcast.manifest import Manifest
 from weightcast.memory import Memory
 from weightcast.plan import Copy, compile_plan
 from weightcast.replay import Replay
-from weightcast.replay_cuda import CudaReplay
 from weightcast.swap import Swap
 
 
@@ -35,16 +37,16 @@ def digest(table: Table, name: str, memory: Memory, compiled: LayoutDigest, swee
     table.add(f"digest {name}, of() with the wait", wall_ms(lambda: compiled.of(memory)), nbytes)
     if not sweep:
         return
-    kept = digest_cuda.TILE_BLOCKS, digest_cuda.CHUNK_WORDS, digest_cuda.NUM_WARPS
+    kept = cuda_digest.TILE_BLOCKS, cuda_digest.CHUNK_WORDS, cuda_digest.NUM_WARPS
     for blocks in (2, 4, 8):
         for chunk, warps in ((512, 4), (1024, 4), (1024, 8), (2048, 8)):
-            digest_cuda.TILE_BLOCKS, digest_cuda.CHUNK_WORDS, digest_cuda.NUM_WARPS = blocks, chunk, warps
-            digest_cuda.TILE_NBYTES = blocks * 32768
-            variant = digest_cuda.RunDigest(compiled.runs, memory.storages)
+            cuda_digest.TILE_BLOCKS, cuda_digest.CHUNK_WORDS, cuda_digest.NUM_WARPS = blocks, chunk, warps
+            cuda_digest.TILE_NBYTES = blocks * 32768
+            variant = cuda_digest.RunDigest(compiled.runs, memory.storages)
             assert variant.total() == value
             table.add(f"  {blocks=} {chunk=} {warps=}", gpu_ms(variant._parts[0][1]._launch), nbytes)
-    digest_cuda.TILE_BLOCKS, digest_cuda.CHUNK_WORDS, digest_cuda.NUM_WARPS = kept
-    digest_cuda.TILE_NBYTES = kept[0] * 32768
+    cuda_digest.TILE_BLOCKS, cuda_digest.CHUNK_WORDS, cuda_digest.NUM_WARPS = kept
+    cuda_digest.TILE_NBYTES = kept[0] * 32768
 
 
 def copies(table: Table, name: str, sweep: bool) -> None:
@@ -94,17 +96,17 @@ def both(
     nbytes, device = src.nbytes, torch.device("cuda", 0)
     for storage in dst.storages:
         storage.random_(0, 256)
-    proven = proven_cuda.ProvenReplay(plan, src, dst, manifest, device)
+    proven = cuda_proven.ProvenReplay(plan, src, dst, manifest, device)
     proven.run()
     assert proven.total() == ours.of(dst) == LayoutDigest(manifest, ours_layout(plan, src)).of(src)
     table.add(f"{name}: copy and digest in one kernel", gpu_ms(proven.run), nbytes)
-    kept = proven_cuda.TILE_BLOCKS, proven_cuda.CHUNK_WORDS, proven_cuda.NUM_WARPS
+    kept = cuda_proven.TILE_BLOCKS, cuda_proven.CHUNK_WORDS, cuda_proven.NUM_WARPS
     for blocks, chunk, warps in ((1, 1024, 4), (1, 4096, 8), (1, 2048, 4), (2, 2048, 8), (4, 2048, 8)) if sweep else ():
-        proven_cuda.TILE_BLOCKS, proven_cuda.CHUNK_WORDS, proven_cuda.NUM_WARPS = blocks, chunk, warps
-        variant = proven_cuda.ProvenReplay(plan, src, dst, manifest, device)
+        cuda_proven.TILE_BLOCKS, cuda_proven.CHUNK_WORDS, cuda_proven.NUM_WARPS = blocks, chunk, warps
+        variant = cuda_proven.ProvenReplay(plan, src, dst, manifest, device)
         table.add(f"  {blocks=} {chunk=} {warps=}", gpu_ms(variant.run), nbytes)
         assert variant.total() == proven.total()
-    proven_cuda.TILE_BLOCKS, proven_cuda.CHUNK_WORDS, proven_cuda.NUM_WARPS = kept
+    cuda_proven.TILE_BLOCKS, cuda_proven.CHUNK_WORDS, cuda_proven.NUM_WARPS = kept
 
 
 def ours_layout(plan: Sequence[Copy], src: Memory) -> Layout:

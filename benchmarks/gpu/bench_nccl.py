@@ -9,9 +9,9 @@ from importlib.util import find_spec
 import torch
 from common import Table, wall_ms
 
+from weightcast.cuda.nccl import Communicator, new_unique_id
 from weightcast.deadline import Deadline
 from weightcast.memory import Memory
-from weightcast.nccl_comm import Communicator, new_unique_id
 from weightcast.testing.ranks import Peer
 from weightcast.testing.transport_cases import bulk_case
 from weightcast.transports.nccl import NcclTransport

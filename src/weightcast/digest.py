@@ -31,7 +31,7 @@ from weightcast.manifest import ALIGNMENT, Manifest
 from weightcast.memory import Memory
 
 if TYPE_CHECKING:
-    from weightcast.digest_cuda import RunDigest, StridedBox
+    from weightcast.cuda.digest import RunDigest, StridedBox
 
 BLOCK_WORDS = 4096
 WORD_NBYTES = 8
@@ -91,7 +91,7 @@ def digest_bytes(data: torch.Tensor, position: int) -> int:
         edges += _digest_unaligned(data[nbytes - tail :], position + nbytes - tail)
         return (edges + digest_bytes(data[lead : nbytes - tail], position + lead)) & _MASK
     if data.is_cuda:
-        from weightcast.digest_cuda import digest_words
+        from weightcast.cuda.digest import digest_words
 
         return digest_words(data.view(torch.int64), position // WORD_NBYTES)
     return _digest_words(data.view(torch.int64), position // WORD_NBYTES)
@@ -239,7 +239,7 @@ class LayoutDigest:
 
     def _on_gpu(self, memory: Memory) -> RunDigest:
         """Compiled for this memory: live parameters and their shadow take turns, so a few are kept."""
-        from weightcast.digest_cuda import RunDigest
+        from weightcast.cuda.digest import RunDigest
 
         compiled = self._compiled.get(memory.number)
         if compiled is None:
@@ -262,7 +262,7 @@ class LayoutDigest:
 
 
 def _box_of(placement: Placement, manifest: Manifest) -> StridedBox:
-    from weightcast.digest_cuda import StridedBox
+    from weightcast.cuda.digest import StridedBox
 
     region, itemsize = placement.region, dtype_of(placement.dtype).itemsize
     strides = contiguous_strides(manifest[region.name].shape)

@@ -69,7 +69,7 @@ def _swapper(pairs: Sequence[Pair]) -> _Swapper:
         raise Unsupported("a swap between several GPUs", hint="Keep the shadow on the GPU of the parameters")
     if any(not tensor.is_cuda and not tensor.is_pinned() for tensor in tensors):
         raise InvalidInput("the host side of a swap with a GPU has to be page-locked", hint="Use pin_memory=True")
-    from weightcast.cuda_runs import SwapRuns
+    from weightcast.cuda.runs import SwapRuns
 
     triples = [(first.data_ptr(), second.data_ptr(), first.numel()) for first, second in pairs]
     return SwapRuns(triples, devices.pop())

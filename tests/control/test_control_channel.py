@@ -61,7 +61,9 @@ class Worker:
 @pytest.fixture
 def coordinator() -> Iterator[Coordinator]:
     made = Coordinator(heartbeat_s=0.1, silence_s=1.0)
-    made.greet_with(lambda member: Welcome(session="s", manifest=MANIFEST, mode="auto", shadows=1, heartbeat_s=0.1, silence_s=1.0))
+    made.greet_with(
+        lambda member: Welcome(session="s", manifest=MANIFEST, mode="auto", shadows=1, heartbeat_s=0.1, silence_s=1.0)
+    )
     yield made
     made.close()
 

@@ -22,3 +22,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.gpu)
             if not torch.cuda.is_available():
                 item.add_marker(missing)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Failures are told at once: a run with a time limit may not come to its summary."""
+    if report.failed:
+        print(f"\n---- {report.nodeid}, {report.when}\n{report.longreprtext[-6000:]}", flush=True)

@@ -27,8 +27,8 @@ def rng() -> random.Random:
 
 
 def test_runs_at_any_address_position_and_length(rng: random.Random) -> None:
+    from weightcast.cuda.digest import RunDigest
     from weightcast.digest import DigestRun
-    from weightcast.digest_cuda import RunDigest
 
     data = random_bytes(64 * 2**20)
     runs, at = [], rng.randrange(20)
@@ -104,8 +104,8 @@ def test_column_shards_and_a_transposed_holding() -> None:
 
 
 def test_a_changed_byte_is_named_by_its_run(rng: random.Random) -> None:
+    from weightcast.cuda.digest import RunDigest
     from weightcast.digest import DigestRun
-    from weightcast.digest_cuda import RunDigest
 
     data = random_bytes(100_000).cuda()
     runs = [DigestRun(0, i * 1000, i * 1024, 1000) for i in range(100)]

@@ -30,7 +30,7 @@ def random_storages(sizes: list[int]) -> list[torch.Tensor]:
 
 def check(copies: tuple[Copy, ...], manifest: Manifest, src: list[torch.Tensor], dst: list[torch.Tensor]) -> None:
     """Twice, with other values the second time; what is around the destinations stays."""
-    from weightcast.proven_cuda import ProvenReplay, landing_of
+    from weightcast.cuda.proven import ProvenReplay, landing_of
 
     on_gpu, target = Memory([s.cuda() for s in src]), Memory([d.cuda() for d in dst])
     expected = Memory([d.clone() for d in dst])

@@ -81,7 +81,7 @@ def test_overlap_and_pageable_memory_are_refused() -> None:
 
 
 def test_copies_of_runs_touch_nothing_else() -> None:
-    from weightcast.cuda_runs import CopyRuns
+    from weightcast.cuda.runs import CopyRuns
 
     spans = random_spans(random.SystemRandom().getrandbits(32))
     src, dst = random_bytes(), random_bytes()

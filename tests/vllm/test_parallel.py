@@ -37,7 +37,8 @@ def test_two_workers(model: Path, fresh: FreshLoads, option: str) -> None:
         total = sum(value.nbytes for value in weights.values())
         shares = [worker.nbytes / total for worker in report.engines[0].workers]
         if alike:
-            assert all(0.5 < share < 0.55 for share in shares), "norms are whole, everything else is sliced"
+            # Norms are whole, everything else is sliced; the last slice of the vocabulary is padded.
+            assert all(0.49 < share < 0.52 for share in shares), shares
         else:
             assert shares == [1.0, 1.0]
         assert served.answers(PROMPTS) != want

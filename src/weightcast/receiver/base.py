@@ -20,6 +20,11 @@ class LiveModel(ABC):
     relocatable: bool = False
     """True: parameters may be rebound to other storages (no captured graphs, no packed kernels hold their addresses)."""
 
+    @property
+    def prepare_nbytes(self) -> int:
+        """What ``prepare`` takes beside the memory that it is given; staging is refused where it does not fit."""
+        return 0
+
     @abstractmethod
     def layout(self, manifest: Manifest) -> Layout:
         """Landings of the manifest's tensors in ``memory()``, plus those that must go through the loader.

@@ -19,7 +19,7 @@ from weightcast.replay import Replay
 from weightcast.swap import Swap
 
 if TYPE_CHECKING:
-    from weightcast.proven_cuda import ProvenReplay
+    from weightcast.cuda.proven import ProvenReplay
 
 
 class Exchange:
@@ -64,7 +64,7 @@ class Landing:
         self._proven: ProvenReplay | None = None
         self._replay: Replay | ProvenReplay
         if device.type == "cuda":
-            from weightcast.proven_cuda import ProvenReplay
+            from weightcast.cuda.proven import ProvenReplay
 
             self._replay = self._proven = ProvenReplay(copies, shadow, live, manifest, device)
         else:

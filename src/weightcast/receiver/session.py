@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from weightcast.control.link import ControlLink, JoinInfo
-from weightcast.cuda_wait import own_stream, wait_stream
+from weightcast.cuda.wait import own_stream, wait_stream
 from weightcast.deadline import Deadline
 from weightcast.digest import LayoutDigest, combine
 from weightcast.errors import (

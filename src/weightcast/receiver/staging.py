@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import msgspec
 import torch
 
-from weightcast.cuda_wait import wait_stream
+from weightcast.cuda.wait import wait_stream
 from weightcast.deadline import Deadline
 from weightcast.errors import ShadowError
 from weightcast.layout import Layout, Placement, contiguous_strides, image_layout
@@ -73,8 +73,9 @@ def choose_place(model: LiveModel, area_nbytes: int, copies: int, *, host: bool)
     """
     nbytes, device = model.memory().nbytes, model.device
     free = free_nbytes(device)
+    beside = area_nbytes + model.prepare_nbytes
     for count in range(1 if model.relocatable else copies, 0, -1):
-        if (count * nbytes + area_nbytes) * CHECK_HEADROOM <= free:
+        if (count * nbytes + beside) * CHECK_HEADROOM <= free:
             return Place(device, count)
     if device.type == "cuda" and host:
         sizes = [*(storage.numel() for storage in model.memory().storages), area_nbytes]
@@ -87,7 +88,7 @@ def choose_place(model: LiveModel, area_nbytes: int, copies: int, *, host: bool)
             hint="Ask for mode in_place",
         )
     raise ShadowError(
-        f"a staged copy takes {nbytes + area_nbytes} bytes, {free} are free on {device}", hint="Ask for mode in_place"
+        f"a staged copy takes {nbytes + beside} bytes, {free} are free on {device}", hint="Ask for mode in_place"
     )
 
 

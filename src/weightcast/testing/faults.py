@@ -80,6 +80,7 @@ class Faults:
             os.kill(os.getpid(), signal.SIGKILL)
         elif action == "stop":
             os.kill(os.getpid(), signal.SIGSTOP)
+            time.sleep(0.3)  # another thread may take the signal; this one must not go on before all have stopped
         elif action == "sleep":
             time.sleep(seconds)
         elif action == "raise":
@@ -138,8 +139,8 @@ class Faults:
 
     def _hook_gpu_copies(self) -> None:
         """On a GPU the first kernel may do all copies: the middle is where it was queued and nobody waited for it yet."""
-        from weightcast.proven_cuda import ProvenReplay
-        from weightcast.replay_cuda import CudaReplay
+        from weightcast.cuda.proven import ProvenReplay
+        from weightcast.cuda.replay import CudaReplay
 
         for kind in (CudaReplay, ProvenReplay):
 

@@ -113,6 +113,11 @@ class Child:
     def alive(self) -> bool:
         return self._process.is_alive()
 
+    def ends(self, timeout_s: float = 10.0) -> bool:
+        """Whether the process ends within a time. One that was killed may take a while to: a GPU has to let go of it."""
+        self._process.join(timeout_s)
+        return not self.alive
+
     def close(self) -> None:
         """Kill it, if it still runs, and free everything; idempotent."""
         with contextlib.suppress(ValueError):  # closed already

@@ -24,13 +24,13 @@ class TrainerHost:
     def connect(self) -> None:
         self._publisher.connect()
 
-    def publish(self, seed: int) -> dict[str, Any]:
+    def publish(self, seed: int, timeout_s: float | None = None) -> dict[str, Any]:
         """Publish ``values_of(seed)``; what came of it, as plain values."""
         self._tensors.update(values_of(seed, self._device))
         start = time.monotonic()
         answer: dict[str, Any] = {"version": None, "errors": {}, "serving": {}}
         try:
-            answer["version"] = self._publisher.publish().version
+            answer["version"] = self._publisher.publish(timeout_s).version
         except RoundFailed as error:
             answer["errors"] = {name: type(cause).__name__ for name, cause in error.causes.items()}
             answer["serving"] = error.serving

@@ -20,7 +20,8 @@ import httpcore
 import msgspec
 import torch
 
-from weightcast.cuda_wait import new_event, new_stream
+from weightcast.cuda.nccl import Communicator, new_unique_id
+from weightcast.cuda.wait import new_event, new_stream
 from weightcast.deadline import Deadline
 from weightcast.dtypes import name_of
 from weightcast.errors import (
@@ -33,7 +34,6 @@ from weightcast.errors import (
     WeightcastError,
 )
 from weightcast.manifest import TensorSpec
-from weightcast.nccl_comm import Communicator, new_unique_id
 from weightcast.trainer.clients import wire
 from weightcast.vllm_wire import DEFAULT_BUFFER_NBYTES, DEFAULT_NUM_BUFFERS, Chunk, chunks_of, serve_unique_id
 

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import msgspec
 import torch
 
-from weightcast import cuda_driver
-from weightcast.cuda_wait import new_event, new_stream, wait_device, wait_event
+from weightcast.cuda import driver
+from weightcast.cuda.wait import new_event, new_stream, wait_device, wait_event
 from weightcast.deadline import Deadline
 from weightcast.errors import InvalidInput, ProtocolError, StateError, TransportError, Unsupported, WeightcastError
 from weightcast.manifest import Manifest
@@ -30,8 +30,8 @@ from weightcast.transports.recent import Recent
 from weightcast.transports.rendezvous import Listener
 
 if TYPE_CHECKING:
-    from weightcast.proven_cuda import ProvenReplay
-    from weightcast.replay_cuda import CudaReplay
+    from weightcast.cuda.proven import ProvenReplay
+    from weightcast.cuda.replay import CudaReplay
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +139,7 @@ def _check_offer(offer: CudaIpcOffer, copies: Sequence[Copy]) -> None:
         if span.segment >= 0 and span.offset + span.nbytes > offer.segments[span.segment].nbytes:
             raise ProtocolError("cuda_ipc offer: a storage reaches past its allocation")
     for segment in offer.segments:
-        if len(segment.handle) != cuda_driver.HANDLE_NBYTES:
+        if len(segment.handle) != driver.HANDLE_NBYTES:
             raise ProtocolError(f"cuda_ipc offer: a handle of {len(segment.handle)} bytes")
     used = {copy.src_storage for copy in copies if copy.nbytes}
     if any(number >= len(offer.spans) or offer.spans[number].segment < 0 for number in used):
@@ -155,9 +155,9 @@ def _export(copies: Sequence[Copy], memory: Memory) -> tuple[tuple[_Segment, ...
         if number not in used:
             spans.append(_Span(segment=-1, offset=0, nbytes=storage.numel()))
             continue
-        start, nbytes = cuda_driver.allocation_of(storage.data_ptr(), storage.device)
+        start, nbytes = driver.allocation_of(storage.data_ptr(), storage.device)
         if start not in segments:
-            handle = cuda_driver.export_allocation(start, storage.device)
+            handle = driver.export_allocation(start, storage.device)
             numbers[start] = len(segments)
             segments[start] = _Segment(handle=handle, address=start, nbytes=nbytes, gpu=gpu_uuid(storage.device))
         offset = storage.data_ptr() - start
@@ -260,7 +260,7 @@ class _Mapping:
                 if same_process:
                     starts.append(segment.address)
                 else:
-                    starts.append(cuda_driver.open_allocation(segment.handle, device))
+                    starts.append(driver.open_allocation(segment.handle, device))
                     self._opened.append(starts[-1])
         except BaseException:
             self.close()
@@ -269,7 +269,7 @@ class _Mapping:
         storages = [
             nothing
             if span.segment < 0 or not span.nbytes
-            else cuda_driver.bytes_at(starts[span.segment] + span.offset, span.nbytes, device)
+            else driver.bytes_at(starts[span.segment] + span.offset, span.nbytes, device)
             for span in offer.spans
         ]
         self.memory = Memory(storages, is_arena=offer.is_arena)
@@ -278,12 +278,12 @@ class _Mapping:
         while self._opened:
             # After a failed kernel nothing can be unmapped any more; the process has lost its GPU then.
             with contextlib.suppress(TransportError):
-                cuda_driver.close_allocation(self._opened.pop(), self.device)
+                driver.close_allocation(self._opened.pop(), self.device)
 
 
 def _new_replay(copies: Sequence[Copy], src: Memory, dst: Memory, device: torch.device) -> CudaReplay:
     # Triton comes with torch for CUDA only; without a GPU this module still has to say what it lacks.
-    from weightcast.replay_cuda import CudaReplay
+    from weightcast.cuda.replay import CudaReplay
 
     return CudaReplay(copies, src, dst, device)
 
@@ -291,7 +291,7 @@ def _new_replay(copies: Sequence[Copy], src: Memory, dst: Memory, device: torch.
 def _new_proven(
     copies: Sequence[Copy], src: Memory, dst: Memory, manifest: Manifest, device: torch.device
 ) -> ProvenReplay:
-    from weightcast.proven_cuda import ProvenReplay
+    from weightcast.cuda.proven import ProvenReplay
 
     return ProvenReplay(copies, src, dst, manifest, device)
 

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 import msgspec
 import torch
 
-from weightcast.cuda_wait import new_event, new_stream
+from weightcast.cuda.nccl import ABORT_S, PROMPT_ABORT_S, UNIQUE_ID_NBYTES, Communicator, load_nccl, new_unique_id
+from weightcast.cuda.wait import new_event, new_stream
 from weightcast.deadline import Deadline
 from weightcast.errors import InvalidInput, ProtocolError, StateError
 from weightcast.memory import Memory
-from weightcast.nccl_comm import ABORT_S, PROMPT_ABORT_S, UNIQUE_ID_NBYTES, Communicator, load_nccl, new_unique_id
 from weightcast.plan import Copy
 from weightcast.transports.base import DEFAULT_BUCKET_NBYTES, Facts, TrainerEnd, Transport, WorkerEnd
 from weightcast.transports.buckets import Bucket, check_bucket_nbytes, into_bucket, new_buffers, out_of_bucket, schedule
@@ -28,7 +28,7 @@ from weightcast.transports.recent import Recent
 from weightcast.transports.rendezvous import Listener
 
 if TYPE_CHECKING:
-    from weightcast.replay_cuda import CudaReplay
+    from weightcast.cuda.replay import CudaReplay
 
 IN_FLIGHT = 2
 """Buffers: one is packed or unpacked while the other travels."""
@@ -103,7 +103,7 @@ class _Lanes:
     def packers(self, buckets: Sequence[Bucket], memory: Memory) -> list[CudaReplay]:
         """Per bucket the copies from ``memory`` into its lane."""
         # Triton comes with torch for CUDA only; without a GPU this module still has to say what it lacks.
-        from weightcast.replay_cuda import CudaReplay
+        from weightcast.cuda.replay import CudaReplay
 
         return [
             CudaReplay([into_bucket(piece) for piece in bucket.pieces], memory, self._lane(number), self._device)
@@ -112,7 +112,7 @@ class _Lanes:
 
     def unpackers(self, buckets: Sequence[Bucket], memory: Memory) -> list[CudaReplay]:
         """Per bucket the copies from its lane into ``memory``."""
-        from weightcast.replay_cuda import CudaReplay
+        from weightcast.cuda.replay import CudaReplay
 
         return [
             CudaReplay([out_of_bucket(piece) for piece in bucket.pieces], self._lane(number), memory, self._device)

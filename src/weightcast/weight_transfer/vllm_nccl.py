@@ -12,12 +12,12 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from weightcast.cuda_wait import new_event
+from weightcast.cuda.nccl import Communicator
+from weightcast.cuda.wait import new_event
 from weightcast.deadline import Deadline
 from weightcast.dtypes import dtype_of
 from weightcast.errors import InvalidInput, StateError, Unsupported, WeightcastError
 from weightcast.manifest import TensorSpec
-from weightcast.nccl_comm import Communicator
 from weightcast.receiver.base import LiveModel
 from weightcast.vllm_wire import (
     DEFAULT_BUFFER_NBYTES,

@@ -63,11 +63,15 @@ class _Pattern:
 
     def fill(self, part: torch.Tensor, start: int) -> None:
         """Write the pattern from ``start`` on into a tensor of any strides."""
-        wanted = part.numel() * part.itemsize
-        shift = start % _PERIOD_NBYTES
-        repeats = -(-(wanted + shift) // _PERIOD_NBYTES)
-        flat = self._bytes.repeat(repeats)[shift : shift + wanted]
-        part.copy_(flat.clone().view(part.dtype).view(part.shape))
+        flat = (part if part.is_contiguous() else torch.empty(part.shape, dtype=part.dtype)).view(-1).view(torch.uint8)
+        done = 0
+        while done < flat.numel():
+            place = (start + done) % _PERIOD_NBYTES
+            count = min(flat.numel() - done, _PERIOD_NBYTES - place)
+            flat[done : done + count] = self._bytes[place : place + count]
+            done += count
+        if not part.is_contiguous():
+            part.copy_(flat.view(part.dtype).view(part.shape))
 
 
 def _patterned(

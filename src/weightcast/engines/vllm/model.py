@@ -52,6 +52,11 @@ class VllmModel(LiveModel):
     def memory(self) -> Memory:
         return self._mirror.live if self.relocatable else self._weights
 
+    @property
+    def prepare_nbytes(self) -> int:
+        """The packed form, and what the live mirror has reserved and not touched before its first use."""
+        return 2 * self._mirror.live.nbytes
+
     def rebind(self, memory: Memory) -> None:
         """Make the mirror that was prepared last live."""
         self._mirror.go_live(memory)

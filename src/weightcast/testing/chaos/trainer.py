@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import faulthandler
+import os
+import signal
 import time
 from typing import Any
 
@@ -17,6 +20,7 @@ class TrainerHost:
     """Publishes the weights of seeds."""
 
     def __init__(self, checkpoint: str, urls: list[str], token: str, options: dict[str, Any]) -> None:
+        faulthandler.register(signal.SIGUSR1)
         self._config = transformers.AutoConfig.from_pretrained(checkpoint)
         self._tensors = random_state_dict(self._config, 0)
         self._publisher = Publisher(self._tensors, urls, token=token, **options)
@@ -48,3 +52,7 @@ class ChaosTrainer(Child):
 
     def __init__(self, checkpoint: str, urls: list[str], token: str, **options: Any) -> None:
         super().__init__(TrainerHost, checkpoint, urls, token, options)
+
+    def dump_threads(self) -> None:
+        """Have it write to standard error where each of its threads is."""
+        os.kill(self.pid, signal.SIGUSR1)

@@ -22,7 +22,7 @@ from weightcast.testing.trainer_process import TrainerProcess
 from weightcast.trainer.clients import EngineClient
 from weightcast.trainer.publisher import Publisher
 
-DEADLINE_S, GPU_DEADLINE_S = 1.5, 4.0
+DEADLINE_S, GPU_DEADLINE_S = 1.5, 8.0
 """Of a publish that a fault strikes. Processes that share one GPU take turns on it."""
 GRACE_S = 2.0
 """An error may come so long after the deadline."""
@@ -196,7 +196,7 @@ class Field:
             )
         )
         expect(self.trainer is not None, "no trainer")
-        answer = self.trainer.call("publish", self.next_seed(1))
+        answer = self.trainer.call("publish", self.next_seed(1), self.healing_s, timeout_s=self.healing_s + 10)
         expect(answer["version"], f"the first publish failed: {answer}")
         return self.trainer
 
@@ -257,7 +257,7 @@ class Field:
 
     def replace(self) -> None:
         """The victim is dead; a new process takes its place."""
-        expect(not self.a.alive, "the victim should be dead")
+        expect(self.a.ends(), "the victim should be dead")
         self.a = self._own(self.a.successor())
 
     # -- what must be true

@@ -12,6 +12,8 @@ from weightcast.testing.matrix.results import Result
 
 BEGIN, END = "<!-- matrix: made by `make matrix`, not by hand -->", "<!-- end of the matrix -->"
 MARKS = {"passed": "✓", "failed": "✗ broken", "hung": "✗ hung", "skipped": "not played"}
+UNJUDGED = "not judged"
+"""What a skipped cell's text begins with when it was played, and its end says nothing about the promises."""
 STYLES = {"passed": "green", "failed": "bold red", "hung": "bold red", "skipped": "yellow"}
 
 
@@ -23,6 +25,8 @@ def columns_of(results: Sequence[Result]) -> list[tuple[str, str]]:
 def _mark(result: Result | None) -> str:
     if result is None:
         return ""
+    if result.state == "skipped" and result.text.startswith(UNJUDGED):
+        return UNJUDGED
     seconds = f" {result.seconds:.1f} s" if result.seconds is not None else ""
     return MARKS[result.state] + seconds
 
@@ -30,7 +34,7 @@ def _mark(result: Result | None) -> str:
 def _outcome(row: Sequence[Result]) -> str:
     """What comes of the fault; where transports or modes differ, each wording once."""
     texts = dict.fromkeys(result.text for result in row if result.state == "passed")
-    return " / ".join(texts) or "-"
+    return " / ".join(text for text in texts if text != "passed") or "-"
 
 
 def _rows(results: Sequence[Result]) -> dict[str, dict[tuple[str, str], Result]]:

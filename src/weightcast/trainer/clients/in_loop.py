@@ -36,7 +36,11 @@ class LoopCalls:
             if future.done():
                 raise
             future.cancel()
-            raise DeadlineExceeded(f"the engine took longer than {deadline.timeout_s:g} s", engine=self._name) from None
+            raise DeadlineExceeded(
+                f"the engine took longer than {deadline.timeout_s:g} s",
+                engine=self._name,
+                hint="A publisher on the engine's own event loop blocks it: await asyncio.to_thread(publisher.publish)",
+            ) from None
 
 
 class AsyncEngineClient(EngineClient):

@@ -23,7 +23,7 @@ def killed(make: MakeField, *, point: str) -> Outcome:
             _set_up_again(field)
         field.a.arm(point, "kill")
         failure = field.fail()
-        expect(not field.a.alive, "the fault did not strike")
+        expect(field.a.ends(), "the fault did not strike")
         expect(field.a.url in failure.causes, f"{failure.error} does not name the engine")
         field.steady(field.b)
         field.told_truly(failure, field.b)

@@ -49,7 +49,8 @@ def stopped(make: MakeField) -> Outcome:
         answer = trainer.result(call, field.deadline_s + 2)
         expect(answer["errors"], f"published after it was lost: {answer}")
         for _ in range(2):
-            answer = trainer.call("publish", field.next_seed(int(max(field.seeds)) + 1))
+            seed = field.next_seed(int(max(field.seeds)) + 1)
+            answer = trainer.call("publish", seed, field.healing_s, timeout_s=field.healing_s + 10)
             if answer["version"]:
                 break
         expect(answer["version"], f"the next rounds failed: {answer}")

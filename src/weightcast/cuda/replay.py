@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from weightcast.cuda_runs import CopyRuns
+from weightcast.cuda.runs import CopyRuns
 from weightcast.memory import Memory
 from weightcast.plan import Copy, merge
 

@@ -2,7 +2,7 @@
 
 Load-bearing: the read-back is of the destination, after a barrier and past the first-level cache, so the digest is of what
 lies in memory; it comes out of the second-level cache, which still holds what was just written, so it costs no second trip
-to memory. Tiles are cut as in digest_cuda, on block borders of the image.
+to memory. Tiles are cut as in weightcast.cuda.digest, on block borders of the image.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
-from weightcast.cuda_runs import CopyRuns, TileTable, on_device
+from weightcast.cuda.digest import _block_weight
+from weightcast.cuda.runs import CopyRuns, TileTable, on_device
 from weightcast.digest import BLOCK_WORDS, WORD_NBYTES, LayoutDigest, run_of, word_weights
-from weightcast.digest_cuda import _block_weight
 from weightcast.layout import Layout, Placement
 from weightcast.manifest import Manifest
 from weightcast.memory import Memory

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from weightcast.cuda_wait import new_event, new_stream, wait_event
+from weightcast.cuda.wait import new_event, new_stream, wait_event
 from weightcast.deadline import Deadline
 from weightcast.errors import PeerLost, TransportError, Unsupported
 

@@ -15,8 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
-from weightcast.cuda_runs import INTERPRETED as _INTERPRETED
-from weightcast.cuda_runs import TileTable, on_device
+from weightcast.cuda.runs import INTERPRETED as _INTERPRETED
+from weightcast.cuda.runs import TileTable, on_device
 from weightcast.digest import BLOCK_WORDS, WORD_NBYTES, word_weights
 from weightcast.errors import Unsupported
 
