@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 from weightcast.control.link import ControlLink, JoinInfo
-from weightcast.cuda_wait import own_stream
+from weightcast.cuda.wait import own_stream
 from weightcast.deadline import Deadline
 from weightcast.errors import (
     DeadlineExceeded,
