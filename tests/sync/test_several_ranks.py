@@ -378,11 +378,11 @@ def test_a_late_rank_and_a_frozen_one_are_named_by_the_deadline_and_calls_stay_i
         kind, text, seconds = follower.call("publish", 5.0, seed + 1)
         assert kind == "DeadlineExceeded"
         assert "trainer rank 1 did not answer" in text
-        assert seconds < 1
+        assert seconds < 2
         kind, text, seconds = follower.call("publish", 1.0, seed + 2)
         assert kind == "DeadlineExceeded"
         assert "trainer rank 0 did not end publish()" in text
-        assert seconds < 3.1
+        assert seconds < 4
         kind, text, _ = leader.call("publish", 5.0, seed + 2)
         assert kind == "StateError"
         assert "trainer rank 1: this rank has left the call" in text

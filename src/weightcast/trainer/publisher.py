@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import socket
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +17,7 @@ from weightcast.digest import version_name
 from weightcast.errors import InvalidInput, ProtocolError, StateError, WeightcastError
 from weightcast.messages import ModeWish
 from weightcast.report.model import Report
+from weightcast.trainer.addresses import address_beside, address_towards
 from weightcast.trainer.clients import EngineClient, SyncEngine, make_client
 from weightcast.trainer.fleet import Fleet, FleetSettings
 from weightcast.trainer.links import EngineLink
@@ -116,7 +116,7 @@ class Publisher:
                 info,
                 rank=group.rank,
                 size=group.size,
-                address=address or _own_address(info, one_host=one_host),
+                address=address or address_beside(info.address) if one_host else outward_address(),
             )
             self.metrics_port = None
             return
@@ -129,7 +129,9 @@ class Publisher:
                 raise InvalidInput(f"an engine is listed twice: {', '.join(sorted(names))}", field="engines")
             links = [EngineLink(client) for client in clients]
             self._records = Records(links, log=log)
-            self._address = address or (_address_towards(clients) if one_host else outward_address())
+            self._address = address or (
+                address_towards({client.host for client in clients}) if one_host else outward_address()
+            )
             self._coordinator = Coordinator(self._address, silence_s=silence_s)
         except Exception as error:
             if group is not None:
@@ -404,29 +406,7 @@ def _check_choices(pause: str, mode: str, shadows: int, require: str) -> None:
         raise InvalidInput(f"require is all or live, not {require!r}", field="require")
 
 
-def _own_address(info: JoinInfo, *, one_host: bool) -> str:
-    """Where workers reach this rank: as they reach rank 0 when both are on one host."""
-    if one_host:
-        return info.address.removeprefix("tcp://").rpartition(":")[0]
-    return outward_address()
-
-
 def _number_of(version: str) -> int:
     """The number in a version name; 0 for a label that is none."""
     head = version.partition("-")[0]
     return int(head) if head.isascii() and head.isdigit() else 0
-
-
-def _address_towards(clients: Sequence[EngineClient]) -> str:
-    """The address of this host on the way to the engines; loopback when all are here."""
-    hosts = {client.host for client in clients}
-    for host in sorted(hosts):
-        try:
-            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-                probe.connect((host, 9))
-                address = str(probe.getsockname()[0])
-        except OSError:
-            continue
-        if not address.startswith("127."):
-            return address
-    return "127.0.0.1"
