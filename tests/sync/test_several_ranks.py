@@ -268,14 +268,14 @@ def test_fsdp_trains_on_and_grids_of_ranks_are_exact(tmp_path: Path) -> None:
 class Side:
     """One rank in a process of its own, to be frozen or killed."""
 
-    def start(self, rank: int, size: int, folder: str, transport: str, seed: int) -> None:
+    def start(self, rank: int, size: int, folder: str, transport: str, seed: int, mode: str) -> None:
         store = dist.FileStore(f"{folder}/store", size)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=30))
         self.rank, self.size = rank, size
         self.held = sharded(checkpoint(seed), size, rank)
         self.engines = [LocalEngine("a", [DictModel(checkpoint(seed - 1))])] if rank == 0 else []
         self.publisher = Publisher(
-            self.held, self.engines, process_group=dist.group.WORLD, transport=transport, mode="staged", timeout_s=20
+            self.held, self.engines, process_group=dist.group.WORLD, transport=transport, mode=mode, timeout_s=20
         )
 
     def connect(self, timeout_s: float = 20.0) -> Told:
@@ -323,11 +323,11 @@ class Side:
 
 
 @contextmanager
-def sides(size: int, folder: Path, transport: str, seed: int) -> Iterator[list[Peer]]:
+def sides(size: int, folder: Path, transport: str, seed: int, mode: str = "staged") -> Iterator[list[Peer]]:
     with ExitStack() as stack:
         peers = [stack.enter_context(Peer(Side, rank)) for rank in range(size)]
         for rank, peer in enumerate(peers):
-            peer.start("start", rank, size, str(folder), transport, seed)
+            peer.start("start", rank, size, str(folder), transport, seed, mode)
         for peer in peers:
             peer.result()
         yield peers
@@ -339,10 +339,15 @@ def all_call(peers: list[Peer], method: str, *args: object) -> list[Told]:
     return [peer.result(40) for peer in peers]
 
 
-@pytest.mark.parametrize(("transport", "stalled"), [("gloo", "send"), ("shm", "digest")])
-def test_a_rank_that_is_killed_in_a_round_is_named_on_all_others(tmp_path: Path, transport: str, stalled: str) -> None:
+@pytest.mark.parametrize(
+    ("transport", "mode", "stalled"),
+    [("gloo", "staged", "send"), ("gloo", "in_place", "send"), ("shm", "staged", "digest")],
+)
+def test_a_rank_that_is_killed_in_a_round_is_named_on_all_others(
+    tmp_path: Path, transport: str, mode: str, stalled: str
+) -> None:
     seed = random.SystemRandom().randrange(1, 2**31)
-    with sides(3, tmp_path, transport, seed) as peers:
+    with sides(3, tmp_path, transport, seed, mode) as peers:
         told = all_call(peers, "publish", 20.0, seed)
         assert {kind for kind, _, _ in told} == {""}
         assert len({version for _, version, _ in told}) == 1
@@ -357,9 +362,10 @@ def test_a_rank_that_is_killed_in_a_round_is_named_on_all_others(tmp_path: Path,
             assert kind == "RoundFailed"
             assert "trainer rank 2 is gone" in text
             assert "Start that rank again" in text
-            assert f"a serves {version}" in text
+            assert (f"a serves {version}" if mode == "staged" else "a is DIRTY") in text
             assert seconds < 10
-        assert peers[0].call("serves", seed) == (True, version)
+        if mode == "staged":
+            assert peers[0].call("serves", seed) == (True, version)
         for kind, text, seconds in all_call(peers[:2], "publish", 10.0, seed + 1):
             assert kind == "PeerLost"
             assert "trainer rank 2 is gone" in text
