@@ -163,6 +163,24 @@ class Failed(Message, frozen=True, kw_only=True, tag="failed"):
     dirty: bool
 
 
+class RankOrder(Message, frozen=True, kw_only=True, tag="rank_order"):
+    """Trainer rank 0 to another rank of the same trainer: do something as part of collective call number ``call``.
+
+    ``body`` is the trainer's own msgpack form (trainer.ranks.orders); ``number`` is repeated by the answer.
+    """
+
+    call: int
+    number: int
+    body: bytes
+
+
+class RankAnswer(Message, frozen=True, kw_only=True, tag="rank_answer"):
+    """Trainer rank to rank 0: what came of the order of that number."""
+
+    number: int
+    body: bytes
+
+
 AnyMessage = (
     Heartbeat
     | Bye
@@ -178,6 +196,8 @@ AnyMessage = (
     | Committed
     | Abort
     | Failed
+    | RankOrder
+    | RankAnswer
 )
 
 _decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage)

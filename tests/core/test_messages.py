@@ -23,6 +23,8 @@ from weightcast.messages import (
     Landings,
     Message,
     Offer,
+    RankAnswer,
+    RankOrder,
     Ready,
     Refused,
     Setup,
@@ -54,6 +56,8 @@ EXAMPLES: list[Message] = [
     Committed(epoch=1, round=2, digest=1, nbytes=0, transfer_s=0.0, apply_s=0.1, digest_s=0.1),
     Abort(epoch=1, round=2, reason="r"),
     Failed(epoch=1, round=2, phase="transfer", kind="PeerLost", message="m", dirty=True),
+    RankOrder(call=3, number=17, body=b"\x81\xff"),
+    RankAnswer(number=17, body=b"\x00"),
 ]
 
 

@@ -92,6 +92,8 @@ class Receiver:
             self._round.failed(id, str(error))
             session.send_failure(id, "commit", error, dirty=self.dirty)
             if isinstance(error, WeightcastError):
+                # Without it a trainer in the same process takes a lost peer for an order that never arrived.
+                error.at(phase="commit")
                 raise
             raise LoadError(f"commit failed: {type(error).__name__}: {error}", phase="commit") from error
         apply_s = time.perf_counter() - start - transfer_s

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from weightcast.errors import RoundFailed, WeightcastError
+from weightcast.errors import PeerLost, RoundFailed, WeightcastError
 from weightcast.report.model import EngineReport, Report, WorkerReport
 from weightcast.report.model import Outcome as ReportOutcome
 from weightcast.trainer.links import EngineLink
 from weightcast.trainer.outcomes import Outcome, Outcomes
 from weightcast.trainer.timeline import Timeline
+
+AGAIN_HINT = "Call publish() again: it sets up what broke"
 
 
 class Account:
@@ -31,7 +33,7 @@ class Account:
             causes=every,
             serving={engine.name: engine.version for engine in fleet if not engine.dirty},
             dirty=tuple(engine.name for engine in fleet if engine.dirty),
-            hint="Call publish() again: it sets up what broke",
+            hint=next((c.hint for c in causes.values() if isinstance(c, PeerLost) and c.hint), AGAIN_HINT),
         )
 
     def report(

@@ -16,23 +16,24 @@ from dataclasses import dataclass
 
 from weightcast.control.coordinator import Coordinator, Member
 from weightcast.deadline import Deadline
-from weightcast.errors import DeadlineExceeded, PeerLost, PlanMismatch, StateError, WeightcastError
-from weightcast.memory import Memory
+from weightcast.errors import DeadlineExceeded, PeerLost, PlanMismatch, StateError, Unsupported, WeightcastError
+from weightcast.facts import Facts
+from weightcast.layout import image_layout
 from weightcast.messages import Landings, ModeWish, Offer, Ready, Setup, Welcome
-from weightcast.plan import compile_plan, plan_digest
-from weightcast.trainer.links import EngineLink, WorkerLink
-from weightcast.trainer.proof import ExpectedDigest, copies_key, whole_copies
+from weightcast.plan import Plan, compile_plan, plan_digest
+from weightcast.trainer.holder import Holder
+from weightcast.trainer.links import EngineLink, SendingEnd, WorkerLink
+from weightcast.trainer.proof import ExpectedDigest, plan_key, whole_copies
+from weightcast.trainer.ranks import Ranks, SharedEnd
+from weightcast.trainer.ranks.leader import LEADER, SharedDigest
 from weightcast.trainer.sources.base import Source
 from weightcast.transports.base import Transport
-from weightcast.transports.facts import local_facts
 from weightcast.transports.registry import registry
 
 logger = logging.getLogger(__name__)
 
 WORD_TIMEOUT_S = 0.5
 """How long a worker whose connection broke is asked for its own reason."""
-THIS_RANK = 0
-"""Trainer rank of this process; one process publishes everything it holds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,22 +51,23 @@ class FleetSettings:
 class Fleet:
     """All engines of one Publisher, their plans and pairs. Not thread-safe: one call at a time."""
 
-    def __init__(self, source: Source, coordinator: Coordinator, settings: FleetSettings) -> None:
+    def __init__(self, source: Source, coordinator: Coordinator, settings: FleetSettings, ranks: Ranks) -> None:
         self._source = source
+        self.ranks = ranks
         self._coordinator = coordinator
         self._settings = settings
         self._session = secrets.token_hex(8)
-        self._adopted: dict[str, Memory] = {}
+        self._holder = Holder(source)
         self.engines: list[EngineLink] = []
         self.epoch = 0
-        self.expected: dict[str, ExpectedDigest] = {}
+        self.expected: dict[str, ExpectedDigest | SharedDigest] = {}
         self._content_key: str | None = None
         coordinator.greet_with(self._welcome)
 
     def _welcome(self, member: Member) -> Welcome:
         return Welcome(
             session=self._session,
-            manifest=self._source.manifest,
+            manifest=self.ranks.manifest,
             mode=self._settings.mode,
             shadows=self._settings.shadows,
             heartbeat_s=self._coordinator.heartbeat_s,
@@ -108,7 +110,7 @@ class Fleet:
         for member in self._coordinator.wait_members(engine.name, world_size, deadline):
             landings = self._coordinator.take(member, Landings, deadline, phase="join")
             assert isinstance(landings, Landings)
-            landings.layout.check(self._source.manifest)
+            landings.layout.check(self.ranks.manifest)
             workers.append(WorkerLink(member, landings))
         hello = workers[0].member.hello
         engine.version, engine.digest, engine.dirty = hello.version, hello.digest, hello.dirty
@@ -140,7 +142,9 @@ class Fleet:
                     worker.at = (self.epoch, 0)
                     self._choose(worker)
         engines = [engine for engine in engines if engine.name not in failures]
-        self._adopt({w.transport for e in engines for w in e.workers if w.transport is not None}, engines)
+        self._adopt(
+            {w.transport.name for e in engines for w in e.workers if w.transport is not None}, engines, deadline
+        )
         for engine in engines:
             with _noting(engine, failures):
                 for worker in engine.workers:
@@ -157,65 +161,78 @@ class Fleet:
         return failures
 
     def _choose(self, worker: WorkerLink) -> None:
-        trainer = local_facts(self._source.device)
-        worker.transport, worker.reason = registry().choose(
-            trainer, worker.member.hello.facts, self._settings.transport
+        worker.transport, worker.reason = _common_transport(
+            self.ranks.facts(), worker.member.hello.facts, self._settings.transport
         )
         logger.info("%s worker %d: %s", worker.member.engine, worker.member.rank, worker.reason)
 
-    def _adopt(self, transports: Iterable[Transport], engines: Sequence[EngineLink]) -> None:
-        """Let each transport make the source's memory reachable, once; a moved memory is the source's from then on, and
+    def _adopt(self, transports: Iterable[str], engines: Sequence[EngineLink], deadline: Deadline) -> None:
+        """Let each transport make the memory of all ranks reachable, once; a moved memory is the source's from then on, and
         engines whose pairs read the former one have to be set up again."""
-        before = self._source.memory
-        if not self._adopted and self._source.device.type == "cpu":
-            # One arena makes a round's cost independent of the number of tensors, for copies and digests alike.
-            self._source.consolidate()
-        for transport in sorted(transports, key=lambda t: t.name):
-            if transport.name in self._adopted:
-                continue
-            memory = transport.adopt(self._source.memory)
-            if memory is not self._source.memory:
-                self._source.rebind(memory)
-            self._adopted[transport.name] = memory
-        if self._source.memory is not before:
+        names = sorted(set(transports))
+        moved = self._holder.adopt(names)
+        if self.ranks.adopt(names, deadline) or moved:
             self.expected.clear()
             for engine in self.engines:
                 if engine not in engines and engine.broken is None:
                     engine.broken = "the source's memory moved"
 
     def _offer(self, worker: WorkerLink, deadline: Deadline) -> None:
-        source, transport = self._source, worker.transport
-        assert transport is not None
-        plan = compile_plan(source.manifest, {THIS_RANK: source.layout}, worker.landings.layout)
-        worker.copies = plan.get(THIS_RANK, ())
-        worker.digest_key = copies_key(worker.copies)
+        assert worker.transport is not None
+        holdings = self.ranks.holdings
+        plan = compile_plan(self.ranks.manifest, holdings, worker.landings.layout)
+        worker.plan_digest, worker.digest_key = plan_digest(plan), plan_key(plan)
         if worker.digest_key not in self.expected:
-            self.expected[worker.digest_key] = ExpectedDigest(source.manifest, worker.copies, source.memory)
-        worker.end = transport.trainer_end(
-            worker.copies,
-            source.memory,
-            bucket_nbytes=self._settings.bucket_nbytes,
-            address=self._settings.address,
-        )
-        offer = Offer(rank=THIS_RANK, transport=transport.name, data=worker.end.offer())
+            self.expected[worker.digest_key] = self.ranks.expected(worker.digest_key, plan, deadline)
+        worker.end, offers = self._open(worker.transport, plan, deadline)
         self._coordinator.send(
             worker.member,
             Setup(
                 epoch=self.epoch,
-                holdings={THIS_RANK: source.layout},
-                offers=(offer,) if plan else (),
+                holdings=dict(holdings),
+                offers=offers,
                 timeout_s=max(deadline.remaining_s(), 0.001),
             ),
         )
 
-    def content(self) -> ExpectedDigest:
+    def _open(self, transport: Transport, plan: Plan, deadline: Deadline) -> tuple[SendingEnd, tuple[Offer, ...]]:
+        """The sending side of one worker's pairs, on all ranks that have something for it, and what it offers."""
+        settings = self._settings
+        own, offers = None, []
+        if self.ranks.alone or LEADER in plan:
+            own = transport.trainer_end(
+                plan.get(LEADER, ()),
+                self._source.memory,
+                bucket_nbytes=settings.bucket_nbytes,
+                address=settings.address,
+            )
+            if plan:
+                offers.append(Offer(rank=LEADER, transport=transport.name, data=own.offer()))
+            if self.ranks.alone:
+                return own, tuple(offers)
+        try:
+            pairs, others = self.ranks.pair(transport.name, plan, settings.bucket_nbytes, deadline)
+        except WeightcastError:
+            if own is not None:
+                own.close()
+            raise
+        return SharedEnd(self.ranks, own, pairs), (*offers, *others)
+
+    def content(self, deadline: Deadline) -> ExpectedDigest | SharedDigest:
         """The digest of all that is published; shared with workers that want exactly that."""
         if self._content_key is None or self._content_key not in self.expected:
-            copies = whole_copies(self._source.manifest, self._source.layout)
-            self._content_key = copies_key(copies)
+            plan = self._whole_plan()
+            self._content_key = plan_key(plan)
             if self._content_key not in self.expected:
-                self.expected[self._content_key] = ExpectedDigest(self._source.manifest, copies, self._source.memory)
+                self.expected[self._content_key] = self.ranks.expected(self._content_key, plan, deadline)
         return self.expected[self._content_key]
+
+    def _whole_plan(self) -> Plan:
+        """Copies that stand for everything that is published, each value once, however many ranks hold it."""
+        manifest = self.ranks.manifest
+        if self.ranks.alone:
+            return {LEADER: tuple(whole_copies(manifest, self._source.layout))}
+        return compile_plan(manifest, self.ranks.holdings, image_layout(manifest))
 
     def _connect(self, worker: WorkerLink, deadline: Deadline) -> None:
         assert worker.end is not None
@@ -231,8 +248,7 @@ class Fleet:
                 raise
             raise named from error
         ready = self._take_ready(member, deadline)
-        mine = plan_digest({THIS_RANK: worker.copies} if worker.copies else {})
-        if ready.plan_digest != mine:
+        if ready.plan_digest != worker.plan_digest:
             raise PlanMismatch(
                 "the worker compiled another plan", engine=member.engine, worker=member.rank, phase="setup"
             )
@@ -273,9 +289,7 @@ class Fleet:
         """Dismiss all engines and free all transports; idempotent."""
         for engine in list(self.engines):
             self.remove(engine)
-        for name, memory in self._adopted.items():
-            registry().get(name).release(memory)
-        self._adopted.clear()
+        self._holder.release()
 
 
 @contextmanager
@@ -285,3 +299,20 @@ def _noting(engine: EngineLink, failures: dict[str, WeightcastError]) -> Iterato
         yield
     except WeightcastError as error:
         failures.setdefault(engine.name, error.at(engine=engine.name, phase="setup"))
+
+
+def _common_transport(ranks: Sequence[Facts], worker: Facts, wanted: str | None) -> tuple[Transport, str]:
+    """The best transport that every trainer rank can use with a worker, and why; Unsupported when there is none."""
+    choices = [registry().choose(facts, worker, wanted) for facts in ranks]
+    if len({transport.name for transport, _ in choices}) == 1:
+        return choices[0]
+    reasons = []
+    for name in registry().names():
+        try:
+            for facts in ranks:
+                transport, _ = registry().choose(facts, worker, name)
+        except Unsupported as error:
+            reasons.append(error.message)
+            continue
+        return transport, f"{name} (the best that all trainer ranks can use)"
+    raise Unsupported(f"no transport that all trainer ranks can use: {'; '.join(reasons)}")

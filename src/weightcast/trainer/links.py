@@ -4,16 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from weightcast.control.coordinator import Member
+from weightcast.deadline import Deadline
 from weightcast.errors import DeadlineExceeded, PeerLost, WeightcastError
 from weightcast.messages import Failed, Landings
-from weightcast.plan import Copy
 from weightcast.trainer.clients.base import EngineClient
-from weightcast.transports.base import TrainerEnd, Transport
+from weightcast.transports.base import Transport
 
 UNKNOWN = "unknown"
+
+
+class SendingEnd(Protocol):
+    """What a round does with the sending side of a worker's pairs: a TrainerEnd, or one that several ranks share."""
+
+    def connect(self, deadline: Deadline) -> None: ...
+
+    def send(self, deadline: Deadline) -> int: ...
+
+    def abort(self) -> None: ...
+
+    def close(self) -> None: ...
 
 
 @dataclass(slots=True)
@@ -24,8 +36,8 @@ class WorkerLink:
     landings: Landings
     transport: Transport | None = None
     reason: str = ""
-    copies: tuple[Copy, ...] = ()
-    end: TrainerEnd | None = None
+    plan_digest: str = ""
+    end: SendingEnd | None = None
     digest_key: str = ""
     at: tuple[int, int] = (0, 0)
     """The (epoch, round) that the pair is used for now; round 0 is the set-up."""

@@ -13,7 +13,7 @@ from weightcast.dtypes import itemsize_of
 from weightcast.layout import Layout, Placement, contiguous_strides
 from weightcast.manifest import Manifest, align
 from weightcast.memory import Memory
-from weightcast.plan import Copy, split
+from weightcast.plan import Copy, Plan, split
 
 SCRATCH_NBYTES = 2**28
 """Values that are cast on their way are cast here, too, so many bytes at a time."""
@@ -93,6 +93,12 @@ def copies_key(copies: Sequence[Copy]) -> str:
     """Equal for sets of copies with equal expected digests: workers that want the same share one computation."""
     wanted = [(copy.region, copy.src_storage, copy.src_offset, copy.src_strides, copy.dst_dtype) for copy in copies]
     return hashlib.sha256(msgspec.msgpack.encode(wanted)).hexdigest()
+
+
+def plan_key(plan: Plan) -> str:
+    """``copies_key`` of all ranks' copies."""
+    keys = [(rank, copies_key(copies)) for rank, copies in sorted(plan.items())]
+    return hashlib.sha256(msgspec.msgpack.encode(keys)).hexdigest()
 
 
 def _source_side(copy: Copy) -> Placement:

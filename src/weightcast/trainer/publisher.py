@@ -3,33 +3,39 @@
 from __future__ import annotations
 
 import logging
-import socket
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
 import torch
+import torch.distributed as dist
 
 from weightcast.control.coordinator import Coordinator
+from weightcast.control.link import JoinInfo
 from weightcast.deadline import Deadline
 from weightcast.digest import version_name
-from weightcast.errors import InvalidInput, StateError, WeightcastError
+from weightcast.errors import InvalidInput, ProtocolError, StateError, WeightcastError
 from weightcast.messages import ModeWish
 from weightcast.report.model import Report
+from weightcast.trainer.addresses import address_beside, address_towards
 from weightcast.trainer.clients import EngineClient, SyncEngine, make_client
 from weightcast.trainer.fleet import Fleet, FleetSettings
 from weightcast.trainer.links import EngineLink
 from weightcast.trainer.metrics import TrainerMetrics
 from weightcast.trainer.outcomes import Require
 from weightcast.trainer.presence import Presence, join_error, not_connected
+from weightcast.trainer.ranks import Follower, Group, Ranks, check_complete
+from weightcast.trainer.ranks.leader import RANKS
 from weightcast.trainer.records import Records
 from weightcast.trainer.rounds import Round
 from weightcast.trainer.sources import SourceLike, make_source
 from weightcast.trainer.timeline import Timeline
 from weightcast.transports.base import DEFAULT_BUCKET_NBYTES
+from weightcast.transports.facts import outward_address
 
 logger = logging.getLogger(__name__)
 
+SHARDED_HINT = "Make a Publisher on every rank of the trainer, with process_group="
 PAUSES = ("keep", "wait", "abort", "none")
 
 
@@ -56,6 +62,10 @@ class Publisher:
         silence_s: a worker that is not heard for so long is lost.
         log: file that every round's report is appended to, committed or not; one that cannot be written is no reason to fail.
             Numbers go on from it, also when no engine can be reached that knows the last one.
+        process_group: the ranks of a distributed trainer, each of which makes a Publisher of its own part of the model (DTensors;
+            plain tensors count as replicas). ``connect``, ``publish``, ``add`` and ``remove`` are then collective: every rank makes
+            the same calls in the same order, and all return the same report or raise the same error. Rank 0 leads; what the
+            others give besides source, dtype, timeout_s and address is not looked at.
         metrics_port: serve Prometheus metrics on this port of the loopback interface; 0 chooses one (``metrics_port`` says which).
 
     Not thread-safe. A context manager: leaving it closes the publisher; engines go on with what they serve.
@@ -81,25 +91,52 @@ class Publisher:
         silence_s: float = 5.0,
         log: str | Path | None = None,
         metrics_port: int | None = None,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        if pause not in PAUSES:
-            raise InvalidInput(f"pause is one of {', '.join(PAUSES)}, not {pause!r}", field="pause")
-        if mode not in ("auto", "staged", "in_place"):
-            raise InvalidInput(f"mode is auto, staged or in_place, not {mode!r}", field="mode")
-        if shadows not in (1, 2):
-            raise InvalidInput(f"shadows is 1 or 2, not {shadows!r}", field="shadows")
-        if require not in ("all", "live"):
-            raise InvalidInput(f"require is all or live, not {require!r}", field="require")
-        Deadline(timeout_s)
-        self._token, self._timeout_s, self._pause, self._clear_cache = token, timeout_s, pause, clear_cache
-        self._source = make_source(source, dtype=dtype)
+        self._timeout_s, self._closed = timeout_s, False
+        self._follower: Follower | None = None
+        self._last_followed: Report | None = None
+        group = None if process_group is None or dist.get_world_size(process_group) == 1 else Group(process_group)
+        deadline = Deadline(timeout_s)
+        try:
+            _check_choices(pause, mode, shadows, require)
+            self._source = make_source(source, dtype=dtype)
+            if group is None:
+                check_complete(self._source.manifest, {0: self._source.layout}, hint=SHARDED_HINT)
+        except Exception as error:
+            if group is not None:
+                group.meet(deadline, error)
+            raise
+        one_host = group.meet(deadline) if group is not None else True
+        if group is not None and group.rank > 0:
+            # Rank 0's control channel carries everything from here on.
+            info = group.introduce(deadline, None)
+            self._follower = Follower(
+                self._source,
+                info,
+                rank=group.rank,
+                size=group.size,
+                address=address or address_beside(info.address) if one_host else outward_address(),
+            )
+            self.metrics_port = None
+            return
+        self._token, self._pause, self._clear_cache = token, pause, clear_cache
         self._require: Require = require
-        clients = [make_client(engine, token=token) for engine in engines]
-        names = [client.name for client in clients]
-        if len(set(names)) < len(names):
-            raise InvalidInput(f"an engine is listed twice: {', '.join(sorted(names))}", field="engines")
-        self._address = address or _address_towards(clients)
-        self._coordinator = Coordinator(self._address, silence_s=silence_s)
+        try:
+            clients = [make_client(engine, token=token) for engine in engines]
+            names = [client.name for client in clients]
+            if len(set(names)) < len(names):
+                raise InvalidInput(f"an engine is listed twice: {', '.join(sorted(names))}", field="engines")
+            links = [EngineLink(client) for client in clients]
+            self._records = Records(links, log=log)
+            self._address = address or (
+                address_towards({client.host for client in clients}) if one_host else outward_address()
+            )
+            self._coordinator = Coordinator(self._address, silence_s=silence_s)
+        except Exception as error:
+            if group is not None:
+                group.introduce(deadline, None, error)
+            raise
         settings = FleetSettings(
             transport=None if transport == "auto" else transport,
             mode=mode,
@@ -108,15 +145,20 @@ class Publisher:
             takeover=takeover,
             address=self._address,
         )
-        self._fleet = Fleet(self._source, self._coordinator, settings)
-        self._fleet.engines = [EngineLink(client) for client in clients]
+        self._ranks = Ranks(self._source, self._coordinator, 1 if group is None else group.size)
+        self._fleet = Fleet(self._source, self._coordinator, settings, self._ranks)
+        self._fleet.engines = links
         self._presence = Presence(self._fleet, require, timeout_s)
-        self._records = Records(self._fleet.engines, log=log)
         self._number = self._records.last_number
         self._rounds = 0
-        self._closed = False
         self._was_connected = False
-        self.metrics_port = self._records.metrics.serve(metrics_port) if metrics_port is not None else None
+        try:
+            if group is not None:
+                group.introduce(deadline, self._join_info())
+            self.metrics_port = self._records.metrics.serve(metrics_port) if metrics_port is not None else None
+        except BaseException:
+            self.close()
+            raise
 
     # -- life
 
@@ -130,6 +172,12 @@ class Publisher:
         """
         self._require_open()
         deadline = Deadline(timeout_s or self._timeout_s)
+        if self._follower is not None:
+            self._follower.join("connect", deadline)
+            return
+        self._ranks.collectively("connect", deadline, lambda: self._connect(deadline))
+
+    def _connect(self, deadline: Deadline) -> None:
         failures = self._presence.bring_up(self._fleet.engines, deadline)
         if self._presence.is_too_little(failures):
             raise join_error(failures)
@@ -148,28 +196,48 @@ class Publisher:
         others, and the report says so. Otherwise (None) it gets the next version with all others.
         """
         self._require_open()
+        deadline = Deadline(timeout_s or self._timeout_s)
+        if self._follower is not None:
+            return self._follower.join("add", deadline)
+        return self._ranks.collectively("add", deadline, lambda: self._add(engine, deadline))
+
+    def _add(self, engine: str | EngineClient | SyncEngine, deadline: Deadline) -> Report | None:
         link = EngineLink(make_client(engine, token=self._token))
         if any(other.name == link.name for other in self._fleet.engines):
             raise StateError(f"{link.name} is in the fleet already")
-        deadline = Deadline(timeout_s or self._timeout_s)
         current = self._current()
         self._fleet.engines.append(link)
         failures = self._presence.bring_up([link], deadline)
         if failures:
-            self.remove(link.name)
+            self._remove(link.name)
             raise join_error(failures)
         return self._catch_up(link, current, deadline)
 
     def remove(self, name: str) -> None:
         """Dismiss an engine; it goes on with what it serves."""
+        self._require_open()
+        deadline = Deadline(self._timeout_s)
+        if self._follower is not None:
+            self._follower.join("remove", deadline)
+        else:
+            self._ranks.collectively("remove", deadline, lambda: self._remove(name))
+
+    def _remove(self, name: str) -> None:
         engine = self._fleet.find(name)
         self._presence.forget(engine)
         self._fleet.remove(engine)
 
     def close(self) -> None:
-        """Leave all engines and free memory, sockets and segments; idempotent. The source's tensors stay valid."""
+        """Leave all engines and free memory, sockets and segments; idempotent. The source's tensors stay valid.
+
+        With several ranks each closes its own, in any order; waits for nobody.
+        """
         if not self._closed:
             self._closed = True
+            if self._follower is not None:
+                self._follower.close()
+                self._source.close()
+                return
             self._presence.close()
             self._fleet.close()
             self._coordinator.close()
@@ -190,14 +258,25 @@ class Publisher:
         """Bring every engine to the next version.
 
         When it returns, every engine serves that version, proven by digest (require="live": but those whose report is not
-        ``ok``). A publisher that was never connected connects first and raises what ``connect`` does. When it raises RoundFailed, every engine serves what ``serving`` says (the version before, or "unknown" for
-        one that cannot be asked) or is named in ``dirty``; calling again repairs and repeats. It ends at most two seconds
-        after its deadline. Tensors of the source must not change while it runs.
+        ``ok``). A publisher that was never connected connects first and raises what ``connect`` does. When it raises
+        RoundFailed, every engine serves what ``serving`` says (the version before, or "unknown" for one that cannot be asked) or
+        is named in ``dirty``; calling again repairs and repeats. With several ranks, one that is gone or does not come before
+        the round begins is PeerLost or DeadlineExceeded on all others, and nothing was changed. It ends at most two seconds after
+        its deadline. Tensors of the source must not change while it runs.
         """
         self._require_open()
+        deadline = Deadline(timeout_s or self._timeout_s)
+        if self._follower is None:
+            return self._ranks.collectively("publish", deadline, lambda: self._publish(deadline))
+        report = self._follower.join("publish", deadline)
+        if report is None:
+            raise ProtocolError("trainer rank 0 ended a round without a report")
+        self._last_followed = report
+        return report
+
+    def _publish(self, deadline: Deadline) -> Report:
         if not self._fleet.engines:
             raise StateError("the fleet has no engine", hint="Give engines= or call add()")
-        deadline = Deadline(timeout_s or self._timeout_s)
         timeline = Timeline()
         with timeline.phase("prepare"):
             absent = self._presence.bring_up(self._fleet.engines, deadline, self._presence.patience(deadline))
@@ -209,33 +288,34 @@ class Publisher:
                     else join_error(absent)
                 )
             self._was_connected = True
-            self._source.refresh()
+            self._ranks.refresh(deadline)
         engines = [engine for engine in self._fleet.engines if engine.name not in absent]
         return self._round(engines, self._next_number(), deadline, timeline, absent)
 
     @property
     def versions(self) -> dict[str, str]:
         """What each engine serves, as last heard."""
-        return self._records.versions()
+        return self._kept("versions").versions()
 
     @property
     def members(self) -> dict[str, str]:
         """The state of each engine: "ready", "dirty", "unknown" (what it serves could not be asked), or why it is not connected."""
-        return self._records.members()
+        return self._kept("members").members()
 
     @property
     def metrics(self) -> TrainerMetrics:
         """Prometheus metrics of this publisher: ``render()`` them, or have ``metrics_port=`` serve them."""
-        return self._records.metrics
+        return self._kept("metrics").metrics
 
     @property
     def last_report(self) -> Report | None:
         """The report of the last round that was committed."""
-        return self._records.last
+        return self._records.last if self._follower is None else self._last_followed
 
     @property
     def control_address(self) -> str:
         """The endpoint engines connect back to."""
+        self._kept("control_address")
         return f"tcp://{self._address}:{self._coordinator.port}"
 
     # -- pieces
@@ -243,6 +323,22 @@ class Publisher:
     def _require_open(self) -> None:
         if self._closed:
             raise StateError("the publisher is closed")
+
+    def _kept(self, what: str) -> Records:
+        """The records; only rank 0 of several has them."""
+        if self._follower is not None:
+            raise StateError(f"this rank knows no {what}", hint="Ask trainer rank 0")
+        return self._records
+
+    def _join_info(self) -> JoinInfo:
+        """How the other ranks reach this one."""
+        return JoinInfo(
+            address=self.control_address,
+            public_key=self._coordinator.public_key,
+            ticket=self._ranks.ticket(),
+            engine=RANKS,
+            timeout_s=self._timeout_s,
+        )
 
     def _round(
         self,
@@ -257,7 +353,7 @@ class Publisher:
             self._fleet,
             engines,
             self._source,
-            self._fleet.content(),
+            self._fleet.content(deadline),
             self._coordinator,
             number=number,
             round=self._rounds,
@@ -290,31 +386,27 @@ class Publisher:
             return None
         if not engine.dirty and (engine.version, engine.digest) == (current.version, current.digest):
             return None
-        self._source.refresh()
-        number, digest = _number_of(current.version), self._fleet.content().of(self._source.memory)
+        self._ranks.refresh(deadline)
+        number, digest = _number_of(current.version), self._fleet.content(deadline).of(self._source.memory)
         if number < self._next_number() - 1 or f"{digest:016x}" != current.digest:
             return None
-        if version_name(number, self._source.manifest, digest) != current.version:
+        if version_name(number, self._ranks.manifest, digest) != current.version:
             return None
         return self._round([engine], number, deadline, Timeline(), {})
+
+
+def _check_choices(pause: str, mode: str, shadows: int, require: str) -> None:
+    if pause not in PAUSES:
+        raise InvalidInput(f"pause is one of {', '.join(PAUSES)}, not {pause!r}", field="pause")
+    if mode not in ("auto", "staged", "in_place"):
+        raise InvalidInput(f"mode is auto, staged or in_place, not {mode!r}", field="mode")
+    if shadows not in (1, 2):
+        raise InvalidInput(f"shadows is 1 or 2, not {shadows!r}", field="shadows")
+    if require not in ("all", "live"):
+        raise InvalidInput(f"require is all or live, not {require!r}", field="require")
 
 
 def _number_of(version: str) -> int:
     """The number in a version name; 0 for a label that is none."""
     head = version.partition("-")[0]
     return int(head) if head.isascii() and head.isdigit() else 0
-
-
-def _address_towards(clients: Sequence[EngineClient]) -> str:
-    """The address of this host on the way to the engines; loopback when all are here."""
-    hosts = {client.host for client in clients}
-    for host in sorted(hosts):
-        try:
-            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-                probe.connect((host, 9))
-                address = str(probe.getsockname()[0])
-        except OSError:
-            continue
-        if not address.startswith("127."):
-            return address
-    return "127.0.0.1"

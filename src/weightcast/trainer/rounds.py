@@ -31,6 +31,7 @@ from weightcast.trainer.fleet import Fleet
 from weightcast.trainer.links import EngineLink, WorkerLink
 from weightcast.trainer.outcomes import Cancelled, Outcome, Outcomes, Require
 from weightcast.trainer.proof import ExpectedDigest
+from weightcast.trainer.ranks.leader import SharedDigest
 from weightcast.trainer.sources.base import Source
 from weightcast.trainer.timeline import Timeline
 from weightcast.trainer.undo import WayBack
@@ -53,7 +54,7 @@ class Round:
         fleet: Fleet,
         engines: list[EngineLink],
         source: Source,
-        content: ExpectedDigest,
+        content: ExpectedDigest | SharedDigest,
         coordinator: Coordinator,
         *,
         number: int,
@@ -100,7 +101,8 @@ class Round:
         except WeightcastError as error:
             self._outcomes.fail()
             self._undo(self._engines)
-            raise self._account.failure(self._fleet.engines, {"trainer": error}) from error
+            losses = self._fleet.ranks.losses("transfer")
+            raise self._account.failure(self._fleet.engines, losses or {"trainer": error}) from error
         except BaseException:
             self._outcomes.fail()
             self._undo(self._engines)
@@ -108,7 +110,7 @@ class Round:
         well = [engine for engine in self._engines if self._outcomes.of(engine).committed]
         if self._outcomes.failed or not well:
             self._undo(self._engines)
-            raise self._account.failure(self._fleet.engines, {})
+            raise self._account.failure(self._fleet.engines, self._fleet.ranks.losses("transfer"))
         self._undo([engine for engine in self._engines if engine not in well])
         for engine in well:
             engine.version, engine.digest, engine.dirty = self.version, f"{self.content_digest:016x}", False
@@ -180,6 +182,9 @@ class Round:
         """Raise what the worker itself says about a broken connection, or the error when it says nothing."""
         if self._outcomes.is_over(engine):
             raise Cancelled("the round failed elsewhere")
+        lost = self._fleet.ranks.lost(phase)
+        if lost is not None:
+            raise lost
         brief = Deadline(min(self._left_s(), UNDO_S))
         with contextlib.suppress(TimeoutError, Cancelled):
             self._take(engine, worker, kind, phase, brief)
@@ -199,7 +204,7 @@ class Round:
     ) -> None:
         with self._timeline.phase("verify"):
             self.content_digest, self._expected = digesting.result()
-            self.version = version_name(self._number, self._source.manifest, self.content_digest)
+            self.version = version_name(self._number, self._fleet.ranks.manifest, self.content_digest)
             for engine, worker in workers:
                 if not worker.in_place:
                     self._outcomes.guard(engine, "verify", partial(self._check, worker, "staged"), worker)

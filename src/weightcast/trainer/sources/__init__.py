@@ -1,4 +1,4 @@
-"""Sources: a module, a state dict, a safetensors checkpoint."""
+"""Sources: a module, a state dict, the shards of either on one rank of several, a safetensors checkpoint."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from weightcast.errors import InvalidInput
 from weightcast.trainer.sources.base import Source
 from weightcast.trainer.sources.module import ModuleSource, checkpoint_tensors
 from weightcast.trainer.sources.safetensors import SafetensorsSource
+from weightcast.trainer.sources.sharded import ShardedSource
+from weightcast.trainer.sources.shards import is_distributed
 from weightcast.trainer.sources.state_dict import StateDictSource
 
 SourceLike = Source | nn.Module | Mapping[str, torch.Tensor] | str | Path
@@ -22,8 +24,13 @@ def make_source(source: SourceLike, *, dtype: torch.dtype | None = None) -> Sour
     if isinstance(source, Source):
         return source
     if isinstance(source, nn.Module):
-        return ModuleSource(source, dtype=dtype)
+        tensors = checkpoint_tensors(source)
+        if any(map(is_distributed, tensors.values())):
+            return ShardedSource(tensors, dtype=dtype, in_place=True)
+        return ModuleSource(source, dtype=dtype, names=tensors)
     if isinstance(source, Mapping):
+        if any(map(is_distributed, source.values())):
+            return ShardedSource(source, dtype=dtype, in_place=False)
         return StateDictSource(source, dtype=dtype)
     if isinstance(source, str | Path):
         return SafetensorsSource(source)
@@ -35,6 +42,7 @@ def make_source(source: SourceLike, *, dtype: torch.dtype | None = None) -> Sour
 __all__ = [
     "ModuleSource",
     "SafetensorsSource",
+    "ShardedSource",
     "Source",
     "SourceLike",
     "StateDictSource",

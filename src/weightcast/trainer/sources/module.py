@@ -14,6 +14,7 @@ from weightcast.layout import Layout, Placement, Region
 from weightcast.manifest import Manifest, TensorSpec, align
 from weightcast.memory import Memory, bytes_of
 from weightcast.trainer.sources.base import Source, device_of
+from weightcast.trainer.sources.shards import is_distributed, local_of
 
 
 def checkpoint_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -30,10 +31,11 @@ def checkpoint_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
         return state
     from transformers.core_model_loading import revert_weight_conversion
 
-    known = {value.untyped_storage().data_ptr() for value in state.values()}
+    known = {local_of(value).untyped_storage().data_ptr() for value in state.values()}
     reverted: dict[str, torch.Tensor] = revert_weight_conversion(module, dict(state))
     for name, value in reverted.items():
-        if value.numel() and value.untyped_storage().data_ptr() not in known:
+        local = local_of(value)
+        if local.numel() and local.untyped_storage().data_ptr() not in known:
             raise Unsupported(
                 f"checkpoint tensor {name!r} is computed from the module's parameters, not a view of one",
                 hint="Publish a state dict in checkpoint form instead",
@@ -164,9 +166,16 @@ def published_dtype(held: torch.dtype, wanted: torch.dtype | None) -> str:
 
 
 def check_kinds(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise Unsupported for what is not a plain dense tensor, shards included."""
     for name, value in tensors.items():
-        if type(value).__name__ == "DTensor" or hasattr(value, "placements"):
-            raise Unsupported(f"{name!r} is a DTensor", hint="Publish full tensors: state_dict with full_tensor()")
+        if is_distributed(value):
+            raise Unsupported(f"{name!r} is a DTensor", hint="Give the module or state dict itself to Publisher")
+    check_dense(tensors)
+
+
+def check_dense(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise Unsupported for tensors without strided values of their own."""
+    for name, value in tensors.items():
         if value.is_meta or value.is_sparse or value.is_quantized or value.layout is not torch.strided:
             raise Unsupported(f"{name!r} is not a plain dense tensor ({value.layout}, {value.device})")
 

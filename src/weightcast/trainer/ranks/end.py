@@ -1,0 +1,89 @@
+"""SharedEnd: the trainer's side of one worker's pairs, one with each rank that has something for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from weightcast.deadline import Deadline
+from weightcast.errors import TransportError, WeightcastError
+from weightcast.trainer.ranks.leader import Ranks
+from weightcast.trainer.ranks.orders import Abort, Connect, Order, Release, Send
+from weightcast.transports.base import TrainerEnd
+
+
+class SharedEnd:
+    """Drives this rank's own end, if it has one, and those of other ranks, all at the same time.
+
+    The first error ends all of them. Not thread-safe but for ``abort``.
+    """
+
+    def __init__(self, ranks: Ranks, own: TrainerEnd | None, pairs: Mapping[int, int]) -> None:
+        self._ranks, self._own, self._pairs = ranks, own, pairs
+        self._aborted = False
+        self._closed = False
+        ranks.keep(self)
+
+    def connect(self, deadline: Deadline) -> None:
+        own = self._own
+
+        def connect_own() -> None:
+            if own is not None:
+                own.connect(deadline)
+
+        self._everywhere(lambda pair: Connect(pair=pair, timeout_s=_left_s(deadline)), connect_own, deadline, "setup")
+
+    def send(self, deadline: Deadline) -> int:
+        own, sent = self._own, [0]
+
+        def send_own() -> None:
+            if own is not None:
+                sent.append(own.send(deadline))
+
+        others = self._everywhere(
+            lambda pair: Send(pair=pair, timeout_s=_left_s(deadline)), send_own, deadline, "transfer"
+        )
+        return sum(sent) + others
+
+    def abort(self) -> None:
+        self._aborted = True
+        for rank, pair in self._pairs.items():
+            self._ranks.tell(rank, Abort(pair=pair))
+        if self._own is not None:
+            self._own.abort()
+
+    def close(self) -> None:
+        """Idempotent; other ranks close theirs before they do anything else for this one."""
+        if self._closed:
+            return
+        self._closed = True
+        self._ranks.drop(self)
+        for rank, pair in self._pairs.items():
+            self._ranks.tell(rank, Release(pair=pair))
+        if self._own is not None:
+            self._own.close()
+
+    def _everywhere(
+        self, order: Callable[[int], Order], own: Callable[[], None], deadline: Deadline, phase: str
+    ) -> int:
+        """Order the others, do the own part, hear the others; the sum of their values."""
+
+        def cancelled() -> WeightcastError | None:
+            return TransportError("the pair was aborted", phase=phase) if self._aborted else None
+
+        try:
+            posted = {rank: self._ranks.tell(rank, order(pair)) for rank, pair in self._pairs.items()}
+            own()
+            return sum(
+                self._ranks.hear(rank, number, deadline, phase=phase, cancelled=cancelled).value
+                for rank, number in posted.items()
+            )
+        except WeightcastError as error:
+            self.abort()
+            lost = self._ranks.lost(phase)
+            if lost is not None:
+                raise lost from error
+            raise
+
+
+def _left_s(deadline: Deadline) -> float:
+    return max(deadline.remaining_s(), 0.001)

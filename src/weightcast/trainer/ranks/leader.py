@@ -1,0 +1,315 @@
+"""Ranks: what rank 0 of a trainer knows of the other ranks, and how it orders them about.
+
+A collective call is entered by every rank, each on its own; rank 0 then orders, and ends the call on all of them with its own
+outcome. The null case, a trainer of one rank, costs nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol, TypeVar
+
+from weightcast.control.coordinator import Coordinator, Member
+from weightcast.deadline import Deadline
+from weightcast.digest import combine
+from weightcast.errors import DeadlineExceeded, PeerLost, PlanMismatch, WeightcastError
+from weightcast.facts import Facts
+from weightcast.layout import Layout
+from weightcast.manifest import Manifest, TensorSpec
+from weightcast.memory import Memory
+from weightcast.messages import Failed, Offer, RankAnswer, RankOrder
+from weightcast.plan import Plan
+from weightcast.report.model import Report
+from weightcast.trainer.proof import ExpectedDigest
+from weightcast.trainer.ranks.coverage import check_complete
+from weightcast.trainer.ranks.orders import (
+    Adopt,
+    Agree,
+    Answer,
+    Digest,
+    Enter,
+    Expect,
+    Finish,
+    Order,
+    Pair,
+    Refresh,
+    Survey,
+    decode_answer,
+    encode,
+    error_form,
+    error_of,
+)
+from weightcast.trainer.sources.base import Source
+from weightcast.transports.facts import local_facts
+
+logger = logging.getLogger(__name__)
+
+RANKS = "trainer ranks"
+"""The name under which trainer ranks join the control channel."""
+LEADER = 0
+LOST_HINT = "Start that rank again, then make a new Publisher on every rank; engines go on with what they serve"
+LATE_HINT = "Every rank has to call connect() and publish(), in the same order"
+
+T = TypeVar("T")
+
+
+class Abortable(Protocol):
+    """A pair that several ranks have a part in."""
+
+    def abort(self) -> None: ...
+
+
+class Ranks:
+    """The other ranks of the trainer, by rank. Calls end by their deadline; thread-safe but for ``collectively``."""
+
+    def __init__(self, source: Source, coordinator: Coordinator, size: int = 1) -> None:
+        self._source, self._coordinator, self._size = source, coordinator, size
+        self._members: dict[int, Member] = {}
+        self._layouts: dict[int, Layout] = {}
+        self._numbers = itertools.count(1)
+        self._pairs = itertools.count(1)
+        self._call = 0
+        self._open: set[Abortable] = set()
+        self._lock = threading.Lock()
+        self.manifest = source.manifest
+        """What all ranks together publish, once they have met in a call."""
+        self.deadline = Deadline(1.0)
+        """That of the call that runs."""
+
+    @property
+    def alone(self) -> bool:
+        return self._size == 1
+
+    def ticket(self) -> str:
+        """Admits every other rank once."""
+        return self._coordinator.issue_ticket(RANKS, self._size - 1)
+
+    # -- collective calls
+
+    def collectively(self, what: str, deadline: Deadline, work: Callable[[], T]) -> T:
+        """Do ``work`` as the leader's part of a call that all ranks make; they return its Report or raise its error."""
+        if self.alone:
+            return work()
+        self._call += 1
+        self.deadline = deadline
+        try:
+            self._enter(what, deadline)
+            result = work()
+        except BaseException as error:
+            self._finish(Finish(error=error_form(error)))
+            raise
+        self._finish(Finish(report=result.to_json() if isinstance(result, Report) else ""))
+        return result
+
+    def _enter(self, what: str, deadline: Deadline) -> None:
+        self._coordinator.clear_inboxes(self._members.values())
+        is_new = not self._members
+        if is_new:
+            self._wait_for_all(deadline)
+        self._ask_all(Enter(what=what, timeout_s=max(deadline.remaining_s(), 0.001)), deadline, phase="join")
+        if is_new or not self._layouts:
+            self._survey(deadline)
+
+    def _wait_for_all(self, deadline: Deadline) -> None:
+        try:
+            members = self._coordinator.wait_members(RANKS, self._size - 1, deadline)
+        except DeadlineExceeded:
+            present = {member.rank + 1 for member in self._coordinator.members(RANKS)}
+            missing = sorted(set(range(1, self._size)) - present)
+            raise DeadlineExceeded(
+                f"trainer ranks {missing} did not come within {deadline.timeout_s:g} s", phase="join", hint=LATE_HINT
+            ) from None
+        self._members = {member.rank + 1: member for member in members}
+        for member in members:
+            member.on_trouble = self._wake
+
+    def _survey(self, deadline: Deadline) -> None:
+        """Learn what every rank holds; together that has to be all of every tensor."""
+        answers = self._ask_all(Survey(), deadline, phase="join")
+        layouts, manifests = {}, {}
+        for rank, answer in answers.items():
+            assert answer.layout is not None
+            assert answer.manifest is not None
+            layouts[rank], manifests[rank] = answer.layout, answer.manifest
+        manifest = joined_manifest({LEADER: self._source.manifest, **manifests})
+        for layout in layouts.values():
+            layout.check(manifest)
+        check_complete(manifest, {LEADER: self._source.layout, **layouts})
+        self._ask_all(Agree(manifest=manifest), deadline, phase="join")
+        self.manifest, self._layouts = manifest, layouts
+
+    def _finish(self, order: Finish) -> None:
+        members = self._members or {member.rank + 1: member for member in self._coordinator.members(RANKS)}
+        for member in members.values():
+            self.post(member, order)
+
+    def _wake(self, failed: Failed | None) -> None:
+        """A rank is gone: end whatever waits for bytes that it will not send."""
+        with self._lock:
+            pairs = list(self._open)
+        for pair in pairs:
+            pair.abort()
+
+    # -- orders
+
+    def post(self, member: Member, order: Order) -> int:
+        """Give an order and do not wait; its number."""
+        number = next(self._numbers)
+        self._coordinator.send(member, RankOrder(call=self._call, number=number, body=encode(order)))
+        return number
+
+    def hear(
+        self,
+        rank: int,
+        number: int,
+        deadline: Deadline,
+        *,
+        phase: str,
+        cancelled: Callable[[], WeightcastError | None] = lambda: None,
+    ) -> Answer:
+        """The answer to an order; raises the rank's own error, PeerLost or DeadlineExceeded, all of them with the rank."""
+        member = self._members[rank]
+        try:
+            message = self._coordinator.take(
+                member,
+                RankAnswer,
+                deadline,
+                phase=phase,
+                matches=lambda said: isinstance(said, RankAnswer) and said.number == number,
+                cancelled=cancelled,
+            )
+        except PeerLost:
+            raise self._loss(rank, member, phase) from None
+        except DeadlineExceeded:
+            raise DeadlineExceeded(
+                f"trainer rank {rank} did not answer within {deadline.timeout_s:g} s", phase=phase, hint=LATE_HINT
+            ) from None
+        assert isinstance(message, RankAnswer)
+        answer = decode_answer(message.body)
+        if answer.error is not None:
+            error = error_of(answer.error).at(phase=phase)
+            error.message = f"trainer rank {rank}: {error.message}"
+            raise error
+        return answer
+
+    def _ask_all(self, order: Order, deadline: Deadline, *, phase: str) -> dict[int, Answer]:
+        posted = {rank: self.post(member, order) for rank, member in self._members.items()}
+        return {rank: self.hear(rank, number, deadline, phase=phase) for rank, number in posted.items()}
+
+    @staticmethod
+    def _loss(rank: int, member: Member, phase: str) -> PeerLost:
+        return PeerLost(f"trainer rank {rank} is gone: {member.lost}", phase=phase, hint=LOST_HINT)
+
+    def lost(self, phase: str) -> PeerLost | None:
+        """The loss of a rank, as far as it is known."""
+        gone = ((rank, member) for rank, member in self._members.items() if member.lost is not None)
+        return next((self._loss(rank, member, phase) for rank, member in gone), None)
+
+    def losses(self, phase: str) -> dict[str, WeightcastError]:
+        """Ranks that are gone, as errors by name; asks them all whether they live, which takes a moment at most."""
+        if not self._members:
+            return {}
+        self._coordinator.probe(self._members.values())
+        lost = {rank: member for rank, member in self._members.items() if member.lost is not None}
+        return {f"trainer rank {rank}": self._loss(rank, member, phase) for rank, member in lost.items()}
+
+    # -- what ranks hold
+
+    @property
+    def holdings(self) -> Mapping[int, Layout]:
+        return {LEADER: self._source.layout, **self._layouts}
+
+    def facts(self) -> list[Facts]:
+        """Of all ranks, for choosing a transport that each of them can use."""
+        return [local_facts(self._source.device), *(member.hello.facts for member in self._members.values())]
+
+    def adopt(self, transports: Sequence[str], deadline: Deadline) -> bool:
+        """Have all other ranks make their memory reachable; whether one of them moved it."""
+        if not self._members or not transports:
+            return False
+        answers = self._ask_all(Adopt(transports=tuple(sorted(transports))), deadline, phase="setup")
+        for rank, answer in answers.items():
+            assert answer.layout is not None
+            self._layouts[rank] = answer.layout
+        return any(answer.moved for answer in answers.values())
+
+    def refresh(self, deadline: Deadline) -> None:
+        """Have all ranks, this one too, hold the values to publish now."""
+        posted = {rank: self.post(member, Refresh()) for rank, member in self._members.items()}
+        self._source.refresh()
+        for rank, number in posted.items():
+            self.hear(rank, number, deadline, phase="prepare")
+
+    def expected(self, key: str, plan: Plan, deadline: Deadline) -> ExpectedDigest | SharedDigest:
+        """The digest of a plan's values, each rank's part computed where it lies."""
+        own = ExpectedDigest(self.manifest, plan.get(LEADER, ()), self._source.memory)
+        if self.alone:
+            return own
+        others = {rank: self._members[rank] for rank in plan if rank != LEADER}
+        posted = {rank: self.post(member, Expect(key=key, copies=plan[rank])) for rank, member in others.items()}
+        for rank, number in posted.items():
+            self.hear(rank, number, deadline, phase="setup")
+        return SharedDigest(self, key, own, others)
+
+    def pair(
+        self, transport: str, plan: Plan, bucket_nbytes: int, deadline: Deadline
+    ) -> tuple[dict[int, int], list[Offer]]:
+        """Have the other ranks of a plan make their ends of a pair; pair numbers by rank, and their offers."""
+        numbers: dict[int, int] = {}
+        posted: dict[int, int] = {}
+        for rank in plan:
+            if rank != LEADER:
+                numbers[rank] = next(self._pairs)
+                order = Pair(pair=numbers[rank], transport=transport, copies=plan[rank], bucket_nbytes=bucket_nbytes)
+                posted[rank] = self.post(self._members[rank], order)
+        offers = []
+        for rank, number in posted.items():
+            answer = self.hear(rank, number, deadline, phase="setup")
+            offers.append(Offer(rank=rank, transport=transport, data=answer.data))
+        return numbers, offers
+
+    def tell(self, rank: int, order: Order) -> int:
+        """``post`` by rank."""
+        return self.post(self._members[rank], order)
+
+    def keep(self, pair: Abortable) -> None:
+        """Abort this pair when a rank is lost, until ``drop``."""
+        with self._lock:
+            self._open.add(pair)
+
+    def drop(self, pair: Abortable) -> None:
+        with self._lock:
+            self._open.discard(pair)
+
+
+class SharedDigest:
+    """An expected digest that several ranks have a part of."""
+
+    def __init__(self, ranks: Ranks, key: str, own: ExpectedDigest, others: Mapping[int, Member]) -> None:
+        self._ranks, self._key, self._own, self._others = ranks, key, own, others
+
+    def of(self, memory: Memory) -> int:
+        """The sum of all parts; the other ranks compute theirs meanwhile."""
+        posted = {rank: self._ranks.post(member, Digest(key=self._key)) for rank, member in self._others.items()}
+        parts = [self._own.of(memory)]
+        for rank, number in posted.items():
+            parts.append(self._ranks.hear(rank, number, self._ranks.deadline, phase="verify").value)
+        return combine(parts)
+
+
+def joined_manifest(manifests: Mapping[int, Manifest]) -> Manifest:
+    """Rank 0's tensors and whatever only others have, in order of rank; PlanMismatch where two ranks differ in a tensor."""
+    specs: dict[str, tuple[int, TensorSpec]] = {}
+    for rank, manifest in sorted(manifests.items()):
+        for spec in manifest.tensors:
+            first, known = specs.setdefault(spec.name, (rank, spec))
+            if known != spec:
+                raise PlanMismatch(
+                    f"{spec.name!r} is {known.dtype} {known.shape} on trainer rank {first}, "
+                    f"{spec.dtype} {spec.shape} on rank {rank}",
+                    hint="A plain tensor counts as whole: give shards as DTensors",
+                )
+    return Manifest.of(spec for _, spec in specs.values())

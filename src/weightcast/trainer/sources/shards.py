@@ -1,0 +1,60 @@
+"""Shards: the part of a distributed tensor that this rank holds, as a region of the whole."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from weightcast.errors import Unsupported
+
+FULL_TENSOR_HINT = "Publish full tensors: a state dict with full_tensor()"
+
+
+class Part(NamedTuple):
+    """The values that one rank holds of a tensor, where they lie in it, and the shape of the whole."""
+
+    values: torch.Tensor
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+def is_distributed(value: torch.Tensor) -> bool:
+    """Whether a tensor is a DTensor; imports nothing."""
+    return type(value).__name__ == "DTensor" or hasattr(value, "placements")
+
+
+def local_of(value: torch.Tensor) -> torch.Tensor:
+    """The values that this process holds of a tensor; they share its memory."""
+    if not is_distributed(value):
+        return value
+    distributed: Any = value.detach()
+    local: torch.Tensor = distributed.to_local()
+    return local
+
+
+def part_of(name: str, value: torch.Tensor) -> Part:
+    """What this rank holds of a tensor: all of a plain one, its own shard of a DTensor, nothing outside of its mesh.
+
+    Raises Unsupported for placements whose shard is not one box of the tensor, or is not where DTensor says.
+    """
+    if not is_distributed(value):
+        return Part(value.detach(), (0,) * value.dim(), tuple(value.shape))
+    # The functions that DTensor itself shards with: nothing else knows the uneven ones.
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    distributed: Any = value
+    for placement in distributed.placements:
+        if type(placement) not in (Replicate, Shard):
+            raise Unsupported(f"{name!r} is a DTensor with placement {placement!r}", hint=FULL_TENSOR_HINT)
+    local, shape = local_of(value), tuple(value.shape)
+    if distributed.device_mesh.get_coordinate() is None:
+        return Part(local, (0,) * len(shape), shape)
+    sizes, offsets = compute_local_shape_and_global_offset(value.shape, distributed.device_mesh, distributed.placements)
+    if tuple(local.shape) != tuple(sizes):
+        raise Unsupported(
+            f"{name!r}: the local shard is {tuple(local.shape)}, its placements {distributed.placements} make it {tuple(sizes)}",
+            hint=FULL_TENSOR_HINT,
+        )
+    return Part(local, tuple(offsets), shape)
