@@ -16,10 +16,10 @@ run() { # NAME SECONDS COMMAND...
     keep
 }
 beside() { python3 -c 'import xdist' 2>/dev/null && echo "-n $1"; }
-tests() { run "$1" "$2" python3 -m pytest -q --timeout "${T:-60}" $(beside "$3") -c "$OUT/pytest.ini" --rootdir . --tb=short --durations=5 "${@:4}"; }
+tests() { run "$1" "$2" python3 -m pytest -v --timeout "${T:-60}" $(beside "$3") -c "$OUT/pytest.ini" --rootdir . --tb=short --durations=5 "${@:4}"; }
 for part in "${parts[@]}"; do
     case $part in
-        tests) tests tests 170 "${JOBS:-12}" tests/gpu/test_gpu_{transports,vllm_wire,publish,embedded,proven,digest,swap}.py \
+        tests) tests tests 170 "${JOBS:-12}" tests/gpu/test_gpu_{transports,vllm_wire,publish,embedded,proven,digest,swap,ranks}.py \
                    tests/engine/test_engine_cuda.py ${K:+-k "$K"} ;;
         kernels) run kernels 150 python3 benchmarks/gpu/bench_kernels.py ${SWEEP:+--sweep} ;;
         publish|ipc|nccl) run "$part" 150 python3 "benchmarks/gpu/bench_$part.py" ;;
@@ -34,7 +34,7 @@ for part in "${parts[@]}"; do
     [ -f "$OUT/$part.log" ] || continue
     echo "---- $part"
     case $part in
-        *tests) grep -E "^(FAILED|ERROR)|passed|failed|^E  |slowest|^[0-9.]+s (call|setup)" "$OUT/$part.log" | cut -c1-230 | tail -"${LINES_EACH:-40}" ;;
+        *tests) grep -E "^(FAILED|ERROR)|passed|failed|PASSED|FAILED|^E  |slowest|^[0-9.]+s (call|setup)" "$OUT/$part.log" | cut -c1-230 | tail -"${LINES_EACH:-40}" ;;
         *) tail -"${LINES_EACH:-40}" "$OUT/$part.log" | cut -c1-330 ;;
     esac
 done

@@ -1,6 +1,7 @@
 """weightcast's routes beside vLLM's own: caches, versions on outputs, rounds through the stock routes, servers without ours."""
 
 import json
+import re
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -66,9 +67,15 @@ def test_a_frozen_request_goes_on_with_the_new_weights(served: Served, model: Pa
     with Publisher(weights, [served.url], token=served.token) as publisher:
         old = publisher.publish().version
         replace(weights, model)
+        before = tokens_made(served)
         busy.start()
-        time.sleep(0.3)
+        while tokens_made(served) < before + 5 and busy.is_alive():
+            time.sleep(0.005)
+        # Frozen by its own hand, however fast tokens come here: a round leaves a pause as it found it.
+        assert served.post("/pause?mode=keep&clear_cache=false").status_code == 200
         new = publisher.publish().version
+        assert served.get("/is_paused").json()["is_paused"]
+        assert served.post("/resume").status_code == 200
     busy.join(60)
     if "choices" not in answers[0]:
         pytest.skip("this vLLM has no route for token ids")
@@ -177,6 +184,13 @@ def test_a_compiled_server_without_our_routes_is_reached_by_the_development_ones
         ):
             publisher.publish()
         assert (served.answers(PROMPTS), served.version) == (want, report.version)
+
+
+def tokens_made(served: Served) -> float:
+    """Tokens that the server has generated since it started."""
+    found = re.search(r"^vllm:generation_tokens_total\{.*\} (\S+)$", served.get("/metrics").text, re.MULTILINE)
+    assert found is not None
+    return float(found.group(1))
 
 
 def replace(weights: dict[str, Any], model: Path) -> None:

@@ -19,6 +19,7 @@ try:
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.layers.attention import Attention
     from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+    from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
     from vllm.model_executor.model_loader import get_model_loader
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
     from vllm.model_executor.model_loader.reload.layerwise import (
@@ -70,6 +71,11 @@ def quant_method(layer: nn.Module) -> Any:
     """The layer's quantisation method, the unquantised ones included; None for plain modules."""
     method = getattr(layer, "quant_method", None)
     return method if isinstance(method, QuantizeMethodBase) else None
+
+
+def has_defaults(layer: nn.Module) -> bool:
+    """Whether a checkpoint may leave out what the layer registers: the scales of a quantised key and value cache."""
+    return isinstance(quant_method(layer), BaseKVCacheMethod)
 
 
 def keeps_load_format(method: Any) -> bool:

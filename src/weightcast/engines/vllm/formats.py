@@ -146,8 +146,9 @@ def _prepare(
             tensors[own] = stand_ins[key]
         _install(layer, tensors)
     result = LayerTensors(name, layer, landable)
+    may_lack = api.derives_weights(layer) or api.has_defaults(layer)
     for own, tensor in tensors.items():
-        is_required = isinstance(tensor, nn.Parameter) and not api.derives_weights(layer)
+        is_required = isinstance(tensor, nn.Parameter) and not may_lack
         (result.required if is_required else result.optional)[own] = tensor
     return result
 
