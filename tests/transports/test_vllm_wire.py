@@ -5,11 +5,15 @@ from __future__ import annotations
 import ctypes
 import pickle
 import random
+import socket
 import sys
+import threading
 import time
 import types
+from datetime import timedelta
 
 import pytest
+from torch.distributed import TCPStore
 
 from weightcast.deadline import Deadline
 from weightcast.errors import DeadlineExceeded, InvalidInput, ProtocolError
@@ -70,6 +74,25 @@ def test_the_rendezvous_hands_the_id_over() -> None:
     store = serve_unique_id("127.0.0.1", unique_id, 3)
     for _ in range(2):
         assert fetch_unique_id("127.0.0.1", store.port, 3, Deadline(10.0)) == unique_id
+
+
+def test_a_rank_0_that_waits_for_its_workers_first_is_joined() -> None:
+    """As vLLM's own does: its store is not even made before every worker has come."""
+    unique_id = random.randbytes(128)
+    listener = socket.create_server(("127.0.0.1", 0))
+    port, made = listener.getsockname()[1], []
+
+    def be_rank_0() -> None:
+        wait = timedelta(seconds=15)
+        store = TCPStore("127.0.0.1", port, 2, True, wait, use_libuv=False, master_listen_fd=listener.detach())
+        store.set("broadcast_from/0/0", pickled_unique_id(unique_id))
+        made.append(store)
+
+    rank_0 = threading.Thread(target=be_rank_0)
+    rank_0.start()
+    assert fetch_unique_id("127.0.0.1", port, 2, Deadline(10.0)) == unique_id
+    rank_0.join(20)
+    assert made
 
 
 def test_a_rendezvous_without_a_trainer_ends_by_its_deadline() -> None:
