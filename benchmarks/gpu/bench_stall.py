@@ -29,9 +29,6 @@ from weightcast.trainer.sources import ModuleSource
 
 NUM_STREAMS = 4
 WAYS = {
-    "in place": {"mode": "in_place"},
-    "staged": {"mode": "staged"},
-    "staged, two shadows": {"mode": "staged", "shadows": 2},
     "staged, two shadows, keys and values kept": {"mode": "staged", "shadows": 2, "clear_cache": False},
     "the same, between two steps, without a pause": {
         "mode": "staged",
@@ -39,6 +36,9 @@ WAYS = {
         "clear_cache": False,
         "pause": "none",
     },
+    "staged, two shadows": {"mode": "staged", "shadows": 2},
+    "staged": {"mode": "staged"},
+    "in place": {"mode": "in_place"},
 }
 
 

@@ -26,16 +26,19 @@ for part in "${parts[@]}"; do
         matrix) run matrix 150 python3 -m weightcast.testing.matrix --transports cuda_ipc,nccl --jobs 12 \
                     --budget "${BUDGET:-115}" --cell-timeout 60 --out "$OUT" ;;
         vllm-tests) has_vllm && T=150 tests vllm-tests "${LIMIT:-200}" "${JOBS:-6}" tests/gpu/test_gpu_vllm.py ${K:+-k "$K"} ;;
-        vllm) has_vllm && run vllm "${LIMIT:-200}" python3 benchmarks/gpu/bench_vllm.py ${SHAPES:-0.6B 8B MoE} ;;
-        stall) has_vllm && run stall 120 python3 benchmarks/gpu/bench_stall.py ;;
+        vllm) has_vllm && for shape in ${SHAPES:-0.6B 8B MoE}; do   # a process each: what vLLM's ipc mapped is freed only with it
+                  run "vllm-$shape" "${LIMIT:-200}" python3 benchmarks/gpu/bench_vllm.py "$shape"
+              done ;;
+        stall) has_vllm && run stall 200 python3 benchmarks/gpu/bench_stall.py ;;
     esac
 done
 for part in "${parts[@]}"; do
+    [ "$part" != vllm ] || cat "$OUT"/vllm-[^t]*.log >"$OUT/vllm.log"
     [ -f "$OUT/$part.log" ] || continue
     echo "---- $part"
     case $part in
         *tests) grep -E "^(FAILED|ERROR)|passed|failed|PASSED|FAILED|^E  |slowest|^[0-9.]+s (call|setup)" "$OUT/$part.log" | cut -c1-230 | tail -"${LINES_EACH:-40}" ;;
-        *) tail -"${LINES_EACH:-40}" "$OUT/$part.log" | cut -c1-330 ;;
+        *) grep -vE "^\(EngineCore|WARNING|^\[W" "$OUT/$part.log" | tail -"${LINES_EACH:-40}" | cut -c1-330 ;;
     esac
 done
 keep

@@ -68,9 +68,7 @@ def fetch_unique_id(address: str, port: int, world_size: int, deadline: Deadline
     _await_listener(address, port, deadline)
     try:
         # Counted among the workers: a stock rank 0 sets no key before all of them have come.
-        store = TCPStore(
-            address, port, world_size, False, deadline.remaining(), wait_for_workers=True, use_libuv=False
-        )
+        store = TCPStore(address, port, world_size, False, deadline.remaining(), wait_for_workers=True, use_libuv=False)
         store.set_timeout(deadline.remaining())
         return unique_id_in(store.get(_KEY))
     except (DistNetworkError, DistStoreError) as error:

@@ -11,6 +11,7 @@ from torch import nn
 
 from weightcast import Publisher
 from weightcast.errors import DigestMismatch, RoundFailed
+from weightcast.receiver import staging
 from weightcast.testing.peer_engine import PeerEngine
 
 pytest.importorskip("triton", reason="needs a CUDA build of torch")
@@ -122,6 +123,16 @@ def test_a_shadow_in_the_hosts_memory(engine: PeerEngine, transport: str) -> Non
             assert report.digests_match
             assert engine.peer.call("contents") == contents(policy)
         assert report.engines[0].workers[0].shadow == "host memory"
+
+
+def test_the_next_trainer_finds_the_room_that_the_last_ones_shadow_took() -> None:
+    if DEVICE != "cuda":
+        pytest.skip("only torch's allocator for GPUs keeps what was freed")
+    last = torch.empty(1 << 30, dtype=torch.uint8, device=DEVICE)
+    left = torch.cuda.mem_get_info()[0]
+    del last
+    assert torch.cuda.mem_get_info()[0] == left
+    assert staging.free_nbytes(torch.device(DEVICE, 0)) >= left + (1 << 30)
 
 
 def test_no_room_for_a_shadow_means_in_place(engine: PeerEngine) -> None:

@@ -45,6 +45,8 @@ def with_staging(layout: Layout, manifest: Manifest) -> Layout:
 def free_nbytes(device: torch.device) -> int:
     """Memory that a shadow may take on a device."""
     if device.type == "cuda":
+        # What torch keeps for itself, such as the shadow of the trainer before this one, would count as taken.
+        torch.cuda.empty_cache()
         return int(torch.cuda.mem_get_info(device)[0])
     with open("/proc/meminfo") as lines:
         for line in lines:
