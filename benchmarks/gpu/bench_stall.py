@@ -17,7 +17,7 @@ from pathlib import Path
 import httpx
 import torch
 from bench_vllm import GRAPHS, Trainer, config_folder
-from common import Table
+from common import Table, end_cleanly_when_terminated
 from gpu_vllm import vllm_server
 from shapes import SHAPES
 
@@ -106,6 +106,7 @@ def measure(table: Table, trainer: Trainer, way: str, server: object, clients: P
 
 
 def main() -> None:
+    end_cleanly_when_terminated()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", default="8B")
     parser.add_argument("--rounds", type=int, default=5)

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Table, gpu_ms
+from common import Table, end_cleanly_when_terminated, gpu_ms
 from shapes import SHAPES, Shape
 from torch import nn
 
@@ -226,6 +226,7 @@ def compare(table: Table, llm: Any, trainer: Trainer, name: str, plain_ms: float
 
 
 def main() -> None:
+    end_cleanly_when_terminated()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("shapes", nargs="*", default=["0.6B"])
     parser.add_argument("--rounds", type=int, default=7)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -12,6 +13,11 @@ from pathlib import Path
 import torch
 
 from weightcast.memory import Memory
+
+
+def end_cleanly_when_terminated() -> None:
+    """SIGTERM, from a time limit, ends what was started as well: servers and engines are processes of their own."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def random_memory(nbytes: Sequence[int]) -> Memory:

@@ -1,6 +1,6 @@
 """Make weightcast's entry points known to a Python that runs it from its sources: a dist-info folder beside other packages.
 
-Usage: python3 benchmarks/gpu/metadata.py /tmp/site
+Usage: python3 benchmarks/gpu/metadata.py FOLDER
 """
 
 from __future__ import annotations

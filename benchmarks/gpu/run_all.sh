@@ -4,14 +4,14 @@
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 . benchmarks/gpu/setup.sh
-DEST=$OUT; export OUT=/tmp/gpu-out; mkdir -p "$OUT"; rm -f "$OUT"/*.log
+DEST=$OUT; export OUT="${TMPDIR:-/tmp}/gpu-out"; mkdir -p "$OUT"; rm -f "$OUT"/*.log
 keep() { tar -czf "$DEST/logs.tgz" -C "$OUT" . 2>/dev/null; cp -f "$OUT"/*.jsonl "$OUT"/matrix.* "$DEST" 2>/dev/null; true; }
 printf '[pytest]\nmarkers = gpu\naddopts = -p no:cacheprovider\n' >"$OUT/pytest.ini"   # the project's own needs more plug-ins
 parts=("$@"); [ ${#parts[@]} -eq 0 ] && parts=(tests kernels publish ipc nccl matrix vllm-tests vllm stall)
-has_vllm() { [ -d /tmp/site/vllm ] || python3 -c 'import importlib.util as u, sys; sys.exit(u.find_spec("vllm") is None)'; }
+has_vllm() { [ -d "$SITE/vllm" ] || python3 -c 'import importlib.util as u, sys; sys.exit(u.find_spec("vllm") is None)'; }
 run() { # NAME SECONDS COMMAND...
     local name=$1 limit=$2 start=$SECONDS; shift 2
-    timeout -k 5 "$limit" "$@" >"$OUT/$name.log" 2>&1; local code=$?
+    timeout -k 20 "$limit" "$@" >"$OUT/$name.log" 2>&1; local code=$?
     echo "== $name: exit $code after $((SECONDS - start)) s"
     keep
 }
