@@ -248,14 +248,15 @@ class Chaos:
 
     def _repair(self) -> None:
         for i, engine in enumerate(self._engines):
-            if i in self._stopped_engines and self._random.random() < 0.7:
-                engine.go_on()
-                self._stopped_engines.discard(i)
-            if not engine.alive:
+            if not engine.alive:  # also one that was stopped before it was killed
                 self._stopped_engines.discard(i)
                 engine.close()
                 self._engines[i] = engine.successor()
-            elif i not in self._stopped_engines:
+                continue
+            if i in self._stopped_engines and self._random.random() < 0.7:
+                engine.go_on()
+                self._stopped_engines.discard(i)
+            if i not in self._stopped_engines:
                 engine.call("disarm")  # a round that ended early met no fault, and the next one may be undisturbed
         for server in self._servers:
             if server.is_stopped:
