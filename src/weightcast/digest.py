@@ -20,10 +20,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from weightcast.cpu import kernels_for
 from weightcast.dtypes import dtype_of
 from weightcast.errors import InvalidInput
 from weightcast.layout import Layout, Placement, contiguous_strides
@@ -31,7 +32,7 @@ from weightcast.manifest import ALIGNMENT, Manifest
 from weightcast.memory import Memory
 
 if TYPE_CHECKING:
-    from weightcast.cuda.digest import RunDigest, StridedBox
+    from weightcast.cuda.digest import StridedBox
 
 BLOCK_WORDS = 4096
 WORD_NBYTES = 8
@@ -39,16 +40,18 @@ BLOCK_NBYTES = BLOCK_WORDS * WORD_NBYTES
 CHUNK_NBYTES = 2**21
 """Bytes digested at a time on a CPU: the working set stays in the cache, and calls are few."""
 
-_A_SEED = 0x5745494748544131
-_B_SEED = 0x5745494748544232
+A_SEED = 0x5745494748544131
+B_SEED = 0x5745494748544232
+SPLITMIX_GAMMA = 0x9E3779B97F4A7C15
+SPLITMIX_MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 _MASK = 2**64 - 1
 
 
 def splitmix64(index: torch.Tensor, seed: int) -> torch.Tensor:
     """The index-th output of splitmix64 started at ``seed`` (Steele, Lea, Flood 2014), as int64 bit patterns."""
-    z = (index + 1) * _signed(0x9E3779B97F4A7C15) + _signed(seed)
-    z = (z ^ _shift_right(z, 30)) * _signed(0xBF58476D1CE4E5B9)
-    z = (z ^ _shift_right(z, 27)) * _signed(0x94D049BB133111EB)
+    z = (index + 1) * _signed(SPLITMIX_GAMMA) + _signed(seed)
+    z = (z ^ _shift_right(z, 30)) * _signed(SPLITMIX_MULTIPLIERS[0])
+    z = (z ^ _shift_right(z, 27)) * _signed(SPLITMIX_MULTIPLIERS[1])
     return z ^ _shift_right(z, 31)
 
 
@@ -65,7 +68,7 @@ def _shift_right(value: torch.Tensor, bits: int) -> torch.Tensor:
 @cache
 def word_weights(device: torch.device) -> torch.Tensor:
     """The weights ``a`` of the words of one block: odd int64, shape [BLOCK_WORDS]."""
-    weights = splitmix64(torch.arange(BLOCK_WORDS, device=device), _A_SEED) | 1
+    weights = splitmix64(torch.arange(BLOCK_WORDS, device=device), A_SEED) | 1
     if weights.is_cuda:
         # Other threads use them on streams of their own.
         torch.cuda.current_stream(device).synchronize()
@@ -74,7 +77,7 @@ def word_weights(device: torch.device) -> torch.Tensor:
 
 def block_weights(blocks: torch.Tensor) -> torch.Tensor:
     """The weights ``b`` of blocks by number: odd int64."""
-    return splitmix64(blocks, _B_SEED) | 1
+    return splitmix64(blocks, B_SEED) | 1
 
 
 def digest_bytes(data: torch.Tensor, position: int) -> int:
@@ -227,38 +230,62 @@ class LayoutDigest:
             else:
                 runs.append(run)
         self.runs = _join(runs, across_padding=gaps_are_zero)
-        self._compiled: dict[int, RunDigest] = {}
+        self._compiled: dict[int, _Compiled] = {}
 
     def of(self, memory: Memory) -> int:
         """The digest, an unsigned 64-bit number; on a GPU this waits for the result."""
-        if memory.gpu is not None or any(storage.is_cuda for storage in memory.storages):
-            return self._on_gpu(memory).total()
-        total = sum(self._of_run(memory, run) for run in self.runs)
-        total += sum(self._of_strided(memory, placement) for placement in self._strided)
-        return total & _MASK
-
-    def _on_gpu(self, memory: Memory) -> RunDigest:
-        """Compiled for this memory: live parameters and their shadow take turns, so a few are kept."""
-        from weightcast.cuda.digest import RunDigest
-
         compiled = self._compiled.get(memory.number)
         if compiled is None:
-            boxes = [_box_of(placement, self._manifest) for placement in self._strided]
-            compiled = RunDigest(self.runs, memory.storages, boxes, memory.gpu)
+            compiled = self._compile(memory)
+            # Live parameters and their shadow take turns, so a few are kept.
             while len(self._compiled) >= 4:
                 del self._compiled[next(iter(self._compiled))]
             self._compiled[memory.number] = compiled
-        return compiled
+        return compiled.total()
 
-    @staticmethod
-    def _of_run(memory: Memory, run: DigestRun) -> int:
-        return digest_bytes(memory.storages[run.storage][run.offset : run.offset + run.nbytes], run.position)
+    def _compile(self, memory: Memory) -> _Compiled:
+        if memory.gpu is None and not any(storage.is_cuda for storage in memory.storages):
+            return _OnCpu(self.runs, self._strided, memory, self._manifest)
+        from weightcast.cuda.digest import RunDigest
 
-    def _of_strided(self, memory: Memory, placement: Placement) -> int:
-        view = memory.view(
-            placement.storage, placement.dtype, placement.offset, placement.region.sizes, placement.strides
-        )
-        return digest_region(view, self._manifest, placement)
+        boxes = [_box_of(placement, self._manifest) for placement in self._strided]
+        return RunDigest(self.runs, memory.storages, boxes, memory.gpu)
+
+
+class _Compiled(Protocol):
+    def total(self) -> int: ...
+
+
+class _OnCpu:
+    """Runs that lie on words in one call of a kernel, where there is one; all else one after the other."""
+
+    def __init__(
+        self, runs: Sequence[DigestRun], strided: Sequence[Placement], memory: Memory, manifest: Manifest
+    ) -> None:
+        self._memory, self._strided, self._manifest = memory, strided, manifest
+        kernels = kernels_for(sum(run.nbytes for run in runs))
+        addresses = [storage.data_ptr() for storage in memory.storages]
+        fast: list[DigestRun] = []
+        self._runs: list[DigestRun] = []
+        for run in runs:
+            on_words = (addresses[run.storage] + run.offset | run.position) % WORD_NBYTES == 0
+            (fast if kernels is not None and on_words else self._runs).append(run)
+        self._fast = None
+        if kernels is not None:
+            from weightcast.cpu.runs import RunDigest
+
+            self._fast = RunDigest(fast, memory, kernels)
+
+    def total(self) -> int:
+        total = self._fast.total() if self._fast is not None else 0
+        for run in self._runs:
+            data = self._memory.storages[run.storage][run.offset : run.offset + run.nbytes]
+            total += digest_bytes(data, run.position)
+        for placement in self._strided:
+            sizes, strides = placement.region.sizes, placement.strides
+            view = self._memory.view(placement.storage, placement.dtype, placement.offset, sizes, strides)
+            total += digest_region(view, self._manifest, placement)
+        return total & _MASK
 
 
 def _box_of(placement: Placement, manifest: Manifest) -> StridedBox:

@@ -159,6 +159,53 @@ def _narrow(copy: Copy, dim: int, start: int, size: int) -> Copy:
     )
 
 
+def landing_of(copy: Copy) -> Placement:
+    """Where a copy's values land."""
+    return Placement(
+        region=copy.region,
+        dtype=copy.dst_dtype,
+        storage=copy.dst_storage,
+        offset=copy.dst_offset,
+        strides=copy.dst_strides,
+    )
+
+
+def shared_landings(copies: Sequence[Copy]) -> set[int]:
+    """Which of the copies (by index) may write where another one writes, too, as those of tied parameters do.
+
+    What such a copy wrote is known only when all are done, so it is no use digesting it on the way.
+    """
+    extents = []
+    for index, copy in enumerate(copies):
+        if copy.nbytes:
+            itemsize = itemsize_of(copy.dst_dtype)
+            last = sum((size - 1) * stride for size, stride in zip(copy.sizes, copy.dst_strides, strict=True))
+            start = copy.dst_offset * itemsize
+            extents.append((copy.dst_storage, start, start + (last + 1) * itemsize, index))
+    shared: set[int] = set()
+    storage, furthest, owner = -1, 0, -1
+    for where, start, end, index in sorted(extents):
+        if where == storage and start < furthest:
+            shared |= {index, owner}
+        if where != storage or end > furthest:
+            storage, furthest, owner = where, end, index
+    return shared
+
+
+def slices(copies: Iterable[Copy], max_nbytes: int) -> Iterator[list[Copy]]:
+    """The copies in groups of about ``max_nbytes``, larger ones cut."""
+    group: list[Copy] = []
+    nbytes = 0
+    for copy in split(copies, max_nbytes):
+        if group and nbytes + copy.nbytes > max_nbytes:
+            yield group
+            group, nbytes = [], 0
+        group.append(copy)
+        nbytes += copy.nbytes
+    if group:
+        yield group
+
+
 class Run(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes that are contiguous at both ends and need no cast: one memcpy. Offsets in bytes."""
 

@@ -23,6 +23,7 @@ FORBIDDEN = {
     "weight_transfer": {"engines", "server", "cli", "demo", "trainer"},
     "transports": {"engines", "server", "cli", "demo", "trainer", "receiver", "control"},
     "cuda": {"engines", "server", "cli", "demo", "trainer", "receiver", "control", "transports"},
+    "cpu": {"engines", "server", "cli", "demo", "trainer", "receiver", "control", "transports", "cuda"},
     "control": {"engines", "server", "cli", "demo", "trainer", "receiver", "transports"},
     "record": {"engines", "server", "cli", "demo", "trainer", "receiver", "control", "transports"},
     "report": {"engines", "server", "cli", "demo", "trainer", "receiver", "control", "transports"},
@@ -52,7 +53,7 @@ def test_the_core_is_pure(name: str) -> None:
         head = imported.split(".")[0]
         assert head in PURE_LIBRARIES - FORBIDDEN_IN_CORE, f"{name} imports {imported}"
         if head == "weightcast" and "." in imported:
-            assert imported.split(".")[1] in CORE | {"cuda"}, f"{name} imports {imported}"
+            assert imported.split(".")[1] in CORE | {"cuda", "cpu"}, f"{name} imports {imported}"
 
 
 @pytest.mark.parametrize("package", sorted(FORBIDDEN))
@@ -90,7 +91,7 @@ def test_nothing_unpickles() -> None:
 def test_importing_weightcast_loads_no_engine() -> None:
     code = (
         "import sys, weightcast\n"
-        "heavy = {'transformers', 'vllm', 'ray', 'starlette', 'uvicorn', 'triton', 'nccl'} & set(sys.modules)\n"
+        "heavy = {'transformers', 'vllm', 'ray', 'starlette', 'uvicorn', 'triton', 'nccl', 'numba'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

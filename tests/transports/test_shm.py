@@ -11,9 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from msgspec.structs import replace
 from safetensors.torch import save_file
 
+from weightcast import cpu
 from weightcast.deadline import Deadline
+from weightcast.digest import LayoutDigest
 from weightcast.errors import DeadlineExceeded, InvalidInput, PeerLost, StateError, TransportError, Unsupported
 from weightcast.layout import Layout, Placement, Region, image_layout
 from weightcast.manifest import Manifest, TensorSpec
@@ -95,7 +98,6 @@ def test_memory_of_another_kind_is_refused() -> None:
 
 def test_a_worker_that_is_killed_frees_nothing_of_the_trainer_and_the_reverse() -> None:
     """After kill -9 of both at any moment the kernel has taken everything back: there is no name that could stay."""
-    segments = set(os.listdir("/dev/shm"))
     case = bulk_case(2**22)
     with Peer(TrainerSide, rank=0) as trainer, Peer(WorkerSide) as first, Peer(WorkerSide) as second:
         offer = trainer.call("open", "shm", "cpu", case.copies, case.src_nbytes, 4096)
@@ -105,6 +107,8 @@ def test_a_worker_that_is_killed_frees_nothing_of_the_trainer_and_the_reverse() 
             worker.call("open", "shm", "cpu", offer, case.copies)
             worker.call("make", 0, case.dst_nbytes)
             worker.call("connect")
+        for peer in (trainer, first, second):
+            assert "/dev/shm/" not in Path(f"/proc/{peer.pid}/maps").read_text()
         os.kill(first.pid, signal.SIGKILL)
         second.call("receive", 0)
         assert second.call("read") == [values]
@@ -114,7 +118,6 @@ def test_a_worker_that_is_killed_frees_nothing_of_the_trainer_and_the_reverse() 
         assert second.call("census")["arenas"] == 1
         second.call("close")
         assert second.call("census")["arenas"] == 0
-    assert set(os.listdir("/dev/shm")) == segments
 
 
 def test_what_lies_between_copies_of_one_storage_does_not_reach_an_arena() -> None:
@@ -131,6 +134,37 @@ def test_what_lies_between_copies_of_one_storage_does_not_reach_an_arena() -> No
     for start in (0, 256):
         expected[start : start + 100] = values[start : start + 100]
     assert torch.equal(shadow.storages[0], expected)
+
+
+def test_bytes_and_their_digest_come_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Into an arena and into one storage a tensor; again for the next round's values."""
+    pytest.importorskip("numba")
+    monkeypatch.setattr(cpu, "WORTH_NBYTES", 0)
+    monkeypatch.setattr(shm.Replay, "run", lambda self: pytest.fail("copied without a digest"))
+    specs = [TensorSpec(name=f"w{i}", dtype="bfloat16", shape=(random.randint(1, 900), 8)) for i in range(50)]
+    manifest = Manifest.of(specs)
+    held = image_layout(manifest)
+    alone = Layout(
+        placements=tuple(replace(p, storage=i, offset=0) for i, p in enumerate(held.placements)),
+        storage_nbytes=tuple(spec.nbytes for spec in specs),
+    )
+    adopted = ShmTransport().adopt(Memory([torch.zeros(held.storage_nbytes, dtype=torch.uint8)], is_arena=True))
+    for landings in (held, alone):
+        worker = _connected(adopted, compile_plan(manifest, {0: held}, landings)[0])
+        target = Memory([torch.zeros(n, dtype=torch.uint8) for n in landings.storage_nbytes])
+        for _ in range(2):
+            for spec, placement in zip(specs, held.placements, strict=True):
+                values = torch.randint(0, 256, (spec.nbytes,), dtype=torch.uint8)
+                adopted.storages[0][placement.offset * 2 :][: spec.nbytes] = values
+            nbytes, digest = worker.receive_proven(target, manifest, Deadline(20))
+            assert nbytes == sum(spec.nbytes for spec in specs)
+            assert digest == LayoutDigest(manifest, held).of(adopted)
+            for there, here in zip(landings.placements, held.placements, strict=True):
+                got, sent = target.storages[there.storage], adopted.storages[0]
+                size = manifest[there.region.name].nbytes
+                assert torch.equal(got[there.offset * 2 :][:size], sent[here.offset * 2 :][:size])
+        worker.close()
+    ShmTransport().release(adopted)
 
 
 def test_storages_side_by_side_become_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from weightcast.digest import BLOCK_WORDS, WORD_NBYTES, LayoutDigest, run_of, wo
 from weightcast.layout import Layout, Placement
 from weightcast.manifest import Manifest
 from weightcast.memory import Memory
-from weightcast.plan import Copy, as_run
+from weightcast.plan import Copy, as_run, landing_of, shared_landings
 
 TILE_BLOCKS = 1
 CHUNK_WORDS = 2048
@@ -43,7 +43,8 @@ class ProvenReplay:
         runs: list[tuple[int, int, int]] = []
         views: list[Copy] = []
         rest: list[Placement] = []
-        for copy in copies:
+        shared = shared_landings(copies)
+        for index, copy in enumerate(copies):
             if not copy.nbytes:
                 continue
             landing = landing_of(copy)
@@ -54,7 +55,11 @@ class ProvenReplay:
                 continue
             source = src.storages[run.src_storage].data_ptr() + run.src_offset
             target = dst.storages[run.dst_storage].data_ptr() + run.dst_offset
-            if image is not None and not (source | target | image.position | run.nbytes) % WORD_NBYTES:
+            if (
+                image is not None
+                and index not in shared
+                and not (source | target | image.position | run.nbytes) % WORD_NBYTES
+            ):
                 fused.append((source, target, image.position, run.nbytes))
             else:
                 runs.append((source, target, run.nbytes))
@@ -79,17 +84,6 @@ class ProvenReplay:
         """The digest of all destinations as they were written, unsigned; waits for the GPU."""
         rest = self._rest.of(self._memories[1]) if self._rest is not None else 0
         return (self._fused.total() + rest) & _MASK
-
-
-def landing_of(copy: Copy) -> Placement:
-    """Where a copy's values land."""
-    return Placement(
-        region=copy.region,
-        dtype=copy.dst_dtype,
-        storage=copy.dst_storage,
-        offset=copy.dst_offset,
-        strides=copy.dst_strides,
-    )
 
 
 class _ProvenRuns:

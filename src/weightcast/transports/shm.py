@@ -7,18 +7,20 @@ the control channel's business. ``connect`` to a dead trainer is PeerLost.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import msgspec
 import torch
 
+from weightcast.cpu import kernels_for
+from weightcast.cpu.proven import ProvenReplay
 from weightcast.deadline import Deadline
 from weightcast.dtypes import itemsize_of
 from weightcast.errors import InvalidInput, ProtocolError, StateError, TransportError
-from weightcast.manifest import align
+from weightcast.manifest import Manifest, align
 from weightcast.memory import FileSpan, Memory
-from weightcast.plan import Copy, as_run, split
+from weightcast.plan import Copy, as_run, slices
 from weightcast.replay import Replay
 from weightcast.transports.arena import Arena, ArenaRef, map_arena
 from weightcast.transports.base import DEFAULT_BUCKET_NBYTES, Facts, TrainerEnd, Transport, WorkerEnd
@@ -168,6 +170,7 @@ class ShmWorkerEnd(WorkerEnd):
         self._source: Memory | None = None
         self._files: list[OpenFile | None] = []
         self._steps: Recent[list[_Step]] = Recent()
+        self._proven: Recent[ProvenReplay] = Recent()
 
     def connect(self, deadline: Deadline) -> None:
         with self._guard.use("connect", deadline):
@@ -177,12 +180,11 @@ class ShmWorkerEnd(WorkerEnd):
             self._source = Memory([storage], is_arena=gaps_are_zero)
             for span in self._offer.spans:
                 self._files.append(None if span.file is None else OpenFile(span.file))
+            kernels_for(self._nbytes)  # loaded here, and not in a round
 
     def receive(self, memory: Memory, deadline: Deadline) -> int:
         with self._guard.use("receive", deadline):
-            source = self._source
-            if source is None:
-                raise TransportError("the pair is not connected", hint="Call connect() first")
+            source = self._connected()
             for file in self._files:
                 if file is not None:
                     file.check()
@@ -192,23 +194,48 @@ class ShmWorkerEnd(WorkerEnd):
                 step.run()
             return self._nbytes
 
+    def receive_proven(self, memory: Memory, manifest: Manifest, deadline: Deadline) -> tuple[int, int | None]:
+        """Copies and digests in one pass, where that is worth it and all bytes come out of the arena."""
+        kernels = kernels_for(self._nbytes)
+        if kernels is None or any(file is not None for file in self._files):
+            return super().receive_proven(memory, manifest, deadline)
+
+        def check() -> None:
+            self._guard.check()
+            deadline.check("receiving through shared memory")
+
+        with self._guard.use("receive", deadline):
+            source, spans = self._connected(), self._offer.spans
+
+            def compiled() -> ProvenReplay:
+                copies = [_in_arena(copy, spans) for copy in self._copies]
+                return ProvenReplay(copies, source, memory, manifest, kernels)
+
+            return self._nbytes, self._proven.get(memory.number, compiled).run(check)
+
     def abort(self) -> None:
         self._guard.abort()
 
     def close(self) -> None:
         self._guard.close()
         self._steps.clear()
+        self._proven.clear()
         self._source = None
         for file in self._files:
             if file is not None:
                 file.close()
         self._files = []
 
+    def _connected(self) -> Memory:
+        if self._source is None:
+            raise TransportError("the pair is not connected", hint="Call connect() first")
+        return self._source
+
     def _compiled(self, source: Memory, memory: Memory) -> list[_Step]:
         spans = self._offer.spans
         in_arena = [_in_arena(copy, spans) for copy in self._copies if spans[copy.src_storage].file is None]
         in_files = [copy for copy in self._copies if spans[copy.src_storage].file is not None]
-        steps: list[_Step] = [Replay(part, source, memory) for part in _slices(in_arena, SLICE_NBYTES)]
+        steps: list[_Step] = [Replay(part, source, memory) for part in slices(in_arena, SLICE_NBYTES)]
         return steps + list(compile_reads(in_files, self._files, memory, SLICE_NBYTES))
 
 
@@ -250,17 +277,3 @@ def _fill_their_storages(copies: Iterable[Copy], spans: Sequence[_Span]) -> bool
             filled[run.src_storage] = max(filled[run.src_storage], run.src_offset + run.nbytes)
     used = {run.src_storage for run in runs if run is not None}
     return all(filled[number] == spans[number].nbytes for number in used)
-
-
-def _slices(copies: Iterable[Copy], max_nbytes: int) -> Iterator[list[Copy]]:
-    """The copies in groups of about ``max_nbytes``, larger ones cut."""
-    group: list[Copy] = []
-    nbytes = 0
-    for copy in split(copies, max_nbytes):
-        if group and nbytes + copy.nbytes > max_nbytes:
-            yield group
-            group, nbytes = [], 0
-        group.append(copy)
-        nbytes += copy.nbytes
-    if group:
-        yield group

@@ -1,0 +1,105 @@
+"""Kernels on a CPU: a table of byte ranges is copied, digested, or both, in one call that holds no lock of Python.
+
+Load-bearing: a block is read back from where it was just written, while it is in the first-level cache, so copy and digest
+together take about as long as the copy. Ranges are addresses; the caller keeps the memory behind them alive. Sums wrap, as
+int64 does in numba. The digest is that of weightcast.digest; compiled code is cached on disk beside this module, or where
+NUMBA_CACHE_DIR says.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import carray, njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from weightcast.digest import B_SEED, BLOCK_WORDS, SPLITMIX_GAMMA, SPLITMIX_MULTIPLIERS, WORD_NBYTES
+
+_GAMMA, _SEED = np.uint64(SPLITMIX_GAMMA), np.uint64(B_SEED)
+_FIRST, _SECOND = (np.uint64(multiplier) for multiplier in SPLITMIX_MULTIPLIERS)
+_ONE, _30, _27, _31 = (np.uint64(number) for number in (1, 30, 27, 31))
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _pointer(typing: Any, address: Any) -> Any:
+    """An address as a pointer."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
+
+    return types.voidptr(types.int64), generate
+
+
+@njit(nogil=True, cache=True)
+def _block_weight(block):  # type: ignore[no-untyped-def]
+    z = (np.uint64(block) + _ONE) * _GAMMA + _SEED
+    z = (z ^ (z >> _30)) * _FIRST
+    z = (z ^ (z >> _27)) * _SECOND
+    return np.int64((z ^ (z >> _31)) | _ONE)
+
+
+@njit(nogil=True, cache=True)
+def _last_word(address, nbytes):  # type: ignore[no-untyped-def]
+    """The bytes behind the last whole word, as a word that zeros fill up."""
+    tail = carray(_pointer(address), (nbytes,), np.uint8)
+    word = np.uint64(0)
+    for i in range(nbytes):
+        word |= np.uint64(tail[i]) << np.uint64(8 * i)
+    return np.int64(word)
+
+
+@njit(nogil=True, cache=True)
+def digest_ranges(addresses, positions, sizes, weights):  # type: ignore[no-untyped-def]
+    """Digest of ranges: where each lies, its first word's number in the image, and its bytes. ``weights`` are word_weights."""
+    total = np.int64(0)
+    for i in range(len(addresses)):
+        total += _one(addresses[i], addresses[i], positions[i], sizes[i], weights)
+    return total
+
+
+@njit(nogil=True, cache=True)
+def copy_and_digest_ranges(sources, targets, positions, sizes, weights):  # type: ignore[no-untyped-def]
+    """Copy ranges, none of which overlaps another, and return the digest of what then lies in the targets."""
+    total = np.int64(0)
+    for i in range(len(sources)):
+        total += _one(sources[i], targets[i], positions[i], sizes[i], weights)
+    return total
+
+
+def load() -> None:
+    """Have both kernels ready, compiled or out of the cache on disk, so that no round waits for that."""
+    nothing = np.zeros(0, dtype=np.int64)
+    digest_ranges(nothing, nothing, nothing, nothing)
+    copy_and_digest_ranges(nothing, nothing, nothing, nothing, nothing)
+
+
+@njit(nogil=True, cache=True)
+def _one(source, target, position, nbytes, weights):  # type: ignore[no-untyped-def]
+    count, rest = nbytes // WORD_NBYTES, nbytes % WORD_NBYTES
+    read = carray(_pointer(source), (count,), np.int64)
+    words = carray(_pointer(target), (count,), np.int64)
+    total, at = np.int64(0), 0
+    while at < count:
+        column = (position + at) % BLOCK_WORDS
+        size = min(BLOCK_WORDS - column, count - at)
+        if source != target:
+            for j in range(at, at + size):
+                words[j] = read[j]
+        part = np.int64(0)
+        for j in range(size):
+            word = words[at + j]
+            part += weights[column + j] * (word + (word >> 32))
+        total += part * _block_weight((position + at) // BLOCK_WORDS)
+        at += size
+    if rest:
+        if source != target:
+            first = carray(_pointer(source + count * WORD_NBYTES), (rest,), np.uint8)
+            last = carray(_pointer(target + count * WORD_NBYTES), (rest,), np.uint8)
+            for j in range(rest):
+                last[j] = first[j]
+        word = _last_word(target + count * WORD_NBYTES, rest)
+        weight = weights[(position + count) % BLOCK_WORDS] * _block_weight((position + count) // BLOCK_WORDS)
+        total += (word + (word >> 32)) * weight
+    return total

@@ -1,0 +1,87 @@
+"""Runs on a CPU: byte ranges as one table, cut into pieces that torch's number of threads work on side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
+
+import numpy as np
+import torch
+
+from weightcast.digest import WORD_NBYTES, DigestRun, word_weights
+from weightcast.memory import Memory
+
+PIECE_NBYTES = 2**20
+_MASK = 2**64 - 1
+
+
+class Pieces:
+    """Ranges ``(address..., position in the image, bytes)`` cut into pieces; positions are multiples of a word.
+
+    ``kernel`` is called with one column for each entry (positions counted in words) and the word weights.
+    """
+
+    def __init__(self, ranges: Iterable[tuple[int, ...]], kernel: Callable[..., int]) -> None:
+        self._kernel = kernel
+        self._weights = word_weights(torch.device("cpu")).numpy()
+        rows = [row for given in ranges for row in _cut(given)]
+        self._columns = [np.array(column, dtype=np.int64) for column in zip(*rows, strict=True)]
+        self._ends = np.zeros(0, dtype=np.int64)
+        if self._columns:
+            self._columns[-2] //= WORD_NBYTES
+            self._ends = np.cumsum(self._columns[-1])
+
+    @property
+    def nbytes(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def run(self, *, slice_nbytes: int | None = None, check: Callable[[], None] = lambda: None) -> int:
+        """Work on all pieces and return the sum of what the kernel says, unsigned; ``check`` is called before each slice."""
+        num_threads = torch.get_num_threads()
+        step = self.nbytes if slice_nbytes is None else slice_nbytes * num_threads
+        total, start = 0, 0
+        with ThreadPoolExecutor(num_threads) as pool:
+            while start < len(self._ends):
+                check()
+                done = int(self._ends[start - 1]) if start else 0
+                end = max(start + 1, int(np.searchsorted(self._ends, done + step, side="right")))
+                parts = [part for part in np.array_split(np.arange(start, end), num_threads) if len(part)]
+                if len(parts) == 1:
+                    total += self._part(start, end)
+                else:
+                    total += sum(pool.map(lambda part: self._part(int(part[0]), int(part[-1]) + 1), parts))
+                start = end
+        return total & _MASK
+
+    def _part(self, start: int, end: int) -> int:
+        return int(self._kernel(*(column[start:end] for column in self._columns), self._weights))
+
+
+def _cut(row: tuple[int, ...]) -> Iterable[tuple[int, ...]]:
+    """The same range in pieces that end at multiples of PIECE_NBYTES in the image, as far as its blocks are concerned."""
+    *addresses, position, nbytes = row
+    start = 0
+    while start < nbytes:
+        take = min(nbytes - start, PIECE_NBYTES - (position + start) % PIECE_NBYTES)
+        yield (*(address + start for address in addresses), position + start, take)
+        start += take
+
+
+class RunDigest:
+    """The digest of runs of a memory, which it keeps alive; see weightcast.digest."""
+
+    def __init__(self, runs: Sequence[DigestRun], memory: Memory, kernels: ModuleType) -> None:
+        self._memory = memory
+        addresses = [storage.data_ptr() for storage in memory.storages]
+        ranges = ((addresses[run.storage] + run.offset, run.position, run.nbytes) for run in runs)
+        self._pieces = Pieces(ranges, kernels.digest_ranges)
+
+    def total(self) -> int:
+        """The digest of what lies there now, unsigned."""
+        return self._pieces.run()
+
+
+def is_on_words(*numbers: int) -> bool:
+    """Whether addresses and positions are all multiples of a word."""
+    return all(number % WORD_NBYTES == 0 for number in numbers)
