@@ -106,19 +106,26 @@ class Receiver:
     def rollback(self, id: RoundId) -> None:
         """Return to the version before a staged round if that was committed, and see to it that it never will be otherwise.
 
-        Repeating the call does nothing. StateError when the round is an older one, or live and not staged.
+        Repeating the call does nothing. StateError when the round is an older one, or live and not staged. When it fails
+        half-way the worker is dirty.
         """
-        session = self._require_session()
-        if self._round.fence(id, "the trainer took it back") is not Phase.COMMITTED:
-            return
-        if session.mode != "staged" or self._before is None:
+        session, before = self._require_session(), self._before
+        reversible = session.mode == "staged" and before is not None
+        phase = self._round.fence(id, "the trainer took it back", reversible=reversible)
+        if phase is Phase.COMMITTED:
             raise StateError("only a staged round can be rolled back", phase="rollback", round=id.round)
+        if phase is not Phase.ROLLING_BACK or before is None:
+            return
         self.dirty = True
-        session.target.swap()
-        session.target.settle(Deadline(APPROVAL_TIMEOUT_S))
-        session.target.take_back_loader_tensors()
-        self._load_previous(session, self._before[0])
-        self.version, self.content, self.dirty = self._before
+        try:
+            session.target.swap()
+            session.target.settle(Deadline(APPROVAL_TIMEOUT_S))
+            session.target.take_back_loader_tensors()
+            self._load_previous(session, before[0])
+        except Exception as error:
+            self._round.failed(id, str(error))
+            raise
+        self.version, self.content, self.dirty = before
         self._before = None
         self._round.rolled_back(id)
 

@@ -205,7 +205,9 @@ class Session:
             if self.mode == "staged":
                 self._tasks.put(lambda: self._stage(begin))
         elif self.round.id < id:
-            error = StateError(f"round {self.round.id} is still being committed", hint="Publish again when it is done")
+            error = StateError(
+                f"round {self.round.id} is still {self.round.phase.value}", hint="Publish again when that is done"
+            )
             self.send_failure(id, "begin", error)
         else:
             logger.info("round %s is stale, the present one is %s", id, self.round.id)

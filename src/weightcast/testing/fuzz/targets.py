@@ -126,15 +126,18 @@ def reports(data: bytes) -> None:
 
 
 def conversations(data: bytes) -> None:
-    """However messages of rounds follow each other: no round goes live that was not approved, and none of them twice."""
+    """However messages of rounds follow each other: no round goes live that was not approved, none of them twice, and none
+    begins while another one is taken back."""
     worker = WorkerRound()
     approved: set[RoundId] = set()
     live: set[RoundId] = set()
     for position in range(0, len(data) - 1, 2):
-        action, number = data[position] % 7, data[position + 1]
+        action, number = data[position] % 8, data[position + 1]
         id = RoundId(epoch=number >> 4, round=number & 15)
         if action == 0:
-            worker.begin(id, Deadline(60) if number % 3 else None)
+            exchanging = worker.phase is Phase.ROLLING_BACK
+            if worker.begin(id, Deadline(60) if number % 3 else None) and exchanging:
+                raise AssertionError(f"round {id} began in a roll-back")
         elif action == 1:
             worker.staged(id)
         elif action == 2:
@@ -146,10 +149,13 @@ def conversations(data: bytes) -> None:
             _commit(worker, id, approved, live)
         elif action == 5:
             with suppress(StateError):
-                worker.fence(id, "fuzzed")
-        elif worker.rolled_back(id):
+                worker.fence(id, "fuzzed", reversible=number % 2 == 0)
+        elif action == 6:
+            if worker.rolled_back(id):
+                live.discard(id)
+        elif worker.phase is Phase.ROLLING_BACK and worker.failed(id, "fuzzed"):
             live.discard(id)
-        if worker.phase is Phase.COMMITTED and worker.id not in live:
+        if worker.phase in (Phase.COMMITTED, Phase.ROLLING_BACK) and worker.id not in live:
             raise AssertionError(f"round {worker.id} is live and was never committed")
 
 
@@ -194,7 +200,7 @@ def seeds(target: str) -> list[bytes]:
             outcome="committed",
         )  # fmt: skip
         return [report.to_json().encode()]
-    return [b"\x00\x11\x01\x11\x02\x11\x04\x11\x06\x11", b""]
+    return [b"\x00\x12\x01\x12\x02\x12\x04\x12\x05\x12\x00\x13\x06\x12\x00\x13", b""]
 
 
 def messages() -> list[Message]:
