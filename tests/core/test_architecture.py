@@ -12,7 +12,20 @@ import pytest
 import weightcast
 
 ROOT = Path(weightcast.__file__).parent
-CORE = {"errors", "dtypes", "manifest", "layout", "memory", "plan", "digest", "round", "messages", "facts", "deadline", "secret"}
+CORE = {
+    "errors",
+    "dtypes",
+    "manifest",
+    "layout",
+    "memory",
+    "plan",
+    "digest",
+    "round",
+    "messages",
+    "facts",
+    "deadline",
+    "secret",
+}
 PURE_LIBRARIES = {"torch", "msgspec", "weightcast"} | set(sys.stdlib_module_names)
 FORBIDDEN_IN_CORE = {"socket", "http", "asyncio", "multiprocessing", "subprocess", "pickle", "zmq", "httpx"}
 
