@@ -25,6 +25,7 @@ from weightcast.errors import (
     PlanMismatch,
     ProtocolError,
     StateError,
+    TransportError,
     WeightcastError,
     error_from_wire,
 )
@@ -73,6 +74,7 @@ class Identity:
     version: str
     digest: str
     dirty: bool
+    highest: int
 
 
 class Session:
@@ -93,6 +95,10 @@ class Session:
         self.lost: str | None = None
         self.proven_digest = 0
         """Digest of what this round's transfer left in its target memory."""
+        self.has_written = False
+        """Whether the last ``receive`` may have written anything."""
+        self.num_bytes = 0
+        """Bytes received in rounds of this stay."""
         self._loaded = loaded
         self._epoch = 0
         self._ends: list[WorkerEnd] = []
@@ -125,6 +131,7 @@ class Session:
                 version=identity.version,
                 digest=identity.digest,
                 dirty=identity.dirty,
+                highest=identity.highest,
             )
         )
         try:
@@ -138,7 +145,7 @@ class Session:
         if isinstance(answer, str):
             raise PeerLost(answer, phase="join")
         if isinstance(answer, Refused):
-            raise error_from_wire(answer.kind, answer.message, phase="join")
+            raise error_from_wire(answer.kind, answer.message, hint=answer.hint, phase="join")
         if not isinstance(answer, Welcome):
             raise ProtocolError(f"expected a welcome, got {type(answer).__name__}", phase="join")
         self.manifest = answer.manifest
@@ -205,7 +212,9 @@ class Session:
             if self.mode == "staged":
                 self._tasks.put(lambda: self._stage(begin))
         elif self.round.id < id:
-            error = StateError(f"round {self.round.id} is still being committed", hint="Publish again when it is done")
+            error = StateError(
+                f"round {self.round.id} is still {self.round.phase.value}", hint="Publish again when that is done"
+            )
             self.send_failure(id, "begin", error)
         else:
             logger.info("round %s is stale, the present one is %s", id, self.round.id)
@@ -240,8 +249,11 @@ class Session:
             self._close_ends()
 
     def _set_up(self, setup: Setup) -> None:
+        if not self._close_ends():
+            error = TransportError("a transfer of an earlier epoch does not end", hint="Restart the engine if it stays")
+            self.send_failure(RoundId(epoch=setup.epoch, round=0), "setup", error)
+            return
         try:
-            self._close_ends()
             plan = compile_plan(self.manifest, setup.holdings, self.layout)
             deadline = Deadline(setup.timeout_s)
             offered = {offer.rank: offer for offer in setup.offers}
@@ -293,21 +305,31 @@ class Session:
         """Receive a round from all trainer ranks at once: bytes, seconds, and the digest of what landed where the transports
         brought it. StateError once the round is over."""
         start = time.perf_counter()
+        self.has_written = False
         with self._in_use(id):
             if not self._ends:
                 raise StateError("no epoch is set up", hint="The trainer has to connect again")
-            if len(self._ends) == 1:
-                parts = [self._ends[0].receive_proven(memory, self.manifest, deadline)]
-            else:
-                if self._model.device.type == "cuda":
-                    # The threads' streams know nothing of the engine's work, which may still read what they write.
-                    wait_stream(self._model.device, deadline, "the engine's last step")
-                with ThreadPoolExecutor(len(self._ends)) as pool:
-                    parts = list(pool.map(lambda end: self._receive_beside(end, memory, deadline), self._ends))
+            if len(self._ends) > 1 and self._model.device.type == "cuda":
+                # The threads' streams know nothing of the engine's work, which may still read what they write.
+                wait_stream(self._model.device, deadline, "the engine's last step")
+            self.has_written = True
+            try:
+                parts = self._receive_parts(memory, deadline)
+            except Exception:
+                self.has_written = any(end.has_written for end in self._ends)
+                raise
         digests = [digest for _, digest in parts if digest is not None]
         # Every landing is filled by exactly one copy, so the parts add up to the whole.
         digest = combine(digests) if len(digests) == len(parts) else None
-        return sum(nbytes for nbytes, _ in parts), time.perf_counter() - start, digest
+        nbytes = sum(nbytes for nbytes, _ in parts)
+        self.num_bytes += nbytes
+        return nbytes, time.perf_counter() - start, digest
+
+    def _receive_parts(self, memory: Memory, deadline: Deadline) -> list[tuple[int, int | None]]:
+        if len(self._ends) == 1:
+            return [self._ends[0].receive_proven(memory, self.manifest, deadline)]
+        with ThreadPoolExecutor(len(self._ends)) as pool:
+            return list(pool.map(lambda end: self._receive_beside(end, memory, deadline), self._ends))
 
     def _receive_beside(self, end: WorkerEnd, memory: Memory, deadline: Deadline) -> tuple[int, int | None]:
         """On a thread of its own, whose current GPU and stream are its own, too."""
@@ -345,24 +367,29 @@ class Session:
     def send_failure(self, id: RoundId, phase: str, error: BaseException, *, dirty: bool = False) -> None:
         """Tell the trainer by name; errors that are not weightcast's own travel with their class in the text."""
         if isinstance(error, WeightcastError):
-            kind, text = type(error).__name__, error.message
+            kind, text, hint = type(error).__name__, error.message, error.hint or ""
         else:
-            kind, text = "TransportError", f"{type(error).__name__}: {error}"
+            kind, text, hint = (
+                "TransportError",
+                f"{type(error).__name__}: {error}",
+                "The engine's log has the traceback",
+            )
         level = logging.INFO if isinstance(error, WeightcastError) else logging.ERROR
         where = about(epoch=id.epoch, round=id.round, phase=phase)
         trace = level >= logging.ERROR
         logger.log(level, "round %s failed in %s: %s", id, phase, text, exc_info=trace, extra=where)
-        self.send(Failed(epoch=id.epoch, round=id.round, phase=phase, kind=kind, message=text, dirty=dirty))
+        self.send(Failed(epoch=id.epoch, round=id.round, phase=phase, kind=kind, message=text, hint=hint, dirty=dirty))
 
-    def _close_ends(self) -> None:
-        """Close all ends once nobody is inside one."""
+    def _close_ends(self) -> bool:
+        """Close all ends once nobody is inside one; False when somebody stays, and they stay open."""
         with self._ends_free:
             if not self._ends_free.wait_for(lambda: not self._using_ends, RELEASE_TIMEOUT_S):
                 logger.error("a transfer does not let go of its ends; they stay open")
-                return
+                return False
             ends, self._ends = self._ends, []
         for end in ends:
             end.close()
+        return True
 
     def close(self, reason: str = "the engine leaves") -> None:
         """Leave the trainer and free transports and shadow; idempotent."""

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from weightcast.control.coordinator import Coordinator
 from weightcast.control.link import JoinInfo
 from weightcast.deadline import Deadline
-from weightcast.digest import version_name
-from weightcast.errors import InvalidInput, ProtocolError, StateError, WeightcastError
+from weightcast.digest import version_name, version_number
+from weightcast.errors import InvalidInput, ProtocolError, RoundFailed, StateError, WeightcastError
 from weightcast.messages import ModeWish
 from weightcast.report.model import Report
 from weightcast.trainer.addresses import address_beside, address_towards
@@ -22,6 +22,7 @@ from weightcast.trainer.clients import EngineClient, SyncEngine, make_client
 from weightcast.trainer.fleet import Fleet, FleetSettings
 from weightcast.trainer.links import EngineLink
 from weightcast.trainer.metrics import TrainerMetrics
+from weightcast.trainer.numbers import Numbers
 from weightcast.trainer.outcomes import Require
 from weightcast.trainer.presence import Presence, join_error, not_connected
 from weightcast.trainer.ranks import Follower, Group, Ranks, check_complete
@@ -149,7 +150,7 @@ class Publisher:
         self._fleet = Fleet(self._source, self._coordinator, settings, self._ranks)
         self._fleet.engines = links
         self._presence = Presence(self._fleet, require, timeout_s)
-        self._number = self._records.last_number
+        self._numbers = Numbers(self._fleet, self._records.last_number)
         self._rounds = 0
         self._was_connected = False
         try:
@@ -184,10 +185,15 @@ class Publisher:
         self._was_connected = True
         for error in failures.values():
             logger.warning("not connected: %s", str(error))
-        current = self._current()
+        current = self._numbers.current()
         for engine in self._fleet.engines:
             if engine.name not in failures:
-                self._catch_up(engine, current, deadline)
+                try:
+                    self._catch_up(engine, current, deadline)
+                except RoundFailed as error:
+                    if self._require == "all":
+                        raise
+                    logger.warning("%s was not brought to what the others serve: %s", engine.name, str(error))
 
     def add(self, engine: str | EngineClient | SyncEngine, timeout_s: float | None = None) -> Report | None:
         """Add an engine to the fleet and connect it; when that fails the fleet is as before.
@@ -205,13 +211,17 @@ class Publisher:
         link = EngineLink(make_client(engine, token=self._token))
         if any(other.name == link.name for other in self._fleet.engines):
             raise StateError(f"{link.name} is in the fleet already")
-        current = self._current()
+        current = self._numbers.current()
         self._fleet.engines.append(link)
         failures = self._presence.bring_up([link], deadline)
         if failures:
             self._remove(link.name)
             raise join_error(failures)
-        return self._catch_up(link, current, deadline)
+        try:
+            return self._catch_up(link, current, deadline)
+        except WeightcastError:
+            self._remove(link.name)
+            raise
 
     def remove(self, name: str) -> None:
         """Dismiss an engine; it goes on with what it serves."""
@@ -369,16 +379,11 @@ class Publisher:
             return attempt.run()
         finally:
             if attempt.was_seen:
-                self._number = max(self._number, number)
+                self._numbers.use(number)
             self._records.keep(attempt.report())
 
     def _next_number(self) -> int:
-        return max([self._number, *(_number_of(engine.version) for engine in self._fleet.engines)]) + 1
-
-    def _current(self) -> EngineLink | None:
-        """An engine that serves the highest version of the fleet, if one was published."""
-        served = [engine for engine in self._fleet.engines if engine.joined and engine.digest and not engine.dirty]
-        return max(served, key=lambda engine: _number_of(engine.version), default=None)
+        return self._numbers.next()
 
     def _catch_up(self, engine: EngineLink, current: EngineLink | None, deadline: Deadline) -> Report | None:
         """Bring one engine to what the fleet serves, if the source still has exactly that."""
@@ -387,7 +392,7 @@ class Publisher:
         if not engine.dirty and (engine.version, engine.digest) == (current.version, current.digest):
             return None
         self._ranks.refresh(deadline)
-        number, digest = _number_of(current.version), self._fleet.content(deadline).of(self._source.memory)
+        number, digest = version_number(current.version), self._fleet.content(deadline).of(self._source.memory)
         if number < self._next_number() - 1 or f"{digest:016x}" != current.digest:
             return None
         if version_name(number, self._ranks.manifest, digest) != current.version:
@@ -404,9 +409,3 @@ def _check_choices(pause: str, mode: str, shadows: int, require: str) -> None:
         raise InvalidInput(f"shadows is 1 or 2, not {shadows!r}", field="shadows")
     if require not in ("all", "live"):
         raise InvalidInput(f"require is all or live, not {require!r}", field="require")
-
-
-def _number_of(version: str) -> int:
-    """The number in a version name; 0 for a label that is none."""
-    head = version.partition("-")[0]
-    return int(head) if head.isascii() and head.isdigit() else 0

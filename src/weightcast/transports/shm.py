@@ -183,6 +183,7 @@ class ShmWorkerEnd(WorkerEnd):
             kernels_for(self._nbytes)  # loaded here, and not in a round
 
     def receive(self, memory: Memory, deadline: Deadline) -> int:
+        self.has_written = False
         with self._guard.use("receive", deadline):
             source = self._connected()
             for file in self._files:
@@ -191,6 +192,7 @@ class ShmWorkerEnd(WorkerEnd):
             for step in self._steps.get(memory.number, lambda: self._compiled(source, memory)):
                 self._guard.check()
                 deadline.check("receiving through shared memory")
+                self.has_written = True
                 step.run()
             return self._nbytes
 
