@@ -87,7 +87,7 @@ class HttpEngineClient(EngineClient):
             return error_from_wire(str(error.get("type")), error["message"]).at(engine=self.name)
         hint = (
             "It has no weightcast routes: start it with weightcast serve, or vLLM with --weight-transfer-config; "
-            "for vLLM before 0.28 use trainer.clients.VllmDevClient(url)"
+            "for vLLM without plug-ins use trainer.clients.VllmDevClient(url)"
         )
         return EngineError(
             f"{method} {path} answered {response.status}",
