@@ -24,7 +24,7 @@ an error and knows no better leaves the hint to its class.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class WeightcastError(Exception):
@@ -157,6 +157,11 @@ class PeerLost(TransportError):
     """The process on the other side is gone."""
 
     default_hint = "Restart it if nothing else does, then publish again"
+
+    def __init__(self, message: str, *, reached: bool = True, **about: Any) -> None:
+        super().__init__(message, **about)
+        self.reached = reached
+        """False: nobody listened there, so what was asked for was not carried out."""
 
 
 class AnswerLost(PeerLost):

@@ -295,7 +295,7 @@ class Round:
                 if engine.lost() or self._deadline.remaining_s() <= REPEAT_AFTER_S:
                     raise
             except PeerLost as error:
-                if first and error.phase is None:
+                if first and not error.reached:
                     outcome.may_be_committed = False  # nobody listens: the order never arrived
                 raise
             first = False

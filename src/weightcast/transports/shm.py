@@ -202,9 +202,12 @@ class ShmWorkerEnd(WorkerEnd):
         if kernels is None or any(file is not None for file in self._files):
             return super().receive_proven(memory, manifest, deadline)
 
+        self.has_written = False
+
         def check() -> None:
             self._guard.check()
             deadline.check("receiving through shared memory")
+            self.has_written = True  # what follows a check that passed is a copy
 
         with self._guard.use("receive", deadline):
             source, spans = self._connected(), self._offer.spans

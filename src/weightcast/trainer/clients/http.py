@@ -23,7 +23,7 @@ from weightcast.trainer.clients.base import AnswerLost, CommitOrder, CommitReply
 
 _NO_ROUTES = (
     "It has no weightcast routes: start it with weightcast serve, or vLLM with --weight-transfer-config; "
-    "for vLLM before 0.28 use trainer.clients.VllmDevClient(url)"
+    "for vLLM without plug-ins use trainer.clients.VllmDevClient(url)"
 )
 
 
@@ -87,7 +87,9 @@ class HttpEngineClient(EngineClient):
                 f"{method} {path} took longer than {deadline.timeout_s:g} s", engine=self.name
             ) from error
         except httpcore.ConnectError as error:
-            raise PeerLost(f"{method} {path}: {error}", engine=self.name, hint="Is the server running?") from error
+            raise PeerLost(
+                f"{method} {path}: {error}", reached=False, engine=self.name, hint="Is the server running?"
+            ) from error
         except (httpcore.NetworkError, httpcore.ProtocolError) as error:
             raise AnswerLost(f"{method} {path}: {error or type(error).__name__}", engine=self.name) from error
         if 200 <= response.status < 300:
