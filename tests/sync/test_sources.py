@@ -1,0 +1,170 @@
+"""Sources at the start of a round: what has changed since connect is named, and new values are there when a round begins."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import distributed, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from weightcast.errors import StateError
+from weightcast.trainer.sources import ModuleSource, ShardedSource, Source, StateDictSource, make_source
+from weightcast.trainer.sources.base import wait_for_stream
+
+
+@pytest.fixture(scope="module")
+def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DeviceMesh]:
+    meeting = Path(tmp_path_factory.mktemp("mesh")) / "meeting"
+    distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()
+
+
+def sharded(mesh: DeviceMesh) -> dict[str, torch.Tensor]:
+    """Shards, a replica and a plain tensor."""
+    return {
+        "a": distribute_tensor(torch.randn(6, 4), mesh, [Shard(0)]),
+        "plain": torch.arange(3),
+        "b": distribute_tensor(torch.randn(5), mesh, [Replicate()]),
+    }
+
+
+def plain() -> dict[str, torch.Tensor]:
+    return {"a": torch.randn(6, 4), "plain": torch.arange(3), "b": torch.randn(5)}
+
+
+def published(source: Source) -> dict[str, torch.Tensor]:
+    memory = source.memory
+    return {
+        p.region.name: memory.view(p.storage, p.dtype, p.offset, p.region.sizes, p.strides).clone()
+        for p in source.layout.placements
+    }
+
+
+def whole(value: torch.Tensor) -> torch.Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def both(mesh: DeviceMesh) -> list[dict[str, torch.Tensor]]:
+    return [plain(), sharded(mesh)]
+
+
+def test_mappings_are_read_again_whatever_became_of_their_tensors(mesh: DeviceMesh) -> None:
+    for tensors, fresh in zip(both(mesh), both(mesh), strict=True):
+        source = make_source(tensors)
+        assert isinstance(source, StateDictSource | ShardedSource)
+        for change in ("nothing", "values", "tensors"):
+            if change == "values":
+                tensors["b"].mul_(2)
+            elif change == "tensors":
+                tensors.update(fresh)
+            source.refresh()
+            assert {n: v.tolist() for n, v in published(source).items()} == {
+                n: whole(v).tolist() for n, v in tensors.items()
+            }
+
+
+def test_a_parameter_in_place_of_a_tensor_is_no_change() -> None:
+    tensors = plain()
+    source = make_source(tensors)
+    tensors["b"] = nn.Parameter(torch.ones(5))
+    source.refresh()
+    assert published(source)["b"].tolist() == [1.0] * 5
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("b", lambda value: None, "'b' was published at connect.* and is gone"),
+        ("a", lambda value: value.to(torch.bfloat16), "'a' was float32 .* and is bfloat16"),
+        ("plain", lambda value: value[:2].clone(), r"'plain' was int64 \(3,\) .* and is int64 \(2,\)"),
+    ],
+)
+def test_what_changed_is_named(
+    mesh: DeviceMesh, name: str, change: Callable[[torch.Tensor], torch.Tensor | None], message: str
+) -> None:
+    for tensors in both(mesh):
+        source = make_source(tensors)
+        changed = change(tensors.pop(name))
+        if changed is not None:
+            tensors[name] = changed
+        with pytest.raises(StateError, match=message):
+            source.refresh()
+
+
+def test_a_tensor_that_was_resized_where_it_lies_is_named() -> None:
+    tensors = plain()
+    source = make_source(tensors)
+    tensors["b"].resize_(1)
+    with pytest.raises(StateError, match=r"'b' was float32 \(5,\)"):
+        source.refresh()
+
+
+def test_other_placements_are_named(mesh: DeviceMesh) -> None:
+    tensors = sharded(mesh)
+    source = make_source(tensors)
+    tensors["b"] = distribute_tensor(torch.randn(5), mesh, [Shard(0)])
+    with pytest.raises(StateError, match=r"'b' was .*Replicate.* and is .*Shard"):
+        source.refresh()
+    tensors["b"] = torch.randn(5)
+    with pytest.raises(StateError, match=r"'b' was .*Replicate.* and is float32 \(5,\)"):
+        source.refresh()
+
+
+def sharded_module(mesh: DeviceMesh) -> nn.Module:
+    module = nn.Linear(4, 4)
+    module.weight = nn.Parameter(distribute_tensor(module.weight.detach(), mesh, [Shard(0)]))
+    return module
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_a_sharded_module_that_moved_is_refused_and_not_published_stale(mesh: DeviceMesh, mirrored: bool) -> None:
+    module = sharded_module(mesh)
+    source = make_source(module)
+    assert isinstance(source, ShardedSource)
+    if mirrored:
+        source.rebind(type(source.memory)([storage.clone() for storage in source.memory.storages]))
+    with torch.no_grad():
+        module.weight.mul_(2)
+    source.refresh()
+    assert published(source)["weight"].tolist() == module.weight.to_local().tolist()
+    module.to(torch.float64)
+    with pytest.raises(StateError, match="moved since connect"):
+        source.refresh()
+
+
+def test_a_plain_module_that_moved_is_refused() -> None:
+    module = nn.Linear(4, 4)
+    source = make_source(module)
+    assert isinstance(source, ModuleSource)
+    source.refresh()
+    module.weight.data = module.weight.data.clone()
+    with pytest.raises(StateError, match="moved since connect"):
+        source.refresh()
+
+
+def test_every_source_of_gpu_memory_waits_for_what_was_queued(
+    mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A round's digests and copies run on streams of their own."""
+    waits: list[torch.device] = []
+
+    def current_stream(device: torch.device) -> types.SimpleNamespace:
+        return types.SimpleNamespace(synchronize=lambda: waits.append(device))
+
+    monkeypatch.setattr(torch.cuda, "current_stream", current_stream)
+    for given in (plain(), sharded(mesh), nn.Linear(4, 4), sharded_module(mesh)):
+        source = make_source(given)  # type: ignore[arg-type]
+        source.refresh()
+        assert waits == []
+        source.device = torch.device("cuda", 3)
+        source.refresh()
+        assert waits == [source.device]
+        waits.clear()
+    wait_for_stream(torch.device("cpu"))
+    assert waits == []
