@@ -8,12 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from weightcast.errors import StateError
-from weightcast.trainer.sources import ModuleSource, ShardedSource, Source, StateDictSource, make_source
+from weightcast.errors import InvalidInput, StateError, Unsupported
+from weightcast.trainer.sources import (
+    ModuleSource,
+    SafetensorsSource,
+    ShardedSource,
+    Source,
+    StateDictSource,
+    make_source,
+)
 from weightcast.trainer.sources.base import wait_for_stream
 
 
@@ -146,6 +154,36 @@ def test_a_plain_module_that_moved_is_refused() -> None:
     module.weight.data = module.weight.data.clone()
     with pytest.raises(StateError, match="moved since connect"):
         source.refresh()
+
+
+def test_a_checkpoint_staged_on_a_device_is_the_same_tensors_in_one_arena(tmp_path: Path) -> None:
+    tensors = {"half": torch.randn(3, 5).to(torch.bfloat16), "odd": torch.arange(3, dtype=torch.uint8), **plain()}
+    save_file({name: value.contiguous() for name, value in tensors.items()}, tmp_path / "model.safetensors")
+    source = SafetensorsSource(tmp_path)
+    mapped, files = published(source), source.memory.files
+    assert {name: value.tolist() for name, value in mapped.items()} == {n: v.tolist() for n, v in tensors.items()}
+    assert any(files)
+    source._stage(torch.device("cpu"))
+    assert (source.memory.is_arena, len(source.memory.storages), source.memory.files) == (True, 1, (None,))
+    assert {n: v.tolist() for n, v in published(source).items()} == {n: v.tolist() for n, v in tensors.items()}
+    source.refresh()
+
+
+@pytest.mark.parametrize(
+    ("device", "error", "message"),
+    [
+        ("cuda", Unsupported, "no GPU cuda"),
+        ("cuda:7", Unsupported, "no GPU cuda:7"),
+        ("meta", Unsupported, "Choose cpu or cuda"),
+        ("graphics", InvalidInput, "'graphics' is no device"),
+    ],
+)
+def test_a_device_that_cannot_be_had_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, error: type[Exception], message: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(error, match=message):
+        SafetensorsSource(tmp_path, device=device)
 
 
 def test_every_source_of_gpu_memory_waits_for_what_was_queued(

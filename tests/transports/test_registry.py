@@ -111,8 +111,27 @@ def test_a_wish_is_honoured_or_refused_by_name() -> None:
 def test_no_common_transport_says_why_for_each() -> None:
     found = _with_entry_points(gloo="weightcast.transports.gloo:GlooTransport")
     found.register("nccl", _Picky)
-    with pytest.raises(Unsupported, match=r"nccl: no GPU in sight; gloo: the worker's weights are on cuda.*doctor"):
-        found.choose(_facts(), _facts(device="cuda"))
+    with pytest.raises(Unsupported, match=r"nccl: no GPU in sight; gloo: the trainer's weights are on cuda.*doctor"):
+        found.choose(_facts(device="cuda"), _facts(device="cuda"))
+
+
+@pytest.mark.parametrize(
+    ("trainer", "worker", "why", "advice"),
+    [
+        ("cpu", "cuda", "the source is in CPU memory and the engine on a GPU", "push --device cuda"),
+        ("cuda", "cpu", "the source is on a GPU and the engine in CPU memory", "Run the engine on a GPU"),
+    ],
+)
+def test_two_kinds_of_memory_are_named_with_what_to_do(trainer: str, worker: str, why: str, advice: str) -> None:
+    found = _with_entry_points(
+        gloo="weightcast.transports.gloo:GlooTransport", shm="weightcast.transports.shm:ShmTransport"
+    )
+    with pytest.raises(Unsupported, match=f"because {why}: shm: .*; gloo: .*weights are on cuda") as caught:
+        found.choose(_facts(device=trainer), _facts(device=worker))
+    assert advice in (caught.value.hint or "")
+    with pytest.raises(Unsupported, match="'gloo' was asked for") as caught:
+        found.choose(_facts(device=trainer), _facts(device=worker), "gloo")
+    assert advice in (caught.value.hint or "")
 
 
 def test_local_facts_describe_this_process() -> None:
