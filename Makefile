@@ -98,6 +98,7 @@ test-vllm: $(VLLM_STAMP) ## weightcast inside stock vLLM, on CPU; VLLM_TEST_ARGS
 	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest tests/vllm -m vllm $(VLLM_TEST_ARGS)
 
 test-gpu: $(STAMP) ## tests that need a CUDA GPU (those of vLLM where it is installed); PYTEST_ARGS="-k name"
+	$(BIN)/python -c 'import nccl.core' 2>/dev/null || $(BIN)/python -m pip install -q -c $(VENV)/held.txt -e '.[nccl]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/gpu tests/engine/test_engine_cuda.py $(PYTEST_ARGS)
 
 bench-gpu: ## all benchmarks of benchmarks/gpu, with a summary at the end

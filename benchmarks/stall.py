@@ -127,7 +127,7 @@ def commit_phases(report: Report) -> dict[str, float]:
 def measure(checkpoint: Path, way: Way, options: argparse.Namespace) -> dict[str, object]:
     """One way of publishing under load."""
     model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)
-    serve = ("--served-model-name", NAME, "--dtype", "bfloat16", "--max-model-len", "512")
+    serve = ("--served-model-name", NAME, "--dtype", "bfloat16", "--max-model-len", "512", "--device", "cpu")
     usual: list[float] = []
     arrival: list[float] = []
     around: list[float] = []

@@ -28,7 +28,7 @@ from policy import NUM_TOKENS, PROMPTS, Learner, build
 from weightcast import Publisher
 
 COMMANDS = {
-    "embedded": ["weightcast", "serve"],
+    "embedded": ["weightcast", "serve", "--device", "cpu"],
     "vllm": [
         *("vllm", "serve", "--weight-transfer-config", '{"backend": "weightcast"}'),
         *("--dtype", "float32", "--enforce-eager", "--max-model-len", "64", "--kv-cache-memory-bytes", str(64 << 20)),

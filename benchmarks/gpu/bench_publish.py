@@ -128,7 +128,7 @@ def main() -> None:
             try:
                 measure(table, engine, source, name, way, transport, rounds, plain_ms)
             except Exception as error:  # noqa: BLE001 - the other rows are still worth having
-                print(f"{name} {transport} {way}: {type(error).__name__}: {error}", flush=True)
+                table.fail(f"{name} {transport} {way}", error)
                 engine.__exit__()
                 engine = PeerEngine()
         del policy, runs, source
@@ -136,6 +136,7 @@ def main() -> None:
         torch.cuda.empty_cache()
     engine.__exit__()
     table.save()
+    table.exit()
 
 
 if __name__ == "__main__":

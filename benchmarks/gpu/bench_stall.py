@@ -127,8 +127,9 @@ def main() -> None:
                 try:
                     measure(table, trainer, way, server, clients, options.rounds)
                 except Exception as error:  # noqa: BLE001 - the other rows are still worth having
-                    print(f"{way}: {type(error).__name__}: {str(error)[:1000]}", flush=True)
+                    table.fail(way, error)
     table.save()
+    table.exit()
 
 
 if __name__ == "__main__":

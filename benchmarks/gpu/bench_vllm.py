@@ -215,14 +215,15 @@ def compare(table: Table, llm: Any, trainer: Trainer, name: str, plain_ms: float
             )  # type: ignore[misc]
             table.add(label, statistics.median(times), trainer.nbytes, f"min {min(times):.1f}")
         except Exception as error:  # noqa: BLE001 - the other rows are still worth having
-            print(f"{label}: {type(error).__name__}: {str(error)[:400]}", flush=True)
+            table.fail(label, error)
         if not packed:
             loaded = tokens(llm)
     llm.collective_rpc("bench_use", args=("weightcast",))
     same_sums = sums == llm.collective_rpc("bench_sums")[0]
-    print(
-        f"{name}: tokens after publish() and after vLLM's own loader equal: {pushed == loaded}, bytes equal: {same_sums}"
-    )
+    equal = f"tokens after publish() and after vLLM's own loader equal: {pushed == loaded}, bytes equal: {same_sums}"
+    print(f"{name}: {equal}", flush=True)
+    if not same_sums or pushed != loaded:
+        table.fail(f"{name}: the same weights", ValueError(equal))
 
 
 def main() -> None:
@@ -236,9 +237,10 @@ def main() -> None:
         try:
             measure(table, name, options.rounds)
         except Exception as error:  # noqa: BLE001 - the other shapes are still worth having
-            print(f"{name}: {type(error).__name__}: {str(error)[:1500]}", flush=True)
+            table.fail(name, error)
         torch.cuda.empty_cache()
-        table.save()
+    table.save()
+    table.exit()
 
 
 if __name__ == "__main__":

@@ -6,9 +6,11 @@ import json
 import os
 import signal
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -59,17 +61,32 @@ def wall_ms(call: Callable[[], object], repeats: int = 7, warmup: int = 2) -> fl
 
 
 class Table:
-    """Rows that are printed as they come and appended to a JSON file at the end."""
+    """Rows that are printed as they come and appended to a JSON file at the end.
+
+    A row that fails does not keep the others from being measured, but the program's exit status says so.
+    """
 
     def __init__(self, name: str) -> None:
         self._name = name
         self._rows: list[dict[str, object]] = []
+        self._failures: list[str] = []
 
     def add(self, what: str, ms: float, nbytes: int, note: str = "") -> None:
         """``nbytes`` are what the rate counts."""
         rate = nbytes / ms / 1e6
         self._rows.append({"what": what, "ms": round(ms, 4), "gb_per_s": round(rate, 1), "note": note})
         print(f"{self._name:8s} {what:46s} {ms:10.3f} ms {rate:9.1f} GB/s  {note}", flush=True)
+
+    def fail(self, what: str, error: Exception) -> None:
+        """Note a row that could not be measured."""
+        self._failures.append(what)
+        print(f"{self._name:8s} {what}: {type(error).__name__}: {str(error)[:1500]}", flush=True)
+
+    def exit(self) -> NoReturn:
+        """End the program: status 1 when a row failed."""
+        if self._failures:
+            print(f"FAILED: {', '.join(self._failures)}", flush=True)
+        sys.exit(1 if self._failures else 0)
 
     def save(self) -> None:
         folder = Path(os.environ.get("OUT", "."))

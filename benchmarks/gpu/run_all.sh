@@ -1,6 +1,7 @@
 #!/bin/bash
 # GPU tests and benchmarks, each part with a limit of its own; a summary comes last, everything is in $OUT.
 # Usage: benchmarks/gpu/run_all.sh PART...   without parts: all. Parts that need vLLM are left out where it is absent.
+# All parts are run whatever became of the others; the exit status is 1 when one of them failed.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 . benchmarks/gpu/setup.sh
@@ -8,16 +9,19 @@ DEST=$OUT; export OUT="${TMPDIR:-/tmp}/gpu-out"; mkdir -p "$OUT"; rm -f "$OUT"/*
 keep() { tar -czf "$DEST/logs.tgz" -C "$OUT" . 2>/dev/null; cp -f "$OUT"/*.jsonl "$OUT"/matrix.* "$DEST" 2>/dev/null; true; }
 printf '[pytest]\nmarkers = gpu\naddopts = -p no:cacheprovider\n' >"$OUT/pytest.ini"   # the project's own needs more plug-ins
 parts=("$@"); [ ${#parts[@]} -eq 0 ] && parts=(tests kernels publish ipc nccl matrix vllm-tests vllm stall)
+failed=(${SETUP_FAILED:+set-up})
 has_vllm() { [ -d "$SITE/vllm" ] || python3 -c 'import importlib.util as u, sys; sys.exit(u.find_spec("vllm") is None)'; }
 run() { # NAME SECONDS COMMAND...
     local name=$1 limit=$2 start=$SECONDS; shift 2
     timeout -k 20 "$limit" "$@" >"$OUT/$name.log" 2>&1; local code=$?
     echo "== $name: exit $code after $((SECONDS - start)) s"
+    [ "$code" -eq 0 ] || failed+=("$name")
     keep
 }
 beside() { python3 -c 'import xdist' 2>/dev/null && echo "-n $1"; }
 tests() { run "$1" "$2" python3 -m pytest -v --timeout "${T:-60}" $(beside "$3") -c "$OUT/pytest.ini" --rootdir . --tb=short --durations=5 "${@:4}"; }
 for part in "${parts[@]}"; do
+    case $part in vllm*|stall) has_vllm || { echo "== $part: left out, there is no vLLM here"; continue; } ;; esac
     case $part in
         tests) tests tests 170 "${JOBS:-12}" tests/gpu/test_gpu_{transports,vllm_wire,publish,embedded,proven,digest,swap,ranks}.py \
                    tests/engine/test_engine_cuda.py ${K:+-k "$K"} ;;
@@ -25,15 +29,16 @@ for part in "${parts[@]}"; do
         publish|ipc|nccl) run "$part" 150 python3 "benchmarks/gpu/bench_$part.py" ;;
         matrix) run matrix 150 python3 -m weightcast.testing.matrix --transports cuda_ipc,nccl --jobs 12 \
                     --budget "${BUDGET:-115}" --cell-timeout 60 --out "$OUT" ;;
-        vllm-tests) has_vllm && T=150 tests vllm-tests "${LIMIT:-200}" "${JOBS:-6}" tests/gpu/test_gpu_vllm.py ${K:+-k "$K"} ;;
-        vllm) has_vllm && for shape in ${SHAPES:-0.6B 8B MoE}; do   # a process each: what vLLM's ipc mapped is freed only with it
+        vllm-tests) T=150 tests vllm-tests "${LIMIT:-200}" "${JOBS:-6}" tests/gpu/test_gpu_vllm.py ${K:+-k "$K"} ;;
+        vllm) for shape in ${SHAPES:-0.6B 8B MoE}; do   # a process each: what vLLM's ipc mapped is freed only with it
                   run "vllm-$shape" "${LIMIT:-200}" python3 benchmarks/gpu/bench_vllm.py "$shape"
               done ;;
-        stall) has_vllm && run stall 200 python3 benchmarks/gpu/bench_stall.py ;;
+        stall) run stall 200 python3 benchmarks/gpu/bench_stall.py ;;
+        *) echo "== $part: no such part"; failed+=("$part") ;;
     esac
 done
 for part in "${parts[@]}"; do
-    [ "$part" != vllm ] || cat "$OUT"/vllm-[^t]*.log >"$OUT/vllm.log"
+    [ "$part" != vllm ] || cat "$OUT"/vllm-[^t]*.log >"$OUT/vllm.log" 2>/dev/null
     [ -f "$OUT/$part.log" ] || continue
     echo "---- $part"
     case $part in
@@ -42,3 +47,4 @@ for part in "${parts[@]}"; do
     esac
 done
 keep
+[ ${#failed[@]} -eq 0 ] || { echo "FAILED: ${failed[*]}"; exit 1; }

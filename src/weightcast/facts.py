@@ -15,6 +15,10 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     """Where the weights lie: "cpu" or "cuda"."""
     gpu: str = ""
     """UUID of the GPU, empty on CPU."""
+    visible_gpus: tuple[str, ...] = ()
+    """UUIDs of all GPUs that this process can use: CUDA_VISIBLE_DEVICES may leave it fewer than the host has."""
+    mappable: bool = True
+    """Whether other processes can map its GPU memory, as far as the settings of torch's allocator tell."""
     transports: tuple[str, ...] = ()
     """Names this process could load and use."""
     address: str = "127.0.0.1"

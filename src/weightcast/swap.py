@@ -2,7 +2,7 @@
 
 both on one GPU          one fused kernel: each side is read once and written once, at memory speed, no scratch memory
 both on the CPU          chunk by chunk through a scratch that stays in the second-level cache
-GPU and pinned host      streamed through two scratch buffers on the GPU, both directions of the bus at once
+GPU and pinned host      the same kernel, which reads and writes the host's memory over the bus, both directions at once
 """
 
 from __future__ import annotations

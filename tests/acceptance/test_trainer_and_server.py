@@ -35,7 +35,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def url(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     ready = tmp_path_factory.mktemp("serve") / "url"
     command = [sys.executable, "-m", "weightcast.cli", "serve", str(checkpoint), "--port", "0", "--token", TOKEN]
-    command += ["--dtype", "float32", "--served-model-name", "policy", "--ready-file", str(ready)]
+    command += ["--dtype", "float32", "--device", "cpu", "--served-model-name", "policy", "--ready-file", str(ready)]
     server = subprocess.Popen(command)
     try:
         end = time.monotonic() + 90

@@ -33,7 +33,7 @@ pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(180)]
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     folder = tmp_path_factory.mktemp("served")
     save_folder(folder)
-    with ServerProcess(folder, "--load-format", "dummy", "--dtype", "float32") as process:
+    with ServerProcess(folder, "--load-format", "dummy", "--dtype", "float32", "--device", "cpu") as process:
         process.wait_until_listening()
         yield process
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from importlib.metadata import EntryPoint
+from types import SimpleNamespace
 
 import msgspec
 import pytest
+import torch
 
 from weightcast.errors import InvalidInput, Unsupported
-from weightcast.transports import Facts, TransportRegistry, local_facts
+from weightcast.transports import Facts, TransportRegistry, cuda_ipc, local_facts
 from weightcast.transports.gloo import GlooTransport
 from weightcast.transports.registry import ENTRY_POINT_GROUP, registry
 
@@ -22,6 +24,11 @@ class _Picky(GlooTransport):
 
     def refusal(self, trainer: Facts, worker: Facts) -> str | None:
         return "no GPU in sight"
+
+
+class _Anywhere(_Carrier):
+    def refusal(self, trainer: Facts, worker: Facts) -> str | None:
+        return None
 
 
 def _with_entry_points(**values: str) -> TransportRegistry:
@@ -104,8 +111,27 @@ def test_a_wish_is_honoured_or_refused_by_name() -> None:
 def test_no_common_transport_says_why_for_each() -> None:
     found = _with_entry_points(gloo="weightcast.transports.gloo:GlooTransport")
     found.register("nccl", _Picky)
-    with pytest.raises(Unsupported, match=r"nccl: no GPU in sight; gloo: the worker's weights are on cuda.*doctor"):
-        found.choose(_facts(), _facts(device="cuda"))
+    with pytest.raises(Unsupported, match=r"nccl: no GPU in sight; gloo: the trainer's weights are on cuda.*doctor"):
+        found.choose(_facts(device="cuda"), _facts(device="cuda"))
+
+
+@pytest.mark.parametrize(
+    ("trainer", "worker", "why", "advice"),
+    [
+        ("cpu", "cuda", "the source is in CPU memory and the engine on a GPU", "push --device cuda"),
+        ("cuda", "cpu", "the source is on a GPU and the engine in CPU memory", "Run the engine on a GPU"),
+    ],
+)
+def test_two_kinds_of_memory_are_named_with_what_to_do(trainer: str, worker: str, why: str, advice: str) -> None:
+    found = _with_entry_points(
+        gloo="weightcast.transports.gloo:GlooTransport", shm="weightcast.transports.shm:ShmTransport"
+    )
+    with pytest.raises(Unsupported, match=f"because {why}: shm: .*; gloo: .*weights are on cuda") as caught:
+        found.choose(_facts(device=trainer), _facts(device=worker))
+    assert advice in (caught.value.hint or "")
+    with pytest.raises(Unsupported, match="'gloo' was asked for") as caught:
+        found.choose(_facts(device=trainer), _facts(device=worker), "gloo")
+    assert advice in (caught.value.hint or "")
 
 
 def test_local_facts_describe_this_process() -> None:
@@ -115,3 +141,56 @@ def test_local_facts_describe_this_process() -> None:
     assert set(facts.transports) == set(registry().available())
     assert local_facts("cpu", address="10.1.2.3").address == "10.1.2.3"
     assert registry().choose(facts, facts)[0].name == "shm"
+
+
+def test_cuda_ipc_is_passed_over_where_the_trainers_gpu_cannot_be_mapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cuda_ipc, "visible_gpus", lambda: ("GPU-a", "GPU-b"))
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda ours, theirs: (ours, theirs) == (1, 0))
+    found = TransportRegistry(points=[])
+    found.register("cuda_ipc", cuda_ipc.CudaIpcTransport)
+    found.register("carrier", _Anywhere)
+
+    def gpu(uuid: str, **changes: object) -> Facts:
+        return _facts(device="cuda", gpu=uuid, transports=("cuda_ipc", "carrier"), **changes)
+
+    apart, both = gpu("GPU-b", visible_gpus=("GPU-b",)), gpu("GPU-b", visible_gpus=("GPU-a", "GPU-b"))
+    assert found.choose(gpu("GPU-b"), apart)[0].name == "cuda_ipc"
+    assert found.choose(gpu("GPU-a"), both)[0].name == "cuda_ipc"
+    for trainer, worker, reason in (
+        (gpu("GPU-a"), apart, "the worker cannot see the trainer's GPU GPU-a"),
+        (gpu("GPU-b", mappable=False), both, "expandable segments"),
+        (gpu("GPU-b"), gpu("GPU-a", visible_gpus=("GPU-a", "GPU-b")), "GPU GPU-a cannot reach the memory of GPU GPU-b"),
+    ):
+        transport, why = found.choose(trainer, worker)
+        assert transport.name == "carrier"
+        assert why.startswith("carrier (cuda_ipc: ")
+        assert reason in why
+        with pytest.raises(Unsupported, match="'cuda_ipc' was asked for and cannot be used"):
+            found.choose(trainer, worker, "cuda_ipc")
+
+
+@pytest.mark.parametrize(
+    ("variables", "mappable"),
+    [
+        ({}, True),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:128, expandable_segments:True"}, False),
+        ({"PYTORCH_ALLOC_CONF": "expandable_segments:True"}, False),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False"}, True),
+        ({"PYTORCH_ALLOC_CONF": "backend:cudaMallocAsync"}, False),
+        ({"PYTORCH_ALLOC_CONF": "backend:native", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}, True),
+    ],
+)
+def test_facts_of_a_gpu_say_which_others_are_visible_and_whether_its_memory_can_be_mapped(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], mappable: bool
+) -> None:
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=f"GPU-{device.index}"))
+    facts = local_facts("cuda:1")
+    assert (facts.device, facts.gpu, facts.visible_gpus) == ("cuda", "GPU-1", ("GPU-0", "GPU-1"))
+    assert facts.mappable is mappable
+    assert local_facts("cpu").mappable

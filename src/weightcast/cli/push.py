@@ -39,6 +39,9 @@ def command(
     token: TokenOption = None,
     transport: Annotated[str, typer.Option(help="auto, or the name of a transport (see weightcast doctor).")] = "auto",
     mode: Annotated[Mode, typer.Option(help="Shadow and swap, straight into live weights, or what fits.")] = Mode.auto,
+    device: Annotated[
+        str, typer.Option(help="Where the checkpoint is published from: cuda for engines on GPUs (it has to fit).")
+    ] = "cpu",
     pause: Annotated[Pause, typer.Option(help="Requests in flight: freeze, finish, end, or leave alone.")] = Pause.keep,
     takeover: Annotated[bool, typer.Option("--takeover", help="Also when a trainer is connected: it is left.")] = False,
     timeout: TimeoutOption = 300.0,
@@ -47,7 +50,15 @@ def command(
     """Stream CHECKPOINT into running engines: all of them serve it afterwards, or none does."""
     with reported_errors():
         report = _push(
-            checkpoint, to, token, transport=transport, mode=mode, pause=pause, takeover=takeover, timeout_s=timeout
+            checkpoint,
+            to,
+            token,
+            device=device,
+            transport=transport,
+            mode=mode,
+            pause=pause,
+            takeover=takeover,
+            timeout_s=timeout,
         )
     if as_json:
         typer.echo(report.to_json())
@@ -62,6 +73,7 @@ def _push(
     urls: list[str],
     token: str | None,
     *,
+    device: str,
     transport: str,
     mode: Mode,
     pause: Pause,
@@ -69,9 +81,10 @@ def _push(
     timeout_s: float,
 ) -> Report:
     from weightcast import Publisher
+    from weightcast.trainer.sources import SafetensorsSource
 
     with Publisher(
-        checkpoint,
+        SafetensorsSource(checkpoint, device=device),
         engines=urls,
         token=token,
         transport=transport,

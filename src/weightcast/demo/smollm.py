@@ -39,7 +39,16 @@ def run_demo(
     with console.status("checkpoint (downloaded and converted at the first run)"):
         checkpoint = ensure_checkpoint(cache)
     console.print(f"checkpoint: {checkpoint}", highlight=False, soft_wrap=True)
-    arguments = ("--served-model-name", MODEL_NAME, "--load-format", "dummy", "--max-model-len", "512")
+    arguments = (
+        "--served-model-name",
+        MODEL_NAME,
+        "--load-format",
+        "dummy",
+        "--max-model-len",
+        "512",
+        "--device",
+        "cpu",
+    )
     with ServerProcess(checkpoint, *arguments, port=port, timeout_s=timeout_s) as server:
         with console.status("server starting, with random weights"):
             server.wait_until_listening()

@@ -44,6 +44,9 @@ def run_demo(options: Options, console: Console) -> Verdict:
             "dummy",
             "--dtype",
             "float32",
+            # Where the learner is: no transport goes from CPU memory to a GPU.
+            "--device",
+            "cpu",
         )
         with ServerProcess(Path(folder), *arguments, port=options.port) as server:
             console.print(f"server starting on {server.url} (process {server.pid}), it waits for weights")

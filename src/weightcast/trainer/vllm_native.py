@@ -109,11 +109,19 @@ class VllmNativePublisher:
             info.update(master_address=self._address, master_port=store.port)
         if self._packed_at_init:
             info.update(self._packing())
-        with self._server.meanwhile("/init_weight_transfer_engine", {"init_info": info}, deadline) as check:
-            comm = Communicator(self._device, check)
-            comm.connect(unique_id, 0, world_size, deadline)
-            comm.all_reduce(torch.zeros(1, device=self._device), deadline)
-            comm.finish(deadline, "the first all-reduce")
+        comm = Communicator(self._device)
+        try:
+            with self._server.meanwhile("/init_weight_transfer_engine", {"init_info": info}, deadline) as check:
+                comm.watch(check)
+                comm.connect(unique_id, 0, world_size, deadline)
+                # Named: memory that is freed under a running collective belongs to somebody else.
+                probe = torch.zeros(1, device=self._device)
+                comm.all_reduce(probe, deadline)
+                comm.finish(deadline, "the first all-reduce")
+        except BaseException:
+            # NCCL may be connected and the server's answer still an error.
+            comm.abort()
+            raise
         # It held the id until every rank had it.
         del store
         self._comm = comm
@@ -185,7 +193,8 @@ class VllmNativePublisher:
                     buffer = self._pack(chunk)
                 buffer.record_stream(comm.stream)
                 comm.stream.wait_stream(packing)
-                comm.broadcast(buffer, 0, deadline)
+                if chunk.nbytes:
+                    comm.broadcast(buffer, 0, deadline)
                 event = new_event()
                 event.record(comm.stream)
                 sent.append(event)
@@ -203,7 +212,8 @@ class VllmNativePublisher:
             if spec.nbytes:
                 parts.append(buffer[offset : offset + spec.nbytes])
                 values.append(tensor.detach().contiguous().view(-1).view(torch.uint8))
-        torch._foreach_copy_(parts, values)
+        if parts:
+            torch._foreach_copy_(parts, values)
         return buffer
 
 

@@ -24,6 +24,7 @@ from weightcast.manifest import Manifest
 from weightcast.memory import Memory
 from weightcast.plan import Copy
 from weightcast.transports.base import DEFAULT_BUCKET_NBYTES, Facts, TrainerEnd, Transport, WorkerEnd
+from weightcast.transports.facts import gpu_uuid, visible_gpus
 from weightcast.transports.guard import EndGuard
 from weightcast.transports.pairlink import PairLink
 from weightcast.transports.recent import Recent
@@ -84,8 +85,14 @@ class CudaIpcTransport(Transport):
         for side, facts in (("trainer", trainer), ("worker", worker)):
             if facts.device != "cuda":
                 return f"the {side}'s weights are on {facts.device}, cuda_ipc moves GPU memory"
+        if not trainer.mappable:
+            return (
+                "the trainer's allocator (expandable segments or cudaMallocAsync) gives memory that nobody else can map"
+            )
         if trainer.gpu == worker.gpu:
             return None
+        if trainer.gpu not in worker.visible_gpus:
+            return f"the worker cannot see the trainer's GPU {trainer.gpu} (widen CUDA_VISIBLE_DEVICES of the engine)"
         theirs, ours = _index_of(trainer.gpu), _index_of(worker.gpu)
         if theirs is not None and ours is not None and not torch.cuda.can_device_access_peer(ours, theirs):
             return f"GPU {worker.gpu} cannot reach the memory of GPU {trainer.gpu}"
@@ -120,16 +127,10 @@ def process_identity() -> str:
     return f"{namespace}:{os.getpid()}"
 
 
-def gpu_uuid(device: torch.device) -> str:
-    return str(torch.cuda.get_device_properties(device).uuid)
-
-
 def _index_of(uuid: str) -> int | None:
     """The number of a GPU here, None when it is not visible to this process."""
-    for index in range(torch.cuda.device_count()):
-        if gpu_uuid(torch.device("cuda", index)) == uuid:
-            return index
-    return None
+    uuids = visible_gpus()
+    return uuids.index(uuid) if uuid in uuids else None
 
 
 def _check_offer(offer: CudaIpcOffer, copies: Sequence[Copy]) -> None:

@@ -14,6 +14,9 @@ import torch
 from weightcast.transports.base import Facts
 from weightcast.transports.registry import registry
 
+_ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""Settings of torch's allocator, the one that counts first."""
+
 
 def local_facts(device: torch.device | str, address: str | None = None) -> Facts:
     """Facts of this process for weights on ``device``; ``address`` overrides where other hosts reach it."""
@@ -22,7 +25,9 @@ def local_facts(device: torch.device | str, address: str | None = None) -> Facts
         host=host_identity(),
         pid=os.getpid(),
         device=device.type,
-        gpu=_gpu_uuid(device),
+        gpu=gpu_uuid(device) if device.type == "cuda" else "",
+        visible_gpus=visible_gpus() if device.type == "cuda" else (),
+        mappable=device.type != "cuda" or memory_is_mappable(),
         transports=registry().available(),
         address=address or outward_address(),
     )
@@ -65,7 +70,20 @@ def _inode(path: str) -> str:
     return f"{stat.st_dev}:{stat.st_ino}"
 
 
-def _gpu_uuid(device: torch.device) -> str:
-    if device.type != "cuda":
-        return ""
+def gpu_uuid(device: torch.device) -> str:
+    """Names a GPU in all processes of a host, whatever number each gives it."""
     return str(torch.cuda.get_device_properties(device).uuid)
+
+
+def visible_gpus() -> tuple[str, ...]:
+    """The UUIDs of this process's GPUs, in its own order."""
+    return tuple(gpu_uuid(torch.device("cuda", index)) for index in range(torch.cuda.device_count()))
+
+
+def memory_is_mappable() -> bool:
+    """Whether torch gets GPU memory in a way that has handles for other processes, as the environment says.
+
+    A program may also choose its allocator itself; that shows when its memory is exported.
+    """
+    settings = next((os.environ[name] for name in _ALLOCATOR_VARIABLES if os.environ.get(name)), "")
+    return not {"expandable_segments:True", "backend:cudaMallocAsync"} & set(settings.replace(" ", "").split(","))

@@ -67,7 +67,10 @@ class TransportRegistry:
             transport = self.get(wanted)
             reason = self._obstacle(wanted, trainer, worker)
             if reason is not None:
-                raise Unsupported(f"transport {wanted!r} was asked for and cannot be used: {reason}")
+                raise Unsupported(
+                    f"transport {wanted!r} was asked for and cannot be used: {reason}",
+                    hint=_between(trainer, worker)[1],
+                )
             return transport, f"{wanted} (asked for)"
         passed_over: list[str] = []
         for name in self.names():
@@ -76,9 +79,10 @@ class TransportRegistry:
                 why = "; ".join(passed_over)
                 return self.get(name), f"{name} ({why})" if why else f"{name} (first choice)"
             passed_over.append(f"{name}: {reason}")
+        why, hint = _between(trainer, worker)
         raise Unsupported(
-            f"no transport between trainer {trainer.pid} and worker {worker.pid}: {'; '.join(passed_over)}",
-            hint="`weightcast doctor` on both machines lists what works there",
+            f"no transport between trainer {trainer.pid} and worker {worker.pid}{why}: {'; '.join(passed_over)}",
+            hint=hint or "`weightcast doctor` on both machines lists what works there",
         )
 
     def _obstacle(self, name: str, trainer: Facts, worker: Facts) -> str | None:
@@ -105,6 +109,23 @@ class TransportRegistry:
             self._failures[name] = f"{point.value} is not a Transport"
         else:
             self._transports[name] = transport
+
+
+def _between(trainer: Facts, worker: Facts) -> tuple[str, str | None]:
+    """What is to be said of sides whose weights lie in different kinds of memory, and what to do."""
+    match trainer.device, worker.device:
+        case "cpu", "cuda":
+            return (
+                ", because the source is in CPU memory and the engine on a GPU",
+                "Move the module or the tensors to a GPU before they are published (`weightcast push --device cuda`), or run "
+                "the engine on the CPU",
+            )
+        case "cuda", "cpu":
+            return (
+                ", because the source is on a GPU and the engine in CPU memory",
+                "Run the engine on a GPU, or publish a copy of the tensors in CPU memory",
+            )
+    return "", None
 
 
 def _rank(name: str) -> int:

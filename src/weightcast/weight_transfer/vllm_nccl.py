@@ -124,7 +124,9 @@ class VllmNcclEngine(WeightTransferEngine[VllmNcclInitInfo, VllmNcclUpdateInfo])
             unique_id = fetch_unique_id(init_info.master_address, init_info.master_port, init_info.world_size, deadline)
         comm = Communicator(self.model.device)
         comm.connect(unique_id, rank, init_info.world_size, deadline)
-        comm.all_reduce(torch.zeros(1, device=self.model.device), deadline)
+        # Named: memory that is freed under a running collective belongs to somebody else.
+        probe = torch.zeros(1, device=self.model.device)
+        comm.all_reduce(probe, deadline)
         comm.finish(deadline, "the first all-reduce")
         self._comm, self._init_info = comm, init_info
 
@@ -183,6 +185,10 @@ class VllmNcclEngine(WeightTransferEngine[VllmNcclInitInfo, VllmNcclUpdateInfo])
         return chunks_of(specs, buffer_nbytes) if packed else single_chunks(specs)
 
 
+_Arrival = tuple[Chunk, torch.Tensor, torch.cuda.Event]
+"""A chunk, the buffer it travels in, and when it is there."""
+
+
 class _Arrivals:
     """Named tensors as they arrive: while one chunk is loaded, the next is on its way."""
 
@@ -190,11 +196,14 @@ class _Arrivals:
         self._comm = comm
         self._chunks = chunks
         self._deadline = deadline
-        self._next = self._receive()
+        self._next: _Arrival | None = None
+        self._begun = False
         self.error: WeightcastError | None = None
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         try:
+            if not self._begun:
+                self._begun, self._next = True, self._receive()
             while self._next is not None:
                 chunk, buffer, arrived = self._next
                 self._next = self._receive()
@@ -210,7 +219,7 @@ class _Arrivals:
         for _ in self:
             pass
 
-    def _receive(self) -> tuple[Chunk, torch.Tensor, torch.cuda.Event] | None:
+    def _receive(self) -> _Arrival | None:
         chunk = next(self._chunks, None)
         if chunk is None:
             return None

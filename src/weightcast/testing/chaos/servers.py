@@ -44,7 +44,18 @@ class Server:
         """Start it; it serves some seconds later."""
         self._ready.unlink(missing_ok=True)
         command = [sys.executable, "-m", "weightcast.cli", "serve", str(self._checkpoint), "--port", str(self.port)]
-        command += ["--token", TOKEN, "--dtype", "float64", "--num-threads", "1", "--served-model-name", NAME]
+        command += [
+            "--token",
+            TOKEN,
+            "--dtype",
+            "float64",
+            "--num-threads",
+            "1",
+            "--served-model-name",
+            NAME,
+            "--device",
+            "cpu",
+        ]
         command += [
             "--weight-transfer-config",
             f'{{"mode": "{self._mode}"}}',

@@ -26,11 +26,11 @@ def make_source(source: SourceLike, *, dtype: torch.dtype | None = None) -> Sour
     if isinstance(source, nn.Module):
         tensors = checkpoint_tensors(source)
         if any(map(is_distributed, tensors.values())):
-            return ShardedSource(tensors, dtype=dtype, in_place=True)
+            return ShardedSource(tensors, dtype=dtype, module=source)
         return ModuleSource(source, dtype=dtype, names=tensors)
     if isinstance(source, Mapping):
         if any(map(is_distributed, source.values())):
-            return ShardedSource(source, dtype=dtype, in_place=False)
+            return ShardedSource(source, dtype=dtype)
         return StateDictSource(source, dtype=dtype)
     if isinstance(source, str | Path):
         return SafetensorsSource(source)

@@ -49,3 +49,10 @@ def device_of(tensors: list[torch.Tensor]) -> torch.device:
             hint="Run one trainer rank per device",
         )
     return devices.pop() if devices else torch.device("cpu")
+
+
+def wait_for_stream(device: torch.device) -> None:
+    """Return when the values written on this thread's stream are there: digests and transports read them on streams of
+    their own."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()

@@ -13,7 +13,7 @@ from weightcast.errors import InvalidInput, StateError, Unsupported
 from weightcast.layout import Layout, Placement, Region
 from weightcast.manifest import Manifest, TensorSpec, align
 from weightcast.memory import Memory, bytes_of
-from weightcast.trainer.sources.base import Source, device_of
+from weightcast.trainer.sources.base import Source, device_of, wait_for_stream
 from weightcast.trainer.sources.shards import is_distributed, local_of
 
 
@@ -152,13 +152,17 @@ class ModuleSource(Source):
         self._addresses = self._current_addresses()
 
     def refresh(self) -> None:
-        if self._current_addresses() != self._addresses:
-            raise StateError(
-                "parameters of the module were moved since connect()",
-                hint="Do not call .to() or replace .data of a published module; connect again",
-            )
-        if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()
+        refuse_moved(self._current_addresses(), self._addresses)
+        wait_for_stream(self.device)
+
+
+def refuse_moved(now: list[int], then: list[int]) -> None:
+    """Raise StateError when parameters do not lie where they lay."""
+    if now != then:
+        raise StateError(
+            "parameters of the module were moved since connect()",
+            hint="Do not call .to() or replace .data of a published module; connect again",
+        )
 
 
 def published_dtype(held: torch.dtype, wanted: torch.dtype | None) -> str:

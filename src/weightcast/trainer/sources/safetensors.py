@@ -14,11 +14,11 @@ import msgspec
 import torch
 
 from weightcast.dtypes import itemsize_of
-from weightcast.errors import InvalidInput, StateError
-from weightcast.layout import Layout, Placement, Region, contiguous_strides
+from weightcast.errors import InvalidInput, StateError, Unsupported
+from weightcast.layout import Layout, Placement, Region, contiguous_strides, image_layout
 from weightcast.manifest import Manifest, TensorSpec
 from weightcast.memory import FileSpan, Memory
-from weightcast.trainer.sources.base import Source
+from weightcast.trainer.sources.base import Source, wait_for_stream
 
 MAX_HEADER_NBYTES = 100 * 2**20
 
@@ -85,11 +85,13 @@ def read_header(path: Path) -> tuple[dict[str, _Entry], int]:
 class SafetensorsSource(Source):
     """Holdings are read-only maps of the files, one storage a file; memory use is what the page cache keeps.
 
-    Tensors that do not start at a multiple of their element size in the file are copied (the format allows it).
+    Tensors that do not start at a multiple of their element size in the file are copied (the format allows it). With another
+    ``device`` the tensors are copied there, one after the other, into one arena: for engines that have their weights on a GPU.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, *, device: torch.device | str = "cpu") -> None:
         self.folder = Path(folder)
+        wanted = _usable(device)
         self.device = torch.device("cpu")
         specs: list[TensorSpec] = []
         placements: list[Placement] = []
@@ -120,6 +122,25 @@ class SafetensorsSource(Source):
         self.manifest = Manifest.of(specs)
         self.memory = Memory(storages, files=files)
         self.layout = Layout(placements=tuple(placements), storage_nbytes=tuple(s.numel() for s in storages))
+        if wanted.type != "cpu":
+            self._stage(wanted)
+
+    def _stage(self, device: torch.device) -> None:
+        """Continue on a copy of all tensors in one arena on ``device``."""
+        layout = image_layout(self.manifest)
+        nbytes = layout.storage_nbytes[0]
+        try:
+            arena = Memory([torch.zeros(nbytes, dtype=torch.uint8, device=device)], is_arena=True)
+        except torch.OutOfMemoryError:
+            raise Unsupported(
+                f"there is no room for the checkpoint's {nbytes} bytes on {device}",
+                hint="Choose another GPU, cuda:1 say",
+            ) from None
+        held = {placement.region.name: placement for placement in self.layout.placements}
+        for placement in layout.placements:
+            _view(arena, placement).copy_(_view(self.memory, held[placement.region.name]))
+        self.memory, self.layout, self.device = arena, layout, arena.storages[0].device
+        wait_for_stream(self.device)
 
     def rebind(self, memory: Memory) -> None:
         self.memory = memory
@@ -127,6 +148,22 @@ class SafetensorsSource(Source):
     def refresh(self) -> None:
         if _stamp(self.folder) != self._stamp:
             raise StateError(f"the files of {self.folder} changed since connect()", hint="Connect again")
+
+
+def _usable(device: torch.device | str) -> torch.device:
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise InvalidInput(f"{device!r} is no device: {error}", field="device") from None
+    if found.type not in ("cpu", "cuda"):
+        raise Unsupported(f"a checkpoint on {found}", hint="Choose cpu or cuda")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise Unsupported(f"this machine has no GPU {found}", hint="Engines on a CPU take a checkpoint from the CPU")
+    return found
+
+
+def _view(memory: Memory, placement: Placement) -> torch.Tensor:
+    return memory.view(placement.storage, placement.dtype, placement.offset, placement.region.sizes, placement.strides)
 
 
 def _placed(spec: TensorSpec, storage: int, offset_nbytes: int) -> Placement:

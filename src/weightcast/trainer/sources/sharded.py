@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
+from torch import nn
 
 from weightcast.dtypes import name_of
-from weightcast.errors import InvalidInput, StateError
+from weightcast.errors import InvalidInput
 from weightcast.layout import Layout, Placement, Region, contiguous_strides
 from weightcast.manifest import Manifest, TensorSpec, align
 from weightcast.memory import Memory, bytes_of
-from weightcast.trainer.sources.base import Source, device_of
-from weightcast.trainer.sources.module import check_dense, published_dtype
-from weightcast.trainer.sources.shards import Part, local_of, part_of
+from weightcast.trainer.sources.base import Source, device_of, wait_for_stream
+from weightcast.trainer.sources.forms import Forms
+from weightcast.trainer.sources.module import check_dense, published_dtype, refuse_moved
+from weightcast.trainer.sources.shards import Part, is_distributed, local_of, part_of, shard_of
 
 
 class ShardedSource(Source):
     """Holdings are local shards; nothing is gathered.
 
-    ``in_place``: shards are read where they are until a transport moves the memory. They are never moved themselves, as FSDP
-    keeps views of its own into them; a transport that needs other memory (shm) gets a mirror, filled at the start of each
-    round. Without ``in_place`` the mapping is read again and mirrored at every round: same names, shapes, placements and
-    dtypes, values as they are then.
+    With the ``module`` that the tensors are views of, shards are read where they are until a transport moves the memory. They
+    are never moved themselves, as FSDP keeps views of its own into them; a transport that needs other memory (shm) gets a
+    mirror, filled at the start of each round. Without a module the mapping is read again and mirrored at every round: same
+    names, shapes, placements and dtypes, values as they are then.
     """
 
     def __init__(
-        self, tensors: Mapping[str, torch.Tensor], *, dtype: torch.dtype | None = None, in_place: bool
+        self, tensors: Mapping[str, torch.Tensor], *, dtype: torch.dtype | None = None, module: nn.Module | None = None
     ) -> None:
         if not tensors:
             raise InvalidInput("there is nothing to publish", field="source")
@@ -38,16 +40,18 @@ class ShardedSource(Source):
             TensorSpec(name=name, dtype=published_dtype(part.values.dtype, dtype), shape=part.shape)
             for name, part in parts.items()
         )
-        self._forms = {name: _form(tensors[name], part.values) for name, part in parts.items()}
-        self._held_at = [i for i, part in enumerate(parts.values()) if _is_held(part)]
-        self._addresses = _addresses([part.values for part in parts.values()])
-        self._views: list[torch.Tensor] = []
-        self._is_mirror = not in_place
         held = {name: part for name, part in parts.items() if _is_held(part)}
-        if in_place:
-            self._read_in_place(held)
-        else:
+        self._held_at = [i for i, part in enumerate(parts.values()) if _is_held(part)]
+        self._views: list[torch.Tensor] = []
+        self._is_mirror = module is None
+        self._owners: _Owners | None = None
+        if module is None:
+            self._forms = Forms(tensors)
             self._make_arena(held)
+        else:
+            self._read_in_place(held)
+            self._owners = _Owners(module, self.memory)
+            self._locals = [part.values for part in held.values()]
 
     def _read_in_place(self, held: Mapping[str, Part]) -> None:
         numbers: dict[int, int] = {}
@@ -85,35 +89,37 @@ class ShardedSource(Source):
 
     @torch.no_grad()
     def refresh(self) -> None:
-        now = [self._local_now(name) for name in self._forms]
-        if self._is_mirror:
-            if self._views:
-                torch._foreach_copy_(self._views, [now[i] for i in self._held_at])
-        elif _addresses(now) != self._addresses:
-            raise StateError(
-                "parameters of the module were moved since connect()",
-                hint="Do not call .to() or replace .data of a published module; connect again",
-            )
-        if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()
-
-    def _local_now(self, name: str) -> torch.Tensor:
-        before, value = self._forms[name], self._tensors.get(name)
-        if value is None:
-            raise StateError(f"{name!r} was published at connect() and is gone")
-        local = local_of(value).detach()
-        if _form(value, local) != before:
-            raise StateError(f"{name!r} was {before} at connect() and is {_form(value, local)}")
-        return local
+        if self._owners is not None:
+            self._owners.check()
+            values = self._locals
+        else:
+            now = self._forms.locals_of(self._tensors)
+            values = list(map(now.__getitem__, self._held_at))
+        if self._is_mirror and self._views:
+            torch._foreach_copy_(self._views, values)
+        wait_for_stream(self.device)
 
 
-def _addresses(values: Sequence[torch.Tensor]) -> list[int]:
-    return list(map(torch.Tensor.data_ptr, values))
+class _Owners:
+    """The module's own parameters and buffers in a memory. A state dict shows aliases of them, which stay where they are when
+    ``.to()`` or FSDP moves the parameters."""
 
+    def __init__(self, module: nn.Module, memory: Memory) -> None:
+        starts = {storage.untyped_storage().data_ptr() for storage in memory.storages if storage.numel()}
+        self._plain: list[torch.Tensor] = []
+        self._sharded: list[torch.Tensor] = []
+        for value in [*module.parameters(), *module.buffers()]:
+            local = local_of(value)
+            if local.numel() and local.untyped_storage().data_ptr() in starts:
+                (self._sharded if is_distributed(value) else self._plain).append(value)
+        self._addresses = self._current_addresses()
 
-def _form(value: torch.Tensor, local: torch.Tensor) -> tuple[object, ...]:
-    """What may not change between rounds."""
-    return local.dtype, tuple(value.shape), tuple(local.shape), tuple(getattr(value, "placements", ()))
+    def _current_addresses(self) -> list[int]:
+        return list(map(torch.Tensor.data_ptr, [*self._plain, *map(shard_of, self._sharded)]))
+
+    def check(self) -> None:
+        """Raise StateError when one of them was moved."""
+        refuse_moved(self._current_addresses(), self._addresses)
 
 
 def _is_held(part: Part) -> bool:

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 
 import torch
 
-from weightcast.dtypes import name_of
-from weightcast.errors import InvalidInput, StateError
+from weightcast.errors import InvalidInput
 from weightcast.layout import image_layout
 from weightcast.manifest import Manifest, TensorSpec
 from weightcast.memory import Memory
-from weightcast.trainer.sources.base import Source, device_of
+from weightcast.trainer.sources.base import Source, device_of, wait_for_stream
+from weightcast.trainer.sources.forms import Forms
 from weightcast.trainer.sources.module import check_kinds, published_dtype
 
 
@@ -31,7 +31,7 @@ class StateDictSource(Source):
             TensorSpec(name=name, dtype=published_dtype(value.dtype, dtype), shape=tuple(value.shape))
             for name, value in tensors.items()
         )
-        self._held = {name: (value.dtype, value.shape) for name, value in tensors.items()}
+        self._forms = Forms(tensors)
         self.layout = image_layout(self.manifest)
         arena = torch.zeros(self.layout.storage_nbytes[0], dtype=torch.uint8, device=self.device)
         self.rebind(Memory([arena], is_arena=True))
@@ -45,11 +45,5 @@ class StateDictSource(Source):
 
     @torch.no_grad()
     def refresh(self) -> None:
-        values = []
-        for name, held in self._held.items():
-            value = self._tensors.get(name)
-            if value is None or (value.dtype, value.shape) != held:
-                now = "gone" if value is None else f"{name_of(value.dtype)} {tuple(value.shape)}"
-                raise StateError(f"{name!r} was {held[0]} {tuple(held[1])} at connect() and is {now}")
-            values.append(value)
-        torch._foreach_copy_(self._views, values)
+        torch._foreach_copy_(self._views, self._forms.locals_of(self._tensors))
+        wait_for_stream(self.device)

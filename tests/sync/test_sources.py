@@ -1,0 +1,208 @@
+"""Sources at the start of a round: what has changed since connect is named, and new values are there when a round begins."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import distributed, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from weightcast.errors import InvalidInput, StateError, Unsupported
+from weightcast.trainer.sources import (
+    ModuleSource,
+    SafetensorsSource,
+    ShardedSource,
+    Source,
+    StateDictSource,
+    make_source,
+)
+from weightcast.trainer.sources.base import wait_for_stream
+
+
+@pytest.fixture(scope="module")
+def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DeviceMesh]:
+    meeting = Path(tmp_path_factory.mktemp("mesh")) / "meeting"
+    distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()
+
+
+def sharded(mesh: DeviceMesh) -> dict[str, torch.Tensor]:
+    """Shards, a replica and a plain tensor."""
+    return {
+        "a": distribute_tensor(torch.randn(6, 4), mesh, [Shard(0)]),
+        "plain": torch.arange(3),
+        "b": distribute_tensor(torch.randn(5), mesh, [Replicate()]),
+    }
+
+
+def plain() -> dict[str, torch.Tensor]:
+    return {"a": torch.randn(6, 4), "plain": torch.arange(3), "b": torch.randn(5)}
+
+
+def published(source: Source) -> dict[str, torch.Tensor]:
+    memory = source.memory
+    return {
+        p.region.name: memory.view(p.storage, p.dtype, p.offset, p.region.sizes, p.strides).clone()
+        for p in source.layout.placements
+    }
+
+
+def whole(value: torch.Tensor) -> torch.Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def both(mesh: DeviceMesh) -> list[dict[str, torch.Tensor]]:
+    return [plain(), sharded(mesh)]
+
+
+def test_mappings_are_read_again_whatever_became_of_their_tensors(mesh: DeviceMesh) -> None:
+    for tensors, fresh in zip(both(mesh), both(mesh), strict=True):
+        source = make_source(tensors)
+        assert isinstance(source, StateDictSource | ShardedSource)
+        for change in ("nothing", "values", "tensors"):
+            if change == "values":
+                tensors["b"].mul_(2)
+            elif change == "tensors":
+                tensors.update(fresh)
+            source.refresh()
+            assert {n: v.tolist() for n, v in published(source).items()} == {
+                n: whole(v).tolist() for n, v in tensors.items()
+            }
+
+
+def test_a_parameter_in_place_of_a_tensor_is_no_change() -> None:
+    tensors = plain()
+    source = make_source(tensors)
+    tensors["b"] = nn.Parameter(torch.ones(5))
+    source.refresh()
+    assert published(source)["b"].tolist() == [1.0] * 5
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("b", lambda value: None, "'b' was published at connect.* and is gone"),
+        ("a", lambda value: value.to(torch.bfloat16), "'a' was float32 .* and is bfloat16"),
+        ("plain", lambda value: value[:2].clone(), r"'plain' was int64 \(3,\) .* and is int64 \(2,\)"),
+    ],
+)
+def test_what_changed_is_named(
+    mesh: DeviceMesh, name: str, change: Callable[[torch.Tensor], torch.Tensor | None], message: str
+) -> None:
+    for tensors in both(mesh):
+        source = make_source(tensors)
+        changed = change(tensors.pop(name))
+        if changed is not None:
+            tensors[name] = changed
+        with pytest.raises(StateError, match=message):
+            source.refresh()
+
+
+def test_a_tensor_that_was_resized_where_it_lies_is_named() -> None:
+    tensors = plain()
+    source = make_source(tensors)
+    tensors["b"].resize_(1)
+    with pytest.raises(StateError, match=r"'b' was float32 \(5,\)"):
+        source.refresh()
+
+
+def test_other_placements_are_named(mesh: DeviceMesh) -> None:
+    tensors = sharded(mesh)
+    source = make_source(tensors)
+    tensors["b"] = distribute_tensor(torch.randn(5), mesh, [Shard(0)])
+    with pytest.raises(StateError, match=r"'b' was .*Replicate.* and is .*Shard"):
+        source.refresh()
+    tensors["b"] = torch.randn(5)
+    with pytest.raises(StateError, match=r"'b' was .*Replicate.* and is float32 \(5,\)"):
+        source.refresh()
+
+
+def sharded_module(mesh: DeviceMesh) -> nn.Module:
+    module = nn.Linear(4, 4)
+    module.weight = nn.Parameter(distribute_tensor(module.weight.detach(), mesh, [Shard(0)]))
+    return module
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_a_sharded_module_that_moved_is_refused_and_not_published_stale(mesh: DeviceMesh, mirrored: bool) -> None:
+    module = sharded_module(mesh)
+    source = make_source(module)
+    assert isinstance(source, ShardedSource)
+    if mirrored:
+        source.rebind(type(source.memory)([storage.clone() for storage in source.memory.storages]))
+    with torch.no_grad():
+        module.weight.mul_(2)
+    source.refresh()
+    assert published(source)["weight"].tolist() == module.weight.to_local().tolist()
+    module.to(torch.float64)
+    with pytest.raises(StateError, match="moved since connect"):
+        source.refresh()
+
+
+def test_a_plain_module_that_moved_is_refused() -> None:
+    module = nn.Linear(4, 4)
+    source = make_source(module)
+    assert isinstance(source, ModuleSource)
+    source.refresh()
+    module.weight.data = module.weight.data.clone()
+    with pytest.raises(StateError, match="moved since connect"):
+        source.refresh()
+
+
+def test_a_checkpoint_staged_on_a_device_is_the_same_tensors_in_one_arena(tmp_path: Path) -> None:
+    tensors = {"half": torch.randn(3, 5).to(torch.bfloat16), "odd": torch.arange(3, dtype=torch.uint8), **plain()}
+    save_file({name: value.contiguous() for name, value in tensors.items()}, tmp_path / "model.safetensors")
+    source = SafetensorsSource(tmp_path)
+    mapped, files = published(source), source.memory.files
+    assert {name: value.tolist() for name, value in mapped.items()} == {n: v.tolist() for n, v in tensors.items()}
+    assert any(files)
+    source._stage(torch.device("cpu"))
+    assert (source.memory.is_arena, len(source.memory.storages), source.memory.files) == (True, 1, (None,))
+    assert {n: v.tolist() for n, v in published(source).items()} == {n: v.tolist() for n, v in tensors.items()}
+    source.refresh()
+
+
+@pytest.mark.parametrize(
+    ("device", "error", "message"),
+    [
+        ("cuda", Unsupported, "no GPU cuda"),
+        ("cuda:7", Unsupported, "no GPU cuda:7"),
+        ("meta", Unsupported, "Choose cpu or cuda"),
+        ("graphics", InvalidInput, "'graphics' is no device"),
+    ],
+)
+def test_a_device_that_cannot_be_had_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, error: type[Exception], message: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(error, match=message):
+        SafetensorsSource(tmp_path, device=device)
+
+
+def test_every_source_of_gpu_memory_waits_for_what_was_queued(
+    mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A round's digests and copies run on streams of their own."""
+    waits: list[torch.device] = []
+
+    def current_stream(device: torch.device) -> types.SimpleNamespace:
+        return types.SimpleNamespace(synchronize=lambda: waits.append(device))
+
+    monkeypatch.setattr(torch.cuda, "current_stream", current_stream)
+    for given in (plain(), sharded(mesh), nn.Linear(4, 4), sharded_module(mesh)):
+        source = make_source(given)  # type: ignore[arg-type]
+        source.refresh()
+        assert waits == []
+        source.device = torch.device("cuda", 3)
+        source.refresh()
+        assert waits == [source.device]
+        waits.clear()
+    wait_for_stream(torch.device("cpu"))
+    assert waits == []
