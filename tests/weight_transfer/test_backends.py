@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import zmq
 
+from weightcast import Publisher
 from weightcast.errors import InvalidInput, StateError, Unsupported
 from weightcast.receiver.base import LiveModel
-from weightcast.testing.local_engine import DictModel
+from weightcast.testing.local_engine import DictModel, LocalEngine
 from weightcast.weight_transfer import (
     InitInfo,
     UpdateInfo,
@@ -20,6 +22,7 @@ from weightcast.weight_transfer import (
     WeightTransferEngineFactory,
     WorkerRank,
 )
+from weightcast.weight_transfer.vllm_nccl import VllmNcclEngine
 from weightcast.weight_transfer.weightcast import WeightcastEngine
 
 
@@ -162,3 +165,26 @@ def test_calls_in_the_wrong_order_are_state_errors() -> None:
     with pytest.raises(InvalidInput, match="public_key"):
         engine.parse_init_info({**nobody, "public_key": "x"})
     engine.shutdown()
+
+
+def test_a_round_without_an_update_names_no_version() -> None:
+    engine = LocalEngine("local", [model()])
+    worker, weights = engine.workers[0], {"w": torch.randn(3, 4), "b": torch.randn(5)}
+    with Publisher(weights, [engine], timeout_s=20) as publisher:
+        version = publisher.publish().version
+        for _ in range(2):
+            worker.start_weight_update()
+            with pytest.raises(StateError, match="no update was carried out"):
+                worker.finish_weight_update("bogus")
+            assert worker.weight_version == version
+        assert publisher.publish().digests_match
+    engine.stop()
+
+
+def test_a_round_without_an_update_leaves_an_nccl_engine_dirty() -> None:
+    gpu = SimpleNamespace(device=torch.device("cuda"))
+    worker = VllmNcclEngine(WeightTransferConfig(backend="nccl"), gpu, WorkerRank())  # type: ignore[arg-type]
+    worker._comm, worker._dirty = object(), True  # type: ignore[assignment]
+    worker.start_weight_update()
+    worker.finish_weight_update()
+    assert worker.dirty

@@ -86,7 +86,7 @@ class WeightTransferEngine(ABC, Generic[InitT, UpdateT]):
 
     @abstractmethod
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """End the round; ``weight_version`` names what is live from now on."""
+        """End the round; ``weight_version`` names what is live from now on. Without an update, what was dirty stays so."""
 
     @abstractmethod
     def shutdown(self) -> None:
