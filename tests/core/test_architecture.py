@@ -12,7 +12,10 @@ import pytest
 import weightcast
 
 ROOT = Path(weightcast.__file__).parent
-CORE = {"errors", "dtypes", "manifest", "layout", "memory", "plan", "digest", "round", "messages", "facts", "deadline"}
+CORE = {"errors", "dtypes", "manifest", "layout", "memory", "plan", "digest", "round", "messages", "facts", "deadline"} | {
+    "invalid",
+    "replay",
+}
 PURE_LIBRARIES = {"torch", "msgspec", "weightcast"} | set(sys.stdlib_module_names)
 FORBIDDEN_IN_CORE = {"socket", "http", "asyncio", "multiprocessing", "subprocess", "pickle", "zmq", "httpx"}
 
@@ -89,11 +92,21 @@ def test_nothing_unpickles() -> None:
 
 def test_importing_weightcast_loads_no_engine() -> None:
     code = (
-        "import sys, weightcast\n"
+        "import sys\n"
+        "from weightcast import *\n"
         "heavy = {'transformers', 'vllm', 'ray', 'starlette', 'uvicorn', 'triton', 'nccl'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_the_library_does_without_its_test_tools() -> None:
+    """weightcast.testing is for tests: whoever imports the library must not need what that needs."""
+    for path in modules():
+        inside = path.relative_to(ROOT).parts
+        if inside[0] != "testing":
+            found = {name for name in imports_of(path) if name.split(".")[:2] == ["weightcast", "testing"]}
+            assert not found, f"{path.relative_to(ROOT)} imports {found}"
 
 
 def test_the_public_names_are_there() -> None:

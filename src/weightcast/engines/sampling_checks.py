@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 MAX_LOGPROBS = 1000
 MAX_SAMPLES = 16384
+MAX_PENALTY = 1e6
+"""Logits that are multiplied or divided by no more than this stay finite numbers in float32."""
 GREEDY_BELOW = 1e-5
 """A temperature below this means: take the likeliest token."""
 
@@ -26,7 +28,7 @@ def check_sampling_params(params: SamplingParams) -> None:
     _number(params, "top_p", low=0.0, high=1.0, low_open=True)
     _integer(params, "top_k", low=-1)
     _number(params, "min_p", low=0.0, high=1.0)
-    _number(params, "repetition_penalty", low=0.0, low_open=True)
+    _number(params, "repetition_penalty", low=1 / MAX_PENALTY, high=MAX_PENALTY)
     _integer(params, "seed", low=-(2**63), high=2**64 - 1, optional=True)
     _integer(params, "max_tokens", low=1, optional=True)
     _integer(params, "min_tokens", low=0)

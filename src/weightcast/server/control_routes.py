@@ -14,7 +14,7 @@ from starlette.routing import Router
 from weightcast.errors import InvalidInput
 from weightcast.report.watch import watch_page
 from weightcast.server.auth import TokenAuth, presented_token
-from weightcast.server.body import query_flag, read_struct
+from weightcast.server.body import inside, query_flag, read_struct
 from weightcast.server.control import CommitPause, EngineControl, RoundOrder
 from weightcast.server.history import RoundHistory
 from weightcast.server.metrics import ServerMetrics
@@ -109,7 +109,7 @@ class ControlRoutes:
 
     async def init(self, request: Request) -> Response:
         body = await read_struct(request, InitBody, self._max_body_nbytes)
-        with self._timed("init"):
+        with self._timed("init"), inside("init_info"):
             await self._control.init(body.init_info)
         return json_response({"message": "Weight transfer initialized"})
 
