@@ -18,16 +18,11 @@ def invalid_input(error: msgspec.ValidationError, *, what: str | None = None) ->
     A missing or unknown field is named in msgspec's text; one that a struct's own ``__post_init__`` refused, in the
     InvalidInput behind msgspec's error. ``what`` begins the message.
     """
-    text = str(error)
+    text, cause = str(error), error.__cause__
     path, named = _PATH.search(text), _NAMED.search(text)
-    prefix = path.group(1) if path else ""
-    cause = error.__cause__
+    inner, reason, hint = named.group(1) if named else "", _PATH.sub("", text), None
     if isinstance(cause, InvalidInput):
-        name = cause.field or ""
-    else:
-        name = named.group(1) if named else ""
-    field = ".".join(part for part in (prefix, name) if part) or "body"
-    hint = cause.hint if isinstance(cause, InvalidInput) else None
-    reason = cause.message if isinstance(cause, InvalidInput) else _PATH.sub("", text)
+        inner, reason, hint = cause.field or "", cause.message, cause.hint
+    field = ".".join(part for part in (path.group(1) if path else "", inner) if part) or "body"
     where = field if what is None else f"{what}: {field}"
     return InvalidInput(f"{where}: {reason}", field=field, hint=hint)

@@ -12,7 +12,19 @@ import pytest
 import weightcast
 
 ROOT = Path(weightcast.__file__).parent
-CORE = {"errors", "dtypes", "manifest", "layout", "memory", "plan", "digest", "round", "messages", "facts", "deadline"} | {
+CORE = {
+    "errors",
+    "dtypes",
+    "manifest",
+    "layout",
+    "memory",
+    "plan",
+    "digest",
+    "round",
+    "messages",
+    "facts",
+    "deadline",
+} | {
     "invalid",
     "replay",
 }

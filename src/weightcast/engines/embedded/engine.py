@@ -40,7 +40,7 @@ class Engine:
         self.max_model_len = model_length(self.model, config.max_model_len)
         self.text = Text(load_tokenizer(config))
         self.model_name = config.served_model_name or _name_of(config.model)
-        kv_bytes = probe(self.model)
+        kv_bytes = probe(self.model, longest=self.max_model_len)
         self._cache = KvCache(
             kv_capacity(config, self.max_model_len, kv_bytes, self.model.device),
             self.max_model_len,
