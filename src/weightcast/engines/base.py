@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from weightcast.manifest import Manifest
 
 PauseMode = Literal["abort", "wait", "keep"]
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -113,6 +116,35 @@ class EngineStatus:
     num_syncs: int
     world_size: int
     backend: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorDigest:
+    """What an engine holds of one checkpoint tensor: the digest of its values in the type that they have there (see digest).
+
+    An empty digest comes with the ``reason`` why the live values cannot be told apart.
+    """
+
+    dtype: str = ""
+    digest: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LiveDigests:
+    """Digests of what was live at one moment, by checkpoint tensor; tensors that the model does not use are left out."""
+
+    weight_version: str
+    tensors: Mapping[str, TensorDigest]
+
+
+@runtime_checkable
+class DigestsTensors(Protocol):
+    """An engine that knows where checkpoint tensors lie in its live weights. Optional beside InferenceEngine."""
+
+    async def tensor_digests(self, manifest: Manifest) -> LiveDigests:
+        """Digest the live values of each tensor where they lie. PlanMismatch when it is not this model's checkpoint."""
+        ...
 
 
 class InferenceEngine(Protocol):

@@ -12,6 +12,7 @@ from starlette.responses import Response
 from starlette.routing import Router
 
 from weightcast.errors import InvalidInput
+from weightcast.manifest import Manifest, TensorSpec
 from weightcast.report.watch import watch_page
 from weightcast.server.auth import TokenAuth, presented_token
 from weightcast.server.body import inside, query_flag, read_struct
@@ -29,6 +30,12 @@ class InitBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """POST /weightcast/init."""
 
     init_info: dict[str, Any]
+
+
+class DigestsBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """POST /weightcast/digests: the tensors of a checkpoint."""
+
+    tensors: tuple[TensorSpec, ...]
 
 
 class RollbackBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -91,6 +98,15 @@ class ControlRoutes:
                 query=(QueryParam(name="checksums", schema={"type": "boolean"}, description="needs the token"),),
             ),
             Operation(
+                method="POST",
+                path="/weightcast/digests",
+                handler=self.digests,
+                summary="Digests of the live values of a checkpoint's tensors",
+                tag="weightcast",
+                guard="token",
+                body=DigestsBody,
+            ),
+            Operation(
                 method="GET",
                 path="/weightcast/rounds",
                 handler=self.rounds,
@@ -135,6 +151,10 @@ class ControlRoutes:
             self._auth.check(request)
             answer["details"] = await self._control.details(with_checksums)
         return json_response(answer)
+
+    async def digests(self, request: Request) -> Response:
+        body = await read_struct(request, DigestsBody, self._max_body_nbytes)
+        return json_response(await self._control.tensor_digests(Manifest.of(body.tensors)))
 
     async def rounds(self, request: Request) -> Response:
         """Open to everyone, as the status is; errors are named and not quoted."""

@@ -7,11 +7,12 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from weightcast.engines.base import EngineStatus, PauseMode, RequestOutput, SamplingParams
+from weightcast.engines.base import EngineStatus, LiveDigests, PauseMode, RequestOutput, SamplingParams
 from weightcast.engines.embedded.config import EngineConfig
 from weightcast.engines.embedded.engine import Engine
 from weightcast.engines.embedded.sequence import Request
 from weightcast.errors import DeadlineExceeded, EngineError
+from weightcast.manifest import Manifest
 
 T = TypeVar("T")
 _LIVENESS_CHECK_S = 1.0
@@ -100,6 +101,9 @@ class AsyncLLM:
 
     async def checksums(self) -> dict[str, str]:
         return await self._wait(self.engine.checksums())
+
+    async def tensor_digests(self, manifest: Manifest) -> LiveDigests:
+        return await self._wait(self.engine.tensor_digests(manifest))
 
     async def status(self) -> EngineStatus:
         return self.engine.status()

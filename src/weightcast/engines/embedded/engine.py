@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
-from weightcast.engines.base import EngineStatus, PauseMode, SamplingParams
+from weightcast.engines.base import EngineStatus, LiveDigests, PauseMode, SamplingParams
 from weightcast.engines.embedded.config import EngineConfig
 from weightcast.engines.embedded.core import EngineCore
 from weightcast.engines.embedded.kv import KvCache
@@ -24,6 +24,7 @@ from weightcast.engines.embedded.text import Text
 from weightcast.engines.embedded.thread import EngineThread
 from weightcast.engines.embedded.transfer import WeightTransfer, unwrap
 from weightcast.errors import DeadlineExceeded, EngineError, InvalidInput
+from weightcast.manifest import Manifest
 
 _logger = logging.getLogger(__name__)
 
@@ -178,6 +179,9 @@ class Engine:
 
     def checksums(self) -> Future[dict[str, str]]:
         return self._thread.call(self._transfer.checksums)
+
+    def tensor_digests(self, manifest: Manifest) -> Future[LiveDigests]:
+        return self._thread.call(lambda: self._transfer.tensor_digests(manifest))
 
     def status(self) -> EngineStatus:
         """A snapshot; needs no answer of the engine's thread, so that it also works during a long step."""

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from weightcast.engines.base import LiveDigests
 from weightcast.errors import InvalidInput, StateError
-from weightcast.receiver.base import LiveModel
+from weightcast.manifest import Manifest
 from weightcast.weight_transfer.base import WeightTransferEngine, WorkerRank
 from weightcast.weight_transfer.config import WeightTransferConfig
 from weightcast.weight_transfer.factory import WeightTransferEngineFactory
+
+if TYPE_CHECKING:
+    from weightcast.engines.embedded.live_model import EmbeddedModel
 
 INITIAL_VERSION = "default"
 
@@ -22,7 +26,7 @@ class WeightTransfer:
         self.version = INITIAL_VERSION
         self.num_syncs = 0
         self._model = model
-        self._live: LiveModel | None = None
+        self._live: EmbeddedModel | None = None
         self._engine: WeightTransferEngine[Any, Any] | None = None
         self._engine_version = INITIAL_VERSION
         self._updated = False
@@ -98,6 +102,9 @@ class WeightTransfer:
             return self._engine.checksums()
         return self._live_model().checksums()
 
+    def tensor_digests(self, manifest: Manifest) -> LiveDigests:
+        return LiveDigests(weight_version=self.version, tensors=self._live_model().tensor_digests(manifest))
+
     def _refresh(self) -> None:
         """Take over the backend's version when it changed; a label set in between stays until then."""
         assert self._engine is not None
@@ -114,7 +121,7 @@ class WeightTransfer:
             raise StateError("weight transfer is not initialised", hint="Call init_weight_transfer_engine first")
         return self._engine
 
-    def _live_model(self) -> LiveModel:
+    def _live_model(self) -> EmbeddedModel:
         if self._live is None:
             from weightcast.engines.embedded.live_model import EmbeddedModel
 

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpcore
 import msgspec
 
 from weightcast.deadline import Deadline
-from weightcast.errors import DeadlineExceeded, EngineError, InvalidInput, PeerLost, WeightcastError, error_from_wire
+from weightcast.errors import DeadlineExceeded, EngineError, PeerLost, WeightcastError, error_from_wire
+from weightcast.manifest import Manifest
 from weightcast.trainer.clients import wire
 from weightcast.trainer.clients.base import AnswerLost, CommitOrder, CommitReply, EngineClient
+from weightcast.trainer.clients.urls import host_of
 
 
 class HttpEngineClient(EngineClient):
@@ -27,11 +28,8 @@ class HttpEngineClient(EngineClient):
     kind = "http"
 
     def __init__(self, url: str, *, token: str | None = None) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise InvalidInput(f"an engine is http://host:port, not {url!r}", field="engines")
+        self.host = host_of(url)
         self.name = url.rstrip("/")
-        self.host = parts.hostname
         self._headers = {"Content-Type": "application/json"}
         if token:
             self._headers["Authorization"] = f"Bearer {token}"
@@ -60,6 +58,14 @@ class HttpEngineClient(EngineClient):
 
     def status(self, deadline: Deadline) -> Mapping[str, Any]:
         return self._call("GET", "/weightcast/status", deadline)
+
+    def checksums(self, deadline: Deadline) -> Mapping[str, Any]:
+        """The status with its details, digests of all live tensors among them; needs the token."""
+        return self._call("GET", "/weightcast/status?checksums=true", deadline)
+
+    def tensor_digests(self, manifest: Manifest, deadline: Deadline) -> Mapping[str, Any]:
+        """What lies in the live weights of each tensor of a checkpoint; Unsupported where the engine does not know."""
+        return self._call("POST", "/weightcast/digests", deadline, {"tensors": manifest.tensors})
 
     def shutdown(self, deadline: Deadline) -> None:
         self._call("POST", "/weightcast/shutdown", deadline)
