@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
@@ -14,6 +15,15 @@ if TYPE_CHECKING:
 
 PauseMode = Literal["abort", "wait", "keep"]
 FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class RequestOutputKind(Enum):
+    """Which outputs of a request its caller wants to see; names and values are vLLM's."""
+
+    CUMULATIVE = 0
+    """One after each step, each with everything so far."""
+    FINAL_ONLY = 2
+    """The last one. An engine may give others, too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +49,8 @@ class SamplingParams:
     logprobs: int | None = None
     """None: none; 0: of the sampled token; N: also of the N likeliest. Natural log of the distribution sampled from."""
     prompt_logprobs: int | None = None
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+    """FINAL_ONLY saves the making of outputs that nobody reads."""
 
     def __post_init__(self) -> None:
         from weightcast.engines.sampling_checks import check_sampling_params
@@ -167,7 +179,7 @@ class InferenceEngine(Protocol):
     def generate(
         self, prompt: str | Sequence[int], sampling_params: SamplingParams, request_id: str | None = None
     ) -> AsyncIterator[RequestOutput]:
-        """Stream cumulative outputs, the last one finished. Closing the iterator early aborts the request."""
+        """Stream cumulative outputs (FINAL_ONLY: the last one), the last one finished. Closing the iterator early aborts the request."""
         ...
 
     async def abort(self, request_ids: Sequence[str] | None = None) -> int:

@@ -21,6 +21,8 @@ GREEDY_BELOW = 1e-5
 
 def check_sampling_params(params: SamplingParams) -> None:
     """Validate every field and turn ``stop`` and ``stop_token_ids`` into tuples; raises InvalidInput."""
+    from weightcast.engines.base import RequestOutputKind
+
     object.__setattr__(params, "stop", _stop_strings(params.stop))
     object.__setattr__(params, "stop_token_ids", _stop_ids(params.stop_token_ids))
     _integer(params, "n", low=1, high=MAX_SAMPLES)
@@ -37,6 +39,8 @@ def check_sampling_params(params: SamplingParams) -> None:
     for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
         if not isinstance(getattr(params, name), bool):
             raise InvalidInput(f"{name} is true or false, not {getattr(params, name)!r}", field=name)
+    if not isinstance(params.output_kind, RequestOutputKind):
+        raise InvalidInput(f"output_kind is a RequestOutputKind, not {params.output_kind!r}", field="output_kind")
     if params.max_tokens is not None and params.min_tokens > params.max_tokens:
         raise InvalidInput(
             f"min_tokens {params.min_tokens} is more than max_tokens {params.max_tokens}", field="min_tokens"

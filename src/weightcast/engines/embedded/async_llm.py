@@ -7,7 +7,14 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from weightcast.engines.base import EngineStatus, LiveDigests, PauseMode, RequestOutput, SamplingParams
+from weightcast.engines.base import (
+    EngineStatus,
+    LiveDigests,
+    PauseMode,
+    RequestOutput,
+    RequestOutputKind,
+    SamplingParams,
+)
 from weightcast.engines.embedded.config import EngineConfig
 from weightcast.engines.embedded.engine import Engine
 from weightcast.engines.embedded.sequence import Request
@@ -46,13 +53,14 @@ class AsyncLLM:
         sampling_params: SamplingParams,
         request_id: str | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Stream cumulative outputs, the last one finished; closing the iterator early aborts the request.
+        """Stream cumulative outputs, the last one finished (FINAL_ONLY: that one only); closing the iterator early aborts the request.
 
         InvalidInput is raised by this call itself, StateError (not ready, queue full) by the first step of the
         iterator. A slow reader misses intermediate outputs, never the last one.
         """
         latest = _Latest(asyncio.get_running_loop())
-        request = self.engine.request(prompt, sampling_params, latest.put, request_id=request_id, stream=True)
+        stream = sampling_params.output_kind is RequestOutputKind.CUMULATIVE
+        request = self.engine.request(prompt, sampling_params, latest.put, request_id=request_id, stream=stream)
         return self._stream(request, latest)
 
     async def run_between_steps(self, command: Callable[[], T]) -> T:
