@@ -25,6 +25,7 @@ from typer.testing import CliRunner, Result
 
 from weightcast import Publisher
 from weightcast.cli import app
+from weightcast.cli.roundtrip import devices_for
 from weightcast.demo.policy import build_policy, save_folder
 from weightcast.demo.record import Options
 from weightcast.demo.server import ServerProcess, free_port
@@ -36,6 +37,7 @@ from weightcast.report.model import Report
 from weightcast.server import create_app
 from weightcast.testing.models import build_tiny_model
 from weightcast.testing.scripted_engine import ScriptedEngine
+from weightcast.transports.base import Facts
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(180)]
 
@@ -282,6 +284,38 @@ def test_doctor_tries_real_transfers() -> None:
         assert line.startswith("✓"), line
         assert line.rstrip().endswith("exact")
     assert torch.__version__ in lines["package", "torch"]
+    assert "/dev/shm" not in found.output
+    assert "limits of containers counted" in found.output
+
+
+class OnDevice:
+    """As much of a transport as the choice of devices asks for."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+
+    def refusal(self, trainer: Facts, worker: Facts) -> str | None:
+        if trainer.pid == worker.pid:
+            return "one process"
+        return None if trainer.device == worker.device == self._device else "not this memory"
+
+
+@pytest.mark.parametrize(
+    ("device", "num_gpus", "expected"),
+    [
+        ("cpu", 0, ("cpu", "cpu")),
+        ("cpu", 2, ("cpu", "cpu")),
+        ("cuda", 0, ("cpu", "cpu")),
+        ("cuda", 1, ("cuda:0", "cuda:0")),
+        ("cuda", 2, ("cuda:0", "cuda:1")),
+    ],
+)
+def test_doctor_tries_each_transport_where_it_moves_bytes(
+    device: str, num_gpus: int, expected: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: num_gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+    assert tuple(map(str, devices_for(OnDevice(device)))) == expected  # type: ignore[arg-type]
 
 
 def test_a_tiny_run_of_the_demo_proves_every_round(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,9 @@ import torch
 from safetensors.torch import save_file
 
 from weightcast import Publisher
-from weightcast.errors import InvalidInput
+from weightcast.errors import InvalidInput, Unsupported
 from weightcast.testing.local_engine import DictModel, LocalEngine
+from weightcast.trainer.addresses import address_towards
 from weightcast.trainer.sources import SafetensorsSource, StateDictSource, make_source
 
 WEIGHTS = {"w": torch.randn(4, 5)}
@@ -36,3 +38,23 @@ def test_no_time_is_not_the_default_time(timeout_s: float) -> None:
             assert caught.value.field == "timeout_s"
         assert publisher.publish().digests_match
     engine.stop()
+
+
+@pytest.mark.parametrize(
+    ("addresses", "refused"),
+    [(["2001:db8::7"], True), (["2001:db8::7", "192.0.2.7"], False), (["::1"], False), ([], False)],
+)
+def test_engines_on_hosts_without_ipv4_are_refused_by_name(
+    addresses: list[str], refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def resolve(host: str, *rest: object, **more: object) -> list[tuple[object, ...]]:
+        if not addresses:
+            raise socket.gaierror(socket.EAI_NONAME, "no such host")
+        return [(0, 0, 0, "", (address, 0)) for address in addresses]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    if refused:
+        with pytest.raises(Unsupported, match=r"six\.invalid has IPv6 addresses only"):
+            address_towards({"six.invalid"})
+    else:
+        assert address_towards({"six.invalid"}) == "127.0.0.1"
