@@ -44,6 +44,11 @@ class AsyncLLM:
         return self.engine.max_model_len
 
     @property
+    def dtype(self) -> str:
+        """The type that the model computes in; "auto" has become one."""
+        return self.engine.dtype
+
+    @property
     def tokenizer(self) -> Any:
         return self.engine.text.tokenizer
 

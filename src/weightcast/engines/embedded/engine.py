@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
+from weightcast.dtypes import name_of
 from weightcast.engines.base import EngineStatus, LiveDigests, PauseMode, SamplingParams
 from weightcast.engines.embedded.config import EngineConfig
 from weightcast.engines.embedded.core import EngineCore
@@ -115,6 +116,10 @@ class Engine:
     @property
     def vocab_size(self) -> int:
         return int(self.model.config.get_text_config().vocab_size)
+
+    @property
+    def dtype(self) -> str:
+        return name_of(self.model.dtype)
 
     @property
     def alive(self) -> bool:
