@@ -8,11 +8,23 @@ Every byte of the model has a position in the image (see manifest). The image is
 with odd 64-bit weights ``a`` and ``b`` from splitmix64. The term is linear in the elements of a word (each element of at
 most 4 bytes lies in one half, an element of 8 bytes is a word), so digests of any disjoint regions add up to the digest
 of the whole: shards prove the model without gathering it, and a zero byte, such as one in a gap, contributes nothing.
-Folding the high half down keeps errors in the highest bits (sign bits) from cancelling each other.
+Folding the high half down keeps errors in the highest bits (sign bits) of one half from cancelling each other.
 
-A single changed word always changes the digest; otherwise two different contents have equal digests with probability of
-about 2**-32 (multilinear hashing, Carter and Wegman 1979; Lemire and Kaser, "Strongly universal string hashing is fast",
-2014). It proves that nothing was lost, torn, stale or misplaced; it is no defence against a forger.
+What it sees. Let a word's high half (signed) change by dH and its low half (unsigned) by dL; its term changes by an odd weight
+times ``d = dH * (2**32 + 1) + dL``. Hence, always:
+
+- One changed element of at most 4 bytes changes the digest, whatever else its word holds: it lies in one half.
+- One changed word changes the digest, with one exception, as the fold is not injective: 0x80000000xxxxxxxx and the word
+  0x7fffffff00000000 + xxxxxxxx + 1 fold alike. An element of 8 bytes is a word. As floats of any size one of the two is NaN.
+
+Otherwise with a probability, for contents that do not depend on the weights: let 2**t be the largest power of two that
+divides every changed word's d. Several changed words cancel with probability of about 2**(t - 63): 2**-63 where lowest bits
+change, as they do in other values of a trained weight; 2**-32 where nothing but the highest bit of one half changes. Where
+nothing changes but the highest bits of both halves of words, both from 0 to 1 or both from 1 to 0, d is 2**63 and an even
+number of such words always cancels: a float32 tensor of positive numbers and its negative are alike, and so are 2-byte
+tensors of which exactly the second and fourth element of words change sign. (Multilinear hashing: Carter and Wegman 1979; Lemire
+and Kaser, "Strongly universal string hashing is fast", 2014.) It proves that nothing was lost, torn, stale or misplaced; it is
+no defence against a forger.
 """
 
 from __future__ import annotations

@@ -8,8 +8,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -17,8 +19,11 @@ import torch
 import transformers
 
 from weightcast import Publisher
-from weightcast.errors import AuthError
+from weightcast.deadline import Deadline
+from weightcast.errors import AuthError, WeightcastError
 from weightcast.testing.models import build_tiny_model
+from weightcast.trainer.clients import HttpEngineClient
+from weightcast.trainer.clients.base import CommitOrder, CommitReply
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(180)]
 
@@ -130,39 +135,57 @@ def test_a_wrong_token_changes_nothing(url: str, policy: transformers.PreTrained
 TRAINER = """
 import sys, torch, transformers
 from weightcast import Publisher
-import weightcast.transports.{transport} as module
+from weightcast.trainer.rounds import Round
+from weightcast.transports import gloo
 
-model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
-with Publisher(model, [sys.argv[2]], token=sys.argv[3], transport="{transport}", mode="staged", silence_s=2.0) as publisher:
-    publisher.connect()
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn_like(parameter))
-    import weightcast.trainer.rounds as rounds
-    # The bytes are on the worker, or on their way; the commit never comes.
-    rounds.Round._verify = lambda self, *rest: (print("staged", flush=True), sys.stdin.read())
-    publisher.publish()
+checkpoint, url, token, transport, where = sys.argv[1:]
+model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+publisher = Publisher(
+    model, [url], token=token, transport=transport, mode="staged", bucket_nbytes=65536, silence_s=2.0
+)
+publisher.connect()
+torch.manual_seed(1)
+with torch.no_grad():
+    for parameter in model.parameters():
+        parameter.copy_(torch.randn_like(parameter))
+
+def stop(*rest):
+    print(where, flush=True)
+    sys.stdin.read()
+
+sent = []
+
+def send_some(self, *rest):
+    sent.append(rest)
+    return stop() if len(sent) == 4 else send(self, *rest)
+
+if where == "transfer":
+    # Three buckets are on the worker or on their way; it waits for the fourth.
+    send, gloo._Pair.start_send = gloo._Pair.start_send, send_some
+else:
+    # The bytes are on the worker; the commit never comes.
+    Round._verify = stop
+publisher.publish()
 """
 
 
-@pytest.mark.parametrize("transport", ["shm", "gloo"])
+@pytest.mark.parametrize(("transport", "where"), [("gloo", "transfer"), ("gloo", "verify"), ("shm", "verify")])
 def test_a_trainer_killed_in_a_staged_round_leaves_version_n(
-    url: str, policy: transformers.PreTrainedModel, checkpoint: Path, transport: str
+    url: str, policy: transformers.PreTrainedModel, checkpoint: Path, transport: str, where: str
 ) -> None:
+    """The next trainer needs no permission to take over from a dead one."""
     with Publisher(policy, [url], token=TOKEN, transport=transport) as publisher:
         train(policy)
         version = publisher.publish().version
-    script = TRAINER.format(transport=transport)
     trainer = subprocess.Popen(
-        [sys.executable, "-c", script, str(checkpoint), url, TOKEN],
+        [sys.executable, "-c", TRAINER, str(checkpoint), url, TOKEN, transport, where],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
     )
     try:
         assert trainer.stdout is not None
-        assert trainer.stdout.readline().strip() == "staged"
+        assert trainer.stdout.readline().strip() == where
         os.kill(trainer.pid, signal.SIGKILL)
         choice = served(url)
         assert choice["token_ids"] == expected(policy)
@@ -171,7 +194,109 @@ def test_a_trainer_killed_in_a_staged_round_leaves_version_n(
         trainer.kill()
         trainer.communicate()
     train(policy)
-    with Publisher(policy, [url], token=TOKEN, transport=transport, takeover=True) as publisher:
+    with Publisher(policy, [url], token=TOKEN, transport=transport) as publisher:
         report = publisher.publish()
         assert report.number == int(version.partition("-")[0]) + 1
         assert served(url)["token_ids"] == expected(policy)
+
+
+class RlRoutesClient(HttpEngineClient):
+    """Drives an engine by vLLM's RL routes only, as a trainer written for vLLM does."""
+
+    def __init__(self, url: str, token: str) -> None:
+        super().__init__(url, token=token)
+        self.label: str | None = None
+        """What the next finish calls the version; None: as the publisher does."""
+
+    def init(self, init_info: Mapping[str, Any], deadline: Deadline) -> None:
+        self._call("POST", "/init_weight_transfer_engine", deadline, {"init_info": dict(init_info)})
+
+    def commit(self, order: CommitOrder, deadline: Deadline) -> CommitReply:
+        self._call("POST", "/pause?mode=keep&clear_cache=true", deadline)
+        try:
+            self._round("commit", order.epoch, order.round, deadline, self.label or order.version)
+        finally:
+            self._call("POST", "/resume", deadline)
+        return CommitReply()
+
+    def rollback(self, epoch: int, round: int, deadline: Deadline) -> None:
+        self._round("rollback", epoch, round, deadline, None)
+
+    def shutdown(self, deadline: Deadline) -> None:
+        self._call("POST", "/shutdown_weight_transfer_engine", deadline)
+
+    def _round(self, action: str, epoch: int, round: int, deadline: Deadline, version: str | None) -> None:
+        info = {"epoch": epoch, "round": round, "action": action}
+        self._call("POST", "/start_weight_update", deadline, {})
+        self._call("POST", "/update_weights", deadline, {"update_info": info})
+        self._call("POST", "/finish_weight_update", deadline, {"weight_version": version})
+
+
+class Posts:
+    """The server's routes called by hand."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+
+    def __call__(self, path: str, body: Any = None, status: int = 200) -> Any:
+        headers = {"Authorization": f"Bearer {TOKEN}"}
+        answer = httpx.post(self._url + path, json=body, headers=headers, timeout=60)
+        assert answer.status_code == status, answer.text
+        return answer.json()
+
+    def param(self, path: str, body: Any) -> str | None:
+        """The field that is refused."""
+        return self(path, body, 422)["error"]["param"]
+
+
+def test_the_rl_routes_carry_rounds(url: str, policy: transformers.PreTrainedModel) -> None:
+    client, post = RlRoutesClient(url, TOKEN), Posts(url)
+    with Publisher(policy, [client], timeout_s=60, takeover=True) as publisher:
+        checksums = []
+        for _ in range(2):
+            train(policy)
+            report = publisher.publish()
+            assert report.digests_match
+            choice = served(url)
+            assert choice["token_ids"] == expected(policy)
+            assert choice["weight_versions"] == [{"version": report.version, "start": 0, "end": 12}]
+            checksums.append(post("/weight_checker", {"action": "checksum"})["checksums"])
+        assert post("/weight_checker", {"action": "compare", "baseline": checksums[1]})["match"]
+        compared = post("/weight_checker", {"action": "compare", "baseline": checksums[0]})
+        assert set(compared["mismatches"]) == set(checksums[0]), "every parameter was trained"
+        assert httpx.get(f"{url}/weight_info").json() == {"weight_version": report.version, "digest": report.digest}
+
+        # What moves no weights in the middle of a stay.
+        slow = threading.Thread(target=lambda: aborted.append(served(url, 1500)))
+        aborted: list[dict] = []
+        slow.start()
+        while not post("/abort_requests", {})["aborted"]:
+            assert slow.is_alive()
+        slow.join(60)
+        assert aborted[0]["finish_reason"] == "abort"
+        assert post("/reset_prefix_cache?reset_running_requests=true") == {"success": True}
+        post("/start_weight_update")
+        post("/finish_weight_update", {"weight_version": "bogus"}, 409)
+        post("/start_weight_update")
+        post("/update_weights", {"update_info": {"epoch": 999, "round": 999, "timeout_s": 0.2}}, 424)
+        post("/finish_weight_update", None, 409)
+        assert post.param("/update_weights", {"update_info": {"epoch": -1, "round": 1}}) == "update_info.epoch"
+        assert served(url)["token_ids"] == expected(policy)
+
+        # Out and in again: the trainer is told, joins anew, and rounds go on.
+        client.label = "named-by-the-client"
+        post("/shutdown_weight_transfer_engine")
+        train(policy)
+        with suppress(WeightcastError):
+            publisher.publish()
+        report = publisher.publish()
+        assert report.digests_match
+        assert served(url)["token_ids"] == expected(policy)
+        assert httpx.get(f"{url}/weight_info").json()["weight_version"] == "named-by-the-client"
+    post("/update_weight_version", {"new_version": "renamed"})
+    assert served(url)["weight_versions"][0]["version"] == "renamed"
+    assert post.param("/init_weight_transfer_engine", {"init_info": {"address": "tcp://h:1"}}) == "init_info.public_key"
+    assert post.param("/init_weight_transfer_engine", {"init_info": {"nope": 1}}) in (
+        "init_info.nope",
+        "init_info.address",
+    )

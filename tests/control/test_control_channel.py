@@ -12,6 +12,7 @@ import zmq
 
 from weightcast.control import ControlLink, Coordinator, JoinInfo
 from weightcast.control.coordinator import TICKET_HINT
+from weightcast.control.pump import prepare
 from weightcast.deadline import Deadline
 from weightcast.errors import AuthError, DeadlineExceeded, InvalidInput, PeerLost
 from weightcast.facts import Facts
@@ -220,3 +221,11 @@ def test_join_info_names_the_bad_field(field: str, value: object) -> None:
     with pytest.raises(InvalidInput) as caught:
         JoinInfo(**{**good, field: value})  # type: ignore[arg-type]
     assert caught.value.field == field
+
+
+def test_connections_to_hosts_that_vanished_are_given_up() -> None:
+    with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
+        prepare(socket)
+        assert socket.getsockopt(zmq.TCP_KEEPALIVE) == 1
+        probes_s = socket.getsockopt(zmq.TCP_KEEPALIVE_INTVL) * socket.getsockopt(zmq.TCP_KEEPALIVE_CNT)
+        assert 0 < socket.getsockopt(zmq.TCP_KEEPALIVE_IDLE) + probes_s <= 120

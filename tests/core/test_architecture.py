@@ -25,6 +25,8 @@ CORE = {
     "facts",
     "deadline",
     "secret",
+    "invalid",
+    "replay",
 }
 PURE_LIBRARIES = {"torch", "msgspec", "weightcast"} | set(sys.stdlib_module_names)
 FORBIDDEN_IN_CORE = {"socket", "http", "asyncio", "multiprocessing", "subprocess", "pickle", "zmq", "httpx"}
@@ -87,11 +89,21 @@ def test_only_the_vllm_adapter_imports_vllm() -> None:
 
 def test_importing_weightcast_loads_no_engine() -> None:
     code = (
-        "import sys, weightcast\n"
+        "import sys\n"
+        "from weightcast import *\n"
         "heavy = {'transformers', 'vllm', 'ray', 'starlette', 'uvicorn', 'triton', 'nccl', 'numba'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_the_library_does_without_its_test_tools() -> None:
+    """weightcast.testing is for tests: whoever imports the library must not need what that needs."""
+    for path in modules():
+        inside = path.relative_to(ROOT).parts
+        if inside[0] != "testing":
+            found = {name for name in imports_of(path) if name.split(".")[:2] == ["weightcast", "testing"]}
+            assert not found, f"{path.relative_to(ROOT)} imports {found}"
 
 
 def test_the_public_names_are_there() -> None:

@@ -138,3 +138,61 @@ def test_an_arena_is_one_run_and_equals_the_sum_of_its_tensors() -> None:
     assert compiled.of(memory) == total % 2**64
     assert len(compiled.runs) == 1
     assert LayoutDigest(manifest, layout).of(memory) == total % 2**64
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    dtype=st.sampled_from(DTYPE_NAMES),
+    at=st.integers(0, 200),
+    bits=st.integers(0, 2**32),
+    flip=st.integers(1, 2**32 - 1),
+)
+def test_one_changed_element_is_always_seen(dtype: str, at: int, bits: int, flip: int) -> None:
+    size = dtype_of(dtype).itemsize
+    if size > 4:
+        return
+    data = random_bytes(201 * size)
+    element = data[at * size : (at + 1) * size]
+    element.copy_(bytes_of(bits % 256**size, size))
+    before = digest_bytes(data, 256)
+    element.copy_(bytes_of((bits ^ flip) % 256**size, size))
+    assert (digest_bytes(data, 256) == before) == (flip % 256**size == 0)
+
+
+def bytes_of(value: int, size: int) -> torch.Tensor:
+    return torch.frombuffer(bytearray(value.to_bytes(size, "little")), dtype=torch.uint8)
+
+
+@settings(max_examples=60, deadline=None)
+@given(low=st.integers(0, 2**32 - 1), other=st.integers(0, 2**64 - 1), at=st.integers(0, 50))
+def test_one_changed_word_is_seen_but_for_one_partner(low: int, other: int, at: int) -> None:
+    data = random_bytes(51 * 8)
+    word = data[at * 8 : at * 8 + 8]
+
+    def digest(value: int) -> int:
+        word.copy_(bytes_of(value, 8))
+        return digest_bytes(data, 0)
+
+    lowest = (0x80000000 << 32) + low
+    partner = (0x7FFFFFFF << 32) + low + 1 if low < 2**32 - 1 else lowest
+    assert digest(lowest) == digest(partner)
+    assert (digest(lowest) == digest(other)) == (other in (lowest, partner))
+
+
+def test_what_the_digest_is_blind_to() -> None:
+    """The limits that its description names: if one of them falls, so does that sentence."""
+    positive = torch.rand(64) + 0.1
+    assert digest_tensor(positive) == digest_tensor(-positive)
+    odd = positive.clone()
+    odd[:2].neg_()
+    assert digest_tensor(positive) != digest_tensor(odd), "one word"
+    half = positive.clone()
+    half[::2].neg_()
+    assert digest_tensor(positive) != digest_tensor(half), "one half of each word"
+    mixed = torch.randn(64)
+    assert digest_tensor(mixed) != digest_tensor(-mixed)
+    short = positive.bfloat16()
+    assert digest_tensor(short) != digest_tensor(-short)
+    short_flipped = short.clone()
+    short_flipped[1::2].neg_()
+    assert digest_tensor(short) == digest_tensor(short_flipped)

@@ -2,29 +2,42 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
+import uvicorn
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
+from weightcast import Publisher
 from weightcast.cli import app
+from weightcast.cli.roundtrip import devices_for
 from weightcast.demo.policy import build_policy, save_folder
 from weightcast.demo.record import Options
 from weightcast.demo.server import ServerProcess, free_port
 from weightcast.demo.sorting import run_demo
+from weightcast.engines.base import InferenceEngine
+from weightcast.engines.embedded import AsyncLLM
 from weightcast.errors import EngineError
 from weightcast.report.model import Report
+from weightcast.server import create_app
+from weightcast.testing.models import build_tiny_model
+from weightcast.testing.scripted_engine import ScriptedEngine
+from weightcast.transports.base import Facts
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(180)]
 
@@ -49,6 +62,51 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def weightcast(*arguments: object, token: str | None = None) -> Result:
     environment = {"WEIGHTCAST_TOKEN": token, "COLUMNS": "200"}
     return CliRunner().invoke(app, [str(argument) for argument in arguments], env=environment)
+
+
+@contextmanager
+def served(engine: InferenceEngine) -> Iterator[str]:
+    """The URL of ``engine`` behind a server on a thread of this process."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(create_app(engine), log_level="error", lifespan="off")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        listener.close()
+        asyncio.run(engine.shutdown())
+
+
+@contextmanager
+def answering(answer: bytes, drip_s: float | None = None) -> Iterator[str]:
+    """The URL of a server that gives every request the same answer, and then a byte every ``drip_s``."""
+    stop = threading.Event()
+
+    def serve(listener: socket.socket) -> None:
+        while not stop.is_set():
+            try:
+                caller, _ = listener.accept()
+            except TimeoutError:
+                continue
+            with caller, suppress(OSError):
+                caller.recv(65536)
+                caller.sendall(answer)
+                while drip_s is not None and not stop.wait(drip_s):
+                    caller.sendall(b"x")
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(0.1)
+        thread = threading.Thread(target=serve, args=(listener,))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            stop.set()
+            thread.join(10)
 
 
 def test_push_status_and_verify_agree(server: ServerProcess, checkpoint: Path, tmp_path: Path) -> None:
@@ -80,6 +138,108 @@ def test_push_status_and_verify_agree(server: ServerProcess, checkpoint: Path, t
     assert differing.exit_code == 1
     assert f"different: {name}" in differing.output
     assert "1 different" in differing.output
+
+
+@pytest.mark.parametrize(
+    ("arch", "dtype"), [("qwen3_moe", "float32"), ("qwen3_moe", "bfloat16"), ("qwen3_tied", "float32")]
+)
+def test_verify_looks_at_what_is_live(arch: str, dtype: str, tmp_path: Path) -> None:
+    """Fused experts and casts included: neither the names nor the type of live tensors are the checkpoint's."""
+    folder = build_tiny_model(tmp_path / "m", arch, "bfloat16", seed=3)
+    llm = AsyncLLM(folder, dtype=dtype, num_threads=1)
+    with served(llm) as url, Publisher(folder, [url], timeout_s=30) as publisher:
+        assert weightcast("verify", url, "--checkpoint", folder).exit_code == 0
+        report = publisher.publish()
+        verified = weightcast("verify", url, "--checkpoint", folder)
+        assert verified.exit_code == 0, verified.output
+        assert report.version in verified.output
+        assert "not compared" not in verified.output
+        name, tensor = next(
+            item for item in llm.engine.model.named_parameters() if item[1].dim() == 3 or arch != "qwen3_moe"
+        )
+        llm.engine.run_between_steps(lambda: tensor.data.view(-1)[-1].neg_()).result(20)
+        spoilt = weightcast("verify", url, "--checkpoint", folder)
+        assert spoilt.exit_code == 1, (name, spoilt.output)
+        assert "1 different" in spoilt.output
+
+
+def test_verify_claims_nothing_that_it_did_not_see(tmp_path: Path) -> None:
+    folder = build_tiny_model(tmp_path / "m", "qwen3")
+    with served(ScriptedEngine()) as url:
+        verified = weightcast("verify", url, "--checkpoint", folder)
+    assert verified.exit_code == 1
+    assert "not compared: head.weight" in verified.output
+    assert "not proven equal" in verified.output
+
+
+def test_verify_of_a_strange_answer(tmp_path: Path) -> None:
+    """An answer that is no JSON, one that drips past the deadline, and another model's checkpoint end with one line."""
+    folder = build_tiny_model(tmp_path / "m", "qwen3")
+    with answering(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nnot JSON!") as url:
+        strange = weightcast("verify", url, "--checkpoint", folder)
+    assert (strange.exit_code, strange.exception.__class__) == (1, SystemExit), strange.output
+    assert "EngineError" in strange.output
+    with answering(b"HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n", drip_s=0.1) as url:
+        began = time.monotonic()
+        late = weightcast("verify", url, "--checkpoint", folder, "--timeout", "1")
+        assert time.monotonic() - began < 3
+    assert "DeadlineExceeded" in late.output
+    other = build_tiny_model(tmp_path / "other", "qwen3", hidden_size=32)
+    with served(AsyncLLM(other, num_threads=1)) as url:
+        mismatch = weightcast("verify", url, "--checkpoint", folder)
+    assert mismatch.exit_code == 1
+    assert "PlanMismatch" in mismatch.output
+
+
+BAD_INDEX = {
+    "no JSON": "{",
+    "a list": "[]",
+    "without a map": '{"metadata": {}}',
+    "of numbers": '{"weight_map": {"a": 3}}',
+    "empty": '{"weight_map": {}}',
+    "of a file that is not there": '{"weight_map": {"a": "missing.safetensors"}}',
+}
+
+
+@pytest.mark.parametrize("index", BAD_INDEX)
+def test_an_index_that_leads_nowhere(index: str, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(BAD_INDEX[index])
+    for command in (
+        ("push", tmp_path, "--to", "http://127.0.0.1:9"),
+        ("verify", "http://127.0.0.1:9", "--checkpoint", tmp_path),
+    ):
+        result = weightcast(*command)
+        assert (result.exit_code, result.exception.__class__) == (1, SystemExit), result.output
+        assert "InvalidInput" in result.output
+        assert "model.safetensors.index.json" in result.output
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://127.0.0.1:99999",
+        "http://127.0.0.1:abc",
+        "http://127.0.0.1:0",
+        "http://a b:1",
+        "http://[::1",
+        f"http://{'x' * 70}.com:1",
+        "http://b\u00fccher:1",
+        "ftp://127.0.0.1:1",
+    ],
+)
+def test_a_url_that_leads_nowhere(url: str, checkpoint: Path) -> None:
+    for command in (("push", checkpoint, "--to", url), ("status", url), ("verify", url, "--checkpoint", checkpoint)):
+        result = weightcast(*command)
+        assert (result.exit_code, result.exception.__class__) == (1, SystemExit), result.output
+        assert "InvalidInput: an engine is http://host:port" in result.output
+
+
+def test_watch_on_a_port_that_is_taken() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        result = weightcast("watch", "http://127.0.0.1:9", "--port", port)
+    assert (result.exit_code, result.exception.__class__) == (1, SystemExit), result.output
+    assert f"cannot listen on port {port}" in result.output
 
 
 def test_a_person_reads_the_push(server: ServerProcess, checkpoint: Path) -> None:
@@ -124,6 +284,38 @@ def test_doctor_tries_real_transfers() -> None:
         assert line.startswith("✓"), line
         assert line.rstrip().endswith("exact")
     assert torch.__version__ in lines["package", "torch"]
+    assert "/dev/shm" not in found.output
+    assert "limits of containers counted" in found.output
+
+
+class OnDevice:
+    """As much of a transport as the choice of devices asks for."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+
+    def refusal(self, trainer: Facts, worker: Facts) -> str | None:
+        if trainer.pid == worker.pid:
+            return "one process"
+        return None if trainer.device == worker.device == self._device else "not this memory"
+
+
+@pytest.mark.parametrize(
+    ("device", "num_gpus", "expected"),
+    [
+        ("cpu", 0, ("cpu", "cpu")),
+        ("cpu", 2, ("cpu", "cpu")),
+        ("cuda", 0, ("cpu", "cpu")),
+        ("cuda", 1, ("cuda:0", "cuda:0")),
+        ("cuda", 2, ("cuda:0", "cuda:1")),
+    ],
+)
+def test_doctor_tries_each_transport_where_it_moves_bytes(
+    device: str, num_gpus: int, expected: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: num_gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+    assert tuple(map(str, devices_for(OnDevice(device)))) == expected  # type: ignore[arg-type]
 
 
 def test_a_tiny_run_of_the_demo_proves_every_round(tmp_path: Path) -> None:

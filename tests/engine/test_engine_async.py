@@ -7,12 +7,15 @@ import random
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+import httpx
 import pytest
 from engine_reference import greedy, greedy_on, random_prompts
 
 from weightcast.engines.base import InferenceEngine
-from weightcast.engines.embedded import AsyncLLM, RequestOutput, SamplingParams
+from weightcast.engines.embedded import AsyncLLM, RequestOutput, RequestOutputKind, SamplingParams
+from weightcast.engines.embedded.sequence import Request
 from weightcast.errors import EngineError, InvalidInput, StateError
+from weightcast.server import create_app
 
 
 @pytest.fixture
@@ -32,6 +35,10 @@ async def serve(build: Any) -> AsyncIterator[Callable[..., Any]]:
 async def _last(llm: InferenceEngine, prompt: Any, params: SamplingParams, name: str | None = None) -> RequestOutput:
     outputs = [output async for output in llm.generate(prompt, params, name)]
     return outputs[-1]
+
+
+def client_of(llm: InferenceEngine) -> httpx.AsyncClient:
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app=create_app(llm)), base_url="http://localhost:8000")
 
 
 async def _until(llm: AsyncLLM, condition: Callable[[Any], bool]) -> None:
@@ -55,6 +62,43 @@ async def test_streams_are_cumulative_and_greedy(serve: Any, rng: random.Random)
         for output in outputs:
             assert output.outputs[0].token_ids == expected[: len(output.outputs[0].token_ids)]
         assert outputs[-1].outputs[0].token_ids == expected
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_outputs_that_nobody_reads_are_not_made(
+    stream: bool, serve: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm, reference = serve()
+    made: list[RequestOutput] = []
+    make = Request.output
+    monkeypatch.setattr(Request, "output", lambda self: made.append(make(self)) or made[-1])
+    async with client_of(llm) as http:
+        body = {"prompt": [5, 6, 7], "max_tokens": 20, "min_tokens": 20, "temperature": 0, "return_token_ids": True}
+        answer = await http.post("/v1/completions", json={**body, "stream": stream})
+    assert answer.status_code == 200
+    if stream:
+        assert len(made) == 20
+    else:
+        assert len(made) == 1
+        choice = answer.json()["choices"][0]
+        assert choice["token_ids"] == greedy(reference, [5, 6, 7], 20)
+        assert choice["text"] == llm.tokenizer.decode(choice["token_ids"])
+
+
+async def test_only_the_last_output_on_request(serve: Any) -> None:
+    llm, reference = serve()
+    params = SamplingParams(temperature=0, max_tokens=9, output_kind=RequestOutputKind.FINAL_ONLY)
+    outputs = [output async for output in llm.generate([5, 6, 7], params)]
+    assert [output.outputs[0].token_ids for output in outputs] == [greedy(reference, [5, 6, 7], 9)]
+    generation = llm.generate(
+        [5, 6, 7], SamplingParams(max_tokens=1500, ignore_eos=True, output_kind=params.output_kind)
+    )
+    waiting = asyncio.ensure_future(anext(generation))
+    await _until(llm, lambda status: status.num_running == 1)
+    assert await llm.abort() == 1
+    assert (await waiting).outputs[0].finish_reason == "abort"
+    with pytest.raises(InvalidInput, match="output_kind"):
+        SamplingParams(output_kind=2)  # type: ignore[arg-type]
 
 
 async def test_leaving_a_stream_aborts_it(serve: Any) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from weightcast.engines.embedded import LLM, EngineConfig
+from weightcast.engines.embedded import LLM, EngineConfig, attention, loading
 from weightcast.engines.embedded.support import probe
 from weightcast.errors import InvalidInput, Unsupported
 from weightcast.testing.models import build_tiny_model
@@ -70,6 +71,75 @@ def test_probe_notices_wrong_attention(build: Any, start: Any) -> None:
         )
     with pytest.raises(Unsupported, match="logits differ"):
         probe(model)
+
+
+@pytest.mark.parametrize(("arch", "refused"), [("qwen3", True), ("qwen3_moe", False)])
+def test_one_wrong_position_is_forgiven_where_experts_are_chosen(
+    arch: str, refused: bool, build: Any, start: Any
+) -> None:
+    folder, _ = build(arch)
+    model = start(folder).engine.model
+
+    def spoil(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
+        if "step" not in kwargs and kwargs["input_ids"].shape[1] > 1:
+            output.logits[0, 4] += 3 * output.logits[0, 4].flip(0)
+        return output
+
+    hook = model.register_forward_hook(spoil, with_kwargs=True)
+    if refused:
+        with pytest.raises(Unsupported, match="logits differ"):
+            probe(model)
+    else:
+        probe(model)
+    hook.remove()
+    probe(model)
+
+
+@pytest.mark.parametrize("arch", ["mistral", "gemma2", "gemma3"])
+def test_the_probe_reaches_the_window_of_a_model(
+    arch: str, build: Any, start: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own tokens are fewer than any window: a window that attention forgets must be noticed all the same."""
+    folder, reference = build(arch, sliding_window=4096)
+    model = start(folder).engine.model
+    assert probe(model) > 0
+    assert model.config.get_text_config().sliding_window == 4096
+    windows = {getattr(module, "sliding_window", None) for module in model.modules()}
+    assert windows == {getattr(module, "sliding_window", None) for module in reference.modules()}
+    whole = attention._mask
+    monkeypatch.setattr(attention, "_mask", lambda context, number, window, like: whole(context, number, None, like))
+    with pytest.raises(Unsupported, match="logits differ"):
+        probe(model)
+
+
+def test_a_bias_on_attention_is_not_ignored(build: Any, start: Any) -> None:
+    folder, _ = build("llama")
+    model = start(folder).engine.model
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_pre_hook(
+            lambda module, args, kwargs: (args, {**kwargs, "attention_bias": torch.zeros(1)}), with_kwargs=True
+        )
+    with pytest.raises(Unsupported, match="attention_bias"):
+        probe(model)
+
+
+@pytest.mark.parametrize(
+    ("kv_cache_tokens", "room", "field"),
+    [(None, 1 << 30, None), (None, 1 << 10, "max_model_len"), (None, None, "kv_cache_tokens"), (512, None, None)],
+)
+def test_room_for_keys_and_values(
+    kv_cache_tokens: int | None, room: int | None, field: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine whose memory is full of files that it could forget has no free pages, but room."""
+    monkeypatch.setattr(os, "sysconf", lambda name: 0)
+    monkeypatch.setattr(loading, "host_room_nbytes", lambda: room)
+    config = EngineConfig(model="m", kv_cache_tokens=kv_cache_tokens)
+    if field is None:
+        assert loading.kv_capacity(config, 512, 64, torch.device("cpu")) >= 512
+    else:
+        with pytest.raises(InvalidInput) as caught:
+            loading.kv_capacity(config, 512, 64, torch.device("cpu"))
+        assert caught.value.field == field
 
 
 @pytest.mark.parametrize("name", ["tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"])

@@ -180,6 +180,8 @@ def test_logprobs_zero_means_the_sampled_token(build: Any, start: Any) -> None:
         ("top_k", -2),
         ("min_p", 1.5),
         ("repetition_penalty", 0.0),
+        ("repetition_penalty", 1e-308),
+        ("repetition_penalty", 1e300),
         ("seed", 2**64),
         ("seed", "7"),
         ("max_tokens", 0),

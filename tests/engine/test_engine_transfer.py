@@ -12,6 +12,7 @@ import pytest
 import torch
 from engine_reference import greedy_on
 
+from weightcast import Publisher
 from weightcast.engines.embedded import LLM, SamplingParams
 from weightcast.errors import EngineError, InvalidInput, LoadError, StateError
 from weightcast.weight_transfer import (
@@ -165,6 +166,42 @@ def test_waits_for_weights(backend: str, build: Any, start: Any) -> None:
     assert llm.status().ready
     assert llm.status().reason == ""
     assert len(llm.generate([[1, 2]])) == 1
+
+
+def test_a_round_without_weights_is_no_sync(backend: str, build: Any, start: Any) -> None:
+    llm = start(build("qwen3")[0], weight_transfer_config={"backend": backend, "wait_for_weights": True})
+    llm.init_weight_transfer_engine({"world": 1})
+    llm.start_weight_update()
+    with pytest.raises(StateError, match="no weights came in"):
+        llm.finish_weight_update("bogus")
+    with pytest.raises(InvalidInput, match="empty list"):
+        llm.update_weights([])
+    llm.start_weight_update()
+    with pytest.raises(LoadError):
+        llm.update_weights([{"seed": 3}, {"seed": 3, "break_at": 1}])
+    with pytest.raises(StateError, match="no weights came in"):
+        llm.finish_weight_update("bogus")
+    status = llm.status()
+    assert (status.num_syncs, status.ready) == (0, False)
+    assert "bogus" not in llm.get_weight_version()
+    llm.start_weight_update()
+    llm.update_weights({"seed": 3})
+    llm.finish_weight_update("first")
+    assert (llm.status().num_syncs, llm.status().ready, llm.get_weight_version()) == (1, True, "first")
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_before_the_first_sync_there_is_no_digest(joined: bool, build: Any, start: Any) -> None:
+    folder, reference = build("qwen3")
+    llm = start(folder)
+    if joined:
+        with Publisher(reference, [llm], timeout_s=20) as publisher:
+            publisher.connect()
+            assert llm.status().digest is None
+            digest = publisher.publish().digest
+        assert llm.status().digest == digest
+    else:
+        assert llm.status().digest is None
 
 
 def test_dirty_weights_serve_nothing(backend: str, build: Any, start: Any) -> None:

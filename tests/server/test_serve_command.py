@@ -76,6 +76,8 @@ def test_waits_for_weights_and_reports_its_configuration(model: Path, tmp_path: 
         assert httpx.post(f"{url}/v1/completions", json={"prompt": "x"}).status_code == 503
         info = httpx.get(f"{url}/server_info").json()["vllm_config"]
         assert info["weight_transfer_config"] == {"backend": "weightcast", "mode": "in_place"}
+        assert info["model_config"]["dtype"] == "float32"
+        assert httpx.get(f"{url}/weight_info").json() == {"weight_version": "default", "digest": None}
         assert httpx.post(f"{url}/start_weight_update").status_code == 401
         bearer = {"authorization": f"Bearer {token}"}
         assert httpx.post(f"{url}/start_weight_update", headers=bearer).status_code == 409

@@ -11,7 +11,7 @@ import httpx
 import pytest
 from server_helpers import client_for, events_of, joined
 
-from weightcast.engines.base import SamplingParams
+from weightcast.engines.base import RequestOutputKind, SamplingParams
 from weightcast.errors import EngineError, StateError
 from weightcast.server import ServerConfig
 from weightcast.testing.scripted_engine import ScriptedEngine
@@ -158,14 +158,15 @@ async def test_sampling_fields_reach_the_engine(http: httpx.AsyncClient, engine:
         "prompt_logprobs": 1,
     }
     await complete(http, prompt="x", stop=["Qq", "Zz"], **fields)
-    wanted = SamplingParams(**{**fields, "stop": ("Qq", "Zz"), "stop_token_ids": (3, 4)})
+    final = RequestOutputKind.FINAL_ONLY
+    wanted = SamplingParams(**{**fields, "stop": ("Qq", "Zz"), "stop_token_ids": (3, 4)}, output_kind=final)
     assert engine.sampling == [wanted]
 
 
 async def test_null_means_default(http: httpx.AsyncClient, engine: ScriptedEngine) -> None:
     names = ("n", "temperature", "top_p", "seed", "stop", "logprobs", "max_tokens", "echo", "suffix", "stream_options")
     await complete(http, prompt="x", **dict.fromkeys(names))
-    assert engine.sampling == [SamplingParams()]
+    assert engine.sampling == [SamplingParams(output_kind=RequestOutputKind.FINAL_ONLY)]
 
 
 async def test_stop_string(http: httpx.AsyncClient, engine: ScriptedEngine) -> None:

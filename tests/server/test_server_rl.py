@@ -10,7 +10,7 @@ import httpx
 import pytest
 from server_helpers import client_for
 
-from weightcast.errors import DigestMismatch, EngineError, LoadError, PeerLost
+from weightcast.errors import DigestMismatch, EngineError, InvalidInput, LoadError, PeerLost
 from weightcast.server import ServerConfig
 from weightcast.testing.scripted_engine import ScriptedEngine
 
@@ -225,6 +225,20 @@ async def test_bad_input_names_the_field(
     error = await post(http, path, body, status=422, **query)
     assert error["error"]["param"] == field
     assert not await engine.is_paused()
+
+
+@pytest.mark.parametrize(
+    ("field", "param"),
+    [("round", "update_info.round"), ("update_info", "update_info"), ("body", "update_info"), (None, None)],
+)
+async def test_what_a_backend_refuses_is_named_by_its_place_in_the_body(
+    http: httpx.AsyncClient, engine: ScriptedEngine, field: str | None, param: str | None
+) -> None:
+    await post(http, "/init_weight_transfer_engine", INIT)
+    await post(http, "/start_weight_update")
+    engine.fail("update_weights", InvalidInput("not like this", field=field))
+    error = await post(http, "/update_weights", UPDATE, status=422)
+    assert error["error"]["param"] == param
 
 
 @pytest.mark.parametrize("path", ["/init_weight_transfer_engine", "/update_weights"])

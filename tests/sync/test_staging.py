@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from weightcast import Publisher
 from weightcast.errors import InvalidInput, RoundFailed, ShadowError
 from weightcast.receiver import staging
+from weightcast.room import host_room_nbytes
 from weightcast.testing.local_engine import DictModel, LocalEngine
 
 SHAPES = {"embed": (50, 33), "w": (128, 65), "scale": (7,), "norm": (64,)}
@@ -104,3 +107,58 @@ def test_tied_names_that_share_their_bytes_are_exchanged_once() -> None:
 def test_shadows_is_checked() -> None:
     with pytest.raises(InvalidInput, match="shadows"):
         Publisher(fresh(), [stuck_engine("a")], shadows=3)
+
+
+GIB = 1 << 30
+
+
+def machine(folder: Path, groups: str, files: dict[str, str], available: int = 8 * GIB) -> tuple[Path, Path]:
+    """A pretended /proc and /sys/fs/cgroup."""
+    proc, cgroup = folder / "proc", folder / "cgroup"
+    (proc / "self").mkdir(parents=True)
+    (proc / "meminfo").write_text(f"MemTotal: 99999999 kB\nMemFree: 1 kB\nMemAvailable: {available // 1024} kB\n")
+    (proc / "self" / "cgroup").write_text(groups)
+    for name, text in files.items():
+        (cgroup / name).parent.mkdir(parents=True, exist_ok=True)
+        (cgroup / name).write_text(text)
+    return proc, cgroup
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "expected"),
+    [
+        ("0::/\n", {}, 8 * GIB),
+        ("0::/\n", {"memory.max": "max\n", "memory.current": "5\n"}, 8 * GIB),
+        ("0::/\n", {"memory.max": f"{3 * GIB}\n", "memory.current": f"{GIB}\n"}, 2 * GIB),
+        (
+            "0::/a/b\n",
+            {
+                "a/memory.max": f"{4 * GIB}", "a/memory.current": f"{3 * GIB}",
+                "a/memory.stat": f"anon 1\ninactive_file {GIB // 2}\nactive_file {GIB // 4}\nshmem {GIB}\n",
+                "a/b/memory.max": f"{7 * GIB}", "a/b/memory.current": "0",
+            },
+            GIB + GIB // 2 + GIB // 4,
+        ),
+        ("0::/\n", {"memory.max": f"{GIB}", "memory.current": f"{2 * GIB}"}, 0),
+        (
+            "5:cpu:/\n4:memory:/of/the/host\n0::/\n",
+            {
+                "memory/memory.limit_in_bytes": f"{2 * GIB}", "memory/memory.usage_in_bytes": f"{GIB}",
+                "memory/memory.stat": f"total_inactive_file {GIB // 2}\ntotal_active_file 0\ninactive_file 7\n",
+            },
+            GIB + GIB // 2,
+        ),
+        ("4:memory:/\n", {"memory/memory.limit_in_bytes": f"{2**63 - 4096}", "memory/memory.usage_in_bytes": "1"}, 8 * GIB),
+    ],
+)  # fmt: skip
+def test_room_ends_at_the_nearest_limit(tmp_path: Path, groups: str, files: dict[str, str], expected: int) -> None:
+    proc, cgroup = machine(tmp_path, groups, files)
+    assert host_room_nbytes(proc=proc, cgroup=cgroup) == expected
+
+
+def test_a_system_that_does_not_tell_stages_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert host_room_nbytes(proc=tmp_path / "proc", cgroup=tmp_path / "cgroup") is None
+    assert (host_room_nbytes() or 0) > 0
+    monkeypatch.setattr(staging, "host_room_nbytes", lambda: None)
+    with pytest.raises(ShadowError, match="cannot tell"):
+        staging.free_nbytes(torch.device("cpu"))

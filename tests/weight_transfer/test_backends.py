@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import zmq
 
+from weightcast import Publisher
 from weightcast.errors import InvalidInput, StateError, Unsupported
 from weightcast.receiver.base import LiveModel
-from weightcast.testing.local_engine import DictModel
+from weightcast.testing.local_engine import DictModel, LocalEngine
 from weightcast.weight_transfer import (
     InitInfo,
     UpdateInfo,
@@ -20,6 +22,7 @@ from weightcast.weight_transfer import (
     WeightTransferEngineFactory,
     WorkerRank,
 )
+from weightcast.weight_transfer.vllm_nccl import VllmNcclEngine
 from weightcast.weight_transfer.weightcast import WeightcastEngine
 
 
@@ -120,13 +123,13 @@ def test_a_backend_is_imported_when_it_is_asked_for(factory: type[WeightTransfer
 
 @pytest.mark.parametrize(
     ("data", "field"),
-    [({"factor": -1}, None), ({"factor": "x"}, "factor"), ({}, None), ({"factor": 1, "more": 2}, None)],
+    [({"factor": -1}, "factor"), ({"factor": "x"}, "factor"), ({}, "factor"), ({"factor": 1, "more": 2}, "more")],
 )
-def test_info_types_check_themselves(data: Mapping[str, Any], field: str | None) -> None:
+def test_info_types_check_themselves(data: Mapping[str, Any], field: str) -> None:
     engine = DirectEngine(WeightTransferConfig(), model(), WorkerRank())
     with pytest.raises(InvalidInput, match=r"factor|more") as caught:
         engine.parse_init_info(data)
-    assert field is None or caught.value.field == field
+    assert caught.value.field == field
 
 
 @pytest.mark.parametrize(
@@ -159,6 +162,86 @@ def test_calls_in_the_wrong_order_are_state_errors() -> None:
     }
     with pytest.raises(Exception, match=r"did not answer|silent"):
         engine.init_transfer_engine(engine.parse_init_info(nobody))
-    with pytest.raises(InvalidInput, match="public_key"):
-        engine.parse_init_info({**nobody, "public_key": "x"})
     engine.shutdown()
+
+
+REACHABLE = {"address": "tcp://h:1", "public_key": zmq.curve_keypair()[0].decode(), "ticket": "t", "engine": "e"}
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"public_key": "x"}, "public_key"),
+        ({"address": "h:1"}, "address"),
+        ({"timeout_s": -1}, "timeout_s"),
+        ({"timeout_s": "soon"}, "timeout_s"),
+        ({"ticket": None}, "ticket"),
+        ({"nope": 1}, "nope"),
+    ],
+)
+def test_the_default_backend_names_the_wrong_field_of_init_info(change: Mapping[str, Any], field: str) -> None:
+    engine = WeightcastEngine(WeightTransferConfig(), model(), WorkerRank())
+    assert engine.parse_init_info(REACHABLE).ticket == "t"
+    with pytest.raises(InvalidInput, match=field) as caught:
+        engine.parse_init_info({**REACHABLE, **change})
+    assert caught.value.field == field
+    with pytest.raises(InvalidInput) as caught:
+        engine.parse_init_info({name: value for name, value in REACHABLE.items() if name != "engine"})
+    assert caught.value.field == "engine"
+
+
+@pytest.mark.parametrize(
+    ("data", "field"),
+    [
+        ({"epoch": -1, "round": 1}, "epoch"),
+        ({"epoch": 1, "round": -1}, "round"),
+        ({"epoch": 1}, "round"),
+        ({"epoch": 1, "round": 1, "action": "explode"}, "action"),
+        ({"epoch": 1, "round": 1, "timeout_s": 0}, "timeout_s"),
+    ],
+)
+def test_the_default_backend_names_the_wrong_field_of_update_info(data: Mapping[str, Any], field: str) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        WeightcastEngine(WeightTransferConfig(), model(), WorkerRank()).parse_update_info(data)
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"world_size": 1}, "rank_offset"),
+        ({"master_port": 0}, "master_address"),
+        ({"nccl_unique_id_b64": "?"}, "nccl_unique_id_b64"),
+        ({"colour": "red"}, "colour"),
+    ],
+)
+def test_the_nccl_backend_names_the_wrong_field(change: Mapping[str, Any], field: str) -> None:
+    gpu = SimpleNamespace(device=torch.device("cuda"))
+    worker = VllmNcclEngine(WeightTransferConfig(backend="nccl"), gpu, WorkerRank())  # type: ignore[arg-type]
+    good = {"master_address": "127.0.0.1", "master_port": 1, "rank_offset": 1, "world_size": 2}
+    with pytest.raises(InvalidInput) as caught:
+        worker.parse_init_info({**good, **change})
+    assert caught.value.field == field
+
+
+def test_a_round_without_an_update_names_no_version() -> None:
+    engine = LocalEngine("local", [model()])
+    worker, weights = engine.workers[0], {"w": torch.randn(3, 4), "b": torch.randn(5)}
+    with Publisher(weights, [engine], timeout_s=20) as publisher:
+        version = publisher.publish().version
+        for _ in range(2):
+            worker.start_weight_update()
+            with pytest.raises(StateError, match="no update was carried out"):
+                worker.finish_weight_update("bogus")
+            assert worker.weight_version == version
+        assert publisher.publish().digests_match
+    engine.stop()
+
+
+def test_a_round_without_an_update_leaves_an_nccl_engine_dirty() -> None:
+    gpu = SimpleNamespace(device=torch.device("cuda"))
+    worker = VllmNcclEngine(WeightTransferConfig(backend="nccl"), gpu, WorkerRank())  # type: ignore[arg-type]
+    worker._comm, worker._dirty = object(), True  # type: ignore[assignment]
+    worker.start_weight_update()
+    worker.finish_weight_update()
+    assert worker.dirty

@@ -20,13 +20,14 @@ from typing import IO
 import msgspec
 import torch
 
+from weightcast.cuda.wait import wait_stream
 from weightcast.deadline import Deadline
 from weightcast.errors import DeadlineExceeded, PeerLost, TransportError, WeightcastError, error_from_wire
 from weightcast.layout import image_layout
 from weightcast.manifest import Manifest, TensorSpec
 from weightcast.memory import Memory
 from weightcast.plan import Copy, compile_plan
-from weightcast.transports.base import Facts
+from weightcast.transports.base import Facts, Transport
 from weightcast.transports.facts import local_facts
 from weightcast.transports.registry import registry
 
@@ -60,10 +61,11 @@ def try_transport(name: str, *, nbytes: int = 16 * 2**20, timeout_s: float = 60.
     """
     deadline = Deadline(timeout_s)
     transport = registry().get(name)
-    payload = torch.randint(0, 256, (nbytes,), dtype=torch.uint8)
+    ours, theirs = devices_for(transport)
+    payload = torch.randint(0, 256, (nbytes,), dtype=torch.uint8).to(ours)
     expected = _sha256(payload)
-    with _worker(deadline) as worker:
-        reason = transport.refusal(local_facts("cpu"), msgspec.json.decode(worker.read(), type=Facts))
+    with _worker(deadline, theirs, shares_gpu=ours.type == "cuda" and ours == theirs) as worker:
+        reason = transport.refusal(local_facts(ours), msgspec.json.decode(worker.read(), type=Facts))
         if reason is not None:
             raise TransportError(f"{name}: {reason}")
         memory = transport.adopt(Memory([payload]))
@@ -86,8 +88,19 @@ def try_transport(name: str, *, nbytes: int = 16 * 2**20, timeout_s: float = 60.
     return RoundTrip(nbytes=nbytes, seconds=answer.seconds)
 
 
+def devices_for(transport: Transport) -> tuple[torch.device, torch.device]:
+    """Where trainer and worker hold their weights: on GPUs (two, where there are two) if the transport moves no CPU memory."""
+    here = local_facts("cpu", "127.0.0.1")
+    if (
+        transport.refusal(here, msgspec.structs.replace(here, pid=here.pid + 1)) is None
+        or not torch.cuda.is_available()
+    ):
+        return torch.device("cpu"), torch.device("cpu")
+    return torch.device("cuda", 0), torch.device("cuda", torch.cuda.device_count() - 1)
+
+
 def _sha256(data: torch.Tensor) -> str:
-    return hashlib.sha256(data.numpy().tobytes()).hexdigest()
+    return hashlib.sha256(data.cpu().numpy().tobytes()).hexdigest()
 
 
 def _copies(nbytes: int) -> tuple[Copy, ...]:
@@ -128,9 +141,14 @@ class _Lines:
 
 
 @contextmanager
-def _worker(deadline: Deadline) -> Iterator[_Lines]:
+def _worker(deadline: Deadline, device: torch.device, *, shares_gpu: bool) -> Iterator[_Lines]:
+    environment = dict(os.environ)
+    if shares_gpu:
+        # NCCL takes two ranks on one GPU only where they call themselves different hosts.
+        environment["NCCL_HOSTID"] = f"weightcast-doctor-{os.getpid()}"
     process = subprocess.Popen(
-        [sys.executable, "-m", "weightcast.cli.roundtrip"],
+        [sys.executable, "-m", "weightcast.cli.roundtrip", str(device)],
+        env=environment,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -145,25 +163,27 @@ def _worker(deadline: Deadline) -> Iterator[_Lines]:
             stream.close()
 
 
-def main(requests: IO[bytes], answers: IO[bytes]) -> None:
-    """The worker's side: one transfer, then the end."""
+def main(requests: IO[bytes], answers: IO[bytes], device: torch.device) -> None:
+    """The worker's side: one transfer to ``device``, then the end."""
 
     def say(line: bytes) -> None:
         answers.write(line + b"\n")
         answers.flush()
 
-    say(msgspec.json.encode(local_facts("cpu")))
+    say(msgspec.json.encode(local_facts(device)))
     request = msgspec.json.decode(requests.readline(), type=_Offer)
     try:
-        say(msgspec.json.encode(_receive(request)))
+        say(msgspec.json.encode(_receive(request, device)))
     except WeightcastError as error:
         say(msgspec.json.encode(_Answer(error=type(error).__name__, message=str(error))))
     requests.readline()  # Stay until the trainer has closed its side.
 
 
-def _receive(request: _Offer) -> _Answer:
+def _receive(request: _Offer, device: torch.device) -> _Answer:
     deadline = Deadline(request.timeout_s)
-    memory = Memory([torch.zeros(request.nbytes, dtype=torch.uint8)])
+    memory = Memory([torch.zeros(request.nbytes, dtype=torch.uint8, device=device)])
+    if device.type == "cuda":
+        wait_stream(device, deadline, "clearing memory")
     end = registry().get(request.transport).worker_end(request.offer, _copies(request.nbytes))
     try:
         end.connect(deadline)
@@ -176,4 +196,4 @@ def _receive(request: _Offer) -> _Answer:
 
 
 if __name__ == "__main__":
-    main(sys.stdin.buffer, sys.stdout.buffer)
+    main(sys.stdin.buffer, sys.stdout.buffer, torch.device(sys.argv[1]))

@@ -129,14 +129,14 @@ def _serve(
         from weightcast.weight_transfer.config import WeightTransferConfig
 
         transfer = WeightTransferConfig.of(arguments["weight_transfer_config"])
+        engine = AsyncLLM(model, **arguments)
         config = ServerConfig(
             token=token,
             api_key=api_key,
             max_body_nbytes=max_body_nbytes,
-            dtype=arguments["dtype"],
+            dtype=engine.dtype,
             weight_transfer_config={"backend": transfer.backend, "mode": transfer.mode},
         )
-        engine = AsyncLLM(model, **arguments)
         app = create_app(engine, config)
 
         def announce() -> None:

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from weightcast.cli.shared import console, reported_errors
+from weightcast.errors import InvalidInput
 
 ASK_TIMEOUT_S = 3.0
 SHOWN_ROUNDS = 200
@@ -46,7 +47,10 @@ class WatchServer(ThreadingHTTPServer):
     def __init__(self, urls: Sequence[str], *, log: Path | None = None, port: int = 0) -> None:
         self._urls = [url.rstrip("/") for url in urls]
         self._log = log
-        super().__init__(("127.0.0.1", port), _Handler)
+        try:
+            super().__init__(("127.0.0.1", port), _Handler)
+        except OSError as error:
+            raise InvalidInput(f"cannot listen on port {port}: {error.strerror}", field="port") from None
         self.url = f"http://127.0.0.1:{self.server_address[1]}/"
 
     def rounds(self) -> dict[str, Any]:

@@ -20,15 +20,24 @@ TICK_S = 0.1
 STALL_S = 1.0
 """A tick that comes so late means that this process was stopped; what it did not hear meanwhile proves nothing."""
 LINGER_MS = 200
+KEEPALIVE_S = 15
 
 
 def prepare(socket: zmq.Socket[bytes]) -> None:
-    """Options both sides share: bounded frames, no lingering, dead TCP peers noticed."""
+    """Options both sides share: bounded frames, no lingering, and probes on connections that carry nothing.
+
+    A dead peer is told by its silence (see the heartbeats of link and coordinator); the probes have the kernel give up the
+    connection to a host that vanished, which nothing else would ever close.
+    """
     socket.setsockopt(zmq.LINGER, LINGER_MS)
     socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_NBYTES)
     socket.setsockopt(zmq.SNDHWM, 0)
     socket.setsockopt(zmq.RCVHWM, 0)
     socket.setsockopt(zmq.IPV6, 0)
+    socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
+    socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, KEEPALIVE_S)
+    socket.setsockopt(zmq.TCP_KEEPALIVE_INTVL, KEEPALIVE_S)
+    socket.setsockopt(zmq.TCP_KEEPALIVE_CNT, 3)
 
 
 class Pump:

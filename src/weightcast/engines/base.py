@@ -7,10 +7,23 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from enum import Enum
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from weightcast.manifest import Manifest
 
 PauseMode = Literal["abort", "wait", "keep"]
 FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class RequestOutputKind(Enum):
+    """Which outputs of a request its caller wants to see; names and values are vLLM's."""
+
+    CUMULATIVE = 0
+    """One after each step, each with everything so far."""
+    FINAL_ONLY = 2
+    """The last one. An engine may give others, too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +49,8 @@ class SamplingParams:
     logprobs: int | None = None
     """None: none; 0: of the sampled token; N: also of the N likeliest. Natural log of the distribution sampled from."""
     prompt_logprobs: int | None = None
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+    """FINAL_ONLY saves the making of outputs that nobody reads."""
 
     def __post_init__(self) -> None:
         from weightcast.engines.sampling_checks import check_sampling_params
@@ -117,6 +132,35 @@ class EngineStatus:
     """Bytes of weights that were received; None where nobody counts them."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorDigest:
+    """What an engine holds of one checkpoint tensor: the digest of its values in the type that they have there (see digest).
+
+    An empty digest comes with the ``reason`` why the live values cannot be told apart.
+    """
+
+    dtype: str = ""
+    digest: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LiveDigests:
+    """Digests of what was live at one moment, by checkpoint tensor; tensors that the model does not use are left out."""
+
+    weight_version: str
+    tensors: Mapping[str, TensorDigest]
+
+
+@runtime_checkable
+class DigestsTensors(Protocol):
+    """An engine that knows where checkpoint tensors lie in its live weights. Optional beside InferenceEngine."""
+
+    async def tensor_digests(self, manifest: Manifest) -> LiveDigests:
+        """Digest the live values of each tensor where they lie. PlanMismatch when it is not this model's checkpoint."""
+        ...
+
+
 class InferenceEngine(Protocol):
     """What a server needs. All methods may be called from one event loop; ``generate`` calls run concurrently.
 
@@ -137,7 +181,7 @@ class InferenceEngine(Protocol):
     def generate(
         self, prompt: str | Sequence[int], sampling_params: SamplingParams, request_id: str | None = None
     ) -> AsyncIterator[RequestOutput]:
-        """Stream cumulative outputs, the last one finished. Closing the iterator early aborts the request."""
+        """Stream cumulative outputs (FINAL_ONLY: the last one), the last one finished. Closing the iterator early aborts the request."""
         ...
 
     async def abort(self, request_ids: Sequence[str] | None = None) -> int:

@@ -13,12 +13,16 @@ if TYPE_CHECKING:
 
 MAX_LOGPROBS = 1000
 MAX_SAMPLES = 16384
+MAX_PENALTY = 1e6
+"""Logits that are multiplied or divided by no more than this stay finite numbers in float32."""
 GREEDY_BELOW = 1e-5
 """A temperature below this means: take the likeliest token."""
 
 
 def check_sampling_params(params: SamplingParams) -> None:
     """Validate every field and turn ``stop`` and ``stop_token_ids`` into tuples; raises InvalidInput."""
+    from weightcast.engines.base import RequestOutputKind
+
     object.__setattr__(params, "stop", _stop_strings(params.stop))
     object.__setattr__(params, "stop_token_ids", _stop_ids(params.stop_token_ids))
     _integer(params, "n", low=1, high=MAX_SAMPLES)
@@ -26,7 +30,7 @@ def check_sampling_params(params: SamplingParams) -> None:
     _number(params, "top_p", low=0.0, high=1.0, low_open=True)
     _integer(params, "top_k", low=-1)
     _number(params, "min_p", low=0.0, high=1.0)
-    _number(params, "repetition_penalty", low=0.0, low_open=True)
+    _number(params, "repetition_penalty", low=1 / MAX_PENALTY, high=MAX_PENALTY)
     _integer(params, "seed", low=-(2**63), high=2**64 - 1, optional=True)
     _integer(params, "max_tokens", low=1, optional=True)
     _integer(params, "min_tokens", low=0)
@@ -35,6 +39,8 @@ def check_sampling_params(params: SamplingParams) -> None:
     for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
         if not isinstance(getattr(params, name), bool):
             raise InvalidInput(f"{name} is true or false, not {getattr(params, name)!r}", field=name)
+    if not isinstance(params.output_kind, RequestOutputKind):
+        raise InvalidInput(f"output_kind is a RequestOutputKind, not {params.output_kind!r}", field="output_kind")
     if params.max_tokens is not None and params.min_tokens > params.max_tokens:
         raise InvalidInput(
             f"min_tokens {params.min_tokens} is more than max_tokens {params.max_tokens}", field="min_tokens"

@@ -18,6 +18,7 @@ from weightcast.manifest import Manifest
 from weightcast.memory import Memory
 from weightcast.receiver.base import LiveModel
 from weightcast.receiver.exchange import Exchange, Landing
+from weightcast.room import host_room_nbytes
 
 logger = logging.getLogger(__name__)
 
@@ -43,16 +44,15 @@ def with_staging(layout: Layout, manifest: Manifest) -> Layout:
 
 
 def free_nbytes(device: torch.device) -> int:
-    """Memory that a shadow may take on a device."""
+    """Memory that a shadow may take on a device; raises ShadowError where the system does not tell."""
     if device.type == "cuda":
         # What torch keeps for itself, such as the shadow of the trainer before this one, would count as taken.
         torch.cuda.empty_cache()
         return int(torch.cuda.mem_get_info(device)[0])
-    with open("/proc/meminfo") as lines:
-        for line in lines:
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    raise ShadowError("cannot tell how much memory is free", hint="Ask for mode in_place")
+    room = host_room_nbytes()
+    if room is None:
+        raise ShadowError("cannot tell how much memory is free", hint="Ask for mode in_place")
+    return room
 
 
 @dataclass(frozen=True, slots=True)

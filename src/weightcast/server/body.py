@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import msgspec
 from starlette.requests import Request
 
 from weightcast.errors import InvalidInput
+from weightcast.invalid import invalid_input
 from weightcast.server.replies import RequestRefused
 
 StructT = TypeVar("StructT", bound=msgspec.Struct)
 
-_PATH = re.compile(r" - at `\$\.?([^`]*)`$")
-_NAMED = re.compile(r"field `([^`]+)`")
 _TRUE = frozenset({"true", "1", "yes", "on"})
 _FALSE = frozenset({"false", "0", "no", "off"})
 
@@ -48,11 +48,22 @@ def decode(data: bytes, cls: type[StructT]) -> StructT:
     try:
         return msgspec.json.decode(data, type=cls)
     except msgspec.ValidationError as error:
-        raise _invalid(error) from None
+        raise invalid_input(error) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidInput(f"the body is not valid JSON: {error}", field="body") from None
     except RecursionError:
         raise InvalidInput("the body is nested too deeply", field="body") from None
+
+
+@contextmanager
+def inside(name: str) -> Iterator[None]:
+    """Who checks what lies in the field ``name`` of a body names fields as seen from there: give their place in the body."""
+    try:
+        yield
+    except InvalidInput as error:
+        if error.field is not None and error.field.partition(".")[0] != name:
+            error.field = name if error.field == "body" else f"{name}.{error.field}"
+        raise
 
 
 def query_flag(request: Request, name: str, default: bool) -> bool:
@@ -73,14 +84,3 @@ def parse_flag(value: Any, name: str) -> bool:
 
 def _too_large(limit_nbytes: int) -> RequestRefused:
     return RequestRefused(413, f"the body is larger than {limit_nbytes} bytes", kind="BodyTooLarge", param="body")
-
-
-def _invalid(error: msgspec.ValidationError) -> InvalidInput:
-    text = str(error)
-    path, named = _PATH.search(text), _NAMED.search(text)
-    prefix = path.group(1) if path else ""
-    if named and "field `" in text:
-        field = f"{prefix}.{named.group(1)}" if prefix else named.group(1)
-    else:
-        field = prefix or "body"
-    return InvalidInput(f"{field}: {_PATH.sub('', text)}", field=field)

@@ -25,6 +25,7 @@ class ServerConfig:
     weight_call_timeout_s: float = 1800.0
     """Longest time that one weight call may take before its caller gets an answer."""
     dtype: str = "auto"
+    """What the model computes in, once that is known."""
     weight_transfer_config: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
 from weightcast.deadline import Deadline
-from weightcast.engines.base import EngineStatus, InferenceEngine, PauseMode
-from weightcast.errors import DeadlineExceeded, StateError, WeightcastError
+from weightcast.engines.base import DigestsTensors, EngineStatus, InferenceEngine, LiveDigests, PauseMode
+from weightcast.errors import DeadlineExceeded, StateError, Unsupported, WeightcastError
+from weightcast.manifest import Manifest
 from weightcast.report.logs import about
 
 logger = logging.getLogger(__name__)
@@ -70,6 +71,10 @@ class EngineControl(Protocol):
         """What only the owner of the token may see."""
         ...
 
+    async def tensor_digests(self, manifest: Manifest) -> LiveDigests:
+        """What lies in the live weights of each tensor of a checkpoint; Unsupported where nobody knows."""
+        ...
+
 
 class EngineCommitter:
     """EngineControl over an InferenceEngine. Orders are carried out one at a time."""
@@ -101,6 +106,11 @@ class EngineCommitter:
         if with_checksums:
             details["checksums"] = await self._engine.checksums()
         return details
+
+    async def tensor_digests(self, manifest: Manifest) -> LiveDigests:
+        if not isinstance(self._engine, DigestsTensors):
+            raise Unsupported("this engine does not say where checkpoint tensors lie in its live weights")
+        return await self._engine.tensor_digests(manifest)
 
     async def carry_out(self, order: RoundOrder) -> RoundAnswer:
         deadline = Deadline(order.timeout_s)

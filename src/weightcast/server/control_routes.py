@@ -12,9 +12,10 @@ from starlette.responses import Response
 from starlette.routing import Router
 
 from weightcast.errors import EngineError, InvalidInput
+from weightcast.manifest import Manifest, TensorSpec
 from weightcast.report.watch import watch_page
 from weightcast.server.auth import TokenAuth, presented_token
-from weightcast.server.body import query_flag, read_struct
+from weightcast.server.body import inside, query_flag, read_struct
 from weightcast.server.control import CommitPause, EngineControl, RoundOrder
 from weightcast.server.history import RoundHistory
 from weightcast.server.metrics import ServerMetrics
@@ -29,6 +30,12 @@ class InitBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """POST /weightcast/init."""
 
     init_info: dict[str, Any]
+
+
+class DigestsBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """POST /weightcast/digests: the tensors of a checkpoint."""
+
+    tensors: tuple[TensorSpec, ...]
 
 
 class RollbackBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -91,6 +98,15 @@ class ControlRoutes:
                 query=(QueryParam(name="checksums", schema={"type": "boolean"}, description="needs the token"),),
             ),
             Operation(
+                method="POST",
+                path="/weightcast/digests",
+                handler=self.digests,
+                summary="Digests of the live values of a checkpoint's tensors",
+                tag="weightcast",
+                guard="token",
+                body=DigestsBody,
+            ),
+            Operation(
                 method="GET",
                 path="/weightcast/rounds",
                 handler=self.rounds,
@@ -120,7 +136,7 @@ class ControlRoutes:
 
     async def init(self, request: Request) -> Response:
         body = await read_struct(request, InitBody, self._max_body_nbytes)
-        with self._timed("init"):
+        with self._timed("init"), inside("init_info"):
             await self._control.init(body.init_info)
         return json_response({"message": "Weight transfer initialized"})
 
@@ -154,6 +170,10 @@ class ControlRoutes:
         except EngineError:
             status = None
         return Response(self._metrics.render(status), headers={"content-type": self._metrics.content_type})
+
+    async def digests(self, request: Request) -> Response:
+        body = await read_struct(request, DigestsBody, self._max_body_nbytes)
+        return json_response(await self._control.tensor_digests(Manifest.of(body.tensors)))
 
     async def rounds(self, request: Request) -> Response:
         """Open to everyone, as the status is; errors are named and not quoted."""

@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -15,7 +15,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from weightcast.engines.base import CompletionOutput, RequestOutput, SamplingParams
+from weightcast.engines.base import CompletionOutput, RequestOutput, RequestOutputKind, SamplingParams
 from weightcast.errors import EngineError, StateError, WeightcastError
 from weightcast.server import logprobs
 from weightcast.server.context import ServerContext
@@ -147,7 +147,7 @@ class Generator:
 
     async def _whole(self, job: Job) -> dict[str, Any]:
         with self._context.active.running(job.names, len(job.prompts)) as ids:
-            async with self._fanout(job, ids) as fanout:
+            async with self._fanout(job, ids, RequestOutputKind.FINAL_ONLY) as fanout:
                 prompts = await fanout.last()
         self._context.metrics.count_tokens(prompts)
         choices = [
@@ -169,7 +169,7 @@ class Generator:
         """The first news is awaited before the headers go out: a refusal still gets its own status code."""
         stack = ExitStack()
         ids = stack.enter_context(self._context.active.running(job.names, len(job.prompts)))
-        fanout = self._fanout(job, ids)
+        fanout = self._fanout(job, ids, RequestOutputKind.CUMULATIVE)
         await fanout.__aenter__()
 
         async def close() -> None:
@@ -183,9 +183,9 @@ class Generator:
             raise
         return SseResponse(self._events(job, fanout, first), close)
 
-    def _fanout(self, job: Job, ids: list[str]) -> Fanout:
-        generate = self._context.engine.generate
-        return Fanout([partial(generate, prompt, job.params, id) for prompt, id in zip(job.prompts, ids, strict=True)])
+    def _fanout(self, job: Job, ids: list[str], kind: RequestOutputKind) -> Fanout:
+        generate, params = self._context.engine.generate, replace(job.params, output_kind=kind)
+        return Fanout([partial(generate, prompt, params, id) for prompt, id in zip(job.prompts, ids, strict=True)])
 
     async def _events(self, job: Job, fanout: Fanout, changed: list[tuple[int, RequestOutput]]) -> AsyncIterator[bytes]:
         progress = _Progress()

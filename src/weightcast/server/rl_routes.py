@@ -18,7 +18,7 @@ from starlette.responses import Response
 from weightcast.deadline import Deadline
 from weightcast.engines.base import PauseMode
 from weightcast.errors import InvalidInput, StateError, Unsupported
-from weightcast.server.body import StructT, query_flag, read_struct
+from weightcast.server.body import StructT, inside, query_flag, read_struct
 from weightcast.server.context import ServerContext
 from weightcast.server.control import pause_within, within
 from weightcast.server.operation import Operation, QueryParam
@@ -82,7 +82,8 @@ class RlRoutes:
 
     async def init(self, request: Request) -> Response:
         body = await self._read(request, InitBody, optional=False)
-        await self._weights("init", self._engine.init_weight_transfer_engine(body.init_info))
+        with inside("init_info"):
+            await self._weights("init", self._engine.init_weight_transfer_engine(body.init_info))
         return json_response({"message": "Weight transfer initialized"})
 
     async def start(self, request: Request) -> Response:
@@ -96,7 +97,8 @@ class RlRoutes:
     async def update(self, request: Request) -> Response:
         body = await self._read(request, UpdateBody, optional=False)
         info = await self._for_this_engine(body.update_info)
-        await self._weights("update", self._engine.update_weights(info))
+        with inside("update_info"):
+            await self._weights("update", self._engine.update_weights(info))
         return json_response({"message": "Weights updated"})
 
     async def finish(self, request: Request) -> Response:

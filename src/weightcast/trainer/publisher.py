@@ -47,7 +47,7 @@ class Publisher:
         source: what to publish; see trainer.sources.
         engines: URLs of servers, ``LLM`` objects of this process, or EngineClients.
         token: for weight-changing routes of the servers.
-        dtype: publish floating-point tensors in this type.
+        dtype: publish floating-point tensors of a module or a state dict in this type.
         transport: "auto" or a transport's name.
         mode: "auto", "staged" or "in_place"; an engine's own setting counts before it.
         shadows: staged copies that an engine keeps where its memory has room. With 2 a commit is one copy instead of an
@@ -172,7 +172,7 @@ class Publisher:
         ``publish`` tries again what is not connected.
         """
         self._require_open()
-        deadline = Deadline(timeout_s or self._timeout_s)
+        deadline = Deadline(self._timeout_s if timeout_s is None else timeout_s)
         if self._follower is not None:
             self._follower.join("connect", deadline)
             return
@@ -202,7 +202,7 @@ class Publisher:
         others, and the report says so. Otherwise (None) it gets the next version with all others.
         """
         self._require_open()
-        deadline = Deadline(timeout_s or self._timeout_s)
+        deadline = Deadline(self._timeout_s if timeout_s is None else timeout_s)
         if self._follower is not None:
             return self._follower.join("add", deadline)
         return self._ranks.collectively("add", deadline, lambda: self._add(engine, deadline))
@@ -275,7 +275,7 @@ class Publisher:
         its deadline. Tensors of the source must not change while it runs.
         """
         self._require_open()
-        deadline = Deadline(timeout_s or self._timeout_s)
+        deadline = Deadline(self._timeout_s if timeout_s is None else timeout_s)
         if self._follower is None:
             return self._ranks.collectively("publish", deadline, lambda: self._publish(deadline))
         report = self._follower.join("publish", deadline)

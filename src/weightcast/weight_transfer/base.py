@@ -22,6 +22,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 import msgspec
 
 from weightcast.errors import InvalidInput
+from weightcast.invalid import invalid_input
 from weightcast.receiver.base import LiveModel
 from weightcast.weight_transfer.config import WeightTransferConfig
 
@@ -86,7 +87,7 @@ class WeightTransferEngine(ABC, Generic[InitT, UpdateT]):
 
     @abstractmethod
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """End the round; ``weight_version`` names what is live from now on."""
+        """End the round; ``weight_version`` names what is live from now on. Without an update, what was dirty stays so."""
 
     @abstractmethod
     def shutdown(self) -> None:
@@ -116,6 +117,4 @@ def _convert(data: Mapping[str, Any], cls: type[msgspec.Struct]) -> msgspec.Stru
     try:
         return msgspec.convert(dict(data), cls, strict=False)
     except msgspec.ValidationError as error:
-        text = str(error)
-        field = text.rpartition("`$.")[2].rstrip("`") if "`$." in text else None
-        raise InvalidInput(f"{cls.__name__}: {text}", field=field) from None
+        raise invalid_input(error, what=cls.__name__) from None

@@ -135,7 +135,8 @@ class VllmNcclEngine(WeightTransferEngine[VllmNcclInitInfo, VllmNcclUpdateInfo])
             raise StateError("no trainer is connected", hint="Call init_weight_transfer_engine first")
         if self._open:
             raise StateError("a weight update is open already", hint="Call finish_weight_update first")
-        self._open, self._failed = True, False
+        # Weights of no version stay that until an update has arrived as a whole.
+        self._open, self._failed = True, self._dirty
 
     def update_weights(self, update_info: VllmNcclUpdateInfo) -> None:
         if not self._open or self._comm is None or self._init_info is None:

@@ -54,8 +54,9 @@ class WeightcastUpdateInfo(UpdateInfo, kw_only=True, forbid_unknown_fields=True)
     timeout_s: float = 60.0
 
     def __post_init__(self) -> None:
-        if self.epoch < 0 or self.round < 0:
-            raise InvalidInput("epoch and round are not negative", field="round")
+        for name in ("epoch", "round"):
+            if getattr(self, name) < 0:
+                raise InvalidInput(f"{name} is not negative", field=name)
         if not 0 < self.timeout_s <= 86400:
             raise InvalidInput("timeout_s is between 0 and 86400 seconds", field="timeout_s")
 
@@ -70,6 +71,7 @@ class WeightcastEngine(WeightTransferEngine[WeightcastInitInfo, WeightcastUpdate
         super().__init__(config, model, worker)
         self.receiver = Receiver(model, rank=worker.rank, world_size=worker.world_size, mode=config.mode)
         self._open = False
+        self._updated = False
         self._label: str | None = None
 
     def init_transfer_engine(self, init_info: WeightcastInitInfo) -> None:
@@ -82,7 +84,7 @@ class WeightcastEngine(WeightTransferEngine[WeightcastInitInfo, WeightcastUpdate
             raise StateError("no trainer is connected", hint="Call init_weight_transfer_engine first")
         if self._open:
             raise StateError("a weight update is open already", hint="Call finish_weight_update first")
-        self._open = True
+        self._open, self._updated = True, False
 
     def update_weights(self, update_info: WeightcastUpdateInfo) -> None:
         if not self._open:
@@ -96,12 +98,14 @@ class WeightcastEngine(WeightTransferEngine[WeightcastInitInfo, WeightcastUpdate
         except Exception:
             self._open = False
             raise
-        self._label = None
+        self._label, self._updated = None, True
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         if not self._open:
             raise StateError("no weight update is open", hint="Call start_weight_update first")
         self._open = False
+        if not self._updated:
+            raise StateError("no update was carried out in this round", hint="It is closed, and nothing was changed")
         self._label = weight_version or self._label
 
     def shutdown(self) -> None:

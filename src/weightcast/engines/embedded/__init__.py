@@ -5,6 +5,7 @@ from weightcast.engines.base import (
     EngineStatus,
     Logprob,
     RequestOutput,
+    RequestOutputKind,
     SamplingParams,
     VersionSpan,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "AsyncLLM",
     "SamplingParams",
     "RequestOutput",
+    "RequestOutputKind",
     "CompletionOutput",
     "Logprob",
     "VersionSpan",

@@ -7,11 +7,19 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from weightcast.engines.base import EngineStatus, PauseMode, RequestOutput, SamplingParams
+from weightcast.engines.base import (
+    EngineStatus,
+    LiveDigests,
+    PauseMode,
+    RequestOutput,
+    RequestOutputKind,
+    SamplingParams,
+)
 from weightcast.engines.embedded.config import EngineConfig
 from weightcast.engines.embedded.engine import Engine
 from weightcast.engines.embedded.sequence import Request
 from weightcast.errors import DeadlineExceeded, EngineError
+from weightcast.manifest import Manifest
 
 T = TypeVar("T")
 _LIVENESS_CHECK_S = 1.0
@@ -36,6 +44,11 @@ class AsyncLLM:
         return self.engine.max_model_len
 
     @property
+    def dtype(self) -> str:
+        """The type that the model computes in; "auto" has become one."""
+        return self.engine.dtype
+
+    @property
     def tokenizer(self) -> Any:
         return self.engine.text.tokenizer
 
@@ -45,13 +58,14 @@ class AsyncLLM:
         sampling_params: SamplingParams,
         request_id: str | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Stream cumulative outputs, the last one finished; closing the iterator early aborts the request.
+        """Stream cumulative outputs, the last one finished (FINAL_ONLY: that one only); closing the iterator early aborts the request.
 
         InvalidInput is raised by this call itself, StateError (not ready, queue full) by the first step of the
         iterator. A slow reader misses intermediate outputs, never the last one.
         """
         latest = _Latest(asyncio.get_running_loop())
-        request = self.engine.request(prompt, sampling_params, latest.put, request_id=request_id, stream=True)
+        stream = sampling_params.output_kind is RequestOutputKind.CUMULATIVE
+        request = self.engine.request(prompt, sampling_params, latest.put, request_id=request_id, stream=stream)
         return self._stream(request, latest)
 
     async def run_between_steps(self, command: Callable[[], T]) -> T:
@@ -100,6 +114,9 @@ class AsyncLLM:
 
     async def checksums(self) -> dict[str, str]:
         return await self._wait(self.engine.checksums())
+
+    async def tensor_digests(self, manifest: Manifest) -> LiveDigests:
+        return await self._wait(self.engine.tensor_digests(manifest))
 
     async def status(self) -> EngineStatus:
         return self.engine.status()

@@ -21,7 +21,7 @@ ATTENTION_NAME = "weightcast_packed"
 
 _IGNORABLE = frozenset(
     {"position_ids", "position_embeddings", "cache_position", "use_cache", "output_attentions", "output_router_logits"}
-    | {"output_hidden_states", "return_dict", "past_key_values", "logits_to_keep", "layer_idx", "attention_bias"}
+    | {"output_hidden_states", "return_dict", "past_key_values", "logits_to_keep", "layer_idx"}
 )
 """Arguments that carry nothing about attention here: rotary embeddings were applied before, the cache is ours."""
 

@@ -11,7 +11,8 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
-from weightcast.engines.base import EngineStatus, PauseMode, SamplingParams
+from weightcast.dtypes import name_of
+from weightcast.engines.base import EngineStatus, LiveDigests, PauseMode, SamplingParams
 from weightcast.engines.embedded.config import EngineConfig
 from weightcast.engines.embedded.core import EngineCore
 from weightcast.engines.embedded.kv import KvCache
@@ -24,6 +25,7 @@ from weightcast.engines.embedded.text import Text
 from weightcast.engines.embedded.thread import EngineThread
 from weightcast.engines.embedded.transfer import WeightTransfer, unwrap
 from weightcast.errors import DeadlineExceeded, EngineError, InvalidInput
+from weightcast.manifest import Manifest
 
 _logger = logging.getLogger(__name__)
 
@@ -40,7 +42,7 @@ class Engine:
         self.max_model_len = model_length(self.model, config.max_model_len)
         self.text = Text(load_tokenizer(config))
         self.model_name = config.served_model_name or _name_of(config.model)
-        kv_bytes = probe(self.model)
+        kv_bytes = probe(self.model, longest=self.max_model_len)
         self._cache = KvCache(
             kv_capacity(config, self.max_model_len, kv_bytes, self.model.device),
             self.max_model_len,
@@ -116,6 +118,10 @@ class Engine:
         return int(self.model.config.get_text_config().vocab_size)
 
     @property
+    def dtype(self) -> str:
+        return name_of(self.model.dtype)
+
+    @property
     def alive(self) -> bool:
         return self._thread.alive
 
@@ -178,6 +184,9 @@ class Engine:
 
     def checksums(self) -> Future[dict[str, str]]:
         return self._thread.call(self._transfer.checksums)
+
+    def tensor_digests(self, manifest: Manifest) -> Future[LiveDigests]:
+        return self._thread.call(lambda: self._transfer.tensor_digests(manifest))
 
     def status(self) -> EngineStatus:
         """A snapshot; needs no answer of the engine's thread, so that it also works during a long step."""

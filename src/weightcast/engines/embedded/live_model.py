@@ -14,7 +14,9 @@ from transformers import PreTrainedModel
 
 from weightcast.digest import digest_tensor
 from weightcast.dtypes import itemsize_of, name_of
+from weightcast.engines.base import TensorDigest
 from weightcast.engines.embedded.conversion import CheckpointLoader
+from weightcast.engines.embedded.live_digests import tensor_digests
 from weightcast.errors import InvalidInput, PlanMismatch, Unsupported
 from weightcast.layout import Layout, contiguous_strides
 from weightcast.manifest import Manifest, align
@@ -68,11 +70,7 @@ class EmbeddedModel(LiveModel):
 
         So ask for ``memory()`` afterwards. Raises PlanMismatch for missing tensors, wrong shapes and incomplete experts.
         """
-        wrong = self._loader.problems({spec.name: spec.shape for spec in manifest.tensors})
-        if wrong:
-            raise PlanMismatch("; ".join(wrong))
-        recording = record_layout(self._load_known, manifest, self._memory, self.device)
-        self._check_complete(recording)
+        recording = self._record(manifest)
         for earlier, later in recording.overlaps:
             logger.warning("%s and %s share their bytes in this model; %s wins", earlier, later, later)
         for name, reason in recording.reasons.items():
@@ -93,6 +91,18 @@ class EmbeddedModel(LiveModel):
     def checksums(self) -> dict[str, str]:
         """Digest of each live tensor's bytes by its first name; tied ones appear once."""
         return {slot.names[0]: f"{digest_tensor(slot.tensor):016x}" for slot in self._slots}
+
+    def tensor_digests(self, manifest: Manifest) -> dict[str, TensorDigest]:
+        """What lies here of each tensor of a checkpoint; changes nothing. Raises what ``layout`` does."""
+        return tensor_digests(manifest, self._record(manifest), self._memory)
+
+    def _record(self, manifest: Manifest) -> Recording:
+        wrong = self._loader.problems({spec.name: spec.shape for spec in manifest.tensors})
+        if wrong:
+            raise PlanMismatch("; ".join(wrong))
+        recording = record_layout(self._load_known, manifest, self._memory, self.device)
+        self._check_complete(recording)
+        return recording
 
     def _load_known(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         self._loader.load(tensors, skip_unknown=True)

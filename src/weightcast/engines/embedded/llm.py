@@ -9,10 +9,11 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from weightcast.deadline import Deadline
-from weightcast.engines.base import EngineStatus, PauseMode, RequestOutput, SamplingParams
+from weightcast.engines.base import EngineStatus, LiveDigests, PauseMode, RequestOutput, SamplingParams
 from weightcast.engines.embedded.config import EngineConfig
 from weightcast.engines.embedded.engine import Engine
 from weightcast.errors import DeadlineExceeded, EngineError, InvalidInput
+from weightcast.manifest import Manifest
 
 T = TypeVar("T")
 _LIVENESS_CHECK_S = 1.0
@@ -134,6 +135,10 @@ class LLM:
 
     def checksums(self) -> dict[str, str]:
         return self._wait(self.engine.checksums())
+
+    def tensor_digests(self, manifest: Manifest) -> LiveDigests:
+        """What lies in the live weights of each tensor of a checkpoint; see DigestsTensors."""
+        return self._wait(self.engine.tensor_digests(manifest))
 
     def status(self) -> EngineStatus:
         return self.engine.status()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from weightcast.engines.embedded.attention import ATTENTION_NAME, register_atten
 from weightcast.engines.embedded.config import EngineConfig
 from weightcast.engines.embedded.support import check_config, check_model
 from weightcast.errors import InvalidInput, Unsupported
+from weightcast.room import host_room_nbytes
 
 _CPU_KV_SHARE = 0.25
 _CUDA_KV_SHARE = 0.5
@@ -90,7 +90,12 @@ def kv_capacity(config: EngineConfig, max_model_len: int, bytes_per_token: int, 
     if device.type == "cuda":
         budget = torch.cuda.mem_get_info(device)[0] * _CUDA_KV_SHARE
     else:
-        budget = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * _CPU_KV_SHARE
+        room = host_room_nbytes()
+        if room is None:
+            raise InvalidInput(
+                "cannot tell how much memory is free", field="kv_cache_tokens", hint="Give kv_cache_tokens"
+            )
+        budget = room * _CPU_KV_SHARE
     affordable = int(budget / max(1, bytes_per_token))
     if affordable < max_model_len:
         raise InvalidInput(

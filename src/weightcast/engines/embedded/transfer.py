@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from weightcast.engines.base import LiveDigests
 from weightcast.errors import InvalidInput, StateError
-from weightcast.receiver.base import LiveModel
+from weightcast.manifest import Manifest
 from weightcast.weight_transfer.base import WeightTransferEngine, WorkerRank
 from weightcast.weight_transfer.config import WeightTransferConfig
 from weightcast.weight_transfer.factory import WeightTransferEngineFactory
+
+if TYPE_CHECKING:
+    from weightcast.engines.embedded.live_model import EmbeddedModel
 
 INITIAL_VERSION = "default"
 
@@ -22,9 +26,11 @@ class WeightTransfer:
         self.version = INITIAL_VERSION
         self.num_syncs = 0
         self._model = model
-        self._live: LiveModel | None = None
+        self._live: EmbeddedModel | None = None
         self._engine: WeightTransferEngine[Any, Any] | None = None
         self._engine_version = INITIAL_VERSION
+        self._updated = False
+        """Whether an update succeeded in the round that is open."""
 
     @property
     def dirty(self) -> bool:
@@ -32,9 +38,9 @@ class WeightTransfer:
 
     @property
     def digest(self) -> str | None:
-        """What the live version was committed with, if the backend knows it."""
+        """What the live version was committed with; None before the first sync, and when the backend does not know."""
         digest = getattr(self._engine, "digest", None)
-        return digest if isinstance(digest, str) else None
+        return digest if isinstance(digest, str) and digest else None
 
     @property
     def num_weight_bytes(self) -> int | None:
@@ -46,8 +52,9 @@ class WeightTransfer:
         """Why nothing may be served now; empty when it may."""
         if self.dirty:
             return "the weights are of no version: an update failed half-way; the next successful one heals it"
-        # A first round that was taken back leaves an engine that knows how to tell: no content is live.
-        if self.config.wait_for_weights and (self.num_syncs == 0 or self.digest == ""):
+        # A first round that was taken back leaves a backend that knows: its digest is that of no content.
+        taken_back = getattr(self._engine, "digest", None) == ""
+        if self.config.wait_for_weights and (self.num_syncs == 0 or taken_back):
             return "waiting for the first weights"
         return ""
 
@@ -58,20 +65,34 @@ class WeightTransfer:
 
     def start(self) -> None:
         self._initialised().start_weight_update()
+        self._updated = False
 
     def update(self, update_info: Any) -> None:
         """Hand over one update, or a list of them, one after the other."""
         engine = self._initialised()
         infos = update_info if isinstance(update_info, list) else [update_info]
+        if not infos:
+            raise InvalidInput("update_info is an empty list", field="update_info")
         parsed = [engine.parse_update_info(_mapping(info, "update_info")) for info in infos]
+        self._updated = False
         for info in parsed:
             engine.update_weights(info)
+        self._updated = True
         self._refresh()
 
     def finish(self, weight_version: str | None) -> None:
-        """End the round; outputs carry the new version from here on."""
+        """End the round; outputs carry the new version from here on.
+
+        A round in which no update succeeded is closed with StateError: it names no version and counts as no sync.
+        """
         engine = self._initialised()
-        engine.finish_weight_update(weight_version)
+        engine.finish_weight_update(weight_version if self._updated else None)
+        if not self._updated:
+            raise StateError(
+                "no weights came in this round; it is closed, and nothing was changed",
+                hint="Call update_weights first. update_weight_version renames what is live",
+            )
+        self._updated = False
         self.num_syncs += 1
         self._refresh()
         if weight_version is not None and self._engine_version == INITIAL_VERSION:
@@ -85,6 +106,9 @@ class WeightTransfer:
         if self._engine is not None:
             return self._engine.checksums()
         return self._live_model().checksums()
+
+    def tensor_digests(self, manifest: Manifest) -> LiveDigests:
+        return LiveDigests(weight_version=self.version, tensors=self._live_model().tensor_digests(manifest))
 
     def _refresh(self) -> None:
         """Take over the backend's version when it changed; a label set in between stays until then."""
@@ -102,7 +126,7 @@ class WeightTransfer:
             raise StateError("weight transfer is not initialised", hint="Call init_weight_transfer_engine first")
         return self._engine
 
-    def _live_model(self) -> LiveModel:
+    def _live_model(self) -> EmbeddedModel:
         if self._live is None:
             from weightcast.engines.embedded.live_model import EmbeddedModel
 

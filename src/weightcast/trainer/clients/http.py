@@ -10,16 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpcore
 import msgspec
 
 from weightcast.deadline import Deadline
-from weightcast.errors import DeadlineExceeded, EngineError, InvalidInput, PeerLost, WeightcastError, error_from_wire
+from weightcast.errors import DeadlineExceeded, EngineError, PeerLost, WeightcastError, error_from_wire
+from weightcast.manifest import Manifest
 from weightcast.messages import ErrorDetail
 from weightcast.trainer.clients import wire
 from weightcast.trainer.clients.base import AnswerLost, CommitOrder, CommitReply, EngineClient
+from weightcast.trainer.clients.urls import host_of
 
 _NO_ROUTES = (
     "It has no weightcast routes: start it with weightcast serve, or vLLM with --weight-transfer-config; "
@@ -33,11 +34,8 @@ class HttpEngineClient(EngineClient):
     kind = "http"
 
     def __init__(self, url: str, *, token: str | None = None) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise InvalidInput(f"an engine is http://host:port, not {url!r}", field="engines")
+        self.host = host_of(url)
         self.name = url.rstrip("/")
-        self.host = parts.hostname
         self._headers = {"Content-Type": "application/json"}
         if token:
             self._headers["Authorization"] = f"Bearer {token}"
@@ -73,6 +71,14 @@ class HttpEngineClient(EngineClient):
         if not isinstance(status.get("weight_version"), str) or not isinstance(status.get("dirty"), bool):
             raise self._no_engine("GET /weightcast/status answered 200 without saying what is served", _NO_ROUTES)
         return status
+
+    def checksums(self, deadline: Deadline) -> Mapping[str, Any]:
+        """The status with its details, digests of all live tensors among them; needs the token."""
+        return self._call("GET", "/weightcast/status?checksums=true", deadline)
+
+    def tensor_digests(self, manifest: Manifest, deadline: Deadline) -> Mapping[str, Any]:
+        """What lies in the live weights of each tensor of a checkpoint; Unsupported where the engine does not know."""
+        return self._call("POST", "/weightcast/digests", deadline, {"tensors": manifest.tensors})
 
     def shutdown(self, deadline: Deadline) -> None:
         self._call("POST", "/weightcast/shutdown", deadline)

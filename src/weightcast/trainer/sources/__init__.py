@@ -20,7 +20,14 @@ SourceLike = Source | nn.Module | Mapping[str, torch.Tensor] | str | Path
 
 
 def make_source(source: SourceLike, *, dtype: torch.dtype | None = None) -> Source:
-    """A Source for what a user has; ``dtype`` casts floating-point tensors on the way (modules and state dicts)."""
+    """A Source for what a user has; ``dtype`` casts floating-point tensors on the way, of modules and state dicts only:
+    a checkpoint's files are published as they are, and a Source has decided already."""
+    if dtype is not None and isinstance(source, Source | str | Path):
+        raise InvalidInput(
+            f"dtype has no effect on a {'Source' if isinstance(source, Source) else 'checkpoint folder'}",
+            field="dtype",
+            hint="Leave it out: engines cast to their own type where they hold another",
+        )
     if isinstance(source, Source):
         return source
     if isinstance(source, nn.Module):

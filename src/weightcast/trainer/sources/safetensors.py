@@ -6,7 +6,6 @@ size that maps names to {"dtype", "shape", "data_offsets": [begin, end] after th
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +42,10 @@ _DTYPES = {
 }
 
 
+class _Index(msgspec.Struct, frozen=True):
+    weight_map: dict[str, str]
+
+
 class _Entry(msgspec.Struct, frozen=True):
     dtype: str
     shape: tuple[int, ...]
@@ -50,10 +53,18 @@ class _Entry(msgspec.Struct, frozen=True):
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint folder, as its index lists them or as they lie there."""
+    """The safetensors files of a checkpoint folder, as its index lists them or as they lie there; raises InvalidInput for
+    an index that is none, or that lists files that are not there."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            names = sorted(set(msgspec.json.decode(index.read_bytes(), type=_Index).weight_map.values()))
+        except (msgspec.DecodeError, UnicodeDecodeError, OSError) as error:
+            raise InvalidInput(f"{index} is no index of a checkpoint: {error}", field="checkpoint") from None
+        absent = [name for name in names if not (folder / name).is_file()]
+        if absent or not names:
+            what = f"lists {absent[0]}, which is not there" if absent else "lists no files"
+            raise InvalidInput(f"{index} {what}", field="checkpoint", hint="Is the download complete?")
         return [folder / name for name in names]
     files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -141,6 +152,12 @@ class SafetensorsSource(Source):
             _view(arena, placement).copy_(_view(self.memory, held[placement.region.name]))
         self.memory, self.layout, self.device = arena, layout, arena.storages[0].device
         wait_for_stream(self.device)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The values of one tensor where they are mapped."""
+        spec = self.manifest[name]
+        place = self.layout.placements[self.manifest.tensors.index(spec)]
+        return self.memory.view(place.storage, place.dtype, place.offset, place.region.sizes, place.strides)
 
     def rebind(self, memory: Memory) -> None:
         self.memory = memory

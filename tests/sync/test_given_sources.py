@@ -1,0 +1,60 @@
+"""What a Publisher is given: what it cannot do is refused, not ignored."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from weightcast import Publisher
+from weightcast.errors import InvalidInput, Unsupported
+from weightcast.testing.local_engine import DictModel, LocalEngine
+from weightcast.trainer.addresses import address_towards
+from weightcast.trainer.sources import SafetensorsSource, StateDictSource, make_source
+
+WEIGHTS = {"w": torch.randn(4, 5)}
+
+
+def test_a_dtype_that_would_have_no_effect_is_refused(tmp_path: Path) -> None:
+    save_file(WEIGHTS, tmp_path / "model.safetensors")
+    for source in (tmp_path, str(tmp_path), SafetensorsSource(tmp_path), StateDictSource(WEIGHTS)):
+        make_source(source)
+        with pytest.raises(InvalidInput, match="no effect") as caught:
+            make_source(source, dtype=torch.bfloat16)
+        assert caught.value.field == "dtype"
+    assert make_source(WEIGHTS, dtype=torch.bfloat16).manifest["w"].dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("timeout_s", [0, -1.0, float("nan"), float("inf")])
+def test_no_time_is_not_the_default_time(timeout_s: float) -> None:
+    engine = LocalEngine("local", [DictModel({"w": torch.zeros(4, 5)})])
+    with Publisher(WEIGHTS, [engine], timeout_s=20) as publisher:
+        for call in (publisher.connect, publisher.publish, lambda **time: publisher.add(engine, **time)):
+            with pytest.raises(InvalidInput) as caught:
+                call(timeout_s=timeout_s)
+            assert caught.value.field == "timeout_s"
+        assert publisher.publish().digests_match
+    engine.stop()
+
+
+@pytest.mark.parametrize(
+    ("addresses", "refused"),
+    [(["2001:db8::7"], True), (["2001:db8::7", "192.0.2.7"], False), (["::1"], False), ([], False)],
+)
+def test_engines_on_hosts_without_ipv4_are_refused_by_name(
+    addresses: list[str], refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def resolve(host: str, *rest: object, **more: object) -> list[tuple[object, ...]]:
+        if not addresses:
+            raise socket.gaierror(socket.EAI_NONAME, "no such host")
+        return [(0, 0, 0, "", (address, 0)) for address in addresses]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    if refused:
+        with pytest.raises(Unsupported, match=r"six\.invalid has IPv6 addresses only"):
+            address_towards({"six.invalid"})
+    else:
+        assert address_towards({"six.invalid"}) == "127.0.0.1"
