@@ -156,6 +156,36 @@ def test_a_plain_module_that_moved_is_refused() -> None:
         source.refresh()
 
 
+@pytest.mark.parametrize("is_sharded", [False, True])
+def test_a_module_whose_parameter_was_replaced_is_refused_by_name(mesh: DeviceMesh, is_sharded: bool) -> None:
+    """The published parameter stays where it is, with the values that it had."""
+    module = nn.Sequential(sharded_module(mesh) if is_sharded else nn.Linear(4, 4))
+    source = make_source(module)
+    source.refresh()
+    before, new = module[0].weight, torch.randn(4, 4)
+    module[0].weight = nn.Parameter(distribute_tensor(new, mesh, [Shard(0)]) if is_sharded else new)
+    with pytest.raises(StateError, match=r"'0\.weight' of the module was replaced"):
+        source.refresh()
+    module[0].weight = before
+    source.refresh()
+
+
+def test_what_fsdp_puts_in_the_place_of_shards_for_a_while_is_no_replacement(mesh: DeviceMesh) -> None:
+    module = sharded_module(mesh)
+    source = make_source(module)
+    module._parameters["weight"] = nn.Parameter(module.weight.full_tensor().detach())
+    source.refresh()
+
+
+def test_values_that_are_no_parameter_of_the_module_are_refused() -> None:
+    """They would be read once, and published as they were then for ever."""
+    module = nn.Linear(4, 4)
+    names = {**dict(module.named_parameters()), "sum": module.weight.detach().sum(0)}
+    with pytest.raises(InvalidInput, match="'sum' lies in no parameter") as caught:
+        ModuleSource(module, names=names)
+    assert caught.value.field == "source"
+
+
 def test_a_checkpoint_staged_on_a_device_is_the_same_tensors_in_one_arena(tmp_path: Path) -> None:
     tensors = {"half": torch.randn(3, 5).to(torch.bfloat16), "odd": torch.arange(3, dtype=torch.uint8), **plain()}
     save_file({name: value.contiguous() for name, value in tensors.items()}, tmp_path / "model.safetensors")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -82,7 +84,9 @@ class ModuleSource(Source):
             placements=tuple(placements), storage_nbytes=tuple(s.numel() for s in self.memory.storages)
         )
         self._bound = self._find_bound(numbers)
+        self._refuse_strangers(tensors, numbers)
         self._values = [value for value, _ in self._bound]
+        self._slots = Slots(module, self._values)
         self._addresses = self._current_addresses()
 
     def _find_bound(self, numbers: dict[int, int]) -> list[tuple[torch.Tensor, int]]:
@@ -93,6 +97,17 @@ class ModuleSource(Source):
             if number is not None:
                 found.append((value, number))
         return found
+
+    def _refuse_strangers(self, tensors: Mapping[str, torch.Tensor], numbers: Mapping[int, int]) -> None:
+        """Values that are computed for a state dict would be read once, and be those of that moment for ever."""
+        bound = {number for _, number in self._bound}
+        for name, value in tensors.items():
+            if value.numel() and numbers[value.untyped_storage().data_ptr()] not in bound:
+                raise InvalidInput(
+                    f"{name!r} lies in no parameter or buffer of the module",
+                    field="source",
+                    hint="Give a state dict, which is read anew in every round",
+                )
 
     def _current_addresses(self) -> list[int]:
         return list(map(torch.Tensor.data_ptr, self._values))
@@ -152,8 +167,38 @@ class ModuleSource(Source):
         self._addresses = self._current_addresses()
 
     def refresh(self) -> None:
+        self._slots.check()
         refuse_moved(self._current_addresses(), self._addresses)
         wait_for_stream(self.device)
+
+
+class Slots:
+    """Where a module keeps parameters and buffers. One that was replaced leaves the published one behind, with old values; a
+    round waits for the check, so it goes without a loop in Python."""
+
+    def __init__(self, module: nn.Module, values: Iterable[torch.Tensor]) -> None:
+        wanted = set(map(id, values))
+        found = [
+            (slots, key, value, f"{name}.{key}".lstrip("."))
+            for name, child in module.named_modules()
+            for slots in (child._parameters, child._buffers)
+            for key, value in slots.items()
+            if id(value) in wanted
+        ]
+        self._slots, self._keys = [slots for slots, *_ in found], [key for _, key, *_ in found]
+        self._held, self._names = [value for *_, value, _ in found], [name for *_, name in found]
+
+    def check(self, replaced: Callable[[Any], bool] = lambda value: True) -> None:
+        """Raise StateError with the name of the first that is another object now, if ``replaced`` says so of that object."""
+        now = list(map(dict.get, self._slots, self._keys))
+        if all(map(operator.is_, now, self._held)):
+            return
+        for name, value, held in zip(self._names, now, self._held, strict=True):
+            if value is not held and replaced(value):
+                raise StateError(
+                    f"{name!r} of the module was replaced by another tensor since connect()",
+                    hint="Copy new values into it (with torch.no_grad(): parameter.copy_(values)), or connect again",
+                )
 
 
 def refuse_moved(now: list[int], then: list[int]) -> None:

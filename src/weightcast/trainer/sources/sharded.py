@@ -14,7 +14,7 @@ from weightcast.manifest import Manifest, TensorSpec, align
 from weightcast.memory import Memory, bytes_of
 from weightcast.trainer.sources.base import Source, device_of, wait_for_stream
 from weightcast.trainer.sources.forms import Forms
-from weightcast.trainer.sources.module import check_dense, published_dtype, refuse_moved
+from weightcast.trainer.sources.module import Slots, check_dense, published_dtype, refuse_moved
 from weightcast.trainer.sources.shards import Part, is_distributed, local_of, part_of, shard_of
 
 
@@ -112,13 +112,18 @@ class _Owners:
             local = local_of(value)
             if local.numel() and local.untyped_storage().data_ptr() in starts:
                 (self._sharded if is_distributed(value) else self._plain).append(value)
+        self._slots = Slots(module, [*self._plain, *self._sharded])
         self._addresses = self._current_addresses()
 
     def _current_addresses(self) -> list[int]:
         return list(map(torch.Tensor.data_ptr, [*self._plain, *map(shard_of, self._sharded)]))
 
     def check(self) -> None:
-        """Raise StateError when one of them was moved."""
+        """Raise StateError when one of them was moved or replaced.
+
+        FSDP puts gathered plain tensors in the place of shards for as long as it computes; the shards stay what they are.
+        """
+        self._slots.check(is_distributed)
         refuse_moved(self._current_addresses(), self._addresses)
 
 
