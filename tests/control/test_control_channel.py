@@ -195,6 +195,25 @@ def test_a_coordinator_that_closes_is_missed_at_once(coordinator: Coordinator, j
     assert "the trainer closed" in worker.lost[0]
 
 
+def test_members_that_were_lost_are_forgotten_with_their_engine(
+    coordinator: Coordinator, join: Callable[..., Worker]
+) -> None:
+    """A trainer that invites an engine again and again, in vain, keeps nothing of those that left."""
+    stays = join(coordinator.issue_ticket("other", 1))
+    stays.say_hello(engine="other")
+    coordinator.wait_members("other", 1, Deadline(10))
+    for _ in range(3):
+        worker = join(coordinator.issue_ticket("e", 1))
+        worker.say_hello()
+        coordinator.wait_members("e", 1, Deadline(10))
+        worker.link.close("in vain")
+        end = time.monotonic() + 10
+        while coordinator.members("e") and time.monotonic() < end:
+            time.sleep(0.01)
+        coordinator.forget_engine("e", "gone")
+    assert [member.engine for member in coordinator._members.values()] == ["other"]
+
+
 def test_waits_end_by_their_deadline(coordinator: Coordinator, join: Callable[..., Worker]) -> None:
     with pytest.raises(DeadlineExceeded, match="0 of 1 workers"):
         coordinator.wait_members("e", 1, Deadline(0.1))

@@ -215,6 +215,12 @@ class Coordinator:
                 member.lost = member.lost or reason
                 self._members.pop(member.identity, None)
 
+    def forget_engine(self, engine: str, reason: str) -> None:
+        """``forget`` everybody of one engine, those that were lost before anybody counted them as well."""
+        with self._changed:
+            members = [member for member in self._members.values() if member.engine == engine]
+        self.forget(members, reason)
+
     def close(self) -> None:
         """Dismiss everybody and free the port; idempotent."""
         if self._closed:

@@ -265,9 +265,7 @@ class Fleet:
         """Also those who joined and whom an admission that failed did not count."""
         for worker in engine.workers:
             worker.close_end()
-        known = [worker.member for worker in engine.workers]
-        others = [m for m in self._coordinator.members(engine.name) if m not in known]
-        self._coordinator.forget([*known, *others], reason)
+        self._coordinator.forget_engine(engine.name, reason)
         engine.workers = []
 
     def remove(self, engine: EngineLink) -> None:

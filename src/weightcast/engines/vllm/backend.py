@@ -142,6 +142,7 @@ class VllmBackend(VllmEngine):  # type: ignore[misc]
             dirty=engine is not None and engine.dirty,
             error_kind=type(error).__name__ if error is not None else "",
             error=error.message if error is not None else "",
+            hint=(error.hint or "") if error is not None else "",
             apply_s=self._apply_s,
             checksums=checksums,
             held=self._held,
