@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -105,12 +106,33 @@ def test_what_changed_is_named(
             source.refresh()
 
 
+def test_a_tensor_whose_data_was_replaced_is_read_or_named() -> None:
+    tensors = plain()
+    source = make_source(tensors)
+    tensors["b"].data = torch.ones(5)
+    source.refresh()
+    assert published(source)["b"].tolist() == [1.0] * 5
+    tensors["b"].data = torch.ones(1)
+    with pytest.raises(StateError, match=r"'b' was float32 \(5,\)"):
+        source.refresh()
+
+
 def test_a_tensor_that_was_resized_where_it_lies_is_named() -> None:
     tensors = plain()
     source = make_source(tensors)
     tensors["b"].resize_(1)
     with pytest.raises(StateError, match=r"'b' was float32 \(5,\)"):
         source.refresh()
+
+
+def test_a_round_keeps_no_tensor_of_a_mapping_alive() -> None:
+    tensors = plain()
+    source = make_source(tensors)
+    source.refresh()
+    former = weakref.ref(tensors["a"])
+    tensors.update(plain())
+    assert former() is None
+    source.refresh()
 
 
 def test_other_placements_are_named(mesh: DeviceMesh) -> None:

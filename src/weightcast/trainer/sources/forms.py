@@ -20,42 +20,59 @@ _dtype = attrgetter("dtype")
 
 class Forms:
     """Names, element types, shapes and placements of a mapping's tensors. A model may have ten thousand of them, and a round
-    waits for the check: each property is read by one ``map`` and compared as one list.
+    waits for the check: the same tensor objects, as large and where they were, are taken for unchanged, and of others each
+    property is read by one ``map`` and compared as one list.
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self._names = list(tensors)
         self._kinds: list[type] = []
         self._known = [_form(value) for value in tensors.values()]
-        self._bulk = self._read(list(tensors.values()))[1:]
+        values = list(tensors.values())
+        local = self._locals(values)
+        self._bulk = self._properties(values, local)
+        self._seen = self._identities(values, local)
 
     @torch.no_grad()
     def locals_of(self, tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         """What this process holds of each tensor, in the order of connect; StateError names the first that changed."""
         values: list[Any] = list(map(tensors.get, self._names))
-        local, *bulk = self._read(values) if NoneType not in map(type, values) else ([], ())
-        if tuple(bulk) != self._bulk:
+        if NoneType in map(type, values):
             self._name_the_change(values)
+        local = self._locals(values)
+        if self._identities(values, local) != self._seen:
+            if self._properties(values, local) != self._bulk:
+                self._name_the_change(values)
+            self._seen = self._identities(values, local)
         return local
 
-    def _read(self, values: list[Any]) -> tuple[list[torch.Tensor], list[Any], list[Any], list[Any], list[Any]]:
-        """The local values, then their dtypes and shapes, and the whole shapes and placements of the distributed ones."""
+    def _locals(self, values: list[Any]) -> list[torch.Tensor]:
         kinds = list(map(type, values))
         if kinds != self._kinds:
             self._kinds, self._distributed = kinds, [is_distributed(value) for value in values]
             self._at = [i for i, flag in enumerate(self._distributed) if flag]
-        shards = list(compress(values, self._distributed))
         local = list(values)
-        for index, value in zip(self._at, map(shard_of, shards), strict=True):
-            local[index] = value
-        wholes = list(map(torch.Tensor.size, shards))
+        for index, shard in zip(self._at, map(shard_of, compress(values, self._distributed)), strict=True):
+            local[index] = shard
+        return local
+
+    def _properties(self, values: list[Any], local: list[torch.Tensor]) -> tuple[list[Any], ...]:
+        """Element types and shapes of the local values, whole shapes and placements of the distributed ones."""
+        shards = list(compress(values, self._distributed))
+        sizes = torch.Tensor.size
         return (
-            local,
             list(map(_dtype, local)),
-            list(map(torch.Tensor.size, local)),
-            wholes,
+            list(map(sizes, local)),
+            list(map(sizes, shards)),
             list(map(_placements, shards)),
         )
+
+    @staticmethod
+    def _identities(values: list[Any], local: list[torch.Tensor]) -> tuple[list[int], ...]:
+        """Which objects, where and how large. The objects are not kept alive, as that would hold a second model in memory; one
+        that takes the id and the place of another of its size differs in form only, which the copy refuses or casts."""
+        addresses, numels = map(torch.Tensor.data_ptr, local), map(torch.Tensor.numel, local)
+        return list(map(id, values)), list(addresses), list(numels)
 
     def _name_the_change(self, values: list[Any]) -> None:
         for name, before, value in zip(self._names, self._known, values, strict=True):
