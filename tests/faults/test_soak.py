@@ -20,8 +20,10 @@ def test_nothing_grows(transport: str) -> None:
 
 @pytest.mark.timeout(180)
 def test_chaos_finds_nothing(tmp_path: Path) -> None:
-    """One server with a language model under load, two engines without; the seed is in the message."""
-    chaos = Chaos(tmp_path, seed=secrets.randbelow(10**6), num_servers=1)
+    """One server with a language model under load, two engines without."""
+    seed = secrets.randbelow(10**6)
+    print(f"seed {seed}")  # pytest shows it with whatever is raised
+    chaos = Chaos(tmp_path, seed=seed, num_servers=1)
     summary = chaos.run(30, max_s=12)
     assert not summary.faults, str(summary)
     assert summary.committed, str(summary)
