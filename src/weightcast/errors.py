@@ -12,22 +12,26 @@
     ├── ShadowError           no memory for the staged copy
     ├── TransportError        bytes could not be moved
     │   └── PeerLost          ... because the other side is gone
+    │       └── AnswerLost    ... before its answer came: the call may have been carried out or not
     ├── DeadlineExceeded      a wait ended by its deadline
     ├── EngineError           an engine answered with an error or cannot be reached
     └── RoundFailed           publish() did not reach n+1; says who serves what
 
-Each carries where it happened (engine, worker, phase, round) as far as known, and a hint: what to do about it.
+Each carries where it happened (engine, worker, phase, round) as far as known, and a hint: what to do about it. Who raises
+an error and knows no better leaves the hint to its class.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 
 class WeightcastError(Exception):
     """Base of all errors; ``str()`` gives the message, where it happened and what to do."""
 
     http_status = 500
+    default_hint: ClassVar[str | None] = "See the log of the process that it comes from"
 
     def __init__(
         self,
@@ -45,7 +49,7 @@ class WeightcastError(Exception):
         self.worker = worker
         self.phase = phase
         self.round = round
-        self.hint = hint
+        self.hint = hint or self.default_hint
 
     def at(
         self,
@@ -74,13 +78,15 @@ class WeightcastError(Exception):
             if value is not None
         ]
         text = f"{self.message} [{', '.join(where)}]" if where else self.message
-        return f"{text}. {self.hint}" if self.hint else text
+        # A message that another process wrote out may end with its hint already.
+        return f"{text}. {self.hint}" if self.hint and self.hint not in self.message else text
 
 
 class InvalidInput(WeightcastError, ValueError):
     """A value from the caller is wrong; ``field`` names it. Nothing was changed."""
 
     http_status = 422
+    default_hint = "Correct the value"
 
     def __init__(self, message: str, *, field: str | None = None, hint: str | None = None) -> None:
         super().__init__(message, hint=hint)
@@ -91,60 +97,84 @@ class StateError(WeightcastError):
     """The call is not allowed in the present state."""
 
     http_status = 409
+    default_hint = "Wait for what it names, then call again"
 
 
 class AuthError(WeightcastError):
     """A token, ticket or key is missing or wrong."""
 
     http_status = 401
+    default_hint = "Give the server's token; connect() makes a new ticket"
 
 
 class Unsupported(WeightcastError, NotImplementedError):
     """A case that weightcast does not handle; the hint says what to do instead."""
 
     http_status = 422
+    default_hint = "See docs/structure.md for what is supported"
 
 
 class ProtocolError(WeightcastError):
     """A message is malformed, unknown, stale or of another protocol version."""
 
     http_status = 422
+    default_hint = "Use the same version of weightcast on both sides"
 
 
 class PlanMismatch(WeightcastError):
     """Trainer and engine describe different models, or compiled different plans."""
 
     http_status = 409
+    default_hint = "Publish the model that the engine serves"
 
 
 class LoadError(WeightcastError):
     """The engine's own weight loader raised; its traceback is in the message."""
 
     http_status = 422
+    default_hint = "See what the engine's loader says of that tensor; the engine's log has the traceback"
 
 
 class DigestMismatch(WeightcastError):
     """The bytes that arrived are not the bytes that were published."""
 
+    default_hint = "Publish again; if it stays, tensors change while publish() runs, or memory is faulty"
+
 
 class ShadowError(WeightcastError):
     """The staged copy of the weights does not fit in memory."""
+
+    default_hint = 'Ask for mode="in_place", or give the engine a smaller KV cache'
 
 
 class TransportError(WeightcastError):
     """Bytes could not be moved between two processes."""
 
+    default_hint = "Publish again: the pair is set up anew"
+
 
 class PeerLost(TransportError):
     """The process on the other side is gone."""
+
+    default_hint = "Restart it if nothing else does, then publish again"
+
+
+class AnswerLost(PeerLost):
+    """The connection broke before the answer came: the call may have been carried out or not."""
+
+    default_hint = "Publish again: the engine is asked what it serves"
 
 
 class DeadlineExceeded(WeightcastError, TimeoutError):
     """A wait ended because its deadline passed."""
 
+    default_hint = "See what that process does; if it is only slow, give more timeout_s"
+
 
 class EngineError(WeightcastError):
     """An engine answered with an error, or cannot be reached."""
+
+    default_hint = "See the engine's log"
 
 
 class RoundFailed(WeightcastError):
@@ -153,6 +183,8 @@ class RoundFailed(WeightcastError):
     ``causes`` maps an engine's name to its error; ``serving`` maps every engine to the version it serves now;
     engines in ``dirty`` hold weights of no version, answer 503 and are healed by the next successful round.
     """
+
+    default_hint = "Call publish() again"
 
     def __init__(
         self,
@@ -192,13 +224,15 @@ _BY_NAME = {
         ShadowError,
         TransportError,
         PeerLost,
+        AnswerLost,
         DeadlineExceeded,
         EngineError,
     )
 }
 
 
-def error_from_wire(kind: str, message: str, **where: object) -> WeightcastError:
-    """Rebuild an error that a peer reported by class name; an unknown name becomes a plain WeightcastError."""
-    error = _BY_NAME.get(kind, WeightcastError)(message)
+def error_from_wire(kind: str, message: str, *, hint: str | None = None, **where: object) -> WeightcastError:
+    """Rebuild an error that a peer reported by class name; an unknown name becomes a plain WeightcastError. Without a
+    ``hint`` of the peer's it has that of its class."""
+    error = _BY_NAME.get(kind, WeightcastError)(message, hint=hint)
     return error.at(**where)  # type: ignore[arg-type]

@@ -1,13 +1,13 @@
 """Messages of the control channel: msgpack structs behind one version byte.
 
 A frame is ``PROTOCOL`` (one byte) and the msgpack map of one struct below, whose "type" field names it. A frame of another
-version, an unknown type, a missing, surplus or ill-typed field is ProtocolError. Nothing is unpickled, nothing is code.
+version, an unknown type, a missing, surplus or ill-typed field, or a number out of its range is ProtocolError. Nothing is unpickled, nothing is code.
 The table of who sends what when is in docs/protocol.md.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -16,11 +16,25 @@ from weightcast.facts import Facts
 from weightcast.layout import Layout
 from weightcast.manifest import Manifest
 
-PROTOCOL = 1
+PROTOCOL = 2
 MAX_FRAME_NBYTES = 256 * 2**20
+
+Count = Annotated[int, msgspec.Meta(ge=0)]
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
+"""Finite, and not negative: what a peer says goes into reports and metrics as it is."""
+Timeout = Annotated[float, msgspec.Meta(gt=0, le=1e9)]
 
 Mode = Literal["staged", "in_place"]
 ModeWish = Literal["auto", "staged", "in_place"]
+
+
+class ErrorDetail(msgspec.Struct, frozen=True, kw_only=True):
+    """An error's parts in an HTTP answer to a trainer; its class and status are beside it."""
+
+    message: str
+    worker: Count | None = None
+    phase: str | None = None
+    hint: str = ""
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type"):
@@ -38,14 +52,16 @@ class Bye(Message, frozen=True, kw_only=True, tag="bye"):
 
 
 class Refused(Message, frozen=True, kw_only=True, tag="refused"):
-    """Coordinator: you cannot join, or what you sent cannot be used."""
+    """Coordinator: you cannot join, or what you sent cannot be used. ``hint`` (may be empty) says what to do."""
 
     kind: str
     message: str
+    hint: str
 
 
 class Hello(Message, frozen=True, kw_only=True, tag="hello"):
-    """Worker: first message; the ticket admits it once."""
+    """Worker: first message; the ticket admits it once. ``highest`` is the highest version number that it has ever begun to
+    make live, also where that was taken back: a trainer goes on after it. A rank that does not fit is refused, not dropped."""
 
     ticket: str
     engine: str
@@ -55,6 +71,7 @@ class Hello(Message, frozen=True, kw_only=True, tag="hello"):
     version: str
     digest: str
     dirty: bool
+    highest: Count
 
 
 class Welcome(Message, frozen=True, kw_only=True, tag="welcome"):
@@ -64,9 +81,9 @@ class Welcome(Message, frozen=True, kw_only=True, tag="welcome"):
     session: str
     manifest: Manifest
     mode: ModeWish
-    shadows: int
-    heartbeat_s: float
-    silence_s: float
+    shadows: Annotated[int, msgspec.Meta(ge=1)]
+    heartbeat_s: Timeout
+    silence_s: Timeout
 
 
 class Landings(Message, frozen=True, kw_only=True, tag="landings"):
@@ -74,14 +91,14 @@ class Landings(Message, frozen=True, kw_only=True, tag="landings"):
 
     layout: Layout
     mode: Mode
-    shadow_nbytes: int
+    shadow_nbytes: Count
     shadow: str
 
 
 class Offer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How one trainer rank's bytes come: the transport's name and what its worker end needs to connect."""
 
-    rank: int
+    rank: Count
     transport: str
     data: bytes
 
@@ -89,77 +106,79 @@ class Offer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 class Setup(Message, frozen=True, kw_only=True, tag="setup"):
     """Coordinator: the epoch's holdings by trainer rank, and one offer for each rank that gives something."""
 
-    epoch: int
+    epoch: Count
     holdings: dict[int, Layout]
     offers: tuple[Offer, ...]
-    timeout_s: float
+    timeout_s: Timeout
 
 
 class Ready(Message, frozen=True, kw_only=True, tag="ready"):
     """Worker: the plan is compiled and all transports are connected."""
 
-    epoch: int
+    epoch: Count
     plan_digest: str
 
 
 class Begin(Message, frozen=True, kw_only=True, tag="begin"):
     """Coordinator: a round is open. Staged workers start to receive; in-place workers wait for the commit."""
 
-    epoch: int
-    round: int
+    epoch: Count
+    round: Count
     base: str
-    timeout_s: float
+    timeout_s: Timeout
 
 
 class Staged(Message, frozen=True, kw_only=True, tag="staged"):
     """Worker: all bytes are in the shadow, and this is their digest."""
 
-    epoch: int
-    round: int
-    digest: int
-    nbytes: int
-    transfer_s: float
-    digest_s: float
+    epoch: Count
+    round: Count
+    digest: Count
+    nbytes: Count
+    transfer_s: Seconds
+    digest_s: Seconds
 
 
 class Verified(Message, frozen=True, kw_only=True, tag="verified"):
     """Coordinator: the round may be committed as ``version``; ``digest`` is what this worker's bytes must add up to."""
 
-    epoch: int
-    round: int
+    epoch: Count
+    round: Count
     version: str
     content: str
-    digest: int
+    digest: Count
 
 
 class Committed(Message, frozen=True, kw_only=True, tag="committed"):
     """Worker: version n+1 is live, and this is the digest of what is live."""
 
-    epoch: int
-    round: int
-    digest: int
-    nbytes: int
-    transfer_s: float
-    apply_s: float
-    digest_s: float
+    epoch: Count
+    round: Count
+    digest: Count
+    nbytes: Count
+    transfer_s: Seconds
+    apply_s: Seconds
+    digest_s: Seconds
 
 
 class Abort(Message, frozen=True, kw_only=True, tag="abort"):
     """Coordinator: the round is over without a commit; what was staged is void."""
 
-    epoch: int
-    round: int
+    epoch: Count
+    round: Count
     reason: str
 
 
 class Failed(Message, frozen=True, kw_only=True, tag="failed"):
-    """Worker: a phase failed; ``dirty`` says whether live weights belong to no version now."""
+    """Worker: a phase failed; ``dirty`` says whether live weights belong to no version now, ``hint`` (may be empty) what to
+    do."""
 
-    epoch: int
-    round: int
+    epoch: Count
+    round: Count
     phase: str
     kind: str
     message: str
+    hint: str
     dirty: bool
 
 
@@ -169,15 +188,15 @@ class RankOrder(Message, frozen=True, kw_only=True, tag="rank_order"):
     ``body`` is the trainer's own msgpack form (trainer.ranks.orders); ``number`` is repeated by the answer.
     """
 
-    call: int
-    number: int
+    call: Count
+    number: Count
     body: bytes
 
 
 class RankAnswer(Message, frozen=True, kw_only=True, tag="rank_answer"):
     """Trainer rank to rank 0: what came of the order of that number."""
 
-    number: int
+    number: Count
     body: bytes
 
 

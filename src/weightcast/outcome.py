@@ -22,12 +22,15 @@ class WorkerOutcome(msgspec.Struct, frozen=True, kw_only=True):
     dirty: bool
     error_kind: str = ""
     error: str = ""
+    hint: str = ""
     apply_s: float = 0.0
     checksums: dict[str, str] = {}
 
     def raised(self) -> WeightcastError | None:
         """The error as it was raised in the worker."""
-        return error_from_wire(self.error_kind, self.error, worker=self.rank) if self.error_kind else None
+        if not self.error_kind:
+            return None
+        return error_from_wire(self.error_kind, self.error, hint=self.hint, worker=self.rank)
 
 
 def outcomes_from(answers: Sequence[Any]) -> list[WorkerOutcome]:

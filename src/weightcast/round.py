@@ -1,11 +1,14 @@
 """A worker's state in a round, and the fences that make stale and repeated messages harmless. Pure.
 
     IDLE ─begin→ OPEN ─staged→ STAGED ─verified→ VERIFIED ─claim→ COMMITTING ─committed→ COMMITTED
-                   └─────────── abort, fence, expiry ──────→ ABORTED ←failed┘ ←────rolled back─┘
+                   └─────────── abort, fence, expiry ──────→ ABORTED ←failed┘               │ fence
+                                                                ↑                           ↓
+                                                                └─ rolled back, failed ─ ROLLING_BACK
 
 Rounds are numbered by (epoch, round) and only ever go forward. In-place rounds skip STAGED: they are verified while OPEN,
 and the copy is part of the commit. From the claim on only the commit's own outcome ends a round: an abort that comes then
-asks it to stop receiving and changes no state, so the phase always says what is live.
+asks it to stop receiving and changes no state, so the phase always says what is live. No round begins while another one
+is being committed or rolled back: its bytes would land in the very memory that is being exchanged.
 """
 
 from __future__ import annotations
@@ -25,10 +28,13 @@ class Phase(Enum):
     VERIFIED = "verified"
     COMMITTING = "committing"
     COMMITTED = "committed"
+    ROLLING_BACK = "rolling back"
     ABORTED = "aborted"
 
 
 _UNCLAIMED = (Phase.OPEN, Phase.STAGED, Phase.VERIFIED)
+_IN_EXCHANGE = (Phase.COMMITTING, Phase.ROLLING_BACK)
+"""The engine's thread is at the memory that a round writes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
@@ -73,12 +79,13 @@ class WorkerRound:
         return self._phase
 
     def begin(self, id: RoundId, expiry: Deadline | None = None) -> bool:
-        """Open a round; False when it is stale, a repetition, or another one is being committed (nothing changes then).
+        """Open a round; False when it is stale, a repetition, or another one is being committed or rolled back (nothing
+        changes then).
 
         A round that was not claimed by ``expiry`` cannot be any more: the trainer has given it up.
         """
         with self._changed:
-            if id <= self._id or self._phase is Phase.COMMITTING:
+            if id <= self._id or self._phase in _IN_EXCHANGE:
                 return False
             self._enter(id, Phase.OPEN, "")
             self._expiry = expiry
@@ -131,16 +138,17 @@ class WorkerRound:
         return self._step(id, (Phase.COMMITTING,), Phase.COMMITTED)
 
     def failed(self, id: RoundId, reason: str) -> bool:
-        """The commit did not succeed."""
+        """The commit, or the roll-back, did not succeed."""
         with self._changed:
-            if id != self._id or self._phase is not Phase.COMMITTING:
+            if id != self._id or self._phase not in _IN_EXCHANGE:
                 return False
             self._reason = reason
             self._to(Phase.ABORTED)
             return True
 
     def rolled_back(self, id: RoundId) -> bool:
-        return self._step(id, (Phase.COMMITTED,), Phase.ABORTED)
+        """The version before is live again."""
+        return self._step(id, (Phase.ROLLING_BACK,), Phase.ABORTED)
 
     def abort(self, id: RoundId, reason: str) -> bool:
         """End a round that was not claimed; False when it is another one, or over. One that is being committed is asked to
@@ -160,21 +168,24 @@ class WorkerRound:
         """End whatever round is open."""
         return self.abort(self._id, reason)
 
-    def fence(self, id: RoundId, reason: str) -> Phase:
+    def fence(self, id: RoundId, reason: str, *, reversible: bool = False) -> Phase:
         """Make sure that a round which is not live never will be, even one that has not begun; its phase afterwards.
 
+        A live one that is ``reversible`` is ROLLING_BACK then, until ``rolled_back`` or ``failed``; the caller takes it back.
         StateError when the round is older than the present one.
         """
         with self._changed:
             if id < self._id:
                 raise StateError(f"round {id} is not the present one ({self._id})")
             if id > self._id:
-                if self._phase is Phase.COMMITTING:
-                    raise StateError(f"round {self._id} is being committed")
+                if self._phase in _IN_EXCHANGE:
+                    raise StateError(f"round {self._id} is {self._phase.value}")
                 self._enter(id, Phase.ABORTED, reason)
             elif self._phase in _UNCLAIMED:
                 self._reason = reason
                 self._to(Phase.ABORTED)
+            elif self._phase is Phase.COMMITTED and reversible:
+                self._to(Phase.ROLLING_BACK)
             return self._phase
 
     def stops(self, id: RoundId) -> bool:

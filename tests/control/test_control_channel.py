@@ -11,6 +11,7 @@ import pytest
 import zmq
 
 from weightcast.control import ControlLink, Coordinator, JoinInfo
+from weightcast.control.coordinator import TICKET_HINT
 from weightcast.deadline import Deadline
 from weightcast.errors import AuthError, DeadlineExceeded, InvalidInput, PeerLost
 from weightcast.facts import Facts
@@ -48,6 +49,7 @@ class Worker:
                 version="default",
                 digest="",
                 dirty=False,
+                highest=0,
             )
         )
 
@@ -114,7 +116,7 @@ def test_a_hello_that_does_not_fit_its_ticket_is_refused(
     worker = join(coordinator.issue_ticket("e", 1))
     worker.say_hello(**hello)  # type: ignore[arg-type]
     worker.wait(lambda: worker.heard)
-    assert worker.heard == [Refused(kind="AuthError", message=worker.heard[0].message)]  # type: ignore[union-attr]
+    assert worker.heard == [Refused(kind="AuthError", message=worker.heard[0].message, hint=TICKET_HINT)]  # type: ignore[union-attr]
     assert not coordinator.members()
     worker.say_hello()
     assert coordinator.wait_members("e", 1, Deadline(10))

@@ -30,8 +30,29 @@ def test_the_way_of_a_staged_round_and_back() -> None:
     assert state.wait_for_approval(id, Deadline(1)) is APPROVAL
     assert state.committed(id)
     assert not state.abort(id, "too late")
+    assert not state.rolled_back(id)
+    assert state.fence(id, "back") is Phase.COMMITTED
+    assert state.fence(id, "back", reversible=True) is Phase.ROLLING_BACK
     assert state.rolled_back(id)
     assert not state.rolled_back(id)
+    assert state.begin(id_of(2))
+
+
+@pytest.mark.parametrize("ends_well", [True, False])
+def test_no_round_begins_while_another_one_is_taken_back(ends_well: bool) -> None:
+    state, id = WorkerRound(), id_of(1)
+    state.begin(id)
+    state.staged(id)
+    state.verified(id, APPROVAL)
+    state.wait_for_approval(id, Deadline(1))
+    state.committed(id)
+    state.fence(id, "back", reversible=True)
+    assert not state.begin(id_of(2))
+    with pytest.raises(StateError, match="rolling back"):
+        state.fence(id_of(2), "never")
+    assert not state.stops(id)
+    assert state.rolled_back(id) if ends_well else state.failed(id, "it broke off")
+    assert state.fence(id, "again", reversible=True) is Phase.ABORTED
     assert state.begin(id_of(2))
 
 
@@ -62,7 +83,15 @@ def test_waiting_ends_by_deadline_by_abort_and_by_approval() -> None:
 
 
 STEPS = ("begin", "staged", "verified", "committed", "rolled_back", "abort")
-RANK = {Phase.IDLE: 0, Phase.OPEN: 1, Phase.STAGED: 2, Phase.VERIFIED: 3, Phase.COMMITTED: 4, Phase.ABORTED: 5}
+RANK = {
+    Phase.IDLE: 0,
+    Phase.OPEN: 1,
+    Phase.STAGED: 2,
+    Phase.VERIFIED: 3,
+    Phase.COMMITTED: 4,
+    Phase.ROLLING_BACK: 5,
+    Phase.ABORTED: 6,
+}
 
 
 @settings(max_examples=200, deadline=None)

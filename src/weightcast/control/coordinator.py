@@ -28,6 +28,7 @@ from weightcast.messages import AnyMessage, Bye, Failed, Heartbeat, Hello, Messa
 logger = logging.getLogger(__name__)
 
 TICKET_LIFE_S = 120.0
+TICKET_HINT = "Connect again: a ticket is good for one engine, once for each rank, and for two minutes"
 PROBE_S = 0.2
 
 
@@ -118,9 +119,9 @@ class Coordinator:
             if hmac.compare_digest(ticket.secret.encode(), hello.ticket.encode()):
                 found = ticket
         if found is None or found.engine != hello.engine:
-            raise AuthError("the ticket is unknown, used or out of date")
+            raise AuthError("the ticket is unknown, used or out of date", hint=TICKET_HINT)
         if found.world_size != hello.world_size or not 0 <= hello.rank < found.world_size or hello.rank in found.used:
-            raise AuthError(f"the ticket does not admit rank {hello.rank} of {hello.world_size}")
+            raise AuthError(f"the ticket does not admit rank {hello.rank} of {hello.world_size}", hint=TICKET_HINT)
         found.used.add(hello.rank)
         if len(found.used) == found.world_size:
             self._tickets.remove(found)
@@ -178,9 +179,8 @@ class Coordinator:
                 for i, message in enumerate(member.inbox):
                     if isinstance(message, Refused) or (isinstance(message, Failed) and matches(message)):
                         del member.inbox[i]
-                        raise error_from_wire(message.kind, message.message).at(
-                            engine=member.engine, worker=member.rank, phase=getattr(message, "phase", phase)
-                        )
+                        said = error_from_wire(message.kind, message.message, hint=message.hint)
+                        raise said.at(engine=member.engine, worker=member.rank, phase=getattr(message, "phase", phase))
                     if isinstance(message, wanted) and matches(message):
                         del member.inbox[i]
                         return message
@@ -256,7 +256,7 @@ class Coordinator:
                 member = self._admit(identity, message)
             except AuthError as error:
                 logger.warning("control channel: refused engine %r rank %d: %s", message.engine, message.rank, error)
-                self._pump.send(identity, encode(Refused(kind="AuthError", message=error.message)))
+                self._pump.send(identity, encode(_refusal(error)))
                 return
             self._members[identity] = member
             self._changed.notify_all()
@@ -282,3 +282,7 @@ class Coordinator:
         for member in members:
             if now - member.last_sent >= self.heartbeat_s:
                 self.send(member, Heartbeat())
+
+
+def _refusal(error: AuthError) -> Refused:
+    return Refused(kind=type(error).__name__, message=error.message, hint=error.hint or "")

@@ -7,6 +7,7 @@ import time
 
 from weightcast.control.link import JoinInfo
 from weightcast.deadline import Deadline
+from weightcast.digest import version_number
 from weightcast.errors import DigestMismatch, LoadError, StateError, WeightcastError
 from weightcast.messages import Committed
 from weightcast.receiver.base import LiveModel
@@ -40,7 +41,11 @@ class Receiver:
         self.content = ""
         """Hex digest that the live version was published with; empty before the first sync."""
         self.dirty = False
+        self.highest = 0
+        """The highest version number that a commit was begun for, also where it failed or was taken back."""
         self.num_commits = 0
+        self.num_bytes = 0
+        """Bytes that were received for the versions that went live."""
 
     def join(self, info: JoinInfo) -> None:
         """Join a trainer. StateError when another one is alive and ``info.takeover`` is not set."""
@@ -58,6 +63,7 @@ class Receiver:
             version=self.version,
             digest=self.content,
             dirty=self.dirty,
+            highest=self.highest,
         )
         self._session = Session(info, self._model, identity, self._mode, self._round, self._loaded)
 
@@ -80,6 +86,7 @@ class Receiver:
             return
         patience = Deadline(min(max(deadline.remaining_s(), 0.001), APPROVAL_TIMEOUT_S))
         approval = self._round.wait_for_approval(id, patience, version)
+        self.highest = max(self.highest, version_number(approval.version))
         before = (self.version, self.content, self.dirty)
         start = time.perf_counter()
         try:
@@ -93,9 +100,10 @@ class Receiver:
             session.send_failure(id, "commit", error, dirty=self.dirty)
             if isinstance(error, WeightcastError):
                 # Without it a trainer in the same process takes a lost peer for an order that never arrived.
-                error.at(phase="commit")
+                error.at(phase="commit", worker=self._rank)
                 raise
-            raise LoadError(f"commit failed: {type(error).__name__}: {error}", phase="commit") from error
+            text = f"commit failed: {type(error).__name__}: {error}"
+            raise LoadError(text, phase="commit", worker=self._rank) from error
         apply_s = time.perf_counter() - start - transfer_s
         self._before = before
         self.version, self.content, self.dirty = approval.version, approval.content, False
@@ -106,19 +114,26 @@ class Receiver:
     def rollback(self, id: RoundId) -> None:
         """Return to the version before a staged round if that was committed, and see to it that it never will be otherwise.
 
-        Repeating the call does nothing. StateError when the round is an older one, or live and not staged.
+        Repeating the call does nothing. StateError when the round is an older one, or live and not staged. When it fails
+        half-way the worker is dirty.
         """
-        session = self._require_session()
-        if self._round.fence(id, "the trainer took it back") is not Phase.COMMITTED:
-            return
-        if session.mode != "staged" or self._before is None:
+        session, before = self._require_session(), self._before
+        reversible = session.mode == "staged" and before is not None
+        phase = self._round.fence(id, "the trainer took it back", reversible=reversible)
+        if phase is Phase.COMMITTED:
             raise StateError("only a staged round can be rolled back", phase="rollback", round=id.round)
+        if phase is not Phase.ROLLING_BACK or before is None:
+            return
         self.dirty = True
-        session.target.swap()
-        session.target.settle(Deadline(APPROVAL_TIMEOUT_S))
-        session.target.take_back_loader_tensors()
-        self._load_previous(session, self._before[0])
-        self.version, self.content, self.dirty = self._before
+        try:
+            session.target.swap()
+            session.target.settle(Deadline(APPROVAL_TIMEOUT_S))
+            session.target.take_back_loader_tensors()
+            self._load_previous(session, before[0])
+        except Exception as error:
+            self._round.failed(id, str(error))
+            raise
+        self.version, self.content, self.dirty = before
         self._before = None
         self._round.rolled_back(id)
 

@@ -73,6 +73,7 @@ class Identity:
     version: str
     digest: str
     dirty: bool
+    highest: int
 
 
 class Session:
@@ -125,6 +126,7 @@ class Session:
                 version=identity.version,
                 digest=identity.digest,
                 dirty=identity.dirty,
+                highest=identity.highest,
             )
         )
         try:
@@ -138,7 +140,7 @@ class Session:
         if isinstance(answer, str):
             raise PeerLost(answer, phase="join")
         if isinstance(answer, Refused):
-            raise error_from_wire(answer.kind, answer.message, phase="join")
+            raise error_from_wire(answer.kind, answer.message, hint=answer.hint, phase="join")
         if not isinstance(answer, Welcome):
             raise ProtocolError(f"expected a welcome, got {type(answer).__name__}", phase="join")
         self.manifest = answer.manifest
@@ -205,7 +207,9 @@ class Session:
             if self.mode == "staged":
                 self._tasks.put(lambda: self._stage(begin))
         elif self.round.id < id:
-            error = StateError(f"round {self.round.id} is still being committed", hint="Publish again when it is done")
+            error = StateError(
+                f"round {self.round.id} is still {self.round.phase.value}", hint="Publish again when that is done"
+            )
             self.send_failure(id, "begin", error)
         else:
             logger.info("round %s is stale, the present one is %s", id, self.round.id)
@@ -345,14 +349,18 @@ class Session:
     def send_failure(self, id: RoundId, phase: str, error: BaseException, *, dirty: bool = False) -> None:
         """Tell the trainer by name; errors that are not weightcast's own travel with their class in the text."""
         if isinstance(error, WeightcastError):
-            kind, text = type(error).__name__, error.message
+            kind, text, hint = type(error).__name__, error.message, error.hint or ""
         else:
-            kind, text = "TransportError", f"{type(error).__name__}: {error}"
+            kind, text, hint = (
+                "TransportError",
+                f"{type(error).__name__}: {error}",
+                "The engine's log has the traceback",
+            )
         level = logging.INFO if isinstance(error, WeightcastError) else logging.ERROR
         where = about(epoch=id.epoch, round=id.round, phase=phase)
         trace = level >= logging.ERROR
         logger.log(level, "round %s failed in %s: %s", id, phase, text, exc_info=trace, extra=where)
-        self.send(Failed(epoch=id.epoch, round=id.round, phase=phase, kind=kind, message=text, dirty=dirty))
+        self.send(Failed(epoch=id.epoch, round=id.round, phase=phase, kind=kind, message=text, hint=hint, dirty=dirty))
 
     def _close_ends(self) -> None:
         """Close all ends once nobody is inside one."""

@@ -22,6 +22,16 @@ _ERROR = {
                 "type": {"type": "string", "description": "class name in weightcast.errors"},
                 "param": {"type": ["string", "null"], "description": "the field at fault"},
                 "code": {"type": "integer", "description": "the status code"},
+                "detail": {
+                    "type": "object",
+                    "description": "the error's parts, of calls that change weights",
+                    "properties": {
+                        "message": {"type": "string"},
+                        "worker": {"type": ["integer", "null"]},
+                        "phase": {"type": ["string", "null"]},
+                        "hint": {"type": "string"},
+                    },
+                },
             },
         }
     },

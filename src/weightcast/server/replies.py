@@ -12,6 +12,7 @@ import msgspec
 from starlette.responses import Response
 
 from weightcast.errors import EngineError, InvalidInput, WeightcastError
+from weightcast.messages import ErrorDetail
 
 CLIENT_GONE = 499
 FAILED_DEPENDENCY = 424
@@ -19,6 +20,8 @@ FAILED_DEPENDENCY = 424
 
 class RequestRefused(WeightcastError):
     """A refusal that only HTTP knows: unknown path or model, wrong method, too large a body."""
+
+    default_hint = None
 
     def __init__(self, status: int, message: str, *, kind: str, param: str | None = None) -> None:
         super().__init__(message)
@@ -56,11 +59,17 @@ def error_body(error: WeightcastError, status: int) -> dict[str, Any]:
 
 
 def error_response(error: WeightcastError, *, changes_weights: bool = False) -> Response:
-    """The answer for ``error``."""
+    """The answer for ``error``; one to a call that changes weights has a ``detail``."""
     status = status_of(error, changes_weights=changes_weights)
     headers = {}
     if status == 401:
         headers["www-authenticate"] = "Bearer"
     if status == 503:
         headers["retry-after"] = "1"
-    return json_response(error_body(error, status), status, headers)
+    body = error_body(error, status)
+    if changes_weights:
+        # Trainers raise the error again; in ``message`` its parts cannot be told apart.
+        body["error"]["detail"] = ErrorDetail(
+            message=error.message, worker=error.worker, phase=error.phase, hint=error.hint or ""
+        )
+    return json_response(body, status, headers)

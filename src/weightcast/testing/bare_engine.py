@@ -73,8 +73,9 @@ class BareEngine:
 
     @property
     def dirty(self) -> bool:
-        """Also when workers are clean and of different versions: a forward pass would use both."""
-        return any(w.dirty for w in self._workers) or len({w.weight_version for w in self._workers}) > 1
+        """Also when workers are clean and serve different things: a forward pass would use both."""
+        served = {(worker.weight_version, worker.digest) for worker in self._workers}
+        return any(worker.dirty for worker in self._workers) or len(served) > 1
 
     def snapshot(self, seen_as: Callable[[str], Mapping[str, torch.Tensor] | None], with_checksums: bool) -> Snapshot:
         """The engine as it is; ``seen_as`` gives the checkpoint of a version, where it is known. On the model's thread."""

@@ -183,10 +183,12 @@ class LocalEngine(EngineClient):
     def status(self, deadline: Deadline) -> Mapping[str, Any]:
         self.before("status")
         first = self.workers[0]
+        served = {(worker.weight_version, worker.digest) for worker in self.workers}
         return {
             "weight_version": first.weight_version,
             "digest": first.digest or None,
-            "dirty": any(worker.dirty for worker in self.workers),
+            # Workers that part ways are as bad as one that is half written: the engine as a whole serves no version.
+            "dirty": any(worker.dirty for worker in self.workers) or len(served) > 1,
             "ready": True,
         }
 

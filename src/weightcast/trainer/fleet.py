@@ -112,9 +112,7 @@ class Fleet:
             assert isinstance(landings, Landings)
             landings.layout.check(self.ranks.manifest)
             workers.append(WorkerLink(member, landings))
-        hello = workers[0].member.hello
-        engine.version, engine.digest, engine.dirty = hello.version, hello.digest, hello.dirty
-        engine.workers, engine.broken, engine.joined = workers, "not set up", True
+        engine.greet(workers)
         logger.info("%s joined with %d workers, serving %s", engine.name, world_size, engine.version)
         for worker in workers:
             said = worker.landings

@@ -8,7 +8,8 @@ from typing import Any, Protocol
 
 from weightcast.control.coordinator import Member
 from weightcast.deadline import Deadline
-from weightcast.errors import DeadlineExceeded, PeerLost, WeightcastError
+from weightcast.digest import version_number
+from weightcast.errors import DeadlineExceeded, EngineError, PeerLost, WeightcastError
 from weightcast.messages import Failed, Landings
 from weightcast.trainer.clients.base import EngineClient
 from weightcast.transports.base import Transport
@@ -81,6 +82,8 @@ class EngineLink:
     version: str = "default"
     digest: str = ""
     dirty: bool = False
+    highest: int = 0
+    """The highest version number that it may have served, as it said when it joined."""
 
     @property
     def name(self) -> str:
@@ -90,10 +93,27 @@ class EngineLink:
     def in_place(self) -> bool:
         return any(worker.in_place for worker in self.workers)
 
+    def greet(self, workers: list[WorkerLink]) -> None:
+        """Take over what its workers said when they joined. Workers that serve different things are an engine that serves
+        no version."""
+        hellos = [worker.member.hello for worker in workers]
+        self.version, self.digest = hellos[0].version, hellos[0].digest
+        self.dirty = any(hello.dirty for hello in hellos) or len({(h.version, h.digest) for h in hellos}) > 1
+        self.highest = max(max(hello.highest, version_number(hello.version)) for hello in hellos)
+        self.workers, self.broken, self.joined = workers, "not set up", True
+
     def learn(self, status: Mapping[str, Any]) -> None:
-        """Take over what the engine itself says that it serves."""
-        self.version, self.dirty = str(status["weight_version"]), bool(status["dirty"])
+        """Take over what the engine itself says that it serves; EngineError when it does not say that."""
+        version, dirty = status.get("weight_version"), status.get("dirty")
+        if not isinstance(version, str) or not isinstance(dirty, bool):
+            raise EngineError("its status does not say what it serves", engine=self.name)
+        self.version, self.dirty = version, dirty
         self.digest = str(status.get("digest") or "")
+
+    def suspect(self) -> int | None:
+        """The rank of the worker that a failure is about which names none: the only one, or the one that is lost."""
+        ranks = [w.member.rank for w in self.workers if w.member.lost is not None or len(self.workers) == 1]
+        return ranks[0] if len(ranks) == 1 else None
 
     def lost(self) -> str | None:
         """Why a worker is gone, if one is."""

@@ -102,7 +102,7 @@ class Outcomes:
         except Cancelled:
             return
         except WeightcastError as error:
-            rank = worker.member.rank if worker is not None else None
+            rank = worker.member.rank if worker is not None else engine.suspect()
             self.note(engine, error.at(engine=engine.name, worker=rank, phase=phase, round=self._round))
         except BaseException:
             self.fail()

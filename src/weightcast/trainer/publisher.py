@@ -13,7 +13,7 @@ import torch.distributed as dist
 from weightcast.control.coordinator import Coordinator
 from weightcast.control.link import JoinInfo
 from weightcast.deadline import Deadline
-from weightcast.digest import version_name
+from weightcast.digest import version_name, version_number
 from weightcast.errors import InvalidInput, ProtocolError, StateError, WeightcastError
 from weightcast.messages import ModeWish
 from weightcast.report.model import Report
@@ -373,12 +373,13 @@ class Publisher:
             self._records.keep(attempt.report())
 
     def _next_number(self) -> int:
-        return max([self._number, *(_number_of(engine.version) for engine in self._fleet.engines)]) + 1
+        heard = [max(engine.highest, version_number(engine.version)) for engine in self._fleet.engines]
+        return max([self._number, *heard]) + 1
 
     def _current(self) -> EngineLink | None:
         """An engine that serves the highest version of the fleet, if one was published."""
         served = [engine for engine in self._fleet.engines if engine.joined and engine.digest and not engine.dirty]
-        return max(served, key=lambda engine: _number_of(engine.version), default=None)
+        return max(served, key=lambda engine: version_number(engine.version), default=None)
 
     def _catch_up(self, engine: EngineLink, current: EngineLink | None, deadline: Deadline) -> Report | None:
         """Bring one engine to what the fleet serves, if the source still has exactly that."""
@@ -387,7 +388,7 @@ class Publisher:
         if not engine.dirty and (engine.version, engine.digest) == (current.version, current.digest):
             return None
         self._ranks.refresh(deadline)
-        number, digest = _number_of(current.version), self._fleet.content(deadline).of(self._source.memory)
+        number, digest = version_number(current.version), self._fleet.content(deadline).of(self._source.memory)
         if number < self._next_number() - 1 or f"{digest:016x}" != current.digest:
             return None
         if version_name(number, self._ranks.manifest, digest) != current.version:
@@ -404,9 +405,3 @@ def _check_choices(pause: str, mode: str, shadows: int, require: str) -> None:
         raise InvalidInput(f"shadows is 1 or 2, not {shadows!r}", field="shadows")
     if require not in ("all", "live"):
         raise InvalidInput(f"require is all or live, not {require!r}", field="require")
-
-
-def _number_of(version: str) -> int:
-    """The number in a version name; 0 for a label that is none."""
-    head = version.partition("-")[0]
-    return int(head) if head.isascii() and head.isdigit() else 0

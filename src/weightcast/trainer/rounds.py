@@ -22,11 +22,11 @@ from functools import partial
 from weightcast.control.coordinator import Coordinator
 from weightcast.deadline import Deadline
 from weightcast.digest import version_name
-from weightcast.errors import DigestMismatch, PeerLost, TransportError, WeightcastError
+from weightcast.errors import AnswerLost, DeadlineExceeded, DigestMismatch, PeerLost, TransportError, WeightcastError
 from weightcast.messages import Begin, Committed, Message, Staged, Verified
 from weightcast.report.model import Phase, Report
 from weightcast.trainer.account import Account
-from weightcast.trainer.clients.base import AnswerLost, CommitOrder, CommitReply
+from weightcast.trainer.clients.base import CommitOrder, CommitReply
 from weightcast.trainer.fleet import Fleet
 from weightcast.trainer.links import EngineLink, WorkerLink
 from weightcast.trainer.outcomes import Cancelled, Outcome, Outcomes, Require
@@ -110,7 +110,8 @@ class Round:
         well = [engine for engine in self._engines if self._outcomes.of(engine).committed]
         if self._outcomes.failed or not well:
             self._undo(self._engines)
-            raise self._account.failure(self._fleet.engines, self._fleet.ranks.losses("transfer"))
+            failure = self._account.failure(self._fleet.engines, self._fleet.ranks.losses("transfer"))
+            raise failure from next(iter(failure.causes.values()), None)
         self._undo([engine for engine in self._engines if engine not in well])
         for engine in well:
             engine.version, engine.digest, engine.dirty = self.version, f"{self.content_digest:016x}", False
@@ -188,7 +189,10 @@ class Round:
         brief = Deadline(min(self._left_s(), UNDO_S))
         with contextlib.suppress(TimeoutError, Cancelled):
             self._take(engine, worker, kind, phase, brief)
-        raise worker.named(error)
+        named = worker.named(error)
+        if named is error:
+            raise error
+        raise named from error
 
     def _digest_source(self, keys: set[str]) -> tuple[int, dict[str, int]]:
         memory = self._source.memory
@@ -241,7 +245,8 @@ class Round:
             try:
                 reply = self._order(engine, outcome)
             except WeightcastError as error:
-                self._outcomes.note(engine, error.at(engine=engine.name, phase="commit", round=self._round))
+                where = {"engine": engine.name, "worker": engine.suspect(), "phase": "commit", "round": self._round}
+                self._outcomes.note(engine, error.at(**where))  # type: ignore[arg-type]
                 for worker in pushed:
                     if worker.end is not None:
                         worker.end.abort()
@@ -276,11 +281,16 @@ class Round:
             pause=self._pause,
             clear_cache=self._clear_cache,
         )
-        first = True
+        first, lost = True, None
         while True:
             try:
                 return engine.client.commit(order, self._deadline)
+            except DeadlineExceeded as error:
+                if lost is not None:
+                    raise lost from error  # that is what happened; the repetition only ran out of time
+                raise
             except AnswerLost as error:
+                lost = error
                 logger.info("%s: the answer to the commit was lost: %s", engine.name, str(error))
                 if engine.lost() or self._deadline.remaining_s() <= REPEAT_AFTER_S:
                     raise

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from weightcast.control.coordinator import Coordinator
 from weightcast.deadline import Deadline
-from weightcast.errors import StateError, WeightcastError
+from weightcast.errors import DeadlineExceeded, PeerLost, StateError, WeightcastError
 from weightcast.messages import Abort
 from weightcast.report.logs import about
 from weightcast.trainer.links import UNKNOWN, EngineLink
@@ -54,13 +54,18 @@ class WayBack:
         try:
             try:
                 engine.client.rollback(self._epoch, self._round, deadline)
-            except StateError:
-                if not engine.in_place:
-                    raise
+            except (DeadlineExceeded, PeerLost):
+                raise  # it may still be at it: what it says now need not hold
+            except WeightcastError as error:
+                if not (isinstance(error, StateError) and engine.in_place):
+                    self._note(engine, outcome, error)
             engine.learn(engine.client.status(deadline))
         except WeightcastError as error:
-            where = about(epoch=self._epoch, round=self._round, engine=engine.name, phase="undo")
-            text = "round %d.%d: %s could not be taken back: %s"
-            logger.warning(text, self._epoch, self._round, engine.name, str(error), extra=where)
-            outcome.error = outcome.error or error.at(engine=engine.name, phase="undo", round=self._round)
+            self._note(engine, outcome, error)
             engine.version, engine.dirty = UNKNOWN, engine.in_place
+
+    def _note(self, engine: EngineLink, outcome: Outcome, error: WeightcastError) -> None:
+        where = about(epoch=self._epoch, round=self._round, engine=engine.name, phase="undo")
+        text = "round %d.%d: %s could not be taken back: %s"
+        logger.warning(text, self._epoch, self._round, engine.name, str(error), extra=where)
+        outcome.error = outcome.error or error.at(engine=engine.name, phase="undo", round=self._round)

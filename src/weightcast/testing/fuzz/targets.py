@@ -25,6 +25,8 @@ from weightcast.messages import (
     Landings,
     Message,
     Offer,
+    RankAnswer,
+    RankOrder,
     Ready,
     Refused,
     Setup,
@@ -126,15 +128,18 @@ def reports(data: bytes) -> None:
 
 
 def conversations(data: bytes) -> None:
-    """However messages of rounds follow each other: no round goes live that was not approved, and none of them twice."""
+    """However messages of rounds follow each other: no round goes live that was not approved, none of them twice, and none
+    begins while another one is taken back."""
     worker = WorkerRound()
     approved: set[RoundId] = set()
     live: set[RoundId] = set()
     for position in range(0, len(data) - 1, 2):
-        action, number = data[position] % 7, data[position + 1]
+        action, number = data[position] % 8, data[position + 1]
         id = RoundId(epoch=number >> 4, round=number & 15)
         if action == 0:
-            worker.begin(id, Deadline(60) if number % 3 else None)
+            exchanging = worker.phase is Phase.ROLLING_BACK
+            if worker.begin(id, Deadline(60) if number % 3 else None) and exchanging:
+                raise AssertionError(f"round {id} began in a roll-back")
         elif action == 1:
             worker.staged(id)
         elif action == 2:
@@ -146,10 +151,13 @@ def conversations(data: bytes) -> None:
             _commit(worker, id, approved, live)
         elif action == 5:
             with suppress(StateError):
-                worker.fence(id, "fuzzed")
-        elif worker.rolled_back(id):
+                worker.fence(id, "fuzzed", reversible=number % 2 == 0)
+        elif action == 6:
+            if worker.rolled_back(id):
+                live.discard(id)
+        elif worker.phase is Phase.ROLLING_BACK and worker.failed(id, "fuzzed"):
             live.discard(id)
-        if worker.phase is Phase.COMMITTED and worker.id not in live:
+        if worker.phase in (Phase.COMMITTED, Phase.ROLLING_BACK) and worker.id not in live:
             raise AssertionError(f"round {worker.id} is live and was never committed")
 
 
@@ -194,7 +202,7 @@ def seeds(target: str) -> list[bytes]:
             outcome="committed",
         )  # fmt: skip
         return [report.to_json().encode()]
-    return [b"\x00\x11\x01\x11\x02\x11\x04\x11\x06\x11", b""]
+    return [b"\x00\x12\x01\x12\x02\x12\x04\x12\x05\x12\x00\x13\x06\x12\x00\x13", b""]
 
 
 def messages() -> list[Message]:
@@ -203,8 +211,10 @@ def messages() -> list[Message]:
     return [
         Heartbeat(),
         Bye(reason="done"),
-        Refused(kind="AuthError", message="no"),
-        Hello(ticket="t", engine="e", rank=0, world_size=2, facts=facts, version="3-ab", digest="", dirty=False),
+        Refused(kind="AuthError", message="no", hint=""),
+        Hello(
+            ticket="t", engine="e", rank=0, world_size=2, facts=facts, version="3-ab", digest="", dirty=False, highest=3
+        ),
         Welcome(session="s", manifest=MANIFEST, mode="auto", shadows=1, heartbeat_s=0.5, silence_s=5.0),
         Landings(layout=LAYOUT, mode="staged", shadow_nbytes=512, shadow="cpu"),
         Setup(epoch=1, holdings={0: LAYOUT}, offers=(Offer(rank=0, transport="shm", data=b"\x00"),), timeout_s=1.5),
@@ -214,7 +224,9 @@ def messages() -> list[Message]:
         Verified(epoch=1, round=2, version="4-cd", content="ff", digest=2**63),
         Committed(epoch=1, round=2, digest=1, nbytes=0, transfer_s=0.0, apply_s=0.1, digest_s=0.1),
         Abort(epoch=1, round=2, reason="r"),
-        Failed(epoch=1, round=2, phase="transfer", kind="PeerLost", message="m", dirty=True),
+        Failed(epoch=1, round=2, phase="transfer", kind="PeerLost", message="m", hint="h", dirty=True),
+        RankOrder(call=3, number=17, body=b"\x81\xff"),
+        RankAnswer(number=17, body=b"\x00"),
     ]
 
 

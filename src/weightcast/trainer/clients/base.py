@@ -5,10 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 from weightcast.deadline import Deadline
-from weightcast.errors import PeerLost
+from weightcast.errors import AnswerLost as AnswerLost
+from weightcast.errors import EngineError
+from weightcast.messages import Seconds
+
+PhaseName = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,13 +30,16 @@ class CommitOrder:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CommitReply:
-    """What the engine measured, in seconds by phase ("pause", "apply", "resume")."""
+    """What the engine measured, in seconds by phase ("pause", "apply", "resume"). EngineError when these are no durations."""
 
     phases: Mapping[str, float] = field(default_factory=dict)
 
-
-class AnswerLost(PeerLost):
-    """The connection broke before the answer came: the call may have been carried out or not."""
+    def __post_init__(self) -> None:
+        try:
+            phases = msgspec.convert(self.phases, dict[PhaseName, Seconds])
+        except msgspec.ValidationError as error:
+            raise EngineError(f"the engine's answer to the commit makes no sense: {error}") from None
+        object.__setattr__(self, "phases", phases)
 
 
 class EngineClient(ABC):

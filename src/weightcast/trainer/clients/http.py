@@ -17,8 +17,14 @@ import msgspec
 
 from weightcast.deadline import Deadline
 from weightcast.errors import DeadlineExceeded, EngineError, InvalidInput, PeerLost, WeightcastError, error_from_wire
+from weightcast.messages import ErrorDetail
 from weightcast.trainer.clients import wire
 from weightcast.trainer.clients.base import AnswerLost, CommitOrder, CommitReply, EngineClient
+
+_NO_ROUTES = (
+    "It has no weightcast routes: start it with weightcast serve, or vLLM with --weight-transfer-config; "
+    "for vLLM before 0.28 use trainer.clients.VllmDevClient(url)"
+)
 
 
 class HttpEngineClient(EngineClient):
@@ -37,7 +43,11 @@ class HttpEngineClient(EngineClient):
             self._headers["Authorization"] = f"Bearer {token}"
 
     def world_size(self, deadline: Deadline) -> int:
-        return int(self._call("GET", "/get_world_size?include_dp=true", deadline)["world_size"])
+        path = "/get_world_size?include_dp=true"
+        size = self._call("GET", path, deadline).get("world_size")
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise self._no_engine(f"GET {path} answered 200 without a world_size", _NO_ROUTES)
+        return size
 
     def init(self, init_info: Mapping[str, Any], deadline: Deadline) -> None:
         self._call("POST", "/weightcast/init", deadline, {"init_info": dict(init_info)})
@@ -59,7 +69,10 @@ class HttpEngineClient(EngineClient):
         self._call("POST", "/weightcast/rollback", deadline, body)
 
     def status(self, deadline: Deadline) -> Mapping[str, Any]:
-        return self._call("GET", "/weightcast/status", deadline)
+        status = self._call("GET", "/weightcast/status", deadline)
+        if not isinstance(status.get("weight_version"), str) or not isinstance(status.get("dirty"), bool):
+            raise self._no_engine("GET /weightcast/status answered 200 without saying what is served", _NO_ROUTES)
+        return status
 
     def shutdown(self, deadline: Deadline) -> None:
         self._call("POST", "/weightcast/shutdown", deadline)
@@ -69,14 +82,14 @@ class HttpEngineClient(EngineClient):
         content = None if body is None else msgspec.json.encode(body)
         try:
             response = wire.request(method, self.name + path, self._headers, content, deadline)
-        except httpcore.TimeoutException:
+        except httpcore.TimeoutException as error:
             raise DeadlineExceeded(
                 f"{method} {path} took longer than {deadline.timeout_s:g} s", engine=self.name
-            ) from None
+            ) from error
         except httpcore.ConnectError as error:
-            raise PeerLost(f"{method} {path}: {error}", engine=self.name, hint="Is the server running?") from None
+            raise PeerLost(f"{method} {path}: {error}", engine=self.name, hint="Is the server running?") from error
         except (httpcore.NetworkError, httpcore.ProtocolError) as error:
-            raise AnswerLost(f"{method} {path}: {error or type(error).__name__}", engine=self.name) from None
+            raise AnswerLost(f"{method} {path}: {error or type(error).__name__}", engine=self.name) from error
         if 200 <= response.status < 300:
             return _json_object(response.content)
         raise self._error(method, path, response)
@@ -84,16 +97,23 @@ class HttpEngineClient(EngineClient):
     def _error(self, method: str, path: str, response: httpcore.Response) -> WeightcastError:
         error = _json_object(response.content).get("error")
         if isinstance(error, dict) and isinstance(error.get("message"), str):
-            return error_from_wire(str(error.get("type")), error["message"]).at(engine=self.name)
-        hint = (
-            "It has no weightcast routes: start it with weightcast serve, or vLLM with --weight-transfer-config; "
-            "for vLLM before 0.28 use trainer.clients.VllmDevClient(url)"
+            detail = _detail(error)
+            raised = error_from_wire(str(error.get("type")), detail.message, hint=detail.hint)
+            return raised.at(engine=self.name, worker=detail.worker, phase=detail.phase)
+        return self._no_engine(
+            f"{method} {path} answered {response.status}", _NO_ROUTES if response.status == 404 else None
         )
-        return EngineError(
-            f"{method} {path} answered {response.status}",
-            engine=self.name,
-            hint=hint if response.status == 404 else None,
-        )
+
+    def _no_engine(self, message: str, hint: str | None) -> EngineError:
+        return EngineError(message, engine=self.name, hint=hint)
+
+
+def _detail(error: dict[str, Any]) -> ErrorDetail:
+    """The error's parts; servers that are not weightcast's own give one text."""
+    try:
+        return msgspec.convert(error["detail"], ErrorDetail)
+    except (KeyError, msgspec.ValidationError):
+        return ErrorDetail(message=error["message"])
 
 
 def _json_object(content: bytes) -> dict[str, Any]:

@@ -32,7 +32,7 @@ class PublishedTo:
                 self._client = make_client(self.llm)
             return {"value": getattr(self._client, method)(*arguments, Deadline(timeout_s))}
         except WeightcastError as error:
-            return {"error": type(error).__name__, "message": error.message}
+            return {"error": type(error).__name__, "message": error.message, "hint": error.hint, "worker": error.worker}
         except Exception as error:  # noqa: BLE001
             return {"error": EngineError.__name__, "message": f"{type(error).__name__}: {error}"}
 
@@ -80,7 +80,8 @@ class RayEngineClient(EngineClient):
                 hint="An actor does one thing at a time: is it still generating, or loading its model?",
             ) from None
         except ray.exceptions.RayActorError as error:
-            raise PeerLost(f"{method}: the actor is gone: {error}", engine=self.name) from None
+            raise PeerLost(f"{method}: the actor is gone: {error}", engine=self.name) from error
         if "error" in answer:
-            raise error_from_wire(answer["error"], answer["message"]).at(engine=self.name)
+            raised = error_from_wire(answer["error"], answer["message"], hint=answer.get("hint"))
+            raise raised.at(engine=self.name, worker=answer.get("worker"))
         return answer["value"]

@@ -93,6 +93,7 @@ class Follower:
                 version="",
                 digest="",
                 dirty=False,
+                highest=0,
             )
         )
 
@@ -115,7 +116,7 @@ class Follower:
             case RankOrder():
                 self._note(message)
             case Refused():
-                self._refused = error_from_wire(message.kind, message.message, phase="join")
+                self._refused = error_from_wire(message.kind, message.message, hint=message.hint, phase="join")
                 self._orders.put(None)
             case Welcome():
                 pass

@@ -175,5 +175,5 @@ def error_of(form: ErrorForm) -> WeightcastError:
         error: WeightcastError = RoundFailed(form.message, causes=causes, serving=form.serving, dirty=form.dirty)
     else:
         error = error_from_wire(form.kind, form.message)
-    error.hint = form.hint
+    error.hint = form.hint or error.hint
     return error.at(engine=form.engine, worker=form.worker, phase=form.phase, round=form.round)
