@@ -169,7 +169,7 @@ class EngineHost:
             for listening in self._server.servers:
                 listening.close()
             for connection in list(self._server.server_state.connections):
-                connection.transport.abort()  # type: ignore[union-attr]
+                connection.transport.abort()
 
         self._server.servers[0].get_loop().call_soon_threadsafe(die)
         self._server.should_exit = self._server.force_exit = True

@@ -157,7 +157,7 @@ class Load:
                     continue
                 with self._counting:
                     self.num_refused += 1
-                time.sleep(0.02)
+                time.sleep(0.1)  # a server that starts needs the cores more
 
     def check(self, answer: Answer) -> None:
         """Compare an answer with the weights of its versions, and count it."""

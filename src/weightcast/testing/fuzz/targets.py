@@ -167,11 +167,12 @@ def answers(data: bytes) -> None:
                 Phase(name=name, start_s=0.0, seconds=seconds)
         with suppress(WeightcastError):
             EngineLink(client).learn(client.status(deadline))
-        for call in (
+        calls: tuple[Callable[[], None], ...] = (
             lambda: client.init({}, deadline),
             lambda: client.rollback(1, 2, deadline),
             lambda: client.shutdown(deadline),
-        ):
+        )
+        for call in calls:
             with suppress(WeightcastError):
                 call()
 
