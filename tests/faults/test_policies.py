@@ -141,6 +141,42 @@ def test_a_joiner_waits_for_the_next_version_when_training_went_on(weights: Tens
         assert joiner.models[0].holds(wanted)
 
 
+def test_a_joiner_that_cannot_be_brought_to_what_the_fleet_serves_leaves_the_fleet_as_it_was(
+    weights: Tensors, fleet: Fleet
+) -> None:
+    engines = fleet("a")
+    with publisher(weights, engines) as trainer:
+        first = trainer.publish()
+        joiner = fleet("c")["c"]
+        refuse(joiner, "commit")
+        with pytest.raises(RoundFailed, match="no commit today"):
+            trainer.add(joiner)
+        assert trainer.versions == {"a": first.version}
+        step(weights)
+        assert trainer.publish().ok
+        refuse(joiner)
+        assert trainer.add(joiner) is not None
+        assert trainer.members == {"a": "ready", "c": "ready"}
+
+
+def test_live_connects_although_an_engine_cannot_be_brought_to_what_the_others_serve(
+    weights: Tensors, fleet: Fleet
+) -> None:
+    engines = fleet("a")
+    with publisher(weights, engines) as trainer:
+        first = trainer.publish()
+    engines = fleet("b")
+    refuse(engines["b"], "commit")
+    with publisher(weights, engines) as trainer, pytest.raises(RoundFailed, match="no commit today"):
+        trainer.connect()
+    with publisher(weights, engines, require="live") as trainer:
+        trainer.connect()
+        assert trainer.versions == {"a": first.version, "b": "default"}
+        refuse(engines["b"])
+        step(weights)
+        assert trainer.publish().ok
+
+
 def test_a_joiner_that_cannot_join_leaves_the_fleet_as_it_was(weights: Tensors, fleet: Fleet) -> None:
     engines = fleet("a")
     with publisher(weights, engines) as trainer:

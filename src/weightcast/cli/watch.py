@@ -58,9 +58,9 @@ class WatchServer(ThreadingHTTPServer):
     def _trainer(self) -> list[dict[str, Any]]:
         if self._log is None or not self._log.exists():
             return []
-        from weightcast.report.roundlog import read_rounds
+        from weightcast.report.roundlog import latest_rounds
 
-        reports = list(read_rounds(self._log))[-SHOWN_ROUNDS:]
+        reports = latest_rounds(self._log)[-SHOWN_ROUNDS:]
         served = next((report.version for report in reversed(reports) if report.outcome == "committed"), "default")
         rounds = [
             {

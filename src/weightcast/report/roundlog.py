@@ -44,18 +44,7 @@ class RoundLog:
 
     def last_number(self) -> int:
         """The highest version number of the latest reports; 0 when there are none. Lines that are no reports are passed over."""
-        try:
-            with open(self.path, "rb") as file:
-                size = os.fstat(file.fileno()).st_size  # 0 for what is no file and has no end
-                file.seek(max(0, size - TAIL_NBYTES))
-                lines = file.read(min(size, TAIL_NBYTES)).splitlines()
-        except OSError:
-            return 0
-        numbers = [0]
-        for line in lines:
-            with contextlib.suppress(InvalidInput):
-                numbers.append(Report.from_json(line).number)
-        return max(numbers)
+        return max((report.number for report in latest_rounds(self.path)), default=0)
 
     def _mend(self) -> None:
         """Cut off the line that a process left unfinished when it died."""
@@ -79,6 +68,23 @@ class RoundLog:
                 raise OSError(f"only {written} of {len(line)} bytes fitted")
         finally:
             os.close(file)
+
+
+def latest_rounds(path: str | Path) -> list[Report]:
+    """The reports in the last ``TAIL_NBYTES`` of a RoundLog's file. Lines that are no reports are passed over: the first may be
+    cut off, the last be still in writing. None where the file cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size  # 0 for what is no file and has no end
+            file.seek(max(0, size - TAIL_NBYTES))
+            lines = file.read(min(size, TAIL_NBYTES)).splitlines()
+    except OSError:
+        return []
+    reports = []
+    for line in lines:
+        with contextlib.suppress(InvalidInput):
+            reports.append(Report.from_json(line))
+    return reports
 
 
 def read_rounds(path: str | Path) -> Iterator[Report]:

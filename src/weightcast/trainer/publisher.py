@@ -14,7 +14,7 @@ from weightcast.control.coordinator import Coordinator
 from weightcast.control.link import JoinInfo
 from weightcast.deadline import Deadline
 from weightcast.digest import version_name, version_number
-from weightcast.errors import InvalidInput, ProtocolError, StateError, WeightcastError
+from weightcast.errors import InvalidInput, ProtocolError, RoundFailed, StateError, WeightcastError
 from weightcast.messages import ModeWish
 from weightcast.report.model import Report
 from weightcast.trainer.addresses import address_beside, address_towards
@@ -187,7 +187,12 @@ class Publisher:
         current = self._current()
         for engine in self._fleet.engines:
             if engine.name not in failures:
-                self._catch_up(engine, current, deadline)
+                try:
+                    self._catch_up(engine, current, deadline)
+                except RoundFailed as error:
+                    if self._require == "all":
+                        raise
+                    logger.warning("%s was not brought to what the others serve: %s", engine.name, str(error))
 
     def add(self, engine: str | EngineClient | SyncEngine, timeout_s: float | None = None) -> Report | None:
         """Add an engine to the fleet and connect it; when that fails the fleet is as before.
@@ -211,7 +216,11 @@ class Publisher:
         if failures:
             self._remove(link.name)
             raise join_error(failures)
-        return self._catch_up(link, current, deadline)
+        try:
+            return self._catch_up(link, current, deadline)
+        except WeightcastError:
+            self._remove(link.name)
+            raise
 
     def remove(self, name: str) -> None:
         """Dismiss an engine; it goes on with what it serves."""

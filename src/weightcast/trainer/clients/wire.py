@@ -1,4 +1,4 @@
-"""One HTTP call with one deadline for all of it: resolving is the only wait that it does not bound.
+"""One HTTP call with one deadline for all of it, from the first look at the host's name.
 
 HTTP libraries limit each wait by itself, so a server that accepts, stalls and drips bytes holds its caller for any time. Here
 every wait is cut into short ones and ends when the call's deadline does, also when another thread moves that deadline.
@@ -6,7 +6,14 @@ every wait is cut into short ones and ends when the call's deadline does, also w
 
 from __future__ import annotations
 
+import errno
+import ipaddress
+import os
+import queue
+import select
+import socket
 import ssl
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -16,6 +23,7 @@ from weightcast.deadline import Deadline
 
 T = TypeVar("T")
 STEP_S = 0.2
+Address = tuple[Any, ...]
 
 
 def request(
@@ -31,7 +39,6 @@ class _Backend(httpcore.NetworkBackend):
 
     def __init__(self, deadline: Deadline) -> None:
         self._deadline = deadline
-        self._inner = httpcore.SyncBackend()
 
     def connect_tcp(
         self,
@@ -41,45 +48,138 @@ class _Backend(httpcore.NetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[Any] | None = None,
     ) -> httpcore.NetworkStream:
-        left_s = self._deadline.remaining_s()
-        if left_s <= 0:
-            raise httpcore.ConnectTimeout("the deadline has passed")
-        return _Stream(self._inner.connect_tcp(host, port, left_s, local_address, socket_options), self._deadline)
+        error: httpcore.ConnectError | None = None
+        for family, address in _resolved(host, port, self._deadline):
+            try:
+                return _Stream(_connected(family, address, self._deadline), self._deadline)
+            except httpcore.ConnectError as refused:
+                error = refused
+        raise error or httpcore.ConnectError(f"{host} has no address")
+
+
+def _resolved(host: str, port: int, deadline: Deadline) -> list[tuple[socket.AddressFamily, Address]]:
+    """The addresses of a host. A resolver that hangs is left behind on a thread of its own: it cannot be interrupted."""
+
+    def look_up(flags: int = 0) -> list[tuple[socket.AddressFamily, Address]]:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
+        return [(family, address) for family, _, _, _, address in found]
+
+    def answer() -> None:
+        try:
+            answers.put(look_up())
+        except (OSError, UnicodeError) as error:  # UnicodeError: a name that no resolver could be asked for
+            answers.put(httpcore.ConnectError(f"{host}: {error}"))
+
+    if _is_literal(host):
+        return look_up(socket.AI_NUMERICHOST)
+    answers: queue.SimpleQueue[list[tuple[socket.AddressFamily, Address]] | httpcore.ConnectError] = queue.SimpleQueue()
+    threading.Thread(target=answer, name="weightcast-resolve", daemon=True).start()
+    while True:
+        try:
+            found = answers.get(timeout=_step_s(deadline, httpcore.ConnectTimeout))
+        except queue.Empty:
+            continue
+        if isinstance(found, httpcore.ConnectError):
+            raise found
+        return found
+
+
+def _is_literal(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def _connected(family: socket.AddressFamily, address: Address, deadline: Deadline) -> socket.socket:
+    """A connected socket. One attempt, looked at every ``STEP_S``: a new one each time would never reach a far host."""
+    try:
+        connection = socket.socket(family, socket.SOCK_STREAM)
+    except OSError as error:
+        raise httpcore.ConnectError(str(error)) from error
+    try:
+        connection.setblocking(False)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        code = connection.connect_ex(address)
+        if code == errno.EINPROGRESS:
+            poll = select.poll()
+            poll.register(connection, select.POLLOUT)
+            while not poll.poll(1000 * _step_s(deadline, httpcore.ConnectTimeout)):
+                continue
+            code = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if code:
+            raise OSError(code, os.strerror(code))
+    except OSError as error:
+        connection.close()
+        raise httpcore.ConnectError(str(error)) from error
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _step_s(deadline: Deadline, error: type[httpcore.TimeoutException]) -> float:
+    """How long to wait before the deadline is looked at again."""
+    left_s = deadline.remaining_s()
+    if left_s <= 0:
+        raise error("the deadline has passed")
+    return min(STEP_S, left_s)
 
 
 class _Stream(httpcore.NetworkStream):
-    def __init__(self, inner: httpcore.NetworkStream, deadline: Deadline) -> None:
-        self._inner = inner
+    def __init__(self, connection: socket.socket, deadline: Deadline) -> None:
+        self._connection = connection
         self._deadline = deadline
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        return self._patiently(lambda step_s: self._inner.read(max_bytes, step_s), httpcore.ReadTimeout)
+        return self._patiently(lambda: self._connection.recv(max_bytes), httpcore.ReadTimeout, httpcore.ReadError)
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        # Not cut into steps: a write that timed out may have sent a part.
-        left_s = self._deadline.remaining_s()
-        if left_s <= 0:
-            raise httpcore.WriteTimeout("the deadline has passed")
-        self._inner.write(buffer, left_s)
+        rest = memoryview(buffer)
+        while rest:
+            sent = self._patiently(lambda: self._connection.send(rest), httpcore.WriteTimeout, httpcore.WriteError)  # noqa: B023 - called before ``rest`` changes
+            rest = rest[sent:]
 
     def close(self) -> None:
-        self._inner.close()
+        self._connection.close()
 
     def start_tls(
         self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
     ) -> httpcore.NetworkStream:
-        left_s = max(self._deadline.remaining_s(), 0.001)
-        return _Stream(self._inner.start_tls(ssl_context, server_hostname, left_s), self._deadline)
+        try:
+            secured = ssl_context.wrap_socket(
+                self._connection, server_hostname=server_hostname, do_handshake_on_connect=False
+            )
+        except OSError as error:
+            self.close()
+            raise httpcore.ConnectError(str(error)) from error
+        stream = _Stream(secured, self._deadline)
+        try:
+            stream._patiently(secured.do_handshake, httpcore.ConnectTimeout, httpcore.ConnectError)
+        except BaseException:
+            stream.close()
+            raise
+        return stream
 
     def get_extra_info(self, info: str) -> Any:
-        return self._inner.get_extra_info(info)
+        if info == "ssl_object":
+            return self._connection if isinstance(self._connection, ssl.SSLSocket) else None
+        if info == "is_readable":
+            poll = select.poll()
+            poll.register(self._connection, select.POLLIN)
+            return bool(poll.poll(0))
+        return self._connection if info == "socket" else None
 
-    def _patiently(self, step: Callable[[float], T], error: type[httpcore.TimeoutException]) -> T:
+    def _patiently(
+        self, step: Callable[[], T], late: type[httpcore.TimeoutException], broken: type[httpcore.NetworkError]
+    ) -> T:
+        """Repeat a call of the socket's that found nothing to do yet; TLS, too, goes on where it stopped."""
         while True:
-            left_s = self._deadline.remaining_s()
-            if left_s <= 0:
-                raise error("the deadline has passed")
+            self._connection.settimeout(_step_s(self._deadline, late))
             try:
-                return step(min(STEP_S, left_s))
-            except httpcore.TimeoutException:
+                return step()
+            except (TimeoutError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
                 continue
+            except OSError as error:
+                raise broken(str(error)) from error
