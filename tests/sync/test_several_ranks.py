@@ -450,8 +450,9 @@ def refusals(rank: int, size: int, folder: str) -> list[tuple[str, str]]:
         if rank == 0:
             with pytest.raises(DeadlineExceeded, match="not every trainer rank came within 1 s"):
                 Publisher({"w": whole}, process_group=group, timeout_s=1)
+            Path(folder, "waited").touch()
         else:
-            time.sleep(1.5)
+            wait_for(Path(folder, "waited"))  # gone before that, it would be missed at once and not waited for
         return told
 
 
