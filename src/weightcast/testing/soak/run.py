@@ -14,8 +14,9 @@ from weightcast.trainer.publisher import Publisher
 
 TIMEOUT_S = 20.0
 FAILS_EVERY, LEAVES_EVERY, CHECKED_EVERY = 25, 40, 20
-WARM_UP_ROUNDS = 100
-"""After so many (or half of them) everything has been done more than once, so that nothing needs more from then on."""
+WARM_UP_ROUNDS = 500
+"""After so many (or half of them) everything has been done more than once, and allocators have fragmented as far as they do
+(engines that leave and come back take 12 MB more in the first 500 rounds, none after): nothing needs more from then on."""
 REST_S = 2.0
 MEMORY_NBYTES = 6 * 2**20
 """What a process may take beyond: allocators keep what they fragment. 1,500 rounds that leaked one copy of the model each
