@@ -194,8 +194,14 @@ class Receiver:
         self, session: Session, id: RoundId, approval: Approval, deadline: Deadline
     ) -> tuple[int, float]:
         memory = session.target.memory()
+        before = (self.dirty, self._loaded)
         self.dirty, self._loaded = True, None
-        nbytes, transfer_s, digest = session.receive(id, memory, deadline)
+        try:
+            nbytes, transfer_s, digest = session.receive(id, memory, deadline)
+        except Exception:
+            if not session.has_written:
+                self.dirty, self._loaded = before
+            raise
         session.proven_digest = session.digest_of(memory) if digest is None else digest
         self._check_digest(session, approval)
         self._model.refresh()

@@ -25,6 +25,7 @@ from weightcast.errors import (
     PlanMismatch,
     ProtocolError,
     StateError,
+    TransportError,
     WeightcastError,
     error_from_wire,
 )
@@ -94,6 +95,8 @@ class Session:
         self.lost: str | None = None
         self.proven_digest = 0
         """Digest of what this round's transfer left in its target memory."""
+        self.has_written = False
+        """Whether the last ``receive`` may have written anything."""
         self._loaded = loaded
         self._epoch = 0
         self._ends: list[WorkerEnd] = []
@@ -244,8 +247,11 @@ class Session:
             self._close_ends()
 
     def _set_up(self, setup: Setup) -> None:
+        if not self._close_ends():
+            error = TransportError("a transfer of an earlier epoch does not end", hint="Restart the engine if it stays")
+            self.send_failure(RoundId(epoch=setup.epoch, round=0), "setup", error)
+            return
         try:
-            self._close_ends()
             plan = compile_plan(self.manifest, setup.holdings, self.layout)
             deadline = Deadline(setup.timeout_s)
             offered = {offer.rank: offer for offer in setup.offers}
@@ -297,21 +303,29 @@ class Session:
         """Receive a round from all trainer ranks at once: bytes, seconds, and the digest of what landed where the transports
         brought it. StateError once the round is over."""
         start = time.perf_counter()
+        self.has_written = False
         with self._in_use(id):
             if not self._ends:
                 raise StateError("no epoch is set up", hint="The trainer has to connect again")
-            if len(self._ends) == 1:
-                parts = [self._ends[0].receive_proven(memory, self.manifest, deadline)]
-            else:
-                if self._model.device.type == "cuda":
-                    # The threads' streams know nothing of the engine's work, which may still read what they write.
-                    wait_stream(self._model.device, deadline, "the engine's last step")
-                with ThreadPoolExecutor(len(self._ends)) as pool:
-                    parts = list(pool.map(lambda end: self._receive_beside(end, memory, deadline), self._ends))
+            if len(self._ends) > 1 and self._model.device.type == "cuda":
+                # The threads' streams know nothing of the engine's work, which may still read what they write.
+                wait_stream(self._model.device, deadline, "the engine's last step")
+            self.has_written = True
+            try:
+                parts = self._receive_parts(memory, deadline)
+            except Exception:
+                self.has_written = any(end.has_written for end in self._ends)
+                raise
         digests = [digest for _, digest in parts if digest is not None]
         # Every landing is filled by exactly one copy, so the parts add up to the whole.
         digest = combine(digests) if len(digests) == len(parts) else None
         return sum(nbytes for nbytes, _ in parts), time.perf_counter() - start, digest
+
+    def _receive_parts(self, memory: Memory, deadline: Deadline) -> list[tuple[int, int | None]]:
+        if len(self._ends) == 1:
+            return [self._ends[0].receive_proven(memory, self.manifest, deadline)]
+        with ThreadPoolExecutor(len(self._ends)) as pool:
+            return list(pool.map(lambda end: self._receive_beside(end, memory, deadline), self._ends))
 
     def _receive_beside(self, end: WorkerEnd, memory: Memory, deadline: Deadline) -> tuple[int, int | None]:
         """On a thread of its own, whose current GPU and stream are its own, too."""
@@ -362,15 +376,16 @@ class Session:
         logger.log(level, "round %s failed in %s: %s", id, phase, text, exc_info=trace, extra=where)
         self.send(Failed(epoch=id.epoch, round=id.round, phase=phase, kind=kind, message=text, hint=hint, dirty=dirty))
 
-    def _close_ends(self) -> None:
-        """Close all ends once nobody is inside one."""
+    def _close_ends(self) -> bool:
+        """Close all ends once nobody is inside one; False when somebody stays, and they stay open."""
         with self._ends_free:
             if not self._ends_free.wait_for(lambda: not self._using_ends, RELEASE_TIMEOUT_S):
                 logger.error("a transfer does not let go of its ends; they stay open")
-                return
+                return False
             ends, self._ends = self._ends, []
         for end in ends:
             end.close()
+        return True
 
     def close(self, reason: str = "the engine leaves") -> None:
         """Leave the trainer and free transports and shadow; idempotent."""

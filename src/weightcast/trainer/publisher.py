@@ -22,6 +22,7 @@ from weightcast.trainer.clients import EngineClient, SyncEngine, make_client
 from weightcast.trainer.fleet import Fleet, FleetSettings
 from weightcast.trainer.links import EngineLink
 from weightcast.trainer.metrics import TrainerMetrics
+from weightcast.trainer.numbers import Numbers
 from weightcast.trainer.outcomes import Require
 from weightcast.trainer.presence import Presence, join_error, not_connected
 from weightcast.trainer.ranks import Follower, Group, Ranks, check_complete
@@ -149,7 +150,7 @@ class Publisher:
         self._fleet = Fleet(self._source, self._coordinator, settings, self._ranks)
         self._fleet.engines = links
         self._presence = Presence(self._fleet, require, timeout_s)
-        self._number = self._records.last_number
+        self._numbers = Numbers(self._fleet, self._records.last_number)
         self._rounds = 0
         self._was_connected = False
         try:
@@ -184,7 +185,7 @@ class Publisher:
         self._was_connected = True
         for error in failures.values():
             logger.warning("not connected: %s", str(error))
-        current = self._current()
+        current = self._numbers.current()
         for engine in self._fleet.engines:
             if engine.name not in failures:
                 try:
@@ -210,7 +211,7 @@ class Publisher:
         link = EngineLink(make_client(engine, token=self._token))
         if any(other.name == link.name for other in self._fleet.engines):
             raise StateError(f"{link.name} is in the fleet already")
-        current = self._current()
+        current = self._numbers.current()
         self._fleet.engines.append(link)
         failures = self._presence.bring_up([link], deadline)
         if failures:
@@ -378,17 +379,11 @@ class Publisher:
             return attempt.run()
         finally:
             if attempt.was_seen:
-                self._number = max(self._number, number)
+                self._numbers.use(number)
             self._records.keep(attempt.report())
 
     def _next_number(self) -> int:
-        heard = [max(engine.highest, version_number(engine.version)) for engine in self._fleet.engines]
-        return max([self._number, *heard]) + 1
-
-    def _current(self) -> EngineLink | None:
-        """An engine that serves the highest version of the fleet, if one was published."""
-        served = [engine for engine in self._fleet.engines if engine.joined and engine.digest and not engine.dirty]
-        return max(served, key=lambda engine: version_number(engine.version), default=None)
+        return self._numbers.next()
 
     def _catch_up(self, engine: EngineLink, current: EngineLink | None, deadline: Deadline) -> Report | None:
         """Bring one engine to what the fleet serves, if the source still has exactly that."""

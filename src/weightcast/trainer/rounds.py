@@ -38,7 +38,7 @@ from weightcast.trainer.undo import WayBack
 
 logger = logging.getLogger(__name__)
 
-UNDO_S = 1.5
+UNDO_S = 1.0
 """What taking back may last beyond the round's deadline."""
 LIVE_TRANSFER_SHARE = 0.6
 """Share of the time left that a transfer may take where stragglers are dropped: the others still have to commit."""

@@ -62,6 +62,10 @@ class TrainerEnd(ABC):
 class WorkerEnd(ABC):
     """The receiving side of one pair. Not thread-safe but for ``abort``."""
 
+    has_written: bool = True
+    """Whether the last ``receive`` may have written anything. Ends that cannot tell leave it True: live weights count as torn
+    where a receive broke off."""
+
     @abstractmethod
     def connect(self, deadline: Deadline) -> None:
         """Connect to the trainer as the offer says."""

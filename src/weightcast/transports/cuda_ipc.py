@@ -332,14 +332,20 @@ class CudaIpcWorkerEnd(WorkerEnd):
             link.meet("connected")
 
     def receive(self, memory: Memory, deadline: Deadline) -> int:
+        self.has_written = False
         with self._pair.use("receive", deadline):
             mapping = self._mapped_for(memory)
             replay = self._replays.get(
                 memory.number, lambda: _new_replay(self._copies, mapping.memory, memory, mapping.device)
             )
-            return self._run(replay, mapping, deadline)
+            nbytes = self._run(replay, mapping, deadline)
+            # Bytes of a process that died meanwhile may be anybody's.
+            self._pair.check()
+            return nbytes
 
     def receive_proven(self, memory: Memory, manifest: Manifest, deadline: Deadline) -> tuple[int, int | None]:
+        """A trainer that dies while its bytes are copied is no failure: the digest says whether they are the right ones."""
+        self.has_written = False
         with self._pair.use("receive", deadline):
             mapping = self._mapped_for(memory)
             if memory.gpu is not None:
@@ -358,12 +364,11 @@ class CudaIpcWorkerEnd(WorkerEnd):
         assert stream is not None
         stream.wait_stream(torch.cuda.current_stream(mapping.device))
         done = new_event()
+        self.has_written = True
         with torch.cuda.stream(stream):
             nbytes = replay.run()
             done.record(stream)
         wait_event(done, deadline, "the copy out of the trainer's GPU memory", self._pair.guard.check)
-        # Bytes of a process that died meanwhile may be anybody's.
-        self._pair.check()
         return nbytes
 
     def abort(self) -> None:

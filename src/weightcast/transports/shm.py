@@ -179,6 +179,7 @@ class ShmWorkerEnd(WorkerEnd):
                 self._files.append(None if span.file is None else OpenFile(span.file))
 
     def receive(self, memory: Memory, deadline: Deadline) -> int:
+        self.has_written = False
         with self._guard.use("receive", deadline):
             source = self._source
             if source is None:
@@ -189,6 +190,7 @@ class ShmWorkerEnd(WorkerEnd):
             for step in self._steps.get(memory.number, lambda: self._compiled(source, memory)):
                 self._guard.check()
                 deadline.check("receiving through shared memory")
+                self.has_written = True
                 step.run()
             return self._nbytes
 
