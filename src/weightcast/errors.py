@@ -111,7 +111,7 @@ class Unsupported(WeightcastError, NotImplementedError):
     """A case that weightcast does not handle; the hint says what to do instead."""
 
     http_status = 422
-    default_hint = "See docs/structure.md for what is supported"
+    default_hint = "Use what the message says is supported"
 
 
 class ProtocolError(WeightcastError):

@@ -1,8 +1,8 @@
 """Messages of the control channel: msgpack structs behind one version byte.
 
 A frame is ``PROTOCOL`` (one byte) and the msgpack map of one struct below, whose "type" field names it. A frame of another
-version, an unknown type, a missing, surplus or ill-typed field, or a number out of its range is ProtocolError. Nothing is unpickled, nothing is code.
-The table of who sends what when is in docs/protocol.md.
+version, an unknown type, a missing, surplus or ill-typed field, or a number out of its range is ProtocolError. Nothing is
+unpickled, nothing is code. The table of who sends what when is in docs/protocol.md.
 """
 
 from __future__ import annotations

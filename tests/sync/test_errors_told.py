@@ -203,3 +203,17 @@ def test_an_answer_that_stays_lost_is_told_as_that_when_time_runs_out() -> None:
     with pytest.raises(AnswerLost, match="the connection broke") as caught:
         attempt._order(engine, SimpleNamespace(may_be_committed=True))
     assert isinstance(caught.value, PeerLost)
+
+
+def test_a_failure_that_names_no_worker_is_about_the_only_one_or_the_lost_one() -> None:
+    def link(*lost: str | None) -> EngineLink:
+        made = EngineLink(HttpEngineClient("http://127.0.0.1:1"))
+        workers: list[Any] = [SimpleNamespace(member=SimpleNamespace(rank=n, lost=why)) for n, why in enumerate(lost)]
+        made.workers = workers
+        return made
+
+    assert link(None).suspect() == 0
+    assert link(None, "gone").suspect() == 1
+    assert link(None, None).suspect() is None
+    assert link("gone", "gone").suspect() is None
+    assert link().suspect() is None

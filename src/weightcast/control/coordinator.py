@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hmac
 import logging
 import secrets
 import threading
@@ -24,6 +23,7 @@ from weightcast.errors import (
     error_from_wire,
 )
 from weightcast.messages import AnyMessage, Bye, Failed, Heartbeat, Hello, Message, Refused, decode, encode
+from weightcast.secret import same_secret
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ class Coordinator:
         self._tickets = [ticket for ticket in self._tickets if ticket.expires > now]
         found = None
         for ticket in self._tickets:  # every ticket is compared, so the time does not tell which one was near
-            if hmac.compare_digest(ticket.secret.encode(), hello.ticket.encode()):
+            if same_secret(hello.ticket, ticket.secret):
                 found = ticket
         if found is None or found.engine != hello.engine:
             raise AuthError("the ticket is unknown, used or out of date", hint=TICKET_HINT)

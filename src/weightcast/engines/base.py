@@ -113,6 +113,8 @@ class EngineStatus:
     num_syncs: int
     world_size: int
     backend: str
+    num_weight_bytes: int | None = None
+    """Bytes of weights that were received; None where nobody counts them."""
 
 
 class InferenceEngine(Protocol):

@@ -44,8 +44,7 @@ class Receiver:
         self.highest = 0
         """The highest version number that a commit was begun for, also where it failed or was taken back."""
         self.num_commits = 0
-        self.num_bytes = 0
-        """Bytes that were received for the versions that went live."""
+        self._num_bytes_before = 0
 
     def join(self, info: JoinInfo) -> None:
         """Join a trainer. StateError when another one is alive and ``info.takeover`` is not set."""
@@ -66,6 +65,11 @@ class Receiver:
             highest=self.highest,
         )
         self._session = Session(info, self._model, identity, self._mode, self._round, self._loaded)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of weights that were received, from all trainers so far."""
+        return self._num_bytes_before + (self._session.num_bytes if self._session is not None else 0)
 
     @property
     def joined(self) -> bool:
@@ -142,6 +146,7 @@ class Receiver:
         if self._session is not None:
             self._loaded = self._session.target.loaded() or self._loaded
             self._session.close()
+            self._num_bytes_before += self._session.num_bytes
             self._session = None
             self._model.forget()
         self._before = None

@@ -97,6 +97,8 @@ class Session:
         """Digest of what this round's transfer left in its target memory."""
         self.has_written = False
         """Whether the last ``receive`` may have written anything."""
+        self.num_bytes = 0
+        """Bytes received in rounds of this stay."""
         self._loaded = loaded
         self._epoch = 0
         self._ends: list[WorkerEnd] = []
@@ -319,7 +321,9 @@ class Session:
         digests = [digest for _, digest in parts if digest is not None]
         # Every landing is filled by exactly one copy, so the parts add up to the whole.
         digest = combine(digests) if len(digests) == len(parts) else None
-        return sum(nbytes for nbytes, _ in parts), time.perf_counter() - start, digest
+        nbytes = sum(nbytes for nbytes, _ in parts)
+        self.num_bytes += nbytes
+        return nbytes, time.perf_counter() - start, digest
 
     def _receive_parts(self, memory: Memory, deadline: Deadline) -> list[tuple[int, int | None]]:
         if len(self._ends) == 1:

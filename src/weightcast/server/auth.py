@@ -6,13 +6,13 @@ name comes from loopback too), so the Host header must name loopback and an Orig
 
 from __future__ import annotations
 
-import hmac
 import ipaddress
 from urllib.parse import urlsplit
 
 from starlette.requests import HTTPConnection
 
 from weightcast.errors import AuthError, InvalidInput
+from weightcast.secret import same_secret
 
 TOKEN_HEADER = "x-weightcast-token"
 
@@ -64,7 +64,7 @@ class TokenAuth:
 
     def matches(self, given: str) -> bool:
         """Constant-time comparison with the configured secret."""
-        return self._token is not None and hmac.compare_digest(given.encode(), self._token.encode())
+        return self._token is not None and same_secret(given, self._token)
 
     def _check_local(self, request: HTTPConnection) -> None:
         hint = "Start the server with a token to call this route from elsewhere"

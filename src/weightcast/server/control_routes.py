@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Router
 
-from weightcast.errors import InvalidInput
+from weightcast.errors import EngineError, InvalidInput
 from weightcast.report.watch import watch_page
 from weightcast.server.auth import TokenAuth, presented_token
 from weightcast.server.body import query_flag, read_struct
@@ -107,6 +107,17 @@ class ControlRoutes:
             ),
         ]
 
+    def metrics_operation(self) -> Operation:
+        """The route of the metrics, for servers whose /metrics are not these; as open as those."""
+        return Operation(
+            method="GET",
+            path="/weightcast/metrics",
+            handler=self.metrics,
+            summary="Prometheus metrics of weight sync",
+            tag="weightcast",
+            media_type="text/plain",
+        )
+
     async def init(self, request: Request) -> Response:
         body = await read_struct(request, InitBody, self._max_body_nbytes)
         with self._timed("init"):
@@ -136,6 +147,14 @@ class ControlRoutes:
             answer["details"] = await self._control.details(with_checksums)
         return json_response(answer)
 
+    async def metrics(self, request: Request) -> Response:
+        assert self._metrics is not None
+        try:
+            status = await self._control.status()
+        except EngineError:
+            status = None
+        return Response(self._metrics.render(status), headers={"content-type": self._metrics.content_type})
+
     async def rounds(self, request: Request) -> Response:
         """Open to everyone, as the status is; errors are named and not quoted."""
         status = await self._control.status()
@@ -158,9 +177,12 @@ class ControlRoutes:
 
 
 def control_router(control: EngineControl, auth: TokenAuth, *, max_body_nbytes: int = MAX_BODY_NBYTES) -> Router:
-    """The control routes alone, for another server: ``app.router.routes.extend(control_router(...).routes)``."""
-    routes = ControlRoutes(control, auth, max_body_nbytes=max_body_nbytes)
-    return Router(routes_of(routes.operations(), {"token": auth}))
+    """The control routes alone, for another server: ``app.router.routes.extend(control_router(...).routes)``.
+
+    Their metrics are at /weightcast/metrics: /metrics is that server's own.
+    """
+    routes = ControlRoutes(control, auth, metrics=ServerMetrics(), max_body_nbytes=max_body_nbytes)
+    return Router(routes_of([*routes.operations(), routes.metrics_operation()], {"token": auth}))
 
 
 def _order(body: RollbackBody, *, version: str) -> RoundOrder:

@@ -151,3 +151,6 @@ class _EngineCollector(Collector):
             ("syncs", "Weight updates that reached the live weights.", status.num_syncs),
         ):
             yield CounterMetricFamily(f"weightcast_{name}", text, float(count))
+        if status.num_weight_bytes is not None:
+            text, received = "Bytes of weights received.", float(status.num_weight_bytes)
+            yield CounterMetricFamily("weightcast_weight_bytes", text, received)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hmac
 import ipaddress
 import os
 import secrets
@@ -22,6 +21,7 @@ from torch._C._distributed_c10d import Store
 
 from weightcast.deadline import Deadline
 from weightcast.errors import InvalidInput, PeerLost, ProtocolError, TransportError, WeightcastError
+from weightcast.secret import same_secret
 from weightcast.transports.guard import EndGuard
 
 _SECRET_NBYTES = 32
@@ -130,7 +130,7 @@ class Listener:
             shown = _receive(connection, _SECRET_NBYTES, limit, self._guard)
         except (PeerLost, TimeoutError):
             return False
-        return hmac.compare_digest(shown, self.secret)
+        return same_secret(shown, self.secret)
 
 
 @contextlib.contextmanager

@@ -102,6 +102,11 @@ class WeightTransferEngine(ABC, Generic[InitT, UpdateT]):
     def dirty(self) -> bool:
         """True while live weights belong to no version: the engine must not serve."""
 
+    @property
+    def num_weight_bytes(self) -> int | None:
+        """Bytes of weights received so far; None in a backend that does not count them."""
+        return None
+
     def checksums(self) -> dict[str, str]:
         """Hex digest per live parameter, computed where the data lies (optional for a backend)."""
         return self.model.checksums()

@@ -117,6 +117,10 @@ class WeightcastEngine(WeightTransferEngine[WeightcastInitInfo, WeightcastUpdate
         return self.receiver.dirty
 
     @property
+    def num_weight_bytes(self) -> int:
+        return self.receiver.num_bytes
+
+    @property
     def digest(self) -> str:
         """Hex digest of the content that is live, as published; empty before the first sync."""
         return self.receiver.content

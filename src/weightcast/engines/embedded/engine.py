@@ -202,6 +202,7 @@ class Engine:
             num_syncs=self._transfer.num_syncs,
             world_size=1,
             backend=self._transfer.config.backend,
+            num_weight_bytes=self._transfer.num_weight_bytes,
         )
 
     def shutdown(self, timeout_s: float = _STOP_TIMEOUT_S) -> None:

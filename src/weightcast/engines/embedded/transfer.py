@@ -37,6 +37,11 @@ class WeightTransfer:
         return digest if isinstance(digest, str) else None
 
     @property
+    def num_weight_bytes(self) -> int | None:
+        """Bytes of weights received so far, if the backend counts them."""
+        return 0 if self._engine is None else self._engine.num_weight_bytes
+
+    @property
     def not_ready(self) -> str:
         """Why nothing may be served now; empty when it may."""
         if self.dirty:

@@ -1,0 +1,179 @@
+"""What no module does: unpickle or run what comes in, or compare a secret byte by byte. Read from the syntax trees."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import weightcast
+from weightcast.secret import same_secret
+
+ROOT = Path(weightcast.__file__).parent
+PICKLERS = {
+    "pickle", "_pickle", "cPickle", "pickletools", "dill", "cloudpickle", "marshal", "shelve", "joblib", "jsonpickle",
+    "ray",
+}  # fmt: skip
+LOADERS = {
+    "torch.load", "torch.serialization", "torch.jit", "torch.hub", "torch.package", "yaml.load", "yaml.load_all",
+    "multiprocessing.connection", "multiprocessing.get_context", "multiprocessing.Pipe", "multiprocessing.Queue",
+    "multiprocessing.Pool", "multiprocessing.Manager", "yaml.unsafe_load", "yaml.unsafe_load_all", "yaml.full_load", "yaml.full_load_all",
+}  # fmt: skip
+OBJECT_CALLS = {
+    "broadcast_object_list", "all_gather_object", "gather_object", "scatter_object_list", "send_object_list",
+    "recv_object_list",
+}  # fmt: skip
+BUILTINS = {"eval", "exec", "compile", "__import__"}
+EXEMPT = {
+    "testing/processes.py": "a private pipe between a test and its child",
+    "testing/ranks.py": "a private pipe between a test and its child",
+    "trainer/clients/ray.py": "Ray pickles what goes between its own actors",
+}
+SECRETS = {"token", "ticket", "secret", "api_key", "password"}
+LANGUAGE_TOKENS = {"engines", "demo", "testing"}
+"""Packages in which a token is a piece of text."""
+
+
+def modules() -> list[Path]:
+    return sorted(ROOT.rglob("*.py"))
+
+
+def dotted(node: ast.expr) -> str:
+    """``a.b.c`` of a chain of attributes; what precedes it is left away."""
+    parts: list[str] = []
+    while isinstance(node, ast.Attribute):
+        parts.append(node.attr)
+        node = node.value
+    if isinstance(node, ast.Name):
+        parts.append(node.id)
+    return ".".join(reversed(parts))
+
+
+def aliases_of(tree: ast.AST) -> dict[str, str]:
+    """What names of a module stand for: ``import numpy as np`` and ``from torch import load as l``."""
+    found = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.asname: alias.name for alias in node.names if alias.asname}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            found |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def unpickles(text: str) -> Iterator[str]:
+    """Imports and calls that can turn bytes into objects of any class, or into code."""
+    tree = ast.parse(text)
+    aliases = aliases_of(tree)
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Attribute | ast.Name):
+            head, _, rest = dotted(node).partition(".")
+            names = [f"{aliases.get(head, head)}.{rest}".rstrip(".")]
+        for name in names:
+            imports = not isinstance(node, ast.Attribute | ast.Name)
+            if name.split(".")[0] in PICKLERS and (imports or "." in name):
+                yield name
+            if any(name == loader or name.startswith(f"{loader}.") for loader in LOADERS):
+                yield name
+            if name.rpartition(".")[2] in OBJECT_CALLS:
+                yield name
+        if isinstance(node, ast.Call):
+            if isinstance(node.func, ast.Name) and node.func.id in BUILTINS:
+                yield node.func.id
+            if any(keyword.arg == "allow_pickle" for keyword in node.keywords):
+                yield "allow_pickle"
+
+
+def compares_a_secret(text: str) -> Iterator[str]:
+    """Comparisons by value of something that is called like a secret."""
+    for node in ast.walk(ast.parse(text)):
+        if not isinstance(node, ast.Compare):
+            continue
+        if not any(isinstance(operator, ast.Eq | ast.NotEq | ast.In | ast.NotIn) for operator in node.ops):
+            continue
+        sides = [node.left, *node.comparators]
+        for side in sides:
+            if isinstance(side, ast.Tuple | ast.List | ast.Set):
+                sides.extend(side.elts)
+            while isinstance(side, ast.Call | ast.Subscript):
+                side = side.func if isinstance(side, ast.Call) else side.value
+                if isinstance(side, ast.Attribute) and side.attr in ("encode", "decode", "strip"):
+                    side = side.value
+            last = dotted(side).rpartition(".")[2].lower() if isinstance(side, ast.Attribute | ast.Name) else ""
+            if last.lstrip("_") in SECRETS or last.endswith(("_token", "_secret", "_ticket")):
+                yield ast.unparse(node)
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_unpickles(path: Path) -> None:
+    found = list(unpickles(path.read_text()))
+    if str(path.relative_to(ROOT)) in EXEMPT:
+        assert found, "this exemption is not needed"
+    else:
+        assert not found
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import pickle",
+        "from pickle import loads\nloads(x)",
+        "from torch import load\nload(f)",
+        "import torch as t\nt.load(f)",
+        "import torch\ntorch.serialization.load(f)",
+        "import dill; dill.loads(x)",
+        "from marshal import loads",
+        "import numpy\nnumpy.load(f, allow_pickle=True)",
+        "torch.distributed.broadcast_object_list(x)",
+        "from torch.distributed import all_gather_object as g\ng(x, y)",
+        "from multiprocessing.connection import Client",
+        "def f():\n    import cloudpickle",
+        "eval(x)",
+        "exec(x)",
+        "import yaml\nyaml.load(f)",
+    ],
+)
+def test_what_unpickles_is_found(text: str) -> None:
+    assert list(unpickles(text))
+
+
+@pytest.mark.parametrize("text", ["model.eval()", "import torch\ntorch.loads", "pickled = 1", "re.compile(x)"])
+def test_what_looks_alike_is_not(text: str) -> None:
+    assert not list(unpickles(text))
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_secrets_are_compared_by_one_helper(path: Path) -> None:
+    text, name = path.read_text(), path.relative_to(ROOT)
+    assert "compare_digest" not in text or str(name) == "secret.py"
+    if name.parts[0] not in LANGUAGE_TOKENS:
+        assert not list(compares_a_secret(text))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "given == self._token",
+        "ticket.secret != hello.ticket",
+        "shown == self.secret",
+        "token.encode() == given",
+        "given in (token, other)",
+        "presented_token(request) == wanted",
+    ],
+)
+def test_a_comparison_of_a_secret_is_found(text: str) -> None:
+    assert list(compares_a_secret(text))
+
+
+def test_secrets_are_equal_or_not() -> None:
+    assert same_secret("é", "é".encode())
+    assert same_secret(b"", "")
+    assert not same_secret("a", "b")
+    assert not same_secret("a", "aa")
+    assert not same_secret("\ud800", "a")
