@@ -329,12 +329,13 @@ def messages() -> list[Message]:
 
 
 def timed(target: Target, limit_s: float = 1.0) -> Target:
-    """The target, which must also be quick: a few bytes that keep a side busy are a way to stop it."""
+    """The target, which must also be quick: a few bytes that keep a side busy are a way to stop it. The processor's time counts,
+    as a machine with other work may stand still for longer."""
 
     def check(data: bytes) -> None:
-        start = time.monotonic()
+        start = time.process_time()
         target(data)
-        seconds = time.monotonic() - start
+        seconds = time.process_time() - start
         if seconds > limit_s:
             raise AssertionError(f"{len(data)} bytes took {seconds:.1f} s")
 
