@@ -75,7 +75,7 @@ def test_a_server_that_joins_serves_nothing_before_it_is_current(stack: ExitStac
     )
     reference = Reference(checkpoint, 0)
     joiner = Server(checkpoint, tmp_path, 0, "staged")
-    stack.callback(joiner.kill)
+    stack.callback(joiner.close)
     joiner.start()
     other = EngineProcess(checkpoint=str(checkpoint))
     stack.callback(other.close)

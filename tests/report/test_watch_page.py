@@ -29,6 +29,8 @@ def chromium() -> str | None:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[sync_api.Browser]:
     path = chromium()
+    if path is None and "CI" in os.environ:
+        pytest.fail("no Chromium on the path, and CI plays every test; .ci/run installs one where it can")
     if path is None:
         pytest.skip("no Chromium on the path; the variable CHROMIUM can name one")
     with sync_api.sync_playwright() as playwright:
@@ -87,10 +89,12 @@ def test_a_fleet_round_by_round(
         for engine in engines:
             box = page.locator(f"[data-engine='{engine.url}']")
             box.locator(f".round-version:text-is('{first.version}')").wait_for()
+            box.locator("rect.phase[data-phase='resume']").first.wait_for()
             assert box.locator(".serves").text_content() == first.version
             phases = {bar.get_attribute("data-phase") for bar in box.locator("rect.phase").all()}
             assert phases == {"pause", "apply", "resume"}
         trainer = page.locator("[data-engine='trainer']")
+        trainer.locator("rect.phase[data-phase='commit']").first.wait_for()
         shown = {bar.get_attribute("data-phase") for bar in trainer.locator("rect.phase").all()}
         assert {"begin", "transfer", "verify", "commit"} <= shown
         engines[0].arm("transfer:end", "corrupt")

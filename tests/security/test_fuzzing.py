@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 import torch
@@ -11,22 +12,31 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from weightcast import Publisher
-from weightcast.control import Coordinator
+from weightcast.control import ControlLink, Coordinator
 from weightcast.deadline import Deadline
+from weightcast.errors import WeightcastError
 from weightcast.layout import image_layout
 from weightcast.manifest import Manifest, TensorSpec
 from weightcast.messages import (
     Abort,
     Begin,
     Bye,
+    Committed,
+    Failed,
     Heartbeat,
+    Hello,
     Landings,
     Message,
     Offer,
+    RankAnswer,
+    RankOrder,
+    Ready,
     Refused,
     Setup,
+    Staged,
     Verified,
     Welcome,
+    encode,
 )
 from weightcast.testing.fuzz.targets import TARGETS, seeds, timed
 from weightcast.testing.local_engine import DictModel, LocalEngine
@@ -64,6 +74,8 @@ def test_arbitrary_bytes(name: str) -> None:
 
 SHAPES = {"w": (3, 4), "s": ()}
 MANIFEST = Manifest.of([TensorSpec(name=name, dtype="float32", shape=shape) for name, shape in SHAPES.items()])
+LAYOUT = image_layout(Manifest.of([TensorSpec(name="w", dtype="float32", shape=(3, 4))]))
+TIMEOUT_S = 1.0
 SMALL = st.integers(0, 3)
 TIMES = st.sampled_from([0.001, 0.01, 5.0, float("nan"), float("inf"), -1.0])
 TEXT = st.text(max_size=4)
@@ -149,6 +161,118 @@ def test_a_trainer_that_says_anything_in_any_order_changes_nothing(engine: Local
     with Publisher(wanted, [engine], takeover=True, mode=mode, timeout_s=20) as publisher:  # type: ignore[arg-type]
         assert publisher.publish().digests_match
     assert model.holds(wanted)
+
+
+FAILURES = st.sampled_from(["PeerLost", "LoadError", "RoundFailed", "KeyError", ""])
+ANY_NUMBER = st.integers(-1, 3) | st.sampled_from([2**63, 2**64 - 1])
+ANY_TIME = st.sampled_from([0.0, 0.1, -1.0, float("nan"), float("inf"), 1e300])
+LIES: st.SearchStrategy[Message | bytes] = st.one_of(
+    st.binary(max_size=12),
+    st.builds(
+        Landings,
+        layout=st.sampled_from([image_layout(MANIFEST), LAYOUT]),
+        mode=st.sampled_from(["staged", "in_place"]),
+        shadow_nbytes=ANY_NUMBER,
+        shadow=TEXT,
+    ),
+    st.builds(Ready, epoch=ANY_NUMBER, plan_digest=TEXT),
+    st.builds(
+        Staged,
+        epoch=ANY_NUMBER,
+        round=ANY_NUMBER,
+        digest=ANY_NUMBER,
+        nbytes=ANY_NUMBER,
+        transfer_s=ANY_TIME,
+        digest_s=ANY_TIME,
+    ),
+    st.builds(
+        Committed,
+        epoch=ANY_NUMBER,
+        round=ANY_NUMBER,
+        digest=ANY_NUMBER,
+        nbytes=ANY_NUMBER,
+        transfer_s=ANY_TIME,
+        apply_s=ANY_TIME,
+        digest_s=ANY_TIME,
+    ),
+    st.builds(
+        Failed,
+        epoch=ANY_NUMBER,
+        round=ANY_NUMBER,
+        phase=TEXT,
+        kind=FAILURES,
+        message=TEXT,
+        hint=TEXT,
+        dirty=st.booleans(),
+    ),
+    st.builds(Refused, kind=FAILURES, message=TEXT, hint=TEXT),
+    st.builds(RankAnswer, number=ANY_NUMBER, body=st.binary(max_size=4)),
+    st.builds(RankOrder, call=ANY_NUMBER, number=ANY_NUMBER, body=st.binary(max_size=4)),
+    st.builds(Bye, reason=TEXT),
+)
+
+
+class Liar:
+    """Has the workers of one engine say other things before, or instead of, each thing that they would say."""
+
+    def __init__(self, engine: str) -> None:
+        self._engine = engine
+        self._send = ControlLink.send
+        self._links: set[int] = set()
+        self.lies: list[tuple[list[Message | bytes], bool]] = []
+
+    def send(self, link: ControlLink, message: Message) -> None:
+        if isinstance(message, Hello) and message.engine == self._engine:
+            self._links.add(id(link))
+        if id(link) not in self._links or not self.lies:
+            self._send(link, message)
+            return
+        said, is_silent = self.lies.pop(0)
+        for lie in said:
+            link._pump.send(lie if isinstance(lie, bytes) else encode(lie))
+        if not is_silent:
+            self._send(link, message)
+
+
+@pytest.mark.parametrize("require", ["all", "live"])
+def test_a_worker_that_says_anything_harms_nobody_else(
+    engine: LocalEngine, require: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """publish() returns or raises an error with a name, in time, and the other engine holds the version that it names."""
+    honest = LocalEngine("honest", [DictModel(values())], mode="staged")
+    liar = Liar("victim")
+    monkeypatch.setattr(ControlLink, "send", lambda link, message: liar.send(link, message))
+    contents = {"default": {name: value.clone() for name, value in honest.models[0].parameters().items()}}
+
+    @settings(FUZZ, max_examples=12)
+    @given(lies=st.lists(st.tuples(st.lists(LIES, max_size=4), st.sampled_from([False, False, True])), max_size=6))
+    def examples(lies: list[tuple[list[Message | bytes], bool]]) -> None:
+        liar.lies = list(lies)
+        wanted, before = values(), honest.workers[0].weight_version
+        start = time.monotonic()
+        with Publisher(wanted, [engine, honest], takeover=True, timeout_s=TIMEOUT_S, require=require) as publisher:  # type: ignore[arg-type]
+            with suppress(WeightcastError):
+                publisher.publish()
+            seconds = time.monotonic() - start
+        assert seconds < TIMEOUT_S + 2
+        after = honest.workers[0].weight_version
+        if after != before:
+            contents[after] = {name: value.clone() for name, value in wanted.items()}
+        assert not honest.workers[0].dirty
+        assert honest.models[0].holds(contents[after])
+
+    examples()
+    liar.lies = []
+    wanted = values()
+    try:
+        with Publisher(wanted, [engine, honest], takeover=True, timeout_s=20) as publisher:
+            report = publisher.publish()
+        assert report.ok
+        assert report.digests_match
+        assert engine.models[0].holds(wanted)
+        assert honest.models[0].holds(wanted)
+    finally:
+        honest.stop()
 
 
 def _join(engine: LocalEngine, trainer: Coordinator) -> None:

@@ -6,13 +6,11 @@ so both sides know every byte without sending it.
 
 from __future__ import annotations
 
-import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import uvicorn
@@ -22,21 +20,20 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from weightcast.engines.base import EngineStatus
 from weightcast.server.auth import TokenAuth
 from weightcast.server.control import EngineCommitter
 from weightcast.server.control_routes import control_router
 from weightcast.server.run import bind, url_of
+from weightcast.testing.bare_engine import BareEngine, FaultyModel, Snapshot
 from weightcast.testing.faults import Action, Faults, MessageTrouble, MessyChannel
 from weightcast.testing.footprint import Footprint
-from weightcast.testing.local_engine import DictModel
+from weightcast.testing.ports import HeldPort
 from weightcast.testing.processes import Child
 from weightcast.transports import shm
 from weightcast.weight_transfer.base import WorkerRank
 from weightcast.weight_transfer.config import WeightTransferConfig
 from weightcast.weight_transfer.weightcast import WeightcastEngine
 
-T = TypeVar("T")
 TOKEN = "a-token-for-tests"
 SLICE_NBYTES = 64 * 2**10
 SHAPES: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
@@ -57,105 +54,6 @@ def values_of(seed: int, device: str = "cpu") -> dict[str, torch.Tensor]:
         name: torch.randint(-(2**15), 2**15, shape, generator=generator).to(device, dtype)
         for name, (shape, dtype) in SHAPES.items()
     }
-
-
-class _Model(DictModel):
-    """Its loader reaches a point of injection after its first tensor."""
-
-    def __init__(self, faults: Faults, tensors: Mapping[str, torch.Tensor], **options: Any) -> None:
-        super().__init__(tensors, **options)
-        self._faults = faults
-
-    def load_weights(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
-        def watched() -> Iterator[tuple[str, torch.Tensor]]:
-            for i, item in enumerate(tensors):
-                if i == 1:
-                    self._faults.hit("loader")
-                yield item
-
-        super().load_weights(watched())
-
-
-class _Engine:
-    """The part of InferenceEngine that the control routes use, over workers; one thread stands for the model's."""
-
-    def __init__(self, workers: list[WeightcastEngine], faults: Faults) -> None:
-        self._workers, self._faults = workers, faults
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
-        self._thread.submit(int).result()  # it is there from the start, so that counting threads finds leaks only
-        self._paused = False
-        self.num_syncs = 0
-
-    async def _run(self, command: Callable[[], T]) -> T:
-        return await asyncio.wrap_future(self._thread.submit(command))
-
-    async def init_weight_transfer_engine(self, init_info: Mapping[str, Any]) -> None:
-        def join() -> None:
-            self._faults.hit("join")
-            for worker in self._workers:
-                worker.init_transfer_engine(worker.parse_init_info(init_info))
-
-        await self._run(join)
-
-    async def start_weight_update(self) -> None:
-        def start() -> None:
-            for worker in self._workers:
-                worker.start_weight_update()
-
-        await self._run(start)
-
-    async def update_weights(self, update_info: Mapping[str, Any]) -> None:
-        def update() -> None:
-            if update_info["action"] == "commit":
-                self._faults.hit("commit:start")
-            for worker in self._workers:
-                worker.update_weights(worker.parse_update_info(update_info))
-            if update_info["action"] == "commit":
-                self._faults.hit("commit:end")
-
-        await self._run(update)
-
-    async def finish_weight_update(self, weight_version: str | None = None) -> None:
-        def finish() -> None:
-            for worker in self._workers:
-                worker.finish_weight_update(weight_version)
-            self.num_syncs += 1
-
-        await self._run(finish)
-
-    async def shutdown_weight_transfer_engine(self) -> None:
-        def leave() -> None:
-            for worker in self._workers:
-                worker.shutdown()
-
-        await self._run(leave)
-
-    async def pause_generation(self, mode: str = "abort", clear_cache: bool = True) -> None:
-        self._paused = True
-
-    async def resume_generation(self) -> None:
-        self._paused = False
-
-    async def is_paused(self) -> bool:
-        return self._paused
-
-    async def reset_prefix_cache(self, reset_running_requests: bool = False) -> bool:
-        return True
-
-    async def get_weight_version(self) -> str:
-        return self._workers[0].weight_version
-
-    async def checksums(self) -> dict[str, str]:
-        return await self._run(self._workers[0].checksums)
-
-    async def status(self) -> EngineStatus:
-        first, dirty = self._workers[0], any(worker.dirty for worker in self._workers)
-        return EngineStatus(
-            model="tensors", weight_version=first.weight_version, digest=first.digest or None, ready=not dirty,
-            reason="dirty" if dirty else "", dirty=dirty, paused=self._paused, num_running=0, num_waiting=0,
-            num_kv_tokens=0, kv_capacity_tokens=0, num_generated_tokens=0, num_preemptions=0, num_syncs=self.num_syncs,
-            world_size=len(self._workers), backend="weightcast",
-        )  # fmt: skip
 
 
 class EngineHost:
@@ -180,13 +78,13 @@ class EngineHost:
         self._device = device
         tensors = values_of(0, device) if checkpoint is None else load_file(Path(checkpoint) / "model.safetensors")
         self._models = [
-            _Model(self._faults, tensors, rows=(rank, num_workers), **options) for rank in range(num_workers)
+            FaultyModel(self._faults, tensors, rows=(rank, num_workers), **options) for rank in range(num_workers)
         ]
         self._workers = [
             WeightcastEngine(WeightTransferConfig(mode=mode), model, WorkerRank(rank=rank, world_size=num_workers))
             for rank, model in enumerate(self._models)
         ]
-        self._engine = _Engine(self._workers, self._faults)
+        self._engine = BareEngine(self._workers, self._models, self._faults)
         self._messy: MessyChannel | None = None
         sock = bind(host, port)
         self._url = url_of(sock)
@@ -227,8 +125,8 @@ class EngineHost:
     def url(self) -> str:
         return self._url
 
-    def arm(self, point: str, action: Action, seconds: float) -> None:
-        self._faults.arm(point, action, seconds)
+    def arm(self, point: str, action: Action, seconds: float, skip: int) -> None:
+        self._faults.arm(point, action, seconds, skip)
 
     def disarm(self) -> None:
         self._faults.disarm()
@@ -238,14 +136,21 @@ class EngineHost:
 
     def holds(self, seed: int) -> bool:
         """Whether every live byte is that of ``values_of(seed)``."""
-        return all(model.holds(values_of(seed, self._device)) for model in self._models)
-
-    def checksums(self) -> dict[str, str]:
-        """Digest per live tensor; of an engine with one worker."""
-        return self._models[0].checksums()
+        return self._engine.between_commits(lambda: self._engine.holds(values_of(seed, self._device)))
 
     def state(self) -> tuple[str, bool]:
-        return self._workers[0].weight_version, any(worker.dirty for worker in self._workers)
+        """The version that is live, and whether the engine is dirty."""
+        now = self.snapshot({})
+        return now.version, now.dirty
+
+    def snapshot(self, seeds: Mapping[int, int], with_checksums: bool = False) -> Snapshot:
+        """What the engine is between two commits: once one that runs now has ended. ``seeds`` says what each version holds."""
+
+        def seen_as(version: str) -> dict[str, torch.Tensor] | None:
+            seed = seeds.get(0 if version == "default" else int(version.partition("-")[0]))
+            return None if seed is None else values_of(seed, self._device)
+
+        return self._engine.between_commits(lambda: self._engine.snapshot(seen_as, with_checksums))
 
     def num_syncs(self) -> int:
         """How many rounds went live here."""
@@ -258,7 +163,15 @@ class EngineHost:
         self._messy = None if trouble is None else MessyChannel(trouble).__enter__()
 
     def hang_up(self) -> None:
-        """The HTTP server dies, the engine and its workers live."""
+        """The HTTP server dies, with whatever it was about to answer; the engine and its workers live."""
+
+        def die() -> None:
+            for listening in self._server.servers:
+                listening.close()
+            for connection in list(self._server.server_state.connections):
+                connection.transport.abort()
+
+        self._server.servers[0].get_loop().call_soon_threadsafe(die)
         self._server.should_exit = self._server.force_exit = True
         self._serving.join(10)
 
@@ -267,19 +180,13 @@ class EngineHost:
         now = time.time
         time.time = lambda: now() + seconds
 
-    def usage(self) -> dict[str, int]:
-        """Descriptors and threads of the process."""
-        now = Footprint.now()
-        return {"descriptors": now.descriptors, "threads": now.threads}
-
-    def footprint(self) -> tuple[int, int, int, int]:
-        """All that the process holds; see testing.footprint."""
-        now = Footprint.now()
-        return now.descriptors, now.threads, now.segments, now.resident_nbytes
+    def footprint(self) -> Footprint:
+        """All that the process holds."""
+        return Footprint.now()
 
 
 class EngineProcess(Child):
-    """An engine at ``url``; ``mode`` is "staged" or "in_place". The same port can be given to its successor.
+    """An engine at ``url``; ``mode`` is "staged" or "in_place". Its successor gets the same port, which is held meanwhile.
 
     It holds ``values_of(0)`` at first, or the tensors of a checkpoint folder.
     """
@@ -294,25 +201,43 @@ class EngineProcess(Child):
         device: str = "cpu",
         checkpoint: str | None = None,
         host: str = "127.0.0.1",
-        port: int = 0,
         netns: str | None = None,
+        held: HeldPort | None = None,
+        port: int = 0,
     ) -> None:
         self.options = {
             "num_workers": num_workers, "loader": loader, "relocatable": relocatable, "device": device,
             "checkpoint": checkpoint, "host": host, "netns": netns,
         }  # fmt: skip
         self.mode = mode
-        super().__init__(
-            EngineHost, mode, num_workers, loader, relocatable, device, checkpoint, host, port, netns=netns
-        )
-        self.url = str(self.call("url"))
+        # An address in another network cannot be bound here, and nobody else is there.
+        self._held = HeldPort(host) if held is None and netns is None else held
+        port = self._held.number if self._held is not None else port
+        try:
+            super().__init__(
+                EngineHost, mode, num_workers, loader, relocatable, device, checkpoint, host, port, netns=netns
+            )
+        except BaseException:
+            self._let_go()
+            raise
+        try:
+            self.url = str(self.call("url", timeout_s=60.0))
+        except BaseException:
+            self.close()
+            raise
         self.port = int(self.url.rpartition(":")[2])
 
-    def arm(self, point: str, action: Action, seconds: float = 0.0) -> None:
+    def arm(self, point: str, action: Action, seconds: float = 0.0, skip: int = 0) -> None:
         """Inject a fault at a point (see testing.faults), once."""
-        self.call("arm", point, action, seconds)
+        self.call("arm", point, action, seconds, skip)
 
-    def wait_for(self, point: str, count: int, timeout_s: float = 10.0) -> None:
+    def snapshot(self, seeds: Mapping[int, int]) -> Snapshot:
+        """What the engine is between two commits; ``seeds`` says which values each version's number stands for."""
+        now = self.call("snapshot", dict(seeds))
+        assert isinstance(now, Snapshot)
+        return now
+
+    def wait_for(self, point: str, count: int, timeout_s: float = 20.0) -> None:
         """Return when a point was reached more than ``count`` times."""
         end = time.monotonic() + timeout_s
         while self.call("reached", point) <= count:
@@ -322,4 +247,14 @@ class EngineProcess(Child):
 
     def successor(self) -> EngineProcess:
         """A new process at the same URL, with the weights an engine starts with. This one has to be dead."""
-        return EngineProcess(self.mode, port=self.port, **self.options)  # type: ignore[arg-type]
+        held, self._held = self._held, None
+        return EngineProcess(self.mode, held=held, port=self.port, **self.options)  # type: ignore[arg-type]
+
+    def close(self) -> None:
+        super().close()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if self._held is not None:
+            self._held.close()
+            self._held = None

@@ -8,7 +8,10 @@
     transfer:end      all of them are
     loader            the engine's loader has written its first tensor
     commit:start      the order to commit arrived
+    commit:worker     one worker of the engine has claimed the round and touched nothing yet; reached by one after the other
     commit:end        the round is live, nobody was told yet
+    rollback:start    the order to take a round back arrived
+    rollback:end      the version before it is live again, nobody was told yet
     answer            the answer to the order is about to be sent
 
 Faults act on the whole process, so install them in processes that tests started for it (testing.engine_process).
@@ -32,6 +35,7 @@ from weightcast.deadline import Deadline
 from weightcast.errors import InvalidInput
 from weightcast.memory import Memory
 from weightcast.receiver import staging
+from weightcast.receiver.receiver import Receiver
 from weightcast.receiver.session import Session
 from weightcast.replay import Replay
 from weightcast.round import RoundId
@@ -45,7 +49,10 @@ POINTS = (
     "transfer:end",
     "loader",
     "commit:start",
+    "commit:worker",
     "commit:end",
+    "rollback:start",
+    "rollback:end",
     "answer",
 )
 Action = Literal["kill", "stop", "raise", "sleep", "corrupt", "no memory"]
@@ -59,15 +66,18 @@ class Faults:
     """Which faults are armed in this process, and which points were reached how often."""
 
     def __init__(self) -> None:
-        self._armed: dict[str, tuple[Action, float]] = {}
+        self._armed: dict[str, tuple[Action, float, int]] = {}
         self.reached: Counter[str] = Counter()
         self._inside = threading.local()
 
-    def arm(self, point: str, action: Action, seconds: float = 0.0) -> None:
-        """Have ``action`` happen when ``point`` is reached next, once; ``seconds`` is how long a sleep lasts."""
+    def arm(self, point: str, action: Action, seconds: float = 0.0, skip: int = 0) -> None:
+        """Have ``action`` happen when ``point`` is reached next, once, but not the first ``skip`` times.
+
+        ``seconds`` is how long a sleep lasts, or how long it takes until "raise" does so.
+        """
         if point not in POINTS:
             raise InvalidInput(f"no point {point!r}; known: {', '.join(POINTS)}", field="point")
-        self._armed[point] = (action, seconds)
+        self._armed[point] = (action, seconds, skip)
 
     def disarm(self) -> None:
         self._armed.clear()
@@ -75,7 +85,7 @@ class Faults:
     def hit(self, point: str, memory: Memory | None = None) -> Action | None:
         """A point is reached: count it, do what was armed for it, say what that was."""
         self.reached[point] += 1
-        action, seconds = self._armed.pop(point, (None, 0.0))
+        action, seconds = self._due(point)
         if action == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         elif action == "stop":
@@ -84,6 +94,7 @@ class Faults:
         elif action == "sleep":
             time.sleep(seconds)
         elif action == "raise":
+            time.sleep(seconds)
             raise InjectedFault(f"injected at {point}")
         elif action == "no memory":
             raise MemoryError("injected: out of memory")
@@ -93,6 +104,13 @@ class Faults:
             flat[int(torch.randint(flat.numel() // 2, ()))] ^= 1 << int(torch.randint(8, ()))
         return action
 
+    def _due(self, point: str) -> tuple[Action | None, float]:
+        action, seconds, skip = self._armed.pop(point, (None, 0.0, 0))
+        if action is not None and skip:
+            self._armed[point] = (action, seconds, skip - 1)
+            return None, 0.0
+        return action, seconds
+
     # -- hooks
 
     def install(self, *, gpu: bool = False) -> None:
@@ -101,6 +119,7 @@ class Faults:
         if gpu:
             self._hook_gpu_copies()
         self._hook_setup()
+        self._hook_commit()
         shadow_of = staging.Target._shadow_of
 
         def allocated(target: staging.Target, live: Memory) -> Memory:
@@ -161,6 +180,19 @@ class Faults:
             set_up(session, setup)
 
         Session._set_up = hooked  # type: ignore[method-assign, assignment]
+
+    def _hook_commit(self) -> None:
+        """In what a worker does after its claim: what is raised there becomes its word to the trainer, as any error would."""
+
+        def hooked(apply: Callable[..., Any]) -> Callable[..., Any]:
+            def applied(*args: Any) -> Any:
+                self.hit("commit:worker")
+                return apply(*args)
+
+            return applied
+
+        for name in ("_apply_staged", "_apply_in_place"):
+            setattr(Receiver, name, hooked(getattr(Receiver, name)))
 
 
 MessageTrouble = Literal["duplicate", "late", "reorder"]

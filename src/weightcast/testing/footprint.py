@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,10 @@ class Footprint:
             segments,
             pages * os.sysconf("SC_PAGE_SIZE"),
         )
+
+    def least(self, other: Footprint) -> Footprint:
+        """The smaller one of each number."""
+        return Footprint(*map(min, astuple(self), astuple(other)))
 
     def growth(self, before: Footprint, resident_nbytes: int) -> str | None:
         """What grew since ``before``, in words; None when nothing did, and memory by no more than so many bytes."""

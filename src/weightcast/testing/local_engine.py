@@ -43,7 +43,8 @@ class DictModel(LiveModel):
         self.relocatable = relocatable
         self._through = tuple(through_loader)
         self._rows = rows
-        self.regions: dict[str, tuple[int, int]] = {}
+        self.cut: set[str] = set()
+        """Names of which this worker has only some rows."""
         placements, end = [], 0
         self._loaded = {name: tensors[name].clone().to(self.device) for name in self._through}
         self.initial = {name: value.clone() for name, value in self._loaded.items()}
@@ -52,6 +53,8 @@ class DictModel(LiveModel):
             if name in self._through:
                 continue
             region = self._region(name, tuple(value.shape))
+            if region.sizes != tuple(value.shape):
+                self.cut.add(name)
             itemsize = value.element_size()
             placements.append(
                 Placement(

@@ -7,6 +7,7 @@ import os
 import secrets
 import shutil
 import subprocess
+from pathlib import Path
 from types import TracebackType
 
 CLONE_NEWNET = 0x40000000
@@ -18,7 +19,7 @@ def obstacle() -> str | None:
         return "needs root"
     if shutil.which("ip") is None:
         return "needs ip (iproute2)"
-    name = f"wc{secrets.token_hex(3)}"
+    name = f"{_prefix(os.getpid())}{secrets.token_hex(2)}"
     if subprocess.run(["ip", "netns", "add", name], capture_output=True, check=False).returncode:
         return "this system allows no network namespaces"
     made = subprocess.run(
@@ -45,10 +46,13 @@ class Cable:
     """A namespace ``netns`` and a cable to it: this side has address ``here``, the other ``there``. Gone when the context ends."""
 
     def __init__(self) -> None:
-        self.netns = f"wc{secrets.token_hex(3)}"
+        self.netns = f"{_prefix(os.getpid())}{secrets.token_hex(2)}"
         self._device = f"{self.netns}a"
-        third = 1 + secrets.randbelow(250)
-        self.here, self.there = f"10.231.{third}.1", f"10.231.{third}.2"
+        # One of 32,768 networks of four addresses in 198.18.0.0/15, which is set apart for tests.
+        network = secrets.randbelow(2**15) << 2
+        self.here, self.there = (
+            f"198.{18 + (host >> 16)}.{host >> 8 & 255}.{host & 255}" for host in (network + 1, network + 2)
+        )
 
     def __enter__(self) -> Cable:
         inside, far = ["ip", "netns", "exec", self.netns], f"{self.netns}b"
@@ -73,6 +77,17 @@ class Cable:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         subprocess.run(["ip", "link", "del", self._device], check=False, capture_output=True)
         subprocess.run(["ip", "netns", "del", self.netns], check=False, capture_output=True)
+
+
+def remove_networks_of(pid: int) -> None:
+    """Remove the namespaces of a process that was killed; their cables go with them."""
+    for path in Path("/run/netns").glob(f"{_prefix(pid)}*"):
+        subprocess.run(["ip", "netns", "del", path.name], check=False, capture_output=True, timeout=10)
+
+
+def _prefix(pid: int) -> str:
+    """How the namespaces of a process begin. A device's name has at most 15 characters."""
+    return f"wc{pid:x}-"
 
 
 def _run(*command: str) -> None:

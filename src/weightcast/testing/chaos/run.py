@@ -15,9 +15,10 @@ from typing import Any
 
 from weightcast.errors import DeadlineExceeded
 from weightcast.testing.chaos.reference import Reference
-from weightcast.testing.chaos.servers import Load, Server
+from weightcast.testing.chaos.servers import Load, Server, ask, new_client
 from weightcast.testing.chaos.trainer import ChaosTrainer
 from weightcast.testing.engine_process import TOKEN, EngineProcess
+from weightcast.testing.faults import Action
 from weightcast.testing.models import build_tiny_model
 from weightcast.testing.processes import ChildFailed, start_fork_server
 
@@ -28,6 +29,7 @@ GRACE_S = 2.0
 SLACK_S, HANGING_S = 1.0, 10.0
 """Servers that start take the cores; a process that waits for one is no process that hangs. The trainer's own clock counts."""
 STARTING_S = 120.0
+ANSWERING_S = 30.0
 AFTER_FAILURE_S = 0.3
 """Without all engines a round may fail at once: others get the time to come back."""
 INITIAL_SEED = 0
@@ -95,12 +97,18 @@ class Chaos:
         self._reference = Reference(self._checkpoint, INITIAL_SEED)
         modes = ["staged", "in_place"]
         self._servers = [Server(self._checkpoint, folder, i, modes[i % 2]) for i in range(num_servers)]
-        self._engines = [EngineProcess(modes[i % 2], checkpoint=str(self._checkpoint)) for i in range(num_engines)]
+        # Those in place have two workers: one of them alone must never be of another version.
+        self._engines = [
+            EngineProcess(modes[i % 2], num_workers=1 + i % 2, checkpoint=str(self._checkpoint))
+            for i in range(num_engines)
+        ]
         self._stopped_engines: set[int] = set()
         self._trainer: ChaosTrainer | None = None
         self._weights_seed = FIRST_WEIGHTS_SEED
         self._highest = 0
         self._troubled = False
+        self._was_whole = False
+        """The last round reached everybody: nobody has to join again in the next one."""
         self.summary = Summary(seed)
 
     def run(self, rounds: int, *, max_s: float = float("inf")) -> Summary:
@@ -118,7 +126,7 @@ class Chaos:
                 if time.monotonic() >= end or self.summary.faults or load.faults:
                     break
                 self._round(number)
-            self._finish()
+            self._finish(load)
             load.close()
             summary = self.summary
             summary.answers, summary.tokens = load.num_answers, load.num_tokens
@@ -131,7 +139,7 @@ class Chaos:
     def _round(self, number: int) -> None:
         event = self._random.choices(list(EVENTS), weights=list(EVENTS.values()))[0]
         delay_s = self._random.choice([0.0, 0.02, 0.05, 0.1, 0.2])
-        self._troubled = event != "nothing" or not self._all_up()
+        self._troubled = event != "nothing" or not self._all_up() or not self._was_whole
         before = getattr(self, "_before_" + event.replace(" ", "_"), None)
         if before is not None:
             before()
@@ -153,6 +161,7 @@ class Chaos:
 
     def _hear(self, trainer: ChaosTrainer, call: int, event: str) -> None:
         """The end of a publish: in time, with versions that only go up."""
+        self._was_whole = False
         limit_s = DEADLINE_S + GRACE_S + SLACK_S
         try:
             answer: dict[str, Any] = trainer.result(call, limit_s + HANGING_S)
@@ -177,7 +186,8 @@ class Chaos:
                 self.summary.faults.append(f"an undisturbed round failed: {answer['error']}")
             return
         self.summary.committed += 1
-        self.summary.partly += len(answer["ok"]) < len(self._urls())
+        self._was_whole = len(answer["ok"]) == len(self._urls())
+        self.summary.partly += not self._was_whole
         self.summary.last_version = answer["version"]
         number = int(answer["version"].partition("-")[0])
         if number <= self._highest:
@@ -188,9 +198,9 @@ class Chaos:
         for i, engine in enumerate(self._engines):
             if i in self._stopped_engines:
                 continue
-            version, dirty = engine.call("state")
-            if not dirty:
-                self._compare(f"engine {i}", version, engine.call("checksums"))
+            now = engine.call("snapshot", {}, True)
+            if not now.dirty:
+                self._compare(f"engine {i}", now.version, now.checksums)
 
     def _compare(self, name: str, version: str, checksums: dict[str, str]) -> None:
         seed = self._reference.seed_of(version)
@@ -216,12 +226,15 @@ class Chaos:
         self._arm("transfer:end", "corrupt")
 
     def _before_raise_in_engine(self) -> None:
-        self._arm(self._random.choice(["transfer:start", "transfer:end", "setup"]), "raise")
+        point, skip = self._random.choice(
+            [("transfer:start", 0), ("transfer:end", 0), ("setup", 0), ("commit:worker", 0), ("commit:worker", 1)]
+        )
+        self._arm(point, "raise", skip)
 
-    def _arm(self, point: str, action: str) -> None:
+    def _arm(self, point: str, action: Action, skip: int = 0) -> None:
         i = self._random.randrange(len(self._engines))
         if i not in self._stopped_engines:
-            self._engines[i].call("arm", point, action, 0.0)
+            self._engines[i].arm(point, action, skip=skip)
 
     def _strike_kill_server(self) -> None:
         self._random.choice(self._servers).kill()
@@ -250,8 +263,8 @@ class Chaos:
         for i, engine in enumerate(self._engines):
             if not engine.alive:  # also one that was stopped before it was killed
                 self._stopped_engines.discard(i)
-                engine.close()
                 self._engines[i] = engine.successor()
+                engine.close()
                 continue
             if i in self._stopped_engines and self._random.random() < 0.7:
                 engine.go_on()
@@ -306,8 +319,8 @@ class Chaos:
                 raise RuntimeError("the servers did not start")
             time.sleep(0.1)
 
-    def _finish(self) -> None:
-        """Everybody back, one more round for all, and every byte compared."""
+    def _finish(self, load: Load) -> None:
+        """Everybody back, one more round for all, every byte compared, and an answer of every server."""
         if self.summary.faults:
             return
         for i, engine in enumerate(self._engines):
@@ -321,9 +334,13 @@ class Chaos:
         while True:
             self._weights_seed += 1
             self._reference.announce(self._weights_seed)
+            self.summary.rounds += 1
             answer = trainer.call("publish", self._weights_seed, 10.0, timeout_s=15.0)
-            if answer["version"] is not None and len(answer["ok"]) == len(self._urls()):
-                break
+            if answer["version"] is not None:
+                self.summary.committed += 1
+                if len(answer["ok"]) == len(self._urls()):
+                    break
+                self.summary.partly += 1
             if time.monotonic() > end:
                 self.summary.faults.append(f"the fleet did not come together again: {answer}")
                 return
@@ -335,14 +352,32 @@ class Chaos:
                 self.summary.faults.append(f"{server.name} serves {version}, not {answer['version']}")
             self._compare(server.name, version, checksums)
         for i, engine in enumerate(self._engines):
-            version, dirty = engine.call("state")
-            if version != answer["version"] or dirty:
-                self.summary.faults.append(f"engine {i} serves {version} (dirty {dirty}), not {answer['version']}")
-            self._compare(f"engine {i}", version, engine.call("checksums"))
+            now = engine.call("snapshot", {}, True)
+            if (now.version, now.dirty, now.paused) != (answer["version"], False, False):
+                self.summary.faults.append(f"engine {i} is {now}, not at {answer['version']}")
+            self._compare(f"engine {i}", now.version, now.checksums)
+        for server in self._servers:
+            self._hear_from(server, answer["version"], load)
+
+    def _hear_from(self, server: Server, version: str, load: Load) -> None:
+        """A server that looks well and never answers again is a fault, too."""
+        end = time.monotonic() + ANSWERING_S
+        with new_client() as client:
+            while time.monotonic() < end:
+                answer, fault = ask(server, client, self._random)
+                if fault is not None:
+                    self.summary.faults.append(fault)
+                if answer is not None:
+                    load.check(answer)
+                    if {span[0] for span in answer.spans} != {version}:
+                        self.summary.faults.append(f"{server.name} answered with {answer.spans}, not {version}")
+                    return
+                time.sleep(0.1)
+        self.summary.faults.append(f"{server.name} did not answer within {ANSWERING_S:g} s")
 
     def _close(self) -> None:
         self._drop_trainer()
         for engine in self._engines:
             engine.close()
         for server in self._servers:
-            server.kill()
+            server.close()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from weightcast.testing.faults import Action
 from weightcast.testing.matrix.field import Field
 from weightcast.testing.matrix.outcome import Outcome
 from weightcast.testing.matrix.plays import engines, live, machines, traffic, trainers
@@ -15,7 +16,12 @@ CPU_TRANSPORTS = ("shm", "gloo")
 GPU_TRANSPORTS = ("cuda_ipc", "nccl")
 BOTH, STAGED = ("staged", "in_place"), ("staged",)
 KILL_POINTS = ("setup", "transfer:start", "transfer:middle", "transfer:end", "commit:start", "commit:end", "answer")
-STOP_POINTS = ("setup", "transfer:middle", "transfer:end", "commit:start", "commit:end")
+STOP_POINTS = ("setup", "transfer:middle", "transfer:end", "commit:start", "commit:end", "answer")
+WAY_BACK: tuple[tuple[str, str, Action], ...] = (
+    ("killed", "rollback:start", "kill"),
+    ("killed", "rollback:end", "kill"),
+    ("stopped", "rollback:start", "stop"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +66,7 @@ FAULTS: dict[str, tuple[Play, tuple[str, ...]]] = {
     "a second trainer": (trainers.second_is_refused, STAGED),
     "a second trainer takes over": (trainers.second_takes_over, STAGED),
     "engine killed while joining": (engines.killed_while_joining, STAGED),
+    "engine stopped while joining": (engines.stopped_while_joining, STAGED),
     **{
         f"engine killed at {point}": (
             partial(engines.killed, point=point),
@@ -74,6 +81,11 @@ FAULTS: dict[str, tuple[Play, tuple[str, ...]]] = {
         )
         for point in STOP_POINTS
     },
+    **{
+        f"engine {done} at {point}": (partial(engines.struck_on_the_way_back, point=point, action=action), STAGED)
+        for done, point, action in WAY_BACK
+    },
+    "one of two workers cannot commit": (engines.one_of_two_workers_cannot_commit, BOTH),
     "engine slower than the deadline": (engines.slow, BOTH),
     "receiving raises": (engines.transfer_raises, BOTH),
     "the engine's loader raises": (engines.loader_raises, BOTH),
@@ -91,6 +103,7 @@ FAULTS: dict[str, tuple[Play, tuple[str, ...]]] = {
     "answer to the commit never arrives": (partial(traffic.commit_lost, answers=1000), STAGED),
     "commit ends after the deadline": (traffic.late_answer, STAGED),
     "HTTP server dies": (traffic.http_server_dies, STAGED),
+    "HTTP server dies in the commit": (traffic.http_server_dies_in_the_commit, STAGED),
     "network cut in a transfer": (partial(traffic.network_cut, point="transfer:middle"), BOTH),
     "network cut before the commit": (partial(traffic.network_cut, point="transfer:end"), STAGED),
     "network cut in the commit": (partial(traffic.network_cut, point="commit:start"), STAGED),

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import gc
-import multiprocessing
-import os
-import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-from weightcast.errors import RoundFailed, WeightcastError
+from weightcast.errors import WeightcastError
 from weightcast.report.model import Report
+from weightcast.testing.bare_engine import Snapshot
 from weightcast.testing.engine_process import SLICE_NBYTES, TOKEN, EngineProcess, values_of
-from weightcast.testing.matrix.outcome import Outcome, expect
+from weightcast.testing.matrix.failure import Failure
+from weightcast.testing.matrix.leaks import Leaks
+from weightcast.testing.matrix.outcome import expect
 from weightcast.testing.processes import start_fork_server
 from weightcast.testing.trainer_process import TrainerProcess
 from weightcast.trainer.clients import EngineClient
@@ -28,47 +26,11 @@ GRACE_S = 2.0
 """An error may come so long after the deadline."""
 HEALING_S, GPU_HEALING_S = 15.0, 45.0
 """Of all other publishes. Kernels may have to be compiled in them."""
-GPU_SLACK = 40
-"""Descriptors and threads that CUDA and NCCL open at their first use and keep for as long as the process lives."""
-
-
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """What this process holds."""
-
-    descriptors: int
-    threads: int
-    children: int
-
-    @classmethod
-    def now(cls) -> Usage:
-        gc.collect()
-        return cls(len(os.listdir("/proc/self/fd")), threading.active_count(), len(multiprocessing.active_children()))
-
-    def exceeds(self, before: Usage, slack: int) -> bool:
-        return (
-            self.descriptors > before.descriptors + slack
-            or self.threads > before.threads + slack
-            or self.children > before.children
-        )
-
-
-@dataclass(slots=True)
-class Failure:
-    """How a publish failed: its error, the causes by name of engine, the time it took."""
-
-    error: WeightcastError
-    causes: dict[str, str]
-    seconds: float
-
-    @property
-    def kinds(self) -> str:
-        """The causes' classes."""
-        return ", ".join(sorted(set(self.causes.values())) or [type(self.error).__name__])
-
-    @property
-    def outcome(self) -> Outcome:
-        return Outcome(self.kinds, self.seconds)
+UNHURRIED_S = 4.0
+"""At least, of a publish whose deadline is not the point: a busy machine may stand still for a moment."""
+RESUMES_S = 3.0
+"""An engine that ended a commit goes on within this time."""
+UNKNOWN, DIRTY = "unknown", "dirty"
 
 
 class Field:
@@ -80,6 +42,7 @@ class Field:
         mode: str,
         *,
         require: str = "all",
+        num_workers: int = 1,
         loader: bool = False,
         relocatable: bool = True,
         device: str = "cpu",
@@ -89,9 +52,9 @@ class Field:
         silence_s: float = 5.0,
     ) -> None:
         self.transport, self.mode, self.device = transport, mode, device
-        self._slack = 0 if device == "cpu" else GPU_SLACK
         self.healing_s = HEALING_S if device == "cpu" else GPU_HEALING_S
         self.deadline_s = DEADLINE_S if device == "cpu" else GPU_DEADLINE_S
+        self.unhurried_s = max(UNHURRIED_S, self.deadline_s)
         self.options: dict[str, Any] = {
             "transport": transport,
             "mode": mode,
@@ -101,21 +64,26 @@ class Field:
             "silence_s": silence_s,
         }
         self._engine_options: dict[str, Any] = {"loader": loader, "relocatable": relocatable, "device": device}
-        self._network: dict[str, Any] = {"host": host, "netns": netns}
+        self._only_a: dict[str, Any] = {"num_workers": num_workers, "host": host, "netns": netns}
         self._stack = contextlib.ExitStack()
         self.seed = 0
         self.tensors = values_of(0, device)
         self.seeds: dict[int, int] = {0: 0}
         self.publisher: Publisher | None = None
         self.trainer: TrainerProcess | None = None
+        self.seconds = 0.0
+        """How long the last publish took that succeeded."""
+        self.version = "default"
+        """What it published."""
 
     def __enter__(self) -> Field:
         start_fork_server()
-        self._before = Usage.now()
+        self._leaks = Leaks(on_gpu=self.device != "cpu")
         try:
-            self.a = self._own(EngineProcess(self.mode, **self._engine_options, **self._network))
+            self.a = self._own(EngineProcess(self.mode, **self._engine_options, **self._only_a))
             self.b = self._own(EngineProcess(self.mode, **self._engine_options))
-            self._usage = {engine: engine.call("usage") for engine in (self.a, self.b)}
+            for engine in (self.a, self.b):
+                self._leaks.watch(engine)
         except BaseException:
             self._stack.close()
             raise
@@ -123,38 +91,27 @@ class Field:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         try:
-            if self.publisher is not None:
-                start = time.monotonic()
-                self.publisher.close()
-                if kind is None:
-                    expect(time.monotonic() - start < 5, "close() took longer than five seconds")
-                    self._check_engines_for_leaks()
+            self._leave(well=kind is None)
         finally:
             self._stack.close()
         self.publisher = self.trainer = None
         if kind is None:
-            self._check_leaks()
+            self._leaks.check_own()
+
+    def _leave(self, *, well: bool) -> None:
+        """Whoever trains leaves, quickly, and engines that lived through all of it hold what they held before."""
+        start = time.monotonic()
+        if self.publisher is not None:
+            self.publisher.close()
+        if well:
+            if self.trainer is not None and self.trainer.alive:
+                self.trainer.call("close")
+            expect(time.monotonic() - start < 5, "close() took longer than five seconds")
+            self._leaks.check_engines()
 
     def _own(self, process: Any) -> Any:
         self._stack.callback(process.close)
         return process
-
-    def _check_leaks(self) -> None:
-        end = time.monotonic() + 3
-        while (now := Usage.now()).exceeds(self._before, self._slack):
-            expect(time.monotonic() < end, f"leaked: {self._before} became {now}: {_descriptors()}")
-            time.sleep(0.05)
-
-    def _check_engines_for_leaks(self) -> None:
-        """Engines that lived through all of it hold what they held before the first trainer came."""
-        end = time.monotonic() + 3
-        for engine, before in self._usage.items():
-            while engine.alive:
-                now = engine.call("usage")
-                if all(now[kind] <= before[kind] + self._slack for kind in before):
-                    break
-                expect(time.monotonic() < end, f"{engine.url} leaked: {before} became {now}")
-                time.sleep(0.05)
 
     # -- trainers
 
@@ -218,11 +175,15 @@ class Field:
         """Publish new values: everybody (or ``engines``) must hold them afterwards."""
         assert self.publisher is not None
         self.change()
-        seed = self.seed
+        start = time.monotonic()
         report = self.publisher.publish(timeout_s if timeout_s is not None else self.healing_s)
+        self.seconds = time.monotonic() - start
+        self.seeds[report.number] = self.seed  # a higher one than expected when engines knew more than the trainer
+        self.version = report.version
         for engine in engines if engines is not None else (self.a, self.b):
-            expect(engine.call("holds", seed), f"{engine.url} does not hold what was published")
-            expect(engine.call("state") == (report.version, False), f"{engine.url} is {engine.call('state')}")
+            now = self.look(engine)
+            expect(now.holds, f"{engine.url} does not hold what was published")
+            expect((now.version, now.dirty) == (report.version, False), f"{engine.url} is {now}")
         if engines is None:
             expect(report.ok, f"not ok: {report.engines}")
             expect(report.digests_match, "digests differ")
@@ -239,15 +200,7 @@ class Field:
         except WeightcastError as error:
             seconds = time.monotonic() - start
             expect(seconds <= timeout_s + GRACE_S, f"the error came after {seconds:.1f} s: {error}")
-            causes = error.causes if isinstance(error, RoundFailed) else {error.engine or "": error}
-            for each in (error, *causes.values()):
-                forget_frames(each)
-            expect(causes, f"the error names no cause: {error}")
-            expect(error.phase and (error.round or error.phase in ("join", "setup")), f"where was it? {error}")
-            expect(error.hint, f"what is to be done? {error}")
-            for name, cause in causes.items():
-                expect(cause.engine == name and cause.phase, f"who and where? {cause}")
-            return Failure(error, {name: type(cause).__name__ for name, cause in causes.items()}, seconds)
+            return Failure.of(error, seconds)
         raise AssertionError(f"published in spite of the fault: {report}")
 
     def heal(self, timeout_s: float | None = None) -> None:
@@ -259,27 +212,37 @@ class Field:
         """The victim is dead; a new process takes its place."""
         expect(self.a.ends(), "the victim should be dead")
         self.a = self._own(self.a.successor())
+        self._leaks.watch(self.a)
 
     # -- what must be true
 
-    def consistent(self, *engines: EngineProcess) -> None:
-        """Each engine holds exactly the values of the version that it says it serves, or says that it is dirty."""
-        for engine in engines:
-            version, dirty = engine.call("state")
-            if not dirty:
-                seed = self.seeds[0 if version == "default" else int(version.partition("-")[0])]
-                expect(engine.call("holds", seed), f"{engine.url} does not hold {version}")
+    def look(self, engine: EngineProcess) -> Snapshot:
+        """What an engine is once no commit is half-way; it must not stay paused."""
+        end = time.monotonic() + RESUMES_S
+        while (now := engine.snapshot(self.seeds)).paused:
+            expect(time.monotonic() < end, f"{engine.url} stays paused")
+            time.sleep(0.01)
+        return now
 
-    def steady(self, *engines: EngineProcess, number: int | None = None) -> None:
-        """Each engine serves version n, clean, to the byte. In place only the bystander's rule holds: consistent."""
-        self.consistent(*engines)
+    def consistent(self, *engines: EngineProcess, cut_off: bool = False) -> None:
+        """Each engine holds exactly the values of the version that it says it serves. In place the victim may say that it is
+        dirty instead, and so may whoever was ``cut_off`` from a trainer while it received."""
+        for engine in engines:
+            now = self.look(engine)
+            if now.dirty:
+                expect(self.mode == "in_place" and (cut_off or engine is self.a), f"{engine.url} is dirty")
+            else:
+                expect(now.holds, f"{engine.url} does not hold {now.version}")
+
+    def steady(self, *engines: EngineProcess, number: int | None = None, cut_off: bool = False) -> None:
+        """Each engine serves version n, clean, to the byte. In place only what ``consistent`` says holds."""
+        self.consistent(*engines, cut_off=cut_off)
         if self.mode == "in_place":
             return
         wanted = number if number is not None else max(self.seeds) - 1
         for engine in engines:
-            version, dirty = engine.call("state")
+            version = self.look(engine).version
             served = 0 if version == "default" else int(version.partition("-")[0])
-            expect(not dirty, f"{engine.url} is dirty")
             expect(served == wanted, f"{engine.url} serves {version} instead of version {wanted}")
 
     def steady_after(self, failure: Failure) -> None:
@@ -289,31 +252,15 @@ class Field:
         self.heal()
 
     def told_truly(self, failure: Failure, *engines: EngineProcess) -> None:
-        """What the error says about these engines is what they serve."""
-        error = failure.error
-        if isinstance(error, RoundFailed):
-            for engine in engines:
-                version, dirty = engine.call("state")
-                said = error.serving.get(engine.url)
-                expect(dirty == (engine.url in error.dirty), f"dirty is {dirty}, the error says {error}")
-                expect(dirty or said in (version, "unknown"), f"serves {version}, the error says {said}")
+        """What the error says about these engines, which could be asked, is what they serve."""
+        for engine in engines:
+            now = self.look(engine)
+            serves, said = DIRTY if now.dirty else now.version, failure.says_of(engine.url)
+            expect(said == serves, f"{engine.url} is {serves}, the error says {said}: {failure.error}")
 
-
-def _descriptors() -> list[str]:
-    found = []
-    for number in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):
-            found.append(f"{number}: {os.readlink(f'/proc/self/fd/{number}')}")
-    return found
-
-
-def forget_frames(error: BaseException) -> None:
-    """The frames of an error keep what they used alive, which is no leak."""
-    found: list[BaseException | None] = [error]
-    seen: set[int] = set()
-    while found:
-        link = found.pop()
-        if link is not None and id(link) not in seen:
-            seen.add(id(link))
-            link.__traceback__ = None
-            found += [link.__cause__, link.__context__]
+    def told_carefully(self, failure: Failure) -> None:
+        """What the error says about the victim, which cannot be asked: version n when it cannot have committed, else unknown."""
+        said, allowed = failure.says_of(self.a.url), {self.version, UNKNOWN}
+        if self.mode == "in_place":
+            allowed.add(DIRTY)
+        expect(said in allowed, f"the error says that {self.a.url} serves {said}: {failure.error}")

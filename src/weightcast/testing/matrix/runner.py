@@ -19,6 +19,7 @@ import msgspec
 
 from weightcast.testing.matrix.cells import Cell
 from weightcast.testing.matrix.results import Result
+from weightcast.testing.network import remove_networks_of
 
 CELL_TIMEOUT_S = 90.0
 LOG_NBYTES = 2000
@@ -128,6 +129,7 @@ class _Player:
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+        remove_networks_of(self._process.pid)
         for pipe in (self._process.stdin, self._process.stdout, self._log):
             if pipe is not None:
                 with suppress(OSError):

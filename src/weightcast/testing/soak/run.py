@@ -14,8 +14,10 @@ from weightcast.trainer.publisher import Publisher
 
 TIMEOUT_S = 20.0
 FAILS_EVERY, LEAVES_EVERY, CHECKED_EVERY = 25, 40, 20
-WARM_UP_ROUNDS = 100
-"""After so many (or half of them) everything has been done more than once, so that nothing needs more from then on."""
+WARM_UP_ROUNDS = 500
+"""After so many (or half of them) everything has been done more than once, and allocators have fragmented as far as they do
+(engines that leave and come back take 12 MB more in the first 500 rounds, none after): nothing needs more from then on."""
+REST_S = 2.0
 MEMORY_NBYTES = 6 * 2**20
 """What a process may take beyond: allocators keep what they fragment. 1,500 rounds that leaked one copy of the model each
 would take 1.7 GB, one kilobyte each 1.5 MB per direction and engine."""
@@ -61,10 +63,10 @@ class Soak:
                     tensors.update(values_of(number + 1))
                     self._round(publisher, engines, number, found)
                     if number == min(WARM_UP_ROUNDS, rounds // 2):
-                        found.before = _footprints(engines)
+                        found.before = _footprints_at_rest(engines)
                     if number and number % 250 == 0:
                         tell(f"round {number}: {_footprints(engines)['trainer']}")
-                found.after = _footprints(engines)
+                found.after = _footprints_at_rest(engines)
         finally:
             for engine in engines:
                 engine.close()
@@ -99,8 +101,19 @@ class Soak:
         found.rounds += 1
 
 
+def _footprints_at_rest(engines: list[EngineProcess]) -> dict[str, Footprint]:
+    """The least that is held within a while: the last round may have failed, or an engine just left, and what that ended
+    takes a moment to go."""
+    least = _footprints(engines)
+    end = time.monotonic() + REST_S
+    while time.monotonic() < end:
+        time.sleep(0.2)
+        least = {name: now.least(least[name]) for name, now in _footprints(engines).items()}
+    return least
+
+
 def _footprints(engines: list[EngineProcess]) -> dict[str, Footprint]:
     every = {"trainer": Footprint.now()}
     for number, engine in enumerate(engines):
-        every[f"engine {number} ({engine.mode})"] = Footprint(*engine.call("footprint"))
+        every[f"engine {number} ({engine.mode})"] = engine.call("footprint")
     return every

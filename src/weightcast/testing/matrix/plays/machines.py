@@ -18,7 +18,7 @@ def disk_full(make: MakeField) -> Outcome:
         field.start(log="/dev/full")
         field.heal()
         field.a.arm("transfer:end", "corrupt")
-        failure = field.fail()
+        failure = field.fail(field.unhurried_s)
         field.steady_after(failure)
         return Outcome("published; a warning in the log")
 
@@ -29,7 +29,7 @@ def clock_jumps(make: MakeField) -> Outcome:
         for seconds in (DAY_S, -2 * DAY_S):
             field.a.call("jump_clock", seconds)
             with jumped_clock(-seconds):
-                field.succeed(field.deadline_s)
+                field.succeed(field.unhurried_s)
         return Outcome("published")
 
 

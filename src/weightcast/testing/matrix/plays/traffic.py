@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from weightcast.deadline import Deadline
-from weightcast.errors import WeightcastError
+from weightcast.errors import DeadlineExceeded, DigestMismatch, PeerLost, WeightcastError
 from weightcast.testing.engine_process import SLICE_NBYTES, TOKEN
 from weightcast.testing.faults import MessageTrouble, MessyChannel
-from weightcast.testing.matrix.field import Failure, Field
+from weightcast.testing.matrix.failure import Failure
+from weightcast.testing.matrix.field import UNKNOWN, Field
 from weightcast.testing.matrix.outcome import Outcome, expect
 from weightcast.testing.network import Cable
 from weightcast.trainer.clients import HttpEngineClient
@@ -32,8 +32,8 @@ def corrupted_bytes(make: MakeField) -> Outcome:
     with make() as field:
         field.start()
         field.a.arm("transfer:end", "corrupt")
-        failure = field.fail()
-        expect(failure.causes.get(field.a.url) == "DigestMismatch", f"{failure.error}")
+        failure = field.fail(field.unhurried_s)
+        failure.names(field.a.url, DigestMismatch)
         field.steady_after(failure)
         return failure.outcome
 
@@ -46,7 +46,7 @@ def messages(make: MakeField, *, trouble: MessageTrouble) -> Outcome:
         with MessyChannel(trouble):
             for _ in range(3):
                 try:
-                    field.succeed(field.deadline_s)
+                    field.succeed(field.unhurried_s)
                     outcomes.append("published")
                 except WeightcastError as error:
                     expect(trouble == "reorder", f"{trouble} messages broke a round: {error}")
@@ -80,10 +80,10 @@ def commit_lost(make: MakeField, *, orders: int = 0, answers: int = 0) -> Outcom
         field.start([lossy, field.b.url])
         lossy.orders, lossy.answers = orders, answers
         if max(orders, answers) < 3:
-            field.succeed(field.deadline_s)
+            field.succeed(field.unhurried_s)
             return Outcome("repeated and published")
         failure = field.fail()
-        expect(failure.causes.get(field.a.url) == "AnswerLost", f"{failure.error}")
+        failure.names(field.a.url, AnswerLost)
         lossy.orders = lossy.answers = 0
         field.steady(field.a, field.b)
         field.told_truly(failure, field.a, field.b)
@@ -94,13 +94,10 @@ def commit_lost(make: MakeField, *, orders: int = 0, answers: int = 0) -> Outcom
 def late_answer(make: MakeField) -> Outcome:
     with make() as field:
         field.start()
-        field.a.arm("answer", "sleep", 0.0)
-        field.a.arm("commit:end", "sleep", field.deadline_s + 0.4)
+        field.a.arm("commit:end", "sleep", field.deadline_s + 0.3)
         failure = field.fail()
-        expect(failure.causes.get(field.a.url) == "DeadlineExceeded", f"{failure.error}")
-        time.sleep(1.0)
-        field.steady(field.a, field.b)
-        field.heal()
+        failure.names(field.a.url, DeadlineExceeded)
+        field.steady_after(failure)
         return failure.outcome
 
 
@@ -108,10 +105,26 @@ def http_server_dies(make: MakeField) -> Outcome:
     with make() as field:
         field.start()
         field.a.call("hang_up")
-        failure = field.fail()
-        expect(failure.causes.get(field.a.url) == "PeerLost", f"{failure.error}")
+        failure = field.fail(field.unhurried_s)
+        failure.names(field.a.url, PeerLost)
         field.steady(field.a, field.b)
         field.told_truly(failure, field.a, field.b)
+        field.a.kill()
+        field.replace()
+        field.heal()
+        return failure.outcome
+
+
+def http_server_dies_in_the_commit(make: MakeField) -> Outcome:
+    with make() as field:
+        field.start()
+        field.a.arm("commit:start", "sleep", 0.5)
+        failure = _fail_while(field, "commit:start", lambda: field.a.call("hang_up"), field.unhurried_s)
+        failure.names(field.a.url, PeerLost)
+        expect(failure.says_of(field.a.url) == UNKNOWN, f"it cannot be asked: {failure.error}")
+        field.steady(field.b)
+        field.told_truly(failure, field.b)
+        field.consistent(field.a)
         field.a.kill()
         field.replace()
         field.heal()
@@ -122,18 +135,13 @@ def network_cut(make: MakeField, *, point: str) -> Outcome:
     with Cable() as cable, make(host=cable.there, address=cable.here, netns=cable.netns) as field:
         field.start()
         field.a.arm(point, "sleep", 1.0)
-        before = field.a.call("reached", point)
-
-        def cut() -> None:
-            field.a.wait_for(point, before)
-            cable.pull()
-
-        failure = _fail_while(field, cut)
-        expect(field.a.url in failure.causes, f"{failure.error} does not name the engine")
+        failure = _fail_while(field, point, cable.pull, field.deadline_s)
+        failure.names(field.a.url, DeadlineExceeded, PeerLost)
         field.steady(field.b)
+        field.told_truly(failure, field.b)
+        field.told_carefully(failure)
         field.consistent(field.a)
         cable.plug_in()
-        time.sleep(1.5)
         field.consistent(field.a)
         if not point.startswith("commit"):
             field.steady(field.a)
@@ -141,9 +149,11 @@ def network_cut(make: MakeField, *, point: str) -> Outcome:
         return failure.outcome
 
 
-def _fail_while(field: Field, do: Callable[[], None]) -> Failure:
-
+def _fail_while(field: Field, point: str, do: Callable[[], None], timeout_s: float) -> Failure:
+    """The failure of a publish during which something is done once the victim has reached a point."""
+    before = field.a.call("reached", point)
     with ThreadPoolExecutor(1) as pool:
-        failing = pool.submit(field.fail)
+        failing = pool.submit(field.fail, timeout_s)
+        field.a.wait_for(point, before)
         do()
         return failing.result()

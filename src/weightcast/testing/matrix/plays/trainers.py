@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from weightcast.errors import StateError, WeightcastError
+from weightcast.errors import PeerLost, StateError, WeightcastError
 from weightcast.testing.matrix.field import Field
 from weightcast.testing.matrix.outcome import Outcome, expect
 
 MakeField = Callable[..., Field]
+SILENCE_S = 2.0
+"""Four heartbeats: a thread that was not run for one or two of them has not fallen silent."""
 
 
 def killed(make: MakeField, *, point: str | None) -> Outcome:
@@ -21,13 +23,12 @@ def killed(make: MakeField, *, point: str | None) -> Outcome:
             trainer.start("publish", field.next_seed(2))
             field.a.wait_for(point, before)
         trainer.kill()
-        time.sleep(0.7 if point else 0.1)
         if point is not None and point.startswith("commit"):
-            field.consistent(field.a, field.b)
+            field.consistent(field.a, field.b, cut_off=True)
         else:
-            field.steady(field.a, field.b, number=1)
-        serving = {str(engine.call("state")[0]) for engine in (field.a, field.b)}
-        field.start(publish=False).connect(field.deadline_s)
+            field.steady(field.a, field.b, number=1, cut_off=True)
+        serving = {field.look(engine).version for engine in (field.a, field.b)}
+        field.start(publish=False).connect(field.unhurried_s)
         numbers = [int(version.partition("-")[0]) for version in serving if version != "default"]
         report = field.succeed()
         expect(report.number > max(numbers), f"version {report.number} after {serving}")
@@ -36,18 +37,20 @@ def killed(make: MakeField, *, point: str | None) -> Outcome:
 
 
 def stopped(make: MakeField) -> Outcome:
-    with make(silence_s=1.0) as field:
+    with make(silence_s=SILENCE_S) as field:
         trainer = field.start_trainer(timeout_s=field.deadline_s)
         field.a.arm("transfer:middle", "sleep", 0.5)
         before = field.a.call("reached", "transfer:middle")
         call = trainer.start("publish", field.next_seed(2))
         field.a.wait_for("transfer:middle", before)
         trainer.stop()
-        time.sleep(2.0)
+        time.sleep(SILENCE_S + 1.5)
         field.steady(field.a, field.b, number=1)
         trainer.go_on()
         answer = trainer.result(call, field.deadline_s + 2)
-        expect(answer["errors"], f"published after it was lost: {answer}")
+        kinds = set(answer["errors"].values())
+        # TransportError: its pair broke before it heard that the worker had left.
+        expect(kinds and kinds <= {"PeerLost", "TransportError", "DeadlineExceeded"}, f"after it was lost: {answer}")
         for _ in range(2):
             seed = field.next_seed(int(max(field.seeds)) + 1)
             answer = trainer.call("publish", seed, field.healing_s, timeout_s=field.healing_s + 10)
@@ -65,7 +68,7 @@ def second_is_refused(make: MakeField) -> Outcome:
         field.start()
         with field.second() as second:
             try:
-                second.connect(field.deadline_s)
+                second.connect(field.unhurried_s)
             except WeightcastError as error:
                 causes = getattr(error, "causes", {"": error}).values()
                 expect(all(isinstance(cause, StateError) for cause in causes), f"{error}")
@@ -81,15 +84,16 @@ def second_takes_over(make: MakeField) -> Outcome:
     with make() as field:
         field.start()
         with field.second(takeover=True) as second:
-            number = second.publish(field.deadline_s).number
+            number = second.publish(field.unhurried_s).number
             expect(number == 2, f"the second trainer published {number}")
             seed = field.seed
-            failure = field.fail()
-            expect(set(failure.causes.values()) <= {"StateError", "PeerLost"}, f"{failure.error}")
+            failure = field.fail(field.unhurried_s)
+            for name in failure.causes:
+                failure.names(name, StateError, PeerLost)
             field.seeds[number] = seed
             field.consistent(field.a, field.b)
         del second
         report = field.succeed()
         expect(report.number == 3, f"then the first one published {report.number}")
         field.heal()
-        return Outcome(f"versions go on; the first one gets {failure.kinds}")
+        return Outcome(f"versions go on; the first one gets {failure.outcome.text}")
