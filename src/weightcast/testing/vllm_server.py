@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import signal
 import socket
@@ -65,6 +66,12 @@ class Served:
     @property
     def version(self) -> str:
         return str(self.get("/weight_info").json()["weight_version"])
+
+    def tokens_made(self) -> int:
+        """Tokens that the server has generated since it started."""
+        found = re.search(r"^vllm:generation_tokens_total\{.*\} (\S+)$", self.get("/metrics").text, re.MULTILINE)
+        assert found is not None
+        return int(float(found.group(1)))
 
 
 def free_port() -> int:

@@ -1,4 +1,4 @@
 """weightcast inside stock vLLM: a weight transfer backend and HTTP routes, through vLLM's own plug-in groups.
 
-Imported only inside vLLM's processes. vLLM is not patched; what is used of it is listed in ``vllm.api``.
+Imported only inside vLLM's processes. No file of vLLM is changed; its workers get one more method, ``weightcast_call``.
 """

@@ -86,8 +86,9 @@ class HttpEngineClient(EngineClient):
         if isinstance(error, dict) and isinstance(error.get("message"), str):
             return error_from_wire(str(error.get("type")), error["message"]).at(engine=self.name)
         hint = (
-            "It has no weightcast routes: start it with weightcast serve, or vLLM with --weight-transfer-config; "
-            "for vLLM before 0.28 use trainer.clients.VllmDevClient(url)"
+            "It has no weightcast routes: start it with weightcast serve, or vLLM with --weight-transfer-config on its command "
+            "line. vLLM serves them only where VLLM_PLUGINS, if it is set, names weightcast; without them "
+            "trainer.clients.VllmDevClient(url) uses vLLM's development routes"
         )
         return EngineError(
             f"{method} {path} answered {response.status}",
