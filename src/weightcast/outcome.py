@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from weightcast.errors import EngineError, WeightcastError, error_from_wire
+from weightcast.errors import EngineError, Unsupported, WeightcastError, error_from_wire
 
 
 class WorkerOutcome(msgspec.Struct, frozen=True, kw_only=True):
@@ -24,6 +24,8 @@ class WorkerOutcome(msgspec.Struct, frozen=True, kw_only=True):
     error: str = ""
     apply_s: float = 0.0
     checksums: dict[str, str] = {}
+    held: bool = False
+    """The engine was paused because of its weights, by weightcast and nobody else; whoever heals it lets it go on."""
 
     def raised(self) -> WeightcastError | None:
         """The error as it was raised in the worker."""
@@ -49,10 +51,32 @@ def first_error(outcomes: Sequence[WorkerOutcome]) -> WeightcastError | None:
     return next((error for outcome in outcomes if (error := outcome.raised()) is not None), None)
 
 
+def require_all(outcomes: Sequence[WorkerOutcome], world_size: int) -> None:
+    """Raise Unsupported unless every worker answered: of one that was not asked nobody knows what it serves."""
+    if len(outcomes) != world_size:
+        raise Unsupported(
+            f"{len(outcomes)} of {world_size} workers answered",
+            hint="Start each data-parallel replica as a server of its own",
+        )
+
+
+def why_unfit(outcomes: Sequence[WorkerOutcome]) -> str:
+    """Why the engine must not compute with what its workers hold; empty when all of them serve one clean version."""
+    dirty = [str(outcome.rank) for outcome in outcomes if outcome.dirty]
+    if dirty:
+        return f"the weights of worker {', '.join(dirty)} are of no version: an update failed half-way"
+    if len({outcome.weight_version for outcome in outcomes}) > 1:
+        return f"the workers do not agree: {_told(outcomes)}"
+    return ""
+
+
 def common_version(outcomes: Sequence[WorkerOutcome]) -> str:
     """The version that all workers serve; EngineError names the workers that differ."""
     versions = {outcome.weight_version for outcome in outcomes}
     if len(versions) > 1:
-        told = ", ".join(f"worker {outcome.rank} serves {outcome.weight_version}" for outcome in outcomes)
-        raise EngineError(f"the workers do not agree: {told}", hint="Publish again")
+        raise EngineError(f"the workers do not agree: {_told(outcomes)}", hint="Publish again")
     return versions.pop()
+
+
+def _told(outcomes: Sequence[WorkerOutcome]) -> str:
+    return ", ".join(f"worker {outcome.rank} serves {outcome.weight_version}" for outcome in outcomes)

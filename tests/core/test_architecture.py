@@ -26,6 +26,7 @@ FORBIDDEN = {
     "control": {"engines", "server", "cli", "demo", "trainer", "receiver", "transports"},
     "record": {"engines", "server", "cli", "demo", "trainer", "receiver", "control", "transports"},
     "report": {"engines", "server", "cli", "demo", "trainer", "receiver", "control", "transports"},
+    "vllm_eras": {"engines", "server", "cli", "demo", "trainer", "receiver", "control", "transports"},
     "engines": {"trainer", "cli", "demo"},
     "server": {"trainer", "cli", "demo"},
 }

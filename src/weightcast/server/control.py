@@ -24,6 +24,9 @@ T = TypeVar("T")
 
 CommitPause = Literal["keep", "wait", "abort", "none"]
 
+RESUME_AT_LEAST_S = 10.0
+"""Resuming is owed to the engine's users also when the round's time is up; but an engine that hangs must not keep the lock."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundOrder:
@@ -131,7 +134,7 @@ class EngineCommitter:
         return answer if same and await self._engine.get_weight_version() == answer.version else None
 
     async def _run(self, order: RoundOrder, deadline: Deadline) -> RoundAnswer:
-        was_paused = await self._engine.is_paused()
+        was_paused = await _by(deadline, self._engine.is_paused(), "asking whether the engine is paused")
         phases = {"pause": 0.0, "apply": 0.0, "resume": 0.0}
         try:
             if order.pause != "none":
@@ -144,7 +147,7 @@ class EngineCommitter:
             version = await self._engine.get_weight_version()
         finally:
             if not was_paused and order.pause != "none":
-                await _timed(phases, "resume", self._engine.resume_generation())
+                await _timed(phases, "resume", _resume(self._engine, deadline))
         logger.info(
             "%s of round %d (epoch %d): version %s, pause %.3f s, apply %.3f s, resume %.3f s",
             order.action, order.round, order.epoch, version, phases["pause"], phases["apply"], phases["resume"],
@@ -179,17 +182,33 @@ class EngineCommitter:
 
 async def pause_within(engine: InferenceEngine, mode: PauseMode, clear_cache: bool, deadline: Deadline) -> None:
     """Pause; when that takes longer than the deadline, undo it (unless it was paused before) and raise."""
-    was_paused = await engine.is_paused()
+    was_paused = await _by(deadline, engine.is_paused(), "asking whether the engine is paused")
     try:
         async with asyncio.timeout(deadline.remaining_s()):
             await engine.pause_generation(mode, clear_cache)
     except TimeoutError:
         if not was_paused:
-            await engine.resume_generation()
+            await _resume(engine, deadline)
         raise DeadlineExceeded(
             f"pausing (mode {mode}) took longer than {deadline.timeout_s:g} s",
             hint="Nothing was changed. Mode wait takes as long as the longest request; keep takes one step",
         ) from None
+
+
+async def _resume(engine: InferenceEngine, deadline: Deadline) -> None:
+    patience = Deadline(max(deadline.remaining_s(), RESUME_AT_LEAST_S))
+    await _by(patience, engine.resume_generation(), "resuming generation")
+
+
+async def _by(deadline: Deadline, work: Coroutine[Any, Any, T], what: str) -> T:
+    """``work``, given up when the deadline passes; DeadlineExceeded says what took so long."""
+    try:
+        async with asyncio.timeout(deadline.remaining_s()):
+            return await work
+    except TimeoutError as error:
+        if isinstance(error, DeadlineExceeded):
+            raise
+        raise DeadlineExceeded(f"{what} took longer than {deadline.timeout_s:g} s") from None
 
 
 async def within(deadline: Deadline, work: Coroutine[Any, Any, T], what: str, background: set[asyncio.Task[Any]]) -> T:

@@ -152,6 +152,8 @@ def _abandon(model: nn.Module) -> None:
             for tensor in own_tensors(layer).values():
                 _unwrap(tensor)
         info.reset()
+    if hasattr(model, "_original_do_torchao_reload"):
+        model._do_torchao_reload = model._original_do_torchao_reload
 
 
 def current_config(vllm_config: Any) -> Any:

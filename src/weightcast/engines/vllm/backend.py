@@ -20,14 +20,13 @@ import vllm
 from weightcast.engines.vllm.model import VllmModel
 from weightcast.engines.vllm.parallelism import worker_rank
 from weightcast.engines.vllm.versions import check_version
-from weightcast.errors import InvalidInput, WeightcastError
+from weightcast.errors import InvalidInput, StateError, WeightcastError
 from weightcast.outcome import WorkerOutcome
+from weightcast.vllm_eras import CALL
 from weightcast.weight_transfer.config import WeightTransferConfig
 from weightcast.weight_transfer.weightcast import WeightcastEngine, WeightcastInitInfo, WeightcastUpdateInfo
 
 logger = logging.getLogger(__name__)
-
-CALL = "weightcast_call"
 
 
 class VllmBackend(VllmEngine):  # type: ignore[misc]
@@ -45,6 +44,7 @@ class VllmBackend(VllmEngine):  # type: ignore[misc]
         self._engine: WeightcastEngine | None = None
         self._error: WeightcastError | None = None
         self._apply_s = 0.0
+        self._held = False
         install_call()
 
     # -- vLLM's contract
@@ -74,9 +74,9 @@ class VllmBackend(VllmEngine):  # type: ignore[misc]
         self._error = error or self._error
 
     def shutdown(self) -> None:
-        if self._engine is None:
-            self._error = None
-        else:
+        """Leave the trainer; idempotent. An engine that was never asked anything is not made for that."""
+        self._error = None
+        if self._engine is not None:
             self._carry_out(lambda engine: engine.shutdown())
 
     @staticmethod
@@ -87,8 +87,15 @@ class VllmBackend(VllmEngine):  # type: ignore[misc]
     # -- weightcast's own calls
 
     def call(self, action: str, payload: Mapping[str, Any]) -> dict[str, Any]:
-        """Carry out ``init``, ``update``, ``shutdown``, ``status`` or ``checksums``; never raises. Returns a WorkerOutcome."""
+        """Carry out ``init``, ``update``, ``shutdown``, ``status``, ``hold`` or ``checksums``; never raises.
+
+        Returns a WorkerOutcome. ``hold`` only keeps in mind whether weightcast paused the engine because of its weights: a pause
+        outlives the process that asked for it, and whoever heals the engine must be able to tell it from an operator's.
+        """
         checksums: dict[str, str] = {}
+        if not isinstance(payload, Mapping):
+            self._error = InvalidInput("the payload of a call is an object", field="payload")
+            return _record(self._outcome(checksums))
         match action:
             case "init":
                 self._join(payload)
@@ -99,20 +106,21 @@ class VllmBackend(VllmEngine):  # type: ignore[misc]
             case "checksums":
                 # Of the model, not of an engine: asking must not settle who this worker is, which only joining tells.
                 self._keep_error(lambda: checksums.update(self._model().checksums()))
+            case "hold":
+                self._held = bool(payload.get("held"))
             case "status":
                 pass
             case _:
                 self._error = InvalidInput(f"no such call: {action!r}", field="action")
-        return msgspec.to_builtins(self._outcome(checksums))  # type: ignore[no-any-return]
+        return _record(self._outcome(checksums))
 
     def _join(self, payload: Mapping[str, Any]) -> None:
         """``init_info`` for the engine, and ``world_size``: how many workers were asked, all replicas included."""
 
         def join(engine: WeightcastEngine) -> None:
-            asked = _mapping(payload)
-            info = dict(_mapping(asked.get("init_info")))
-            if "world_size" in asked:
-                info.setdefault("world_size", asked["world_size"])
+            info = dict(_mapping(payload.get("init_info")))
+            if "world_size" in payload:
+                info.setdefault("world_size", payload["world_size"])
             engine.init_transfer_engine(engine.parse_init_info(info))
 
         self._carry_out(join)
@@ -137,6 +145,7 @@ class VllmBackend(VllmEngine):  # type: ignore[misc]
             error=error.message if error is not None else "",
             apply_s=self._apply_s,
             checksums=checksums,
+            held=self._held,
         )
 
     def _carry_out(self, work: Callable[[WeightcastEngine], None]) -> None:
@@ -171,11 +180,28 @@ def install_call() -> None:
     """Give this process's worker the method that ``collective_rpc`` reaches the backend by; idempotent."""
 
     def weightcast_call(worker: Any, action: str, payload: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        backend: VllmBackend = worker.weight_transfer_engine
-        return backend.call(action, payload or {})
+        backend = getattr(worker, "weight_transfer_engine", None)
+        if not isinstance(backend, VllmBackend):
+            return _no_backend(worker)
+        return backend.call(action, {} if payload is None else payload)
 
     if not hasattr(WorkerBase, CALL):
         setattr(WorkerBase, CALL, weightcast_call)
+
+
+def _no_backend(worker: Any) -> dict[str, Any]:
+    error = StateError("this vLLM worker was not started with weightcast's weight transfer")
+    return _record(
+        WorkerOutcome(
+            rank=int(getattr(worker, "rank", 0)), weight_version="default", digest="", dirty=False,
+            error_kind=type(error).__name__, error=error.message,
+        )
+    )  # fmt: skip
+
+
+def _record(outcome: WorkerOutcome) -> dict[str, Any]:
+    record: dict[str, Any] = msgspec.to_builtins(outcome)
+    return record
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

@@ -2,6 +2,9 @@
 
 vLLM loads it only where VLLM_PLUGINS names it; ``plugin.register`` sees to that when the command line asks for the backend. The
 token is WEIGHTCAST_TOKEN; without one the routes that change anything answer clients of this machine only.
+
+In development mode one route of vLLM's is answered here instead: its own /finish_weight_update names the version that the trainer
+asks for without knowing what became of the update, because the workers never raise.
 """
 
 from __future__ import annotations
@@ -10,18 +13,26 @@ import os
 from argparse import Namespace
 from typing import Any
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
 from weightcast.engines.vllm.front import VllmControl
-from weightcast.engines.vllm.plugin import BACKEND
 from weightcast.server.auth import TokenAuth
-from weightcast.server.body import query_flag
-from weightcast.server.control_routes import control_router
+from weightcast.server.body import query_flag, read_struct
+from weightcast.server.control_routes import MAX_BODY_NBYTES, control_router
 from weightcast.server.operation import Operation, routes_of
 from weightcast.server.replies import json_response
+from weightcast.vllm_eras import BACKEND
 
 TOKEN_VARIABLE = "WEIGHTCAST_TOKEN"
+FINISH = "/finish_weight_update"
+
+
+class FinishBody(msgspec.Struct, kw_only=True):
+    """POST /finish_weight_update, as vLLM takes it."""
+
+    weight_version: str | None = None
 
 
 class WeightcastEndpoints:
@@ -40,6 +51,8 @@ class WeightcastEndpoints:
         app.router.routes.extend(control_router(self._control, auth).routes)
         missing = [operation for operation in self._open_operations() if operation.path not in present]
         app.router.routes.extend(routes_of(missing, {}))
+        if FINISH in present:
+            app.router.routes[:0] = routes_of([self._finish_operation()], {})
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         if engine_client is not None:
@@ -62,6 +75,24 @@ class WeightcastEndpoints:
                 tag=BACKEND,
             ),
         ]
+
+    def _finish_operation(self) -> Operation:
+        """As open as the route that it stands before."""
+        return Operation(
+            method="POST",
+            path=FINISH,
+            handler=self._finish,
+            summary="End an update; it gets its version only if every worker carried it out",
+            tag=BACKEND,
+            changes_weights=True,
+            body=FinishBody,
+            body_optional=True,
+        )
+
+    async def _finish(self, request: Request) -> Response:
+        body = await read_struct(request, FinishBody, MAX_BODY_NBYTES, optional=True)
+        await self._control.front.close_update(body.weight_version)
+        return json_response({"message": "Weight update finished"})
 
     async def _world_size(self, request: Request) -> Response:
         size = await self._control.front.get_world_size(query_flag(request, "include_dp", True))

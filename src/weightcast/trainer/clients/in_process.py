@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from weightcast.deadline import Deadline
 from weightcast.trainer.clients.base import CommitOrder, CommitReply, EngineClient
+from weightcast.trainer.clients.helper import Helper
 
 _numbers = itertools.count()
 
@@ -27,7 +28,7 @@ class SyncEngine(Protocol):
 
 
 class InProcessEngineClient(EngineClient):
-    """Drives an LLM object. Its calls block for as long as the engine takes; the deadline travels with them."""
+    """Drives an LLM object, from a thread of the client's own: an engine that hangs must not take the trainer with it."""
 
     kind = "in-process"
     host = "127.0.0.1"
@@ -35,32 +36,48 @@ class InProcessEngineClient(EngineClient):
     def __init__(self, engine: SyncEngine) -> None:
         self._engine = engine
         self.name = f"in-process-{next(_numbers)}"
+        self._helper = Helper(self.name)
 
     def world_size(self, deadline: Deadline) -> int:
-        return self._engine.get_world_size()
+        return self._helper.run(self._engine.get_world_size, deadline)
 
     def init(self, init_info: Mapping[str, Any], deadline: Deadline) -> None:
-        self._engine.init_weight_transfer_engine({"init_info": dict(init_info)})
+        info = {"init_info": dict(init_info)}
+        self._helper.run(lambda: self._engine.init_weight_transfer_engine(info), deadline)
 
     def commit(self, order: CommitOrder, deadline: Deadline) -> CommitReply:
         start = time.perf_counter()
-        self._update(order.epoch, order.round, "commit", deadline, order.version)
-        if order.clear_cache:
-            self._engine.reset_prefix_cache()
+        self._update("commit", order, deadline)
         return CommitReply(phases={"apply": time.perf_counter() - start})
 
     def rollback(self, epoch: int, round: int, deadline: Deadline) -> None:
-        self._update(epoch, round, "rollback", deadline, None)
-        self._engine.reset_prefix_cache()
+        self._update("rollback", CommitOrder(epoch=epoch, round=round, version=""), deadline)
 
-    def _update(self, epoch: int, round: int, action: str, deadline: Deadline, version: str | None) -> None:
-        self._engine.start_weight_update()
-        info = {"epoch": epoch, "round": round, "action": action, "timeout_s": max(deadline.remaining_s(), 0.001)}
-        self._engine.update_weights({"update_info": info})
-        self._engine.finish_weight_update(version)
+    def _update(self, action: str, order: CommitOrder, deadline: Deadline) -> None:
+        """In one piece: an update that was begun is finished, too, whoever still waits for it."""
+
+        def work() -> None:
+            deadline.check("the engine's turn")
+            self._engine.start_weight_update()
+            info = {
+                "epoch": order.epoch,
+                "round": order.round,
+                "action": action,
+                "timeout_s": max(deadline.remaining_s(), 0.001),
+            }
+            self._engine.update_weights({"update_info": info})
+            self._engine.finish_weight_update(order.version or None)
+            if order.clear_cache:
+                self._engine.reset_prefix_cache()
+
+        self._helper.run(work, deadline)
 
     def status(self, deadline: Deadline) -> Mapping[str, Any]:
-        return {"weight_version": self._engine.get_weight_version(), "digest": None, "dirty": False, "ready": True}
+        version = self._helper.run(self._engine.get_weight_version, deadline)
+        return {"weight_version": version, "digest": None, "dirty": False, "ready": True}
 
     def shutdown(self, deadline: Deadline) -> None:
-        self._engine.shutdown_weight_transfer_engine()
+        self._helper.run(self._engine.shutdown_weight_transfer_engine, deadline)
+
+    def close(self) -> None:
+        self._helper.close()

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from weightcast.deadline import Deadline
+from weightcast.errors import EngineError, WeightcastError
+from weightcast.trainer.clients.helper import Helper
 from weightcast.trainer.clients.in_loop import LoopCalls
-from weightcast.trainer.clients.rpc import CALL, RpcEngineClient
+from weightcast.trainer.clients.rpc import RpcEngineClient
+from weightcast.vllm_eras import offline_engine, require_backend, served_engine
+
+T = TypeVar("T")
 
 _numbers = itertools.count()
 
@@ -24,35 +29,57 @@ class OfflineEngine(Protocol):
 
 
 class VllmClient(RpcEngineClient):
-    """A ``vllm.LLM`` of this process. It has no requests in flight while it is called."""
+    """A ``vllm.LLM`` of this process. It has no requests in flight while it is called; held, it takes none.
+
+    Calls are carried out by a thread of the client's own, so that workers that hang do not take the trainer with them. Only where
+    the one worker runs in this very process the caller's thread does the work: it is the one whose streams the model runs on, and
+    there is nobody to wait for but the trainer, whose messages have deadlines of their own.
+    """
 
     kind = "vllm"
     host = "127.0.0.1"
 
     def __init__(self, engine: OfflineEngine) -> None:
-        self._engine = engine
+        self._engine = offline_engine(engine)
         self.name = f"vllm-{next(_numbers)}"
+        self._helper = Helper(self.name)
+
+    def init(self, init_info: Mapping[str, Any], deadline: Deadline) -> None:
+        require_backend(self._engine.config)
+        super().init(init_info, deadline)
 
     def world_size(self, deadline: Deadline) -> int:
-        return self._engine.get_world_size()
+        return self._run(self._engine.world_size, deadline)
 
     def call_workers(self, action: str, payload: Mapping[str, Any], deadline: Deadline) -> list[Any]:
-        return self._engine.collective_rpc(CALL, args=(action, dict(payload)))
+        return self._run(lambda: self._engine.call_workers(action, payload), deadline)
 
-    def pause(self, mode: str, clear_cache: bool, deadline: Deadline) -> bool:
-        return False
+    def is_paused(self, deadline: Deadline) -> bool:
+        return self._engine.refuses
 
-    def resume(self, deadline: Deadline) -> None:
+    def pause(self, mode: str, clear_cache: bool, deadline: Deadline) -> None:
         return
 
+    def hold(self, reason: str, deadline: Deadline) -> None:
+        self._engine.refuse(reason)
+
+    def resume(self, deadline: Deadline) -> None:
+        self._engine.accept()
+
     def forget_cache(self, deadline: Deadline) -> None:
-        self._engine.reset_prefix_cache()
+        self._run(self._engine.forget_cache, deadline)
 
     def name_version(self, version: str, deadline: Deadline) -> None:
-        # vLLM before 0.28 has no label for its outputs' weights; the workers know their version all the same.
-        label = getattr(self._engine, "update_weight_version", None)
-        if label is not None:
-            label(version)
+        self._run(lambda: self._engine.set_label(version), deadline)
+
+    def close(self) -> None:
+        self._helper.close()
+
+    def _run(self, work: Callable[[], T], deadline: Deadline) -> T:
+        if self._engine.computes_here:
+            deadline.check("the engine's turn")
+            return _named(work, self.name)
+        return self._helper.run(lambda: _named(work, self.name), deadline)
 
 
 class AsyncVllmClient(RpcEngineClient):
@@ -62,30 +89,49 @@ class AsyncVllmClient(RpcEngineClient):
     host = "127.0.0.1"
 
     def __init__(self, engine: Any, loop: asyncio.AbstractEventLoop) -> None:
-        self._engine = engine
+        self._engine = served_engine(engine)
         self.name = f"vllm-async-{next(_numbers)}"
         self._calls = LoopCalls(loop, self.name)
 
+    def init(self, init_info: Mapping[str, Any], deadline: Deadline) -> None:
+        require_backend(self._engine.config)
+        super().init(init_info, deadline)
+
     def world_size(self, deadline: Deadline) -> int:
-        return int(self._engine.vllm_config.parallel_config.world_size_across_dp)
+        return self._engine.world_size()
 
     def call_workers(self, action: str, payload: Mapping[str, Any], deadline: Deadline) -> list[Any]:
-        answers: list[Any] = self._calls.run(self._engine.collective_rpc(CALL, args=(action, dict(payload))), deadline)
+        answers: list[Any] = self._run(self._engine.call_workers(action, payload), deadline)
         return answers
 
-    def pause(self, mode: str, clear_cache: bool, deadline: Deadline) -> bool:
-        if self._calls.run(self._engine.is_paused(), deadline):
-            return False
-        self._calls.run(self._engine.pause_generation(mode=mode, clear_cache=clear_cache), deadline)
-        return True
+    def is_paused(self, deadline: Deadline) -> bool:
+        return bool(self._run(self._engine.is_paused(), deadline))
+
+    def pause(self, mode: str, clear_cache: bool, deadline: Deadline) -> None:
+        self._run(self._engine.pause(mode, clear_cache), deadline)
+
+    def hold(self, reason: str, deadline: Deadline) -> None:
+        self._run(self._engine.pause("keep", clear_cache=False), deadline)
 
     def resume(self, deadline: Deadline) -> None:
-        self._calls.run(self._engine.resume_generation(), deadline)
+        self._run(self._engine.resume(), deadline)
 
     def forget_cache(self, deadline: Deadline) -> None:
-        self._calls.run(self._engine.reset_prefix_cache(), deadline)
+        self._run(self._engine.forget_cache(), deadline)
 
     def name_version(self, version: str, deadline: Deadline) -> None:
-        label = getattr(self._engine, "update_weight_version", None)
-        if label is not None:
-            self._calls.run(label(version), deadline)
+        self._run(self._engine.set_label(version), deadline)
+
+    def _run(self, work: Coroutine[Any, Any, Any], deadline: Deadline) -> Any:
+        return _named(lambda: self._calls.run(work, deadline), self.name)
+
+
+def _named(work: Callable[[], T], engine: str) -> T:
+    """``work``; what vLLM raises becomes EngineError, so that a round that it ends says which engine it was."""
+    try:
+        return work()
+    except WeightcastError as error:
+        error.at(engine=engine)
+        raise
+    except Exception as error:
+        raise EngineError(f"vLLM raised {type(error).__name__}: {error}", engine=engine) from error

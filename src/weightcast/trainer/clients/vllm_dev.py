@@ -1,4 +1,4 @@
-"""VllmDevClient: a vLLM server without endpoint plug-ins (before 0.28), through its development routes.
+"""VllmDevClient: a vLLM server without weightcast's routes, through its development routes.
 
 They have no token: whoever reaches the server can use them. vLLM serves them with VLLM_SERVER_DEV_MODE=1 only.
 """
@@ -16,7 +16,8 @@ from weightcast.deadline import Deadline
 from weightcast.errors import DeadlineExceeded, EngineError, InvalidInput, PeerLost, Unsupported
 from weightcast.trainer.clients import wire
 from weightcast.trainer.clients.base import AnswerLost
-from weightcast.trainer.clients.rpc import CALL, RpcEngineClient
+from weightcast.trainer.clients.rpc import RpcEngineClient
+from weightcast.vllm_eras import CALL
 
 
 class VllmDevClient(RpcEngineClient):
@@ -39,29 +40,35 @@ class VllmDevClient(RpcEngineClient):
             raise Unsupported(
                 "data-parallel replicas cannot be reached through vLLM's development routes",
                 engine=self.name,
-                hint="Use vLLM 0.28 or later, which serves weightcast's own routes, or start each replica as a server",
+                hint="Have vLLM serve weightcast's own routes (--weight-transfer-config on its command line), or start each replica as a server",
             )
         return size
 
     def call_workers(self, action: str, payload: Mapping[str, Any], deadline: Deadline) -> list[Any]:
-        body = {"method": CALL, "args": [action, dict(payload)], "timeout": max(deadline.remaining_s(), 0.001)}
+        # Without "timeout": vLLM would give up waiting for its workers and leave their answers to the next call.
+        body = {"method": CALL, "args": [action, dict(payload)]}
         answers = self._call("POST", "/collective_rpc", deadline, body=body).get("results")
         return answers if isinstance(answers, list) else []
 
-    def pause(self, mode: str, clear_cache: bool, deadline: Deadline) -> bool:
-        if self._call("GET", "/is_paused", deadline).get("is_paused"):
-            return False
+    def is_paused(self, deadline: Deadline) -> bool:
+        return bool(self._call("GET", "/is_paused", deadline).get("is_paused"))
+
+    def pause(self, mode: str, clear_cache: bool, deadline: Deadline) -> None:
         self._call("POST", "/pause", deadline, {"mode": mode, "clear_cache": "true" if clear_cache else "false"})
-        return True
+
+    def hold(self, reason: str, deadline: Deadline) -> None:
+        self.pause("keep", False, deadline)
 
     def resume(self, deadline: Deadline) -> None:
         self._call("POST", "/resume", deadline)
 
     def forget_cache(self, deadline: Deadline) -> None:
-        self._call("POST", "/reset_prefix_cache", deadline)
+        answer = self._call("POST", "/reset_prefix_cache", deadline, {"reset_running_requests": "true"})
+        if not answer.get("success"):
+            raise EngineError("vLLM keeps keys and values that former weights computed", engine=self.name)
 
     def name_version(self, version: str, deadline: Deadline) -> None:
-        """Versions before 0.28 have no label to set; there the receiver's own version is all there is."""
+        """vLLM 0.26 has no label to set; there the receiver's own version is all there is."""
         self._call("POST", "/update_weight_version", deadline, body={"new_version": version}, may_be_absent=True)
 
     def _call(

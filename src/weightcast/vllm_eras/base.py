@@ -1,0 +1,155 @@
+"""The contract of an era, and what all eras have in common: vLLM's engine objects as weightcast uses them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+from weightcast.errors import EngineError, StateError
+
+CALL = "weightcast_call"
+"""The workers' method that ``collective_rpc`` reaches the backend by."""
+
+BACKEND = "weightcast"
+
+
+class ServedEngine(ABC):
+    """An EngineClient: ``AsyncLLM``, or what a server gives its plug-ins. Its coroutines are for the engine's event loop."""
+
+    def __init__(self, client: Any) -> None:
+        self.client = client
+
+    @staticmethod
+    @abstractmethod
+    def fits(client: Any) -> bool:
+        """Whether the object has the calls of this era."""
+
+    @abstractmethod
+    async def in_each_replica(self, method: str, *arguments: Any) -> list[Any]:
+        """Call a utility of every data-parallel replica's core; the answers in the replicas' order."""
+
+    @abstractmethod
+    async def set_label(self, version: str) -> None:
+        """Name the version that outputs carry; nothing where vLLM's outputs carry none."""
+
+    @property
+    def config(self) -> Any:
+        """The VllmConfig."""
+        return self.client.vllm_config
+
+    def world_size(self, include_dp: bool = True) -> int:
+        parallel = self.config.parallel_config
+        return int(parallel.world_size_across_dp if include_dp else parallel.world_size)
+
+    async def call_workers(self, action: str, payload: Mapping[str, Any]) -> list[Any]:
+        """``weightcast_call`` in the workers of all replicas; their answers."""
+        answers = await self.in_each_replica("collective_rpc", CALL, None, (action, dict(payload)), None)
+        return [answer for replica in answers for answer in replica]
+
+    async def is_paused(self) -> bool:
+        """Whether any replica stands still; asked one by one, because vLLM raises where they differ."""
+        return any(await self.in_each_replica("is_scheduler_paused"))
+
+    async def pause(self, mode: str, clear_cache: bool) -> None:
+        """As vLLM's ``pause_generation``; a paused engine forgets its caches all the same.
+
+        Frozen requests have no last outputs, so mode "keep" goes without the 20 ms that vLLM sleeps for those.
+        """
+        if mode != "keep":
+            await self.client.pause_generation(mode=mode, clear_cache=clear_cache)
+            return
+        if clear_cache:
+            await self.client.renderer.clear_mm_cache_async()
+        await self.client.engine_core.pause_scheduler_async(mode=mode, clear_cache=clear_cache)
+
+    async def resume(self) -> None:
+        await self.client.resume_generation()
+
+    async def forget_cache(self, running_too: bool = True) -> None:
+        """Drop cached keys and values, those of running requests as well, which recompute them; EngineError when refused."""
+        if not await self.client.reset_prefix_cache(reset_running_requests=running_too):
+            raise EngineError(NOT_FORGOTTEN, hint="Publish again when fewer requests are in flight")
+
+    def num_requests(self) -> int:
+        """Requests that are not finished; zero where vLLM's object does not tell."""
+        processor = getattr(self.client, "output_processor", None)
+        return 0 if processor is None else int(processor.get_num_unfinished_requests())
+
+    async def close_update(self) -> None:
+        """vLLM's own ``finish_weight_update`` in every worker, without naming a version."""
+        await self.client.finish_weight_update()
+
+
+class OfflineEngine(ABC):
+    """An ``LLM`` of this process, which has no requests in flight while it is called."""
+
+    def __init__(self, llm: Any) -> None:
+        self.llm = llm
+
+    @staticmethod
+    @abstractmethod
+    def fits(llm: Any) -> bool:
+        """Whether the object has the calls of this era."""
+
+    @abstractmethod
+    def set_label(self, version: str) -> None:
+        """Name the version that outputs carry; nothing where vLLM's outputs carry none."""
+
+    @property
+    def computes_here(self) -> bool:
+        """Whether the one worker runs in this process: a call then is work of the thread that calls, on its streams."""
+        return hasattr(getattr(self.llm.llm_engine, "model_executor", None), "driver_worker")
+
+    @property
+    def config(self) -> Any:
+        """The VllmConfig."""
+        return self.llm.llm_engine.vllm_config
+
+    def world_size(self) -> int:
+        return int(self.llm.get_world_size())
+
+    def call_workers(self, action: str, payload: Mapping[str, Any]) -> list[Any]:
+        """``weightcast_call`` in the workers; their answers."""
+        answers: list[Any] = self.llm.collective_rpc(CALL, args=(action, dict(payload)))
+        return answers
+
+    def forget_cache(self) -> None:
+        """Drop cached keys and values; EngineError when refused."""
+        if not self.llm.reset_prefix_cache():
+            raise EngineError(NOT_FORGOTTEN, hint="No request may be in flight while weights change")
+
+    @property
+    def refuses(self) -> bool:
+        """Whether ``refuse`` was called and ``accept`` was not."""
+        return "add_request" in self.llm.llm_engine.__dict__
+
+    def refuse(self, reason: str) -> None:
+        """Have every request raise StateError. A paused scheduler would not do: ``generate`` would wait for it for ever."""
+
+        def add_request(*_: Any, **__: Any) -> Any:
+            raise StateError(reason, hint="The next publish() that succeeds heals it")
+
+        self.llm.llm_engine.add_request = add_request
+
+    def accept(self) -> None:
+        """Take requests again; idempotent."""
+        self.llm.llm_engine.__dict__.pop("add_request", None)
+
+
+NOT_FORGOTTEN = "vLLM keeps keys and values that former weights computed"
+
+
+def has_backend(config: Any) -> bool:
+    """Whether the engine was started with weightcast's weight transfer."""
+    transfer = getattr(config, "weight_transfer_config", None)
+    return transfer is not None and transfer.backend == BACKEND
+
+
+def require_backend(config: Any) -> None:
+    """Raise StateError where the workers do not know ``weightcast_call``: their raising would put their replies out of step."""
+    if not has_backend(config):
+        raise StateError(
+            "this vLLM was not started with weightcast's weight transfer",
+            hint='Start it with --weight-transfer-config \'{"backend": "weightcast"}\'',
+        )

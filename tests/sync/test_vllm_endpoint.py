@@ -1,0 +1,65 @@
+"""The routes beside vLLM's own: its /finish_weight_update must not name a version that some worker does not serve."""
+
+from typing import Any
+
+import httpx
+import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+
+from weightcast.engines.vllm.endpoint import WeightcastEndpoints
+from weightcast.testing.scripted_vllm import Failure, ScriptedVllm
+
+STOCK = {"/finish_weight_update": ["POST"], "/get_world_size": ["GET"], "/weight_info": ["GET"]}
+
+
+async def server(engine: ScriptedVllm, *, development: bool) -> httpx.AsyncClient:
+    async def stock(request: Request) -> JSONResponse:
+        return JSONResponse({"stock": request.url.path})
+
+    routes = [Route(path, stock, methods=methods) for path, methods in STOCK.items()]
+    app = Starlette(routes=routes if development else [])
+    endpoints = WeightcastEndpoints()
+    endpoints.attach_router(app)
+    await endpoints.init_state(engine, app.state, None)  # type: ignore[arg-type]
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://127.0.0.1")
+
+
+async def test_without_development_mode_there_is_no_route_to_finish() -> None:
+    async with await server(ScriptedVllm(), development=False) as client:
+        assert (await client.post("/finish_weight_update")).status_code == 404
+        assert (await client.get("/get_world_size")).json() == {"world_size": 1}
+        assert (await client.get("/weight_info")).json() == {"weight_version": "default"}
+
+
+async def test_vllms_other_routes_stay_its_own() -> None:
+    async with await server(ScriptedVllm(), development=True) as client:
+        assert (await client.get("/weight_info")).json() == {"stock": "/weight_info"}
+
+
+@pytest.mark.parametrize("body", [None, {}, {"weight_version": None}, {"weight_version": "3-z"}])
+async def test_a_finished_update_is_named(body: Any) -> None:
+    engine = ScriptedVllm(2)
+    for worker in engine.workers:
+        worker.version = "2-y"
+    async with await server(engine, development=True) as client:
+        answer = await client.post("/finish_weight_update", json=body)
+    assert (answer.status_code, answer.json()) == (200, {"message": "Weight update finished"})
+    assert engine.label == (body or {}).get("weight_version") or "2-y"
+
+
+@pytest.mark.parametrize("dirty", [False, True])
+async def test_an_update_that_a_worker_could_not_carry_out_is_not_named(dirty: bool) -> None:
+    engine = ScriptedVllm(2)
+    engine.workers[1].fails["commit"] = Failure(dirty=dirty)
+    engine.workers[1].call("update", {"action": "commit", "round": 1, "version": "1-x"})
+    async with await server(engine, development=True) as client:
+        answer = await client.post("/finish_weight_update", json={"weight_version": "1-x"})
+        status = (await client.get("/weightcast/status")).json()
+    assert answer.status_code == 422
+    assert answer.json()["error"]["type"] == "LoadError"
+    assert engine.label == "default"
+    assert (status["weight_version"], status["dirty"]) == ("default", dirty)
+    assert engine.paused is dirty
