@@ -99,10 +99,13 @@ def test_the_stock_routes_carry_a_round(served: Served, model: Path, fresh: Fres
 
 def test_the_stock_routes_survive_wrong_calls(served: Served) -> None:
     before, version = served.answers(PROMPTS), served.version
-    served.post("/init_weight_transfer_engine", {"init_info": {"colour": "red"}})
-    served.post("/start_weight_update")
-    served.post("/update_weights", {"update_info": {"names": ["model.norm.weight"], "shapes": [[64]]}})
-    served.post("/finish_weight_update")
+    assert served.post("/init_weight_transfer_engine", {"init_info": {"colour": "red"}}).status_code == 200
+    assert served.post("/start_weight_update").status_code == 200
+    assert served.post("/start_weight_update").status_code == 500, "vLLM's own worker raises"
+    update = {"names": ["model.norm.weight"], "shapes": [[64]]}
+    assert served.post("/update_weights", {"update_info": update}).status_code == 200
+    finished = served.post("/finish_weight_update", {"weight_version": "of nothing"})
+    assert finished.status_code in (409, 422), finished.text
     assert (served.answers(PROMPTS), served.version) == (before, version)
 
 

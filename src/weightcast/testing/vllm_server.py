@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import secrets
@@ -43,20 +44,20 @@ class Served:
 
     def complete(self, ids: list[int], max_tokens: int = 12, **fields: Any) -> dict[str, Any]:
         """A greedy completion with log-probabilities; the response's first choice."""
-        body = {
-            "model": "policy",
-            "prompt": ids,
-            "max_tokens": max_tokens,
-            "temperature": 0,
-            "ignore_eos": True,
-            "logprobs": 0,
-            "return_token_ids": True,
-            **fields,
-        }
-        response = self.post("/v1/completions", body)
+        response = self.post("/v1/completions", {**_request(ids, max_tokens), "logprobs": 0, **fields})
         assert response.status_code == 200, response.text
         choice: dict[str, Any] = response.json()["choices"][0]
         return choice
+
+    def stream(self, ids: list[int], max_tokens: int) -> Iterator[dict[str, Any]]:
+        """A greedy completion as it is made: parts of the first choice."""
+        body = {**_request(ids, max_tokens), "stream": True}
+        with httpx.stream("POST", self.url + "/v1/completions", json=body, timeout=60, trust_env=False) as response:
+            assert response.status_code == 200, response.read()
+            for line in response.iter_lines():
+                data = line.removeprefix("data: ")
+                if data and data != "[DONE]":
+                    yield from json.loads(data)["choices"][:1]
 
     def answers(self, prompts: list[list[int]]) -> list[tuple[list[int], list[float]]]:
         """Tokens and log-probabilities of each prompt."""
@@ -72,6 +73,17 @@ class Served:
         found = re.search(r"^vllm:generation_tokens_total\{.*\} (\S+)$", self.get("/metrics").text, re.MULTILINE)
         assert found is not None
         return int(float(found.group(1)))
+
+
+def _request(ids: list[int], max_tokens: int) -> dict[str, Any]:
+    return {
+        "model": "policy",
+        "prompt": ids,
+        "max_tokens": max_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "return_token_ids": True,
+    }
 
 
 def free_port() -> int:
