@@ -63,3 +63,15 @@ async def test_an_update_that_a_worker_could_not_carry_out_is_not_named(dirty: b
     assert engine.label == "default"
     assert (status["weight_version"], status["dirty"]) == ("default", dirty)
     assert engine.paused is dirty
+
+
+async def test_an_update_of_vllms_own_routes_lets_a_held_engine_go_on() -> None:
+    engine = ScriptedVllm()
+    (worker,) = engine.workers
+    worker.fails["commit"] = Failure(dirty=True)
+    async with await server(engine, development=True) as client:
+        for number, status_code in ((1, 422), (2, 200)):
+            worker.call("update", {"action": "commit", "round": number, "version": f"{number}-x"})
+            assert (await client.post("/finish_weight_update")).status_code == status_code
+            assert (engine.paused, worker.held) == (number == 1, number == 1)
+    assert engine.label == "2-x"

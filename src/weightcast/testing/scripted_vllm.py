@@ -81,7 +81,7 @@ class ScriptedVllm:
         self.renderer = SimpleNamespace(clear_mm_cache_async=self._nothing)
         self._paused = [False] * num_replicas
         self._turn = asyncio.Lock()
-        self.engine_core: Any = _Core(self)
+        self.engine_core = SimpleNamespace(pause_scheduler_async=self._pause)
         if era == "0.32":
             self.engine_core.call_utility_all_async = self._ask_all
         else:
@@ -99,7 +99,7 @@ class ScriptedVllm:
         return [worker.version for worker in self.workers]
 
     async def pause_generation(self, *, mode: str = "abort", clear_cache: bool = True) -> None:
-        await self.engine_core.pause_scheduler_async(mode=mode, clear_cache=clear_cache)
+        await self._pause(mode=mode, clear_cache=clear_cache)
 
     async def resume_generation(self) -> None:
         await self._ask_all("resume")
@@ -114,6 +114,9 @@ class ScriptedVllm:
     async def collective_rpc(self, method: str, timeout: float | None = None, args: tuple[Any, ...] = ()) -> Any:
         """As vLLM's, which passes on the first replica's answers only."""
         return (await self._ask_all("collective_rpc", method, timeout, args, None))[0]
+
+    async def _pause(self, *, mode: str, clear_cache: bool) -> None:
+        await self._ask_all(f"pause {mode} clear={clear_cache}")
 
     async def _nothing(self) -> None:
         return
@@ -143,16 +146,6 @@ class ScriptedVllm:
             if name == "resume":
                 self._paused[replica] = False
             return self._paused[replica]
-
-
-class _Core:
-    """The part of an EngineClient that talks to the replicas."""
-
-    def __init__(self, client: ScriptedVllm) -> None:
-        self._client = client
-
-    async def pause_scheduler_async(self, *, mode: str, clear_cache: bool) -> None:
-        await self._client._ask_all(f"pause {mode} clear={clear_cache}")
 
 
 class ScriptedLLM:

@@ -78,6 +78,8 @@ class VllmFront:
             await self._name_or_hold(outcomes)
             raise error
         await self.engine.set_label(label or common_version(outcomes))
+        if any(outcome.held for outcome in outcomes):
+            await self._go_on(outcomes)
         self._num_syncs += 1
 
     async def is_paused(self) -> bool:
@@ -102,9 +104,7 @@ class VllmFront:
             logger.error("%s: generation stays paused until an update succeeds", reason)
             await self._call("hold", {"held": True})
             return
-        await self.engine.resume()
-        if any(outcome.held for outcome in outcomes):
-            await self._call("hold", {"held": False})
+        await self._go_on(outcomes)
 
     async def reset_prefix_cache(self, reset_running_requests: bool = False) -> bool:
         await self.engine.forget_cache(reset_running_requests)
@@ -166,6 +166,11 @@ class VllmFront:
             logger.error("%s: generation is paused until an update succeeds", reason)
             await self.engine.pause("keep", clear_cache=False)
             await self._call("hold", {"held": True})
+
+    async def _go_on(self, outcomes: list[WorkerOutcome]) -> None:
+        await self.engine.resume()
+        if any(outcome.held for outcome in outcomes):
+            await self._call("hold", {"held": False})
 
     async def _call(self, action: str, payload: Mapping[str, Any] | None = None) -> list[WorkerOutcome]:
         outcomes = outcomes_from(await self.engine.call_workers(action, payload or {}))

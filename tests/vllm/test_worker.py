@@ -1,0 +1,64 @@
+"""One worker of vLLM: wrong calls have answers, and an engine whose weights are of no version takes no request until it is healed."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.vllm import offline
+
+from weightcast import Publisher
+from weightcast.engines.vllm import api
+from weightcast.errors import RoundFailed, StateError
+from weightcast.testing.models import build_tiny_model, random_state_dict
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return build_tiny_model(tmp_path / "m", "qwen3", dtype="bfloat16", head_dim=32)
+
+
+def test_every_call_has_an_answer_and_none_raises(model: Path) -> None:
+    with offline.engine(model) as llm:
+
+        def call(*arguments: Any) -> dict[str, Any]:
+            (answer,) = llm.collective_rpc("weightcast_call", args=arguments)
+            return dict(answer)
+
+        for wrong in (("init", ["x"]), ("init", "x"), ("init", {}), ("update", 7), ("no such call", {})):
+            assert call(*wrong)["error_kind"] == "InvalidInput", wrong
+        assert call("shutdown")["error_kind"] == "", "leaving when nobody was joined is no error"
+        assert call("hold", {"held": True})["held"]
+        assert call("status")["held"]
+        assert not call("hold", {"held": False})["held"]
+        worker = llm.llm_engine.model_executor.driver_worker.worker
+        backend, worker.weight_transfer_engine = worker.weight_transfer_engine, None
+        assert call("status")["error_kind"] == "StateError"
+        worker.weight_transfer_engine = backend
+        assert call("status")["error_kind"] == ""
+
+        loaded = worker.get_model()
+        loaded._do_torchao_reload = True
+        with pytest.raises(KeyError), api.layerwise_reload(loaded, worker.vllm_config):
+            raise KeyError
+        assert loaded._do_torchao_reload is True, "a reload that ends early puts back what it switched off"
+
+
+def test_a_dirty_engine_takes_no_request_until_it_is_healed(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = random_state_dict(model)
+    with offline.engine(model) as llm, Publisher(weights, [llm], timeout_s=60, mode="in_place") as publisher:
+        publisher.publish()
+        worker = llm.llm_engine.model_executor.driver_worker.worker
+
+        def stumble() -> None:
+            raise RuntimeError("no memory left")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(worker.weight_transfer_engine._engine.model, "refresh", stumble)
+            with pytest.raises(RoundFailed, match="no memory left") as caught:
+                publisher.publish()
+        assert len(caught.value.dirty) == 1
+        with pytest.raises(StateError, match=r"publish\(\)"):
+            offline.answers(llm)
+        report = publisher.publish()
+        assert llm.get_weight_version() == report.version
+        offline.answers(llm)
