@@ -17,7 +17,7 @@ from weightcast import Publisher
 from weightcast.errors import PlanMismatch, WeightcastError
 from weightcast.report import Report
 from weightcast.testing.models import build_tiny_model, random_state_dict, save_checkpoint
-from weightcast.testing.vllm_server import Served, free_port, vllm_server
+from weightcast.testing.vllm_server import Served, free_port, vllm_server, wait_healthy
 
 PROMPTS = [[5, 17, 33, 2, 90], list(range(60, 100)), [7]]
 TWO_CORES = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
@@ -87,6 +87,7 @@ def embedded_server(model: Path, token: str) -> Iterator[tuple[Served, "subproce
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
     try:
+        wait_healthy(process, f"http://127.0.0.1:{port}", log)
         yield Served(f"http://127.0.0.1:{port}", token, log, process.pid), process
     finally:
         process.kill()

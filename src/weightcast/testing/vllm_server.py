@@ -124,13 +124,14 @@ def vllm_server(
             command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
     try:
-        _wait_healthy(process, f"http://127.0.0.1:{port}", log)
+        wait_healthy(process, f"http://127.0.0.1:{port}", log)
         yield Served(f"http://127.0.0.1:{port}", token, log, process.pid)
     finally:
         _end(process)
 
 
-def _wait_healthy(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+def wait_healthy(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    """Wait until a server of either kind answers; AssertionError with the end of its log when it does not come up."""
     end = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < end:
         if process.poll() is not None:
@@ -140,7 +141,7 @@ def _wait_healthy(process: subprocess.Popen[bytes], url: str, log: Path) -> None
                 return
         except httpx.TransportError:
             time.sleep(0.3)
-    raise AssertionError(f"vLLM did not come up:\n{log.read_text(errors='replace')[-6000:]}")
+    raise AssertionError(f"the server did not come up:\n{log.read_text(errors='replace')[-6000:]}")
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
