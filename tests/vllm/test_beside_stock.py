@@ -1,28 +1,26 @@
 """weightcast's routes beside vLLM's own: caches, versions on outputs, rounds through the stock routes, servers without ours."""
 
 import json
-import re
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 from tests.vllm.offline import FreshLoads
+from tests.vllm.stock import DEV_MODE, NAMES_VERSIONS, StockRoutes
+from tests.vllm.weights import fill, replace
 
 from weightcast import Publisher
-from weightcast.deadline import Deadline
 from weightcast.errors import PlanMismatch
 from weightcast.testing.models import build_tiny_model, random_state_dict
 from weightcast.testing.vllm_server import Served, vllm_server
-from weightcast.trainer.clients import CommitOrder, CommitReply, EngineClient, VllmDevClient
+from weightcast.trainer.clients import VllmDevClient
 
 LONG = [(7 * n) % 200 + 3 for n in range(300)]
 PROMPTS = [[5, 17, 33, 2, 90], [7]]
-DEV_MODE = {"VLLM_SERVER_DEV_MODE": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +65,9 @@ def test_a_frozen_request_goes_on_with_the_new_weights(served: Served, model: Pa
     with Publisher(weights, [served.url], token=served.token) as publisher:
         old = publisher.publish().version
         replace(weights, model)
-        before = tokens_made(served)
+        before = served.tokens_made()
         busy.start()
-        while tokens_made(served) < before + 5 and busy.is_alive():
+        while served.tokens_made() < before + 5 and busy.is_alive():
             time.sleep(0.005)
         # Frozen by its own hand, however fast tokens come here: a round leaves a pause as it found it.
         assert served.post("/pause?mode=keep&clear_cache=false").status_code == 200
@@ -77,11 +75,9 @@ def test_a_frozen_request_goes_on_with_the_new_weights(served: Served, model: Pa
         assert served.get("/is_paused").json()["is_paused"]
         assert served.post("/resume").status_code == 200
     busy.join(60)
-    if "choices" not in answers[0]:
-        pytest.skip("this vLLM has no route for token ids")
+    if not NAMES_VERSIONS:
+        pytest.skip("vLLM before 0.32 does not say in its outputs which version made them")
     (choice,) = answers[0]["choices"]
-    if "weight_versions" not in choice:
-        pytest.skip("this vLLM does not say in its outputs which version made them")
     spans, tokens = choice["weight_versions"], choice["token_ids"]
     assert [(span["version"], span["start"] == 0) for span in spans] == [(old, True), (new, False)]
     assert spans[1]["start"] == spans[0]["end"]
@@ -90,47 +86,6 @@ def test_a_frozen_request_goes_on_with_the_new_weights(served: Served, model: Pa
     assert 0 < first < room, "the round came before the request, or long after it"
     ((after, _),) = fresh.answers(model, weights, [prompt + tokens[:first]])
     assert tokens[first : first + len(after)] == after
-
-
-class StockRoutes(EngineClient):
-    """Rounds by vLLM's own routes, as other trainers call them."""
-
-    kind = "stock"
-    host = "127.0.0.1"
-
-    def __init__(self, served: Served) -> None:
-        self.name, self._served = served.url, served
-
-    def _post(self, path: str, body: Any = None) -> None:
-        answer = self._served.post(path, body)
-        assert answer.status_code == 200, answer.text
-
-    def world_size(self, deadline: Deadline) -> int:
-        return int(self._served.get("/get_world_size").json()["world_size"])
-
-    def init(self, init_info: Mapping[str, Any], deadline: Deadline) -> None:
-        self._post("/init_weight_transfer_engine", {"init_info": dict(init_info)})
-
-    def commit(self, order: CommitOrder, deadline: Deadline) -> CommitReply:
-        self._post(f"/pause?mode={order.pause}")
-        self._update(order.epoch, order.round, "commit")
-        self._post("/finish_weight_update", {"weight_version": order.version})
-        self._post("/resume")
-        return CommitReply()
-
-    def rollback(self, epoch: int, round: int, deadline: Deadline) -> None:
-        self._update(epoch, round, "rollback")
-        self._post("/finish_weight_update")
-
-    def _update(self, epoch: int, round: int, action: str) -> None:
-        self._post("/start_weight_update")
-        self._post("/update_weights", {"update_info": {"epoch": epoch, "round": round, "action": action}})
-
-    def status(self, deadline: Deadline) -> Mapping[str, Any]:
-        return dict(self._served.get("/weightcast/status").json())
-
-    def shutdown(self, deadline: Deadline) -> None:
-        self._post("/shutdown_weight_transfer_engine")
 
 
 def test_the_stock_routes_carry_a_round(served: Served, model: Path, fresh: FreshLoads) -> None:
@@ -144,10 +99,13 @@ def test_the_stock_routes_carry_a_round(served: Served, model: Path, fresh: Fres
 
 def test_the_stock_routes_survive_wrong_calls(served: Served) -> None:
     before, version = served.answers(PROMPTS), served.version
-    served.post("/init_weight_transfer_engine", {"init_info": {"colour": "red"}})
-    served.post("/start_weight_update")
-    served.post("/update_weights", {"update_info": {"names": ["model.norm.weight"], "shapes": [[64]]}})
-    served.post("/finish_weight_update")
+    assert served.post("/init_weight_transfer_engine", {"init_info": {"colour": "red"}}).status_code == 200
+    assert served.post("/start_weight_update").status_code == 200
+    assert served.post("/start_weight_update").status_code == 500, "vLLM's own worker raises"
+    update = {"names": ["model.norm.weight"], "shapes": [[64]]}
+    assert served.post("/update_weights", {"update_info": update}).status_code == 200
+    finished = served.post("/finish_weight_update", {"weight_version": "of nothing"})
+    assert finished.status_code in (409, 422), finished.text
     assert (served.answers(PROMPTS), served.version) == (before, version)
 
 
@@ -172,8 +130,7 @@ def test_a_compiled_server_without_our_routes_is_reached_by_the_development_ones
         with Publisher(weights, [VllmDevClient(served.url)], timeout_s=60) as publisher:
             assert publisher.publish().digests_match
             assert served.answers(PROMPTS) != want
-            for name, value in load_file(model / "model.safetensors").items():
-                weights[name].copy_(value)
+            fill(weights, load_file(model / "model.safetensors"))
             report = publisher.publish()
             assert served.version == report.version
             assert served.answers(PROMPTS) == want
@@ -184,16 +141,3 @@ def test_a_compiled_server_without_our_routes_is_reached_by_the_development_ones
         ):
             publisher.publish()
         assert (served.answers(PROMPTS), served.version) == (want, report.version)
-
-
-def tokens_made(served: Served) -> float:
-    """Tokens that the server has generated since it started."""
-    found = re.search(r"^vllm:generation_tokens_total\{.*\} (\S+)$", served.get("/metrics").text, re.MULTILINE)
-    assert found is not None
-    return float(found.group(1))
-
-
-def replace(weights: dict[str, Any], model: Path) -> None:
-    """Fresh random values for all of them."""
-    for name, value in random_state_dict(model).items():
-        weights[name].copy_(value)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import msgspec
 import pytest
 import torch
 from tests.vllm import offline
+from tests.vllm.weights import replace
 
 from weightcast import Publisher
 from weightcast.errors import RoundFailed
@@ -38,19 +40,25 @@ def build(folder: Path, arch: str, **options: Any) -> Path:
     return path
 
 
-def pushed_and_fresh(path: Path, num_pushes: int = 2, mode: str = "auto", **options: Any) -> None:
-    """Push fresh random weights into one engine, then load each of them anew."""
+def pushed_and_fresh(
+    path: Path,
+    num_pushes: int = 2,
+    mode: str = "auto",
+    check: Callable[[Any], None] = lambda llm: None,
+    **options: Any,
+) -> None:
+    """Push fresh random weights into one engine, then load each of them anew. ``check`` sees the engine after each push."""
     seen = []
     with offline.engine(path, **options) as llm:
         start = offline.answers(llm)
         weights = random_state_dict(path)
         with Publisher(weights, [llm], timeout_s=60, mode=mode) as publisher:
             for number in range(num_pushes):
-                for name, value in random_state_dict(path).items():
-                    weights[name].copy_(value)
+                replace(weights, path)
                 report = publisher.publish()
                 assert report.digests_match
                 assert llm.get_weight_version() == report.version
+                check(llm)
                 folder = save_checkpoint(path.parent / f"push-{number}", weights, like=path)
                 seen.append((folder, offline.answers(llm)))
     assert start != seen[0][1] != seen[-1][1]
@@ -66,19 +74,49 @@ def test_a_push_equals_a_fresh_load(tmp_path: Path, arch: str) -> None:
 
 def test_a_quantised_model_takes_the_checkpoint_it_was_quantised_from(tmp_path: Path) -> None:
     path = build(tmp_path / "m", "qwen3", hidden_size=128, intermediate_size=256)
-    pushed_and_fresh(path, quantization="fp8_per_channel")
-    with offline.engine(tmp_path / "push-1", quantization="fp8_per_channel") as llm:
-        layer = llm.llm_engine.model_executor.driver_worker.worker.get_model().model.layers[0].mlp.down_proj
+    seen = []
+
+    def is_quantised(llm: Any) -> None:
+        layer = model_of(llm).model.layers[0].mlp.down_proj
         assert layer.weight.dtype == torch.float8_e4m3fn
+        seen.append(layer.weight.view(torch.uint8).clone())
+
+    pushed_and_fresh(path, check=is_quantised, quantization="fp8_per_channel")
+    first, second = seen
+    assert not torch.equal(first, second), "what the layer computes with is what was pushed"
+
+
+def test_tied_embeddings_that_go_through_the_loader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's reload packs the shared weight for one of the two layers; the other would go on with the old one."""
+    from weightcast.engines.vllm import model as vllm_model
+
+    name = "model.embed_tokens.weight"
+    monkeypatch.setattr(vllm_model, "names_that_differ", lambda *_: {name})
+    path = build(tmp_path / "m", "qwen3_tied")
+
+    def goes_through(llm: Any) -> None:
+        engine = worker_of(llm).weight_transfer_engine._engine
+        assert engine.receiver._session.layout.through_loader == (name,)
+
+    pushed_and_fresh(path, check=goes_through)
 
 
 def test_in_place_and_float32(tmp_path: Path) -> None:
     pushed_and_fresh(build(tmp_path / "m", "qwen3", dtype="float32"), mode="in_place")
 
 
+def worker_of(llm: Any) -> Any:
+    """The worker of an engine in this process."""
+    return llm.llm_engine.model_executor.driver_worker.worker
+
+
+def model_of(llm: Any) -> Any:
+    return worker_of(llm).get_model()
+
+
 def _fail_after(llm: Any, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     """The model's own loader raises after it took ``count`` tensors, once."""
-    model = llm.llm_engine.model_executor.driver_worker.worker.get_model()
+    model = model_of(llm)
     load = model.load_weights
 
     def failing(tensors: Any) -> Any:
@@ -107,9 +145,7 @@ def test_a_loader_that_raises_half_way_leaves_version_n(
             for version in ("default", None):
                 before = offline.answers(llm)
                 version = version or llm.get_weight_version()
-                with torch.no_grad():
-                    for name, value in random_state_dict(path).items():
-                        weights[name].copy_(value)
+                replace(weights, path)
                 _fail_after(llm, monkeypatch, 7)
                 with pytest.raises(RoundFailed, match="the loader stumbled") as caught:
                     publisher.publish()
@@ -125,9 +161,8 @@ def test_packing_that_fails_half_way_leaves_version_n(tmp_path: Path, monkeypatc
     with offline.engine(path) as llm, Publisher(weights := random_state_dict(path), [llm], timeout_s=60) as publisher:
         version = publisher.publish().version
         before = offline.answers(llm)
-        for name, value in random_state_dict(path).items():
-            weights[name].copy_(value)
-        layer = llm.llm_engine.model_executor.driver_worker.worker.get_model().model.layers[1].mlp.down_proj
+        replace(weights, path)
+        layer = model_of(llm).model.layers[1].mlp.down_proj
         with monkeypatch.context() as patch:
             patch.setattr(type(layer.quant_method), "process_weights_after_loading", _no_memory)
             with pytest.raises(RoundFailed, match="no room to pack"):
@@ -163,7 +198,7 @@ def test_a_record_that_is_wrong_is_found_out(tmp_path: Path, monkeypatch: pytest
     path = build(tmp_path / "m", "qwen3")
     pushed_and_fresh(path)
     with offline.engine(path) as llm:
-        worker = llm.llm_engine.model_executor.driver_worker.worker
+        worker = worker_of(llm)
         model = vllm_model.VllmModel(worker.get_model(), worker.vllm_config, torch.device("cpu"))
         manifest = make_source(random_state_dict(path)).manifest
         through = set(model.layout(manifest).through_loader)

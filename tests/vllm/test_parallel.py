@@ -2,15 +2,22 @@
 
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 from tests.vllm.offline import FreshLoads
+from tests.vllm.stock import DEV_MODE, StockRoutes
+from tests.vllm.weights import replace
 
 from weightcast import Publisher
 from weightcast.errors import PlanMismatch, WeightcastError
-from weightcast.testing.models import build_tiny_model, random_state_dict
-from weightcast.testing.vllm_server import free_port, vllm_server
+from weightcast.report import Report
+from weightcast.testing.models import build_tiny_model, random_state_dict, save_checkpoint
+from weightcast.testing.vllm_server import Served, free_port, vllm_server, wait_healthy
 
 PROMPTS = [[5, 17, 33, 2, 90], list(range(60, 100)), [7]]
 TWO_CORES = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
@@ -23,34 +30,32 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("option", ["--tensor-parallel-size", "--data-parallel-size"], ids=["tp", "dp"])
 def test_two_workers(model: Path, fresh: FreshLoads, option: str) -> None:
-    weights = random_state_dict(model)
     # A replica computes what a single worker does; slices are summed up in another order.
     alike = {"tensor_parallel_size": 2} if option == "--tensor-parallel-size" else {}
-    want = fresh.answers(model, weights, PROMPTS, **alike)
-    with (
-        vllm_server(model, option, "2", env=TWO_CORES) as served,
-        Publisher(random_state_dict(model), [served.url], token=served.token, timeout_s=60) as first,
-    ):
+    weights = random_state_dict(model)
+    with vllm_server(model, option, "2", env=TWO_CORES | DEV_MODE) as served:
         assert served.get("/get_world_size").json() == {"world_size": 2}
-        report = first.publish()
-        assert [worker.rank for worker in report.engines[0].workers] == [0, 1]
-        total = sum(value.nbytes for value in weights.values())
-        shares = [worker.nbytes / total for worker in report.engines[0].workers]
-        if alike:
-            # Norms are whole, everything else is sliced; the last slice of the vocabulary is padded.
-            assert all(0.49 < share < 0.52 for share in shares), shares
-        else:
-            assert shares == [1.0, 1.0]
-        assert served.answers(PROMPTS) != want
-        with Publisher(weights, [served.url], token=served.token, timeout_s=60, takeover=True) as second:
-            report = second.publish()
-        assert report.digests_match
-        # Requests go round the replicas: each of them answers some.
-        assert [served.answers(PROMPTS) for _ in range(3)] == [want] * 3
-        assert served.version == report.version
+        # Asking comes before any trainer: it settles nothing about who the workers are.
+        listed = served.get("/weightcast/status?checksums=true", headers=served.headers).json()["details"]["checksums"]
+        assert {name.partition(":")[0] for name in listed} == {"0", "1"}
+        with Publisher(weights, [served.url], token=served.token, timeout_s=60) as publisher:
+            for _ in range(2):
+                replace(weights, model)
+                want = fresh.answers(model, weights, PROMPTS, **alike)
+                assert served.answers(PROMPTS) != want
+                report = publisher.publish()
+                assert report.digests_match
+                # Requests go round the replicas: each of them answers some.
+                assert [served.answers(PROMPTS) for _ in range(3)] == [want] * 3
+                assert served.version == report.version
+            check_shares(report, weights, sliced=bool(alike))
+        with Publisher(weights, [StockRoutes(served)], timeout_s=60) as stock:
+            report = stock.publish()
+            assert [worker.rank for worker in report.engines[0].workers] == [0, 1]
+            assert [served.answers(PROMPTS) for _ in range(2)] == [want] * 2
         del weights["model.layers.1.mlp.up_proj.weight"]
         with (
-            Publisher(weights, [served.url], token=served.token, timeout_s=20, takeover=True) as half,
+            Publisher(weights, [served.url], token=served.token, timeout_s=20) as half,
             pytest.raises(PlanMismatch, match="gate_up_proj"),
         ):
             half.publish()
@@ -58,26 +63,65 @@ def test_two_workers(model: Path, fresh: FreshLoads, option: str) -> None:
         assert served.version == report.version
 
 
-def test_one_publisher_drives_vllm_and_an_embedded_server(model: Path) -> None:
-    port, weights = free_port(), random_state_dict(model)
-    command = [str(Path(sys.executable).parent / "weightcast"), "serve", str(model), "--port", str(port)]
-    embedded = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def check_shares(report: Report, weights: dict[str, torch.Tensor], *, sliced: bool) -> None:
+    """Which part of all bytes each worker got."""
+    assert [worker.rank for worker in report.engines[0].workers] == [0, 1]
+    total = sum(value.nbytes for value in weights.values())
+    shares = [worker.nbytes / total for worker in report.engines[0].workers]
+    if sliced:
+        # Norms are whole, everything else is sliced; the last slice of the vocabulary is padded.
+        assert all(0.49 < share < 0.52 for share in shares), shares
+    else:
+        assert shares == [1.0, 1.0]
+
+
+@contextmanager
+def embedded_server(model: Path, token: str) -> Iterator[tuple[Served, "subprocess.Popen[bytes]"]]:
+    """``weightcast serve`` of the model, and its process."""
+    port = free_port()
+    command = [
+        str(Path(sys.executable).parent / "weightcast"), "serve", str(model), "--port", str(port), "--token", token,
+        "--served-model-name", "policy",
+    ]  # fmt: skip
+    log = model.parent / f"embedded-{port}.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
     try:
-        with vllm_server(model) as served:
-            url = f"http://127.0.0.1:{port}"
-            with Publisher(weights, [served.url, url], token=served.token, timeout_s=60) as publisher:
-                publisher.connect()
-                report = publisher.publish()
-                assert {engine.version for engine in report.engines} == {report.version}
-                assert served.version == report.version
-                for name, value in random_state_dict(model).items():
-                    weights[name].copy_(value)
-                embedded.kill()
-                embedded.wait(10)
-                before = served.answers(PROMPTS)
-                with pytest.raises(WeightcastError):
-                    publisher.publish(timeout_s=8)
-                assert (served.answers(PROMPTS), served.version) == (before, report.version)
+        wait_healthy(process, f"http://127.0.0.1:{port}", log)
+        yield Served(f"http://127.0.0.1:{port}", token, log, process.pid), process
     finally:
-        embedded.kill()
-        embedded.wait(10)
+        process.kill()
+        process.wait(10)
+
+
+def embedded_answers(model: Path, weights: dict[str, torch.Tensor]) -> list[list[int]]:
+    """Tokens that the embedded engine answers with when it loads these weights from disk."""
+    from weightcast.engines.embedded import LLM, SamplingParams
+
+    llm = LLM(save_checkpoint(model.parent / f"embedded-{time.monotonic_ns()}", weights, like=model))
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    return [list(llm.generate([{"prompt_token_ids": ids}], params)[0].outputs[0].token_ids) for ids in PROMPTS]
+
+
+def test_one_publisher_drives_vllm_and_an_embedded_server(model: Path, fresh: FreshLoads) -> None:
+    weights = random_state_dict(model)
+    with (
+        vllm_server(model) as served,
+        embedded_server(model, served.token) as (embedded, process),
+        Publisher(weights, [served.url, embedded.url], token=served.token, timeout_s=60) as publisher,
+    ):
+        for _ in range(2):
+            replace(weights, model)
+            report = publisher.publish()
+            assert report.digests_match
+            assert {engine.version for engine in report.engines} == {report.version}
+            assert (served.version, embedded.version) == (report.version, report.version)
+            assert served.answers(PROMPTS) == fresh.answers(model, weights, PROMPTS)
+            assert [ids for ids, _ in embedded.answers(PROMPTS)] == embedded_answers(model, weights)
+        replace(weights, model)
+        process.kill()
+        process.wait(10)
+        before = served.answers(PROMPTS)
+        with pytest.raises(WeightcastError):
+            publisher.publish(timeout_s=8)
+        assert (served.answers(PROMPTS), served.version) == (before, report.version)

@@ -1,5 +1,6 @@
 """A served vLLM: rounds while requests run, refusals, failures and a killed trainer leave exactly version n."""
 
+import signal
 import subprocess
 import sys
 import threading
@@ -10,14 +11,21 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
+from tests.vllm.doomed_trainer import MOMENTS
 from tests.vllm.offline import FreshLoads
+from tests.vllm.weights import replace
 
 from weightcast import Publisher
+from weightcast.deadline import Deadline
 from weightcast.errors import AuthError, WeightcastError
 from weightcast.testing.models import build_tiny_model, random_state_dict
 from weightcast.testing.vllm_server import Served, vllm_server
+from weightcast.trainer.clients import CommitOrder, CommitReply, HttpEngineClient
 
 PROMPTS = [[5, 17, 33, 2, 90], list(range(60, 100)), [7]]
+STORY = [3, 1, 4]
+MIDWAY = 5
+"""So many tokens of a request are there when the commit is ordered."""
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +82,7 @@ def test_rounds_arrive_while_requests_run(
         for thread in busy:
             thread.start()
         first = publisher.publish()
-        for name, value in random_state_dict(model).items():
-            weights[name].copy_(value)
+        replace(weights, model)
         report = publisher.publish()
         assert report.number == first.number + 1
         assert report.digests_match
@@ -114,23 +121,13 @@ def test_a_wrong_model_is_refused_before_anything_is_written(served: Served, mod
     assert served.version == version
 
 
-def test_a_killed_trainer_leaves_version_n_and_another_can_publish(served: Served, model: Path) -> None:
-    weights = random_state_dict(model)
-    with Publisher(weights, [served.url], token=served.token, timeout_s=60) as publisher:
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_killed_trainer_leaves_version_n_and_another_can_publish(served: Served, model: Path, moment: str) -> None:
+    with Publisher(random_state_dict(model), [served.url], token=served.token, timeout_s=60) as publisher:
         version = publisher.publish().version
     before = served.answers(PROMPTS)
-    code = (
-        "import os, signal, sys, threading\n"
-        "from weightcast import Publisher\n"
-        "from weightcast.testing.models import random_state_dict\n"
-        "from weightcast.trainer.rounds import Round\n"
-        "publisher = Publisher(random_state_dict(sys.argv[1]), [sys.argv[2]], token=sys.argv[3], timeout_s=60)\n"
-        "publisher.connect()\n"
-        "Round._commit = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "publisher.publish()\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(model), served.url, served.token], timeout=90)
-    assert done.returncode == -9
+    command = [sys.executable, "-m", "tests.vllm.doomed_trainer", str(model), served.url, served.token, moment]
+    assert subprocess.run(command, timeout=90).returncode == -signal.SIGKILL
     assert (served.answers(PROMPTS), served.version) == (before, version)
     with Publisher(random_state_dict(model), [served.url], token=served.token, timeout_s=60) as publisher:
         end = time.monotonic() + 20
@@ -145,19 +142,55 @@ def test_a_killed_trainer_leaves_version_n_and_another_can_publish(served: Serve
     assert served.answers(PROMPTS) != before
 
 
+class OrderedMidway(HttpEngineClient):
+    """Orders a commit when a request has begun to answer with the version before."""
+
+    def __init__(self, served: Served, num_tokens: int) -> None:
+        super().__init__(served.url, token=served.token)
+        self._served, self._num_tokens = served, num_tokens
+        self._midway = threading.Event()
+        self.busy = threading.Thread(target=self._ask)
+        self.tokens: list[int] = []
+        self.finish_reason: str | None = None
+
+    def _ask(self) -> None:
+        for choice in self._served.stream(STORY, self._num_tokens):
+            self.tokens += choice["token_ids"] or []
+            self.finish_reason = choice["finish_reason"] or self.finish_reason
+            if len(self.tokens) >= MIDWAY:
+                self._midway.set()
+
+    def commit(self, order: CommitOrder, deadline: Deadline) -> CommitReply:
+        if self.busy.ident is None:
+            self.busy.start()
+            assert self._midway.wait(deadline.remaining_s()), "no tokens"
+            assert len(self.tokens) < self._num_tokens, "the request was over before the order"
+        return super().commit(order, deadline)
+
+
 @pytest.mark.parametrize("pause", ["keep", "wait", "abort", "none"])
 def test_pause_modes(served: Served, model: Path, pause: str) -> None:
-    results: list[dict[str, object]] = []
-    busy = threading.Thread(target=lambda: results.append(served.complete([3, 1, 4], max_tokens=240)))
-    with Publisher(random_state_dict(model), [served.url], token=served.token, pause=pause, timeout_s=60) as publisher:
-        publisher.connect()
-        busy.start()
-        time.sleep(0.15)
+    """What the version before had answered begins every answer; what follows is of the new one, of the old one, or nothing."""
+    num_tokens = 240
+    old = served.complete(STORY, num_tokens)["token_ids"]
+    client = OrderedMidway(served, num_tokens)
+    with Publisher(random_state_dict(model), [client], pause=pause, timeout_s=60) as publisher:
         report = publisher.publish()
-    busy.join(60)
+    client.busy.join(60)
     assert served.version == report.version
-    assert results[0]["finish_reason"] == ("abort" if pause == "abort" else "length")
     assert not served.get("/weightcast/status").json()["paused"]
+    tokens = client.tokens
+    assert tokens[:MIDWAY] == old[:MIDWAY]
+    assert client.finish_reason == ("abort" if pause == "abort" else "length")
+    if pause == "wait":
+        assert tokens == old
+    elif pause == "abort":
+        assert len(tokens) < num_tokens
+        assert tokens == old[: len(tokens)]
+    else:
+        assert len(tokens) == num_tokens
+        assert tokens != old
+    assert served.complete(STORY, 40)["token_ids"] != old[:40]
 
 
 def test_a_wrong_token_is_told(served: Served, model: Path) -> None:

@@ -1,81 +1,136 @@
 """What is decided before anything runs: versions, plug-ins, who is which worker, and what is refused."""
 
+import re
+import sys
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm.config import ParallelConfig, VllmConfig
+from vllm.config.speculative import SpeculativeConfig
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
+import vllm
 from weightcast.engines.vllm import plugin
-from weightcast.engines.vllm.parallelism import worker_rank
+from weightcast.engines.vllm.parallelism import REFUSED, Refused, setting_of, worker_rank
 from weightcast.engines.vllm.versions import check_version
 from weightcast.errors import Unsupported
 
 
-def config(*, tp: int = 1, pp: int = 1, dp: int = 1, index: int = 0, rank: int = 0, **more: Any) -> Any:
-    """The part of a VllmConfig that says where a worker is."""
-    parallel = SimpleNamespace(
-        world_size=tp * pp, world_size_across_dp=tp * pp * dp, data_parallel_index=index, rank=rank,
-        **{name: value for name, value in more.items() if name not in ("lora_config", "cache_config")},
-    )  # fmt: skip
-    return SimpleNamespace(
-        parallel_config=parallel,
-        lora_config=more.get("lora_config"),
-        cache_config=more.get("cache_config", SimpleNamespace()),
-    )
+def config(**parallel: Any) -> Any:
+    """A real VllmConfig without a model, as the workers of such an engine have it."""
+    return VllmConfig(parallel_config=ParallelConfig(**parallel))
 
 
 @pytest.mark.parametrize(
-    ("place", "rank", "size"),
+    ("sizes", "place", "rank", "size"),
     [
-        ({}, 0, 1),
-        ({"tp": 2, "rank": 1}, 1, 2),
-        ({"tp": 2, "pp": 2, "rank": 3}, 3, 4),
-        ({"tp": 2, "pp": 2, "dp": 3, "index": 2, "rank": 1}, 9, 12),
-        ({"dp": 2, "index": 1}, 1, 2),
+        ({}, {}, 0, 1),
+        ({"tensor_parallel_size": 2}, {"rank": 1}, 1, 2),
+        ({"tensor_parallel_size": 2, "pipeline_parallel_size": 2}, {"rank": 3}, 3, 4),
+        (
+            {"tensor_parallel_size": 2, "pipeline_parallel_size": 2, "data_parallel_size": 3},
+            {"data_parallel_index": 2, "rank": 1},
+            9,
+            12,
+        ),
+        ({"tensor_parallel_size": 2, "enable_expert_parallel": True}, {"rank": 1}, 1, 2),
+        # A replica of a dense model is an engine of its own that knows its number, and not how many there are.
+        ({}, {"data_parallel_index": 1}, 1, 2),
     ],
+    ids=["one", "tp", "pp", "dp", "ep", "replica"],
 )
-def test_ranks_count_as_vllm_counts_them(place: dict[str, int], rank: int, size: int) -> None:
-    worker = worker_rank(config(**place))
+def test_ranks_count_as_vllm_counts_them(sizes: dict[str, Any], place: dict[str, int], rank: int, size: int) -> None:
+    real = config(distributed_executor_backend="mp", **sizes)
+    for name, value in place.items():
+        assert hasattr(real.parallel_config, name), name
+        setattr(real.parallel_config, name, value)
+    worker = worker_rank(real)
     assert (worker.rank, worker.world_size) == (rank, size)
 
 
-def test_real_configurations_have_every_field_that_is_asked_for() -> None:
-    from vllm.config import ParallelConfig
+def set_to(vllm_config: Any, setting: str, value: Any) -> None:
+    """Change a setting, by its dotted name."""
+    *path, last = setting.split(".")
+    target = vllm_config
+    for name in path:
+        target = getattr(target, name)
+    setattr(target, last, value)
 
-    real = ParallelConfig()
-    for name in vars(config().parallel_config):
-        assert hasattr(real, name), name
-    assert worker_rank(SimpleNamespace(parallel_config=real, lora_config=None, cache_config=None)).world_size == 1
+
+@pytest.mark.parametrize("refused", REFUSED, ids=lambda refused: refused.setting)
+def test_what_nobody_mapped_is_refused_by_name(refused: Refused) -> None:
+    real = config()
+    assert setting_of(real, refused.setting) == refused.harmless
+    harmful: Any = {int: 2, bool: True}.get(type(refused.harmless), object())
+    set_to(real, refused.setting, harmful)
+    with pytest.raises(Unsupported, match=re.escape(refused.setting)) as caught:
+        worker_rank(real)
+    assert caught.value.hint == refused.hint
+
+
+def test_a_setting_that_vllm_does_not_have_is_refused_by_name() -> None:
+    with pytest.raises(Unsupported, match=r"parallel_config\.colour"):
+        setting_of(config(), "parallel_config.colour")
 
 
 @pytest.mark.parametrize(
-    ("setting", "named"),
-    [
-        ({"prefill_context_parallel_size": 2}, "prefill_context_parallel_size"),
-        ({"decode_context_parallel_size": 2}, "decode_context_parallel_size"),
-        ({"enable_eplb": True}, "expert load balancing"),
-        ({"data_parallel_external_lb": True}, "external data-parallel"),
-        ({"data_parallel_hybrid_lb": True}, "hybrid data-parallel"),
-        ({"enable_elastic_ep": True}, "elastic expert"),
-        ({"lora_config": object()}, "LoRA"),
-        ({"cache_config": SimpleNamespace(cpu_offload_gb=4)}, "offloaded"),
-    ],
+    ("method", "fits"), [("eagle", False), ("draft_model", False), ("mtp", False), ("ngram", True), ("suffix", True)]
 )
-def test_what_nobody_mapped_is_refused_by_name(setting: dict[str, Any], named: str) -> None:
-    with pytest.raises(Unsupported, match=named):
-        worker_rank(config(**setting))
+def test_a_draft_model_is_refused_by_name(method: str, fits: bool) -> None:
+    real = config()
+    real.speculative_config = object.__new__(SpeculativeConfig)
+    real.speculative_config.method = method
+    if fits:
+        assert worker_rank(real).rank == 0
+    else:
+        with pytest.raises(Unsupported, match=rf"draft model \({method}\).*speculative_config"):
+            worker_rank(real)
 
 
-@pytest.mark.parametrize("version", ["0.25.1", "0.34.0", "1.0.0", "0.9.2"])
+@pytest.mark.parametrize("version", ["0.25.1", "0.34.0", "1.0.0", "0.9.2", "0.34.0.dev12+g1a2b3c4"])
 def test_other_versions_are_refused_with_the_range(version: str) -> None:
     with pytest.raises(Unsupported, match=r"0\.26 to 0\.33") as caught:
         check_version(version)
     assert version in str(caught.value)
 
 
-@pytest.mark.parametrize("version", ["0.26.0", "0.28.0+cpu", "0.32.0", "0.33.1rc1", "0.0.0.dev7"])
+@pytest.mark.parametrize(
+    "version", ["0.26.0", "0.28.0+cpu", "0.32.0", "0.33.1rc1", "0.33.1.dev3+gabc", "0.0.0.dev7", "dev"]
+)
 def test_supported_versions_pass(version: str) -> None:
     check_version(version)
+
+
+@pytest.fixture
+def registry(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """vLLM's backends as they are before any plug-in was called; put back afterwards."""
+    others = {name: make for name, make in WeightTransferEngineFactory._registry.items() if name != plugin.BACKEND}
+    monkeypatch.setattr(WeightTransferEngineFactory, "_registry", others)
+    return others
+
+
+def test_a_version_out_of_range_starts_without_us_and_is_refused_where_asked_for(
+    registry: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm, "__version__", "0.34.0")
+    plugin.register()
+    plugin.register()
+    asked = SimpleNamespace(backend=plugin.BACKEND)
+    with pytest.raises(Unsupported, match=r"vLLM 0\.34\.0 is not supported.*0\.26 to 0\.33"):
+        WeightTransferEngineFactory.create_engine(asked, config(), None, None)
+
+
+def test_a_version_before_weight_transfer_starts_without_us(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm, "__version__", "0.10.2")
+    monkeypatch.setitem(sys.modules, "vllm.distributed.weight_transfer.factory", None)  # its import fails
+    plugin.register()
+
+
+def test_a_supported_version_gets_the_backend(registry: dict[str, Any]) -> None:
+    plugin.register()
+    plugin.register()
+    assert registry[plugin.BACKEND]().__name__ == "VllmBackend"
 
 
 @pytest.mark.parametrize(

@@ -245,3 +245,31 @@ def test_a_round_without_an_update_leaves_an_nccl_engine_dirty() -> None:
     worker.start_weight_update()
     worker.finish_weight_update()
     assert worker.dirty
+
+
+def test_workers_that_do_not_know_how_many_they_are_learn_it_from_the_trainer() -> None:
+    """Replicas of vLLM: each counts itself and those before it."""
+    weights = {"w": torch.randn(3, 4), "b": torch.randn(5)}
+    engine = LocalEngine("replicas", [model(), model()])
+    engine.workers = [
+        WeightcastEngine(WeightTransferConfig(), live, WorkerRank(rank=rank, world_size=rank + 1))
+        for rank, live in enumerate(engine.models)
+    ]
+    with Publisher(weights, [engine], timeout_s=20) as publisher:
+        report = publisher.publish()
+    assert [worker.rank for worker in report.engines[0].workers] == [0, 1]
+    assert all(live.holds(weights) for live in engine.models)
+
+
+@pytest.mark.parametrize(("size", "named"), [(0, "at least 1"), (1, "not in a world")])
+def test_a_world_that_a_worker_is_not_in_is_refused(size: int, named: str) -> None:
+    engine = WeightcastEngine(WeightTransferConfig(), model(), WorkerRank(rank=1, world_size=2))
+    info = {
+        "address": "tcp://127.0.0.1:9",
+        "public_key": zmq.curve_keypair()[0].decode(),
+        "ticket": "t",
+        "engine": "e",
+        "world_size": size,
+    }
+    with pytest.raises(InvalidInput, match=named):
+        engine.init_transfer_engine(engine.parse_init_info(info))

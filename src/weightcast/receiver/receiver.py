@@ -46,14 +46,18 @@ class Receiver:
         self.num_commits = 0
         self._num_bytes_before = 0
 
-    def join(self, info: JoinInfo) -> None:
-        """Join a trainer. StateError when another one is alive and ``info.takeover`` is not set."""
+    def join(self, info: JoinInfo, world_size: int | None = None) -> None:
+        """Join a trainer. StateError when another one is alive and ``info.takeover`` is not set.
+
+        ``world_size``, if given, is how many workers join from now on: an engine may learn that only from its trainer.
+        """
         old = self._session
         if old is not None and old.lost is None and not info.takeover and info.session != old.id:
             raise StateError(
                 "another trainer publishes to this engine", phase="join", hint="Close it, or join with takeover"
             )
         self.leave()
+        self._world_size = world_size or self._world_size
         self._round = WorkerRound()
         identity = Identity(
             rank=self._rank,

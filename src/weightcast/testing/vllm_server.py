@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import secrets
 import signal
 import socket
@@ -42,20 +44,20 @@ class Served:
 
     def complete(self, ids: list[int], max_tokens: int = 12, **fields: Any) -> dict[str, Any]:
         """A greedy completion with log-probabilities; the response's first choice."""
-        body = {
-            "model": "policy",
-            "prompt": ids,
-            "max_tokens": max_tokens,
-            "temperature": 0,
-            "ignore_eos": True,
-            "logprobs": 0,
-            "return_token_ids": True,
-            **fields,
-        }
-        response = self.post("/v1/completions", body)
+        response = self.post("/v1/completions", {**_request(ids, max_tokens), "logprobs": 0, **fields})
         assert response.status_code == 200, response.text
         choice: dict[str, Any] = response.json()["choices"][0]
         return choice
+
+    def stream(self, ids: list[int], max_tokens: int) -> Iterator[dict[str, Any]]:
+        """A greedy completion as it is made: parts of the first choice."""
+        body = {**_request(ids, max_tokens), "stream": True}
+        with httpx.stream("POST", self.url + "/v1/completions", json=body, timeout=60, trust_env=False) as response:
+            assert response.status_code == 200, response.read()
+            for line in response.iter_lines():
+                data = line.removeprefix("data: ")
+                if data and data != "[DONE]":
+                    yield from json.loads(data)["choices"][:1]
 
     def answers(self, prompts: list[list[int]]) -> list[tuple[list[int], list[float]]]:
         """Tokens and log-probabilities of each prompt."""
@@ -65,6 +67,23 @@ class Served:
     @property
     def version(self) -> str:
         return str(self.get("/weight_info").json()["weight_version"])
+
+    def tokens_made(self) -> int:
+        """Tokens that the server has generated since it started."""
+        found = re.search(r"^vllm:generation_tokens_total\{.*\} (\S+)$", self.get("/metrics").text, re.MULTILINE)
+        assert found is not None
+        return int(float(found.group(1)))
+
+
+def _request(ids: list[int], max_tokens: int) -> dict[str, Any]:
+    return {
+        "model": "policy",
+        "prompt": ids,
+        "max_tokens": max_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "return_token_ids": True,
+    }
 
 
 def free_port() -> int:
@@ -105,13 +124,14 @@ def vllm_server(
             command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
     try:
-        _wait_healthy(process, f"http://127.0.0.1:{port}", log)
+        wait_healthy(process, f"http://127.0.0.1:{port}", log)
         yield Served(f"http://127.0.0.1:{port}", token, log, process.pid)
     finally:
         _end(process)
 
 
-def _wait_healthy(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+def wait_healthy(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    """Wait until a server of either kind answers; AssertionError with the end of its log when it does not come up."""
     end = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < end:
         if process.poll() is not None:
@@ -121,7 +141,7 @@ def _wait_healthy(process: subprocess.Popen[bytes], url: str, log: Path) -> None
                 return
         except httpx.TransportError:
             time.sleep(0.3)
-    raise AssertionError(f"vLLM did not come up:\n{log.read_text(errors='replace')[-6000:]}")
+    raise AssertionError(f"the server did not come up:\n{log.read_text(errors='replace')[-6000:]}")
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

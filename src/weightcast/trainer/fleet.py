@@ -103,6 +103,7 @@ class Fleet:
                 "timeout_s": max(deadline.remaining_s(), 0.001),
                 "takeover": self._settings.takeover,
                 "session": self._session,
+                "world_size": world_size,
             },
             deadline,
         )

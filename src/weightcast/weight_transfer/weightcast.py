@@ -28,9 +28,13 @@ class WeightcastInitInfo(InitInfo, kw_only=True, forbid_unknown_fields=True):
     timeout_s: float = 60.0
     takeover: bool = False
     session: str = ""
+    world_size: int | None = None
+    """How many workers the trainer has join, all replicas of the engine included: replicas of vLLM do not know."""
 
     def __post_init__(self) -> None:
         self.join_info()
+        if self.world_size is not None and self.world_size < 1:
+            raise InvalidInput("world_size is at least 1", field="world_size")
 
     def join_info(self) -> JoinInfo:
         return JoinInfo(
@@ -77,7 +81,9 @@ class WeightcastEngine(WeightTransferEngine[WeightcastInitInfo, WeightcastUpdate
     def init_transfer_engine(self, init_info: WeightcastInitInfo) -> None:
         if self._open:
             raise StateError("a weight update is open", hint="Finish it first")
-        self.receiver.join(init_info.join_info())
+        if init_info.world_size is not None:
+            self.worker = WorkerRank(rank=self.worker.rank, world_size=init_info.world_size)
+        self.receiver.join(init_info.join_info(), self.worker.world_size)
 
     def start_weight_update(self) -> None:
         if not self.receiver.has_session:

@@ -23,7 +23,6 @@ from weightcast.engines.vllm.versions import check_version
 from weightcast.errors import InvalidInput, StateError, WeightcastError
 from weightcast.outcome import WorkerOutcome
 from weightcast.vllm_eras import CALL
-from weightcast.weight_transfer.base import WorkerRank
 from weightcast.weight_transfer.config import WeightTransferConfig
 from weightcast.weight_transfer.weightcast import WeightcastEngine, WeightcastInitInfo, WeightcastUpdateInfo
 
@@ -41,6 +40,7 @@ class VllmBackend(VllmEngine):  # type: ignore[misc]
         super().__init__(config, vllm_config, device, model)
         check_version(vllm.__version__)
         self._rank = worker_rank(vllm_config)
+        self._live: VllmModel | None = None
         self._engine: WeightcastEngine | None = None
         self._error: WeightcastError | None = None
         self._apply_s = 0.0
@@ -104,7 +104,8 @@ class VllmBackend(VllmEngine):  # type: ignore[misc]
             case "shutdown":
                 self.shutdown()
             case "checksums":
-                self._carry_out(lambda engine: checksums.update(engine.checksums()))
+                # Of the model, not of an engine: asking must not settle who this worker is, which only joining tells.
+                self._keep_error(lambda: checksums.update(self._model().checksums()))
             case "hold":
                 self._held = bool(payload.get("held"))
             case "status":
@@ -117,11 +118,11 @@ class VllmBackend(VllmEngine):  # type: ignore[misc]
         """``init_info`` for the engine, and ``world_size``: how many workers were asked, all replicas included."""
 
         def join(engine: WeightcastEngine) -> None:
-            engine.init_transfer_engine(engine.parse_init_info(_mapping(payload.get("init_info"))))
+            info = dict(_mapping(payload.get("init_info")))
+            if "world_size" in payload:
+                info.setdefault("world_size", payload["world_size"])
+            engine.init_transfer_engine(engine.parse_init_info(info))
 
-        size = payload.get("world_size")
-        if self._engine is None and isinstance(size, int) and size > self._rank.rank:
-            self._rank = WorkerRank(rank=self._rank.rank, world_size=size)
         self._carry_out(join)
 
     def _round(self, payload: Mapping[str, Any]) -> None:
@@ -149,11 +150,14 @@ class VllmBackend(VllmEngine):  # type: ignore[misc]
         )
 
     def _carry_out(self, work: Callable[[WeightcastEngine], None]) -> None:
+        self._keep_error(lambda: work(self._made()))
+
+    def _keep_error(self, work: Callable[[], None]) -> None:
         """Run it and keep its error. Broad except on purpose: see the module's first lines."""
         self._error = None
         start = time.perf_counter()
         try:
-            work(self._made())
+            work()
         except WeightcastError as error:
             self._error = error
             logger.warning("weight transfer: %s", error)
@@ -164,9 +168,13 @@ class VllmBackend(VllmEngine):  # type: ignore[misc]
 
     def _made(self) -> WeightcastEngine:
         if self._engine is None:
-            model = VllmModel(self.model, self.vllm_config, self.device)
-            self._engine = WeightcastEngine(WeightTransferConfig(), model, self._rank)
+            self._engine = WeightcastEngine(WeightTransferConfig(), self._model(), self._rank)
         return self._engine
+
+    def _model(self) -> VllmModel:
+        if self._live is None:
+            self._live = VllmModel(self.model, self.vllm_config, self.device)
+        return self._live
 
 
 def install_call() -> None:

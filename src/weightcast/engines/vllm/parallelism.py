@@ -1,39 +1,98 @@
-"""A worker's rank as vLLM counts it, and the set-ups that are refused."""
+"""A worker's rank as vLLM counts it, and the set-ups that are refused.
+
+Tensor, pipeline, data and expert parallelism are mapped: experts are divided over the same workers, so they add no rank of
+their own.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from weightcast.errors import Unsupported
 from weightcast.weight_transfer.base import WorkerRank
 
+WEIGHTLESS_DRAFTS = frozenset({"ngram", "ngram_gpu", "suffix"})
+"""Methods of speculation that propose tokens without a model of their own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A setting of vLLM's configuration that weights cannot be transferred with, unless it has its harmless value."""
+
+    setting: str
+    """Where it is, from the VllmConfig on."""
+    harmless: Any
+    what: str
+    hint: str
+
+
+REFUSED = (
+    Refused("parallel_config.prefill_context_parallel_size", 1, "prefill context parallelism is", "Set it to 1"),
+    Refused("parallel_config.decode_context_parallel_size", 1, "decode context parallelism is", "Set it to 1"),
+    Refused(
+        "parallel_config.enable_eplb",
+        False,
+        "expert load balancing moves experts between workers, which is",
+        "Switch it off",
+    ),
+    Refused(
+        "parallel_config.data_parallel_external_lb",
+        False,
+        "external data-parallel load balancing hides the other replicas, which is",
+        "Switch it off",
+    ),
+    Refused(
+        "parallel_config.data_parallel_hybrid_lb",
+        False,
+        "hybrid data-parallel load balancing hides the other replicas, which is",
+        "Switch it off",
+    ),
+    Refused(
+        "parallel_config.enable_elastic_ep",
+        False,
+        "elastic expert parallelism changes the set of workers, which is",
+        "Switch it off",
+    ),
+    Refused("lora_config", None, "LoRA adapters are", "Serve merged weights"),
+    Refused("offload_config.uva.cpu_offload_gb", 0, "weights offloaded to the CPU are", "Set it to 0"),
+    Refused("offload_config.prefetch.offload_group_size", 0, "layers offloaded to the CPU are", "Set it to 0"),
+)
+
 
 def worker_rank(vllm_config: Any) -> WorkerRank:
     """``data_parallel_index * (tp * pp) + rank within the replica``; raises Unsupported for a set-up nobody mapped."""
+    for refused in REFUSED:
+        if setting_of(vllm_config, refused.setting) != refused.harmless:
+            raise Unsupported(
+                f"{refused.what} not supported with weight transfer ({refused.setting})", hint=refused.hint
+            )
+    _refuse_draft_model(vllm_config)
     parallel = vllm_config.parallel_config
-    _refuse(vllm_config, parallel)
     rank = parallel.data_parallel_index * parallel.world_size + parallel.rank
     # Replicas of a dense model run as engines of their own and are not told how many they are; whoever has them join is.
     return WorkerRank(rank=rank, world_size=max(parallel.world_size_across_dp, rank + 1))
 
 
-def _refuse(vllm_config: Any, parallel: Any) -> None:
-    for name, what in (
-        ("prefill_context_parallel_size", "prefill context parallelism"),
-        ("decode_context_parallel_size", "decode context parallelism"),
-    ):
-        if getattr(parallel, name, 1) > 1:
-            raise Unsupported(f"{what} ({name}) is not supported with weight transfer", hint="Set it to 1")
-    for name, what in (
-        ("enable_eplb", "expert load balancing moves experts between workers, which"),
-        ("data_parallel_external_lb", "external data-parallel load balancing hides the other replicas, which"),
-        ("data_parallel_hybrid_lb", "hybrid data-parallel load balancing hides the other replicas, which"),
-        ("enable_elastic_ep", "elastic expert parallelism changes the set of workers, which"),
-    ):
-        if getattr(parallel, name, False):
-            raise Unsupported(f"{what} is not supported with weight transfer", hint=f"Switch {name} off")
-    if getattr(vllm_config, "lora_config", None) is not None:
-        raise Unsupported("LoRA adapters are not supported with weight transfer", hint="Serve merged weights")
-    offload = getattr(getattr(vllm_config, "cache_config", None), "cpu_offload_gb", 0)
-    if offload:
-        raise Unsupported("weights offloaded to the CPU are not supported with weight transfer")
+def setting_of(vllm_config: Any, setting: str) -> Any:
+    """The value of a setting by its dotted name. Unsupported where vLLM has no such setting: what it became is not known."""
+    value = vllm_config
+    for name in setting.split("."):
+        try:
+            value = getattr(value, name)
+        except AttributeError:
+            raise Unsupported(
+                f"this vLLM has no setting {setting}, so weightcast cannot tell whether it may transfer weights",
+                hint="weightcast works with vLLM 0.26 to 0.33",
+            ) from None
+    return value
+
+
+def _refuse_draft_model(vllm_config: Any) -> None:
+    speculation = setting_of(vllm_config, "speculative_config")
+    if speculation is not None and speculation.method not in WEIGHTLESS_DRAFTS:
+        raise Unsupported(
+            f"a speculative draft model ({speculation.method}) would keep its old weights, which is not supported with "
+            "weight transfer (speculative_config)",
+            hint="Speculate without a model (ngram, suffix), or not at all",
+        )

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import entry_points
+from typing import Any
+
+from weightcast.errors import Unsupported
 
 BACKEND = "weightcast"
 ALLOW_LIST = "VLLM_PLUGINS"
@@ -24,14 +28,22 @@ logger = logging.getLogger(__name__)
 
 
 def register() -> None:
-    """Make the backend known to vLLM. Raises Unsupported for vLLM versions out of range; idempotent."""
-    import torch
-    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+    """Make the backend known to vLLM; idempotent, and never raises because of vLLM's version.
 
+    vLLM calls this in every process, also where nobody asked for weightcast: a version out of range must not keep such a
+    server from starting. Where somebody does ask, the backend that is registered instead says what is wrong.
+    """
     import vllm
     from weightcast.engines.vllm.versions import check_version
 
-    check_version(vllm.__version__)
+    try:
+        check_version(vllm.__version__)
+    except Unsupported as error:
+        _register_refusal(error)
+        return
+    import torch
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+
     if BACKEND not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(BACKEND, "weightcast.engines.vllm.backend", "VllmBackend")
     if torch.cpu._is_amx_tile_supported():
@@ -39,6 +51,25 @@ def register() -> None:
         torch.cpu._init_amx()
     if asks_for_backend(sys.argv):
         allow_routes()
+
+
+def _register_refusal(error: Unsupported) -> None:
+    """Have vLLM raise the error when it makes the backend, and not before."""
+    try:
+        from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+    except ImportError:
+        # Versions without weight transfer: their command line knows no option to ask for it with.
+        logger.debug("weightcast has nothing to register with: %s", error)
+        return
+
+    class RefusedBackend:
+        """Stands for a backend that does not work with this vLLM."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            raise Unsupported(error.message, hint=error.hint)
+
+    with contextlib.suppress(ValueError):  # registered by an earlier call
+        WeightTransferEngineFactory.register_engine(BACKEND, RefusedBackend)
 
 
 def asks_for_backend(arguments: Sequence[str]) -> bool:

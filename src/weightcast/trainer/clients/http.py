@@ -23,8 +23,9 @@ from weightcast.trainer.clients.base import AnswerLost, CommitOrder, CommitReply
 from weightcast.trainer.clients.urls import host_of
 
 _NO_ROUTES = (
-    "It has no weightcast routes: start it with weightcast serve, or vLLM with --weight-transfer-config; "
-    "for vLLM without plug-ins use trainer.clients.VllmDevClient(url)"
+    "It has no weightcast routes: start it with weightcast serve, or vLLM with --weight-transfer-config on its command line. vLLM "
+    "serves them only where VLLM_PLUGINS, if it is set, names weightcast; without them trainer.clients.VllmDevClient(url) uses "
+    "vLLM's development routes"
 )
 
 

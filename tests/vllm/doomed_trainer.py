@@ -1,0 +1,66 @@
+"""A trainer that is killed while it publishes: python -m tests.vllm.doomed_trainer MODEL URL TOKEN MOMENT."""
+
+import os
+import signal
+import sys
+from typing import Any
+
+from weightcast import Publisher
+from weightcast.messages import Staged
+from weightcast.testing.models import random_state_dict
+from weightcast.trainer.rounds import Round
+from weightcast.transports import gloo
+
+MOMENTS = ("transfer", "gloo transfer", "commit")
+"""While the engine copies what the trainer holds; between two pieces of what the trainer sends; all is there, nothing ordered."""
+BUCKET_NBYTES = 4096
+
+
+def die(*_: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_waiting(moment: str) -> None:
+    """Arm the moment's fault."""
+    if moment == "commit":
+        Round._commit = die  # type: ignore[method-assign, assignment]
+    elif moment == "transfer":
+        take = Round._take
+
+        def waiting(round: Round, engine: Any, worker: Any, kind: Any, *more: Any) -> Any:
+            if kind is Staged:
+                die()
+            return take(round, engine, worker, kind, *more)
+
+        Round._take = waiting  # type: ignore[method-assign]
+    else:
+        send, sent = gloo._Pair.start_send, [0]
+
+        def sending(pair: Any, *arguments: Any) -> Any:
+            sent[0] += 1
+            if sent[0] == 4:
+                die()
+            return send(pair, *arguments)
+
+        gloo._Pair.start_send = sending  # type: ignore[method-assign]
+
+
+def main() -> None:
+    model, url, token, moment = sys.argv[1:]
+    transport = "gloo" if moment.startswith("gloo") else "shm"
+    publisher = Publisher(
+        random_state_dict(model),
+        [url],
+        token=token,
+        timeout_s=60,
+        transport=transport,
+        mode="staged",
+        bucket_nbytes=BUCKET_NBYTES,
+    )
+    publisher.connect()
+    die_waiting(moment)
+    publisher.publish()
+
+
+if __name__ == "__main__":
+    main()
