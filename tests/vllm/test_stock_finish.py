@@ -30,8 +30,8 @@ def test_a_failed_update_is_not_named(served: Served, model: Path) -> None:
         update = {"update_info": {"epoch": 99, "round": 99, "action": "commit", "timeout_s": 1}}
         assert served.post("/update_weights", update).status_code == 200, "workers never raise"
         answer = served.post("/finish_weight_update", {"weight_version": "no-such"})
-        assert answer.status_code == 409, answer.text
-        assert answer.json()["error"]["type"] == "StateError"
+        assert answer.status_code == 424, answer.text
+        assert answer.json()["error"]["type"] == "DeadlineExceeded"
         assert served.get("/weight_info").json()["weight_version"] == version
         assert served.get("/weightcast/status").json()["weight_version"] == version
         assert served.post("/resume").status_code == 200
