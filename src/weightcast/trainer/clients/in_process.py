@@ -14,8 +14,22 @@ from weightcast.trainer.clients.helper import Helper
 _numbers = itertools.count()
 
 
+class ServedWeights(Protocol):
+    """What an engine says of itself: engines.base.EngineStatus, or anything with these."""
+
+    @property
+    def weight_version(self) -> str: ...
+    @property
+    def digest(self) -> str | None: ...
+    @property
+    def dirty(self) -> bool: ...
+    @property
+    def ready(self) -> bool: ...
+
+
 class SyncEngine(Protocol):
-    """The part of vLLM's ``LLM`` that weight sync needs; weightcast's embedded LLM has it."""
+    """What weight sync needs of an engine object, by vLLM's names, and whether its weights are clean; weightcast's embedded LLM
+    has it."""
 
     def get_world_size(self) -> int: ...
     def init_weight_transfer_engine(self, init_info: Any, /) -> None: ...
@@ -23,7 +37,7 @@ class SyncEngine(Protocol):
     def update_weights(self, update_info: Any, /) -> None: ...
     def finish_weight_update(self, weight_version: str | None = None) -> None: ...
     def shutdown_weight_transfer_engine(self) -> None: ...
-    def get_weight_version(self) -> str: ...
+    def status(self) -> ServedWeights: ...
     def reset_prefix_cache(self) -> bool: ...
 
 
@@ -73,8 +87,13 @@ class InProcessEngineClient(EngineClient):
         self._helper.run(work, deadline)
 
     def status(self, deadline: Deadline) -> Mapping[str, Any]:
-        version = self._helper.run(self._engine.get_weight_version, deadline)
-        return {"weight_version": version, "digest": None, "dirty": False, "ready": True}
+        status = self._helper.run(self._engine.status, deadline)
+        return {
+            "weight_version": status.weight_version,
+            "digest": status.digest,
+            "dirty": status.dirty,
+            "ready": status.ready,
+        }
 
     def shutdown(self, deadline: Deadline) -> None:
         self._helper.run(self._engine.shutdown_weight_transfer_engine, deadline)
