@@ -140,7 +140,8 @@ def test_the_next_trainer_knows_the_digest_so_it_can_bring_a_joiner_to_what_is_s
     tensors = values_of(5)
     with Publisher(tensors, [engines[0]], timeout_s=TIMEOUT_S) as before:
         first = before.publish()
-    after = stack.enter_context(Publisher(tensors, [engines[0]], timeout_s=TIMEOUT_S))
+    # The engine may not have heard yet that the first one left.
+    after = stack.enter_context(Publisher(tensors, [engines[0]], timeout_s=TIMEOUT_S, takeover=True))
     after.connect()
     report = after.add(engines[1])
     assert report is not None
