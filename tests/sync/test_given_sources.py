@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import socket
 from pathlib import Path
 
@@ -26,6 +27,18 @@ def test_a_dtype_that_would_have_no_effect_is_refused(tmp_path: Path) -> None:
             make_source(source, dtype=torch.bfloat16)
         assert caught.value.field == "dtype"
     assert make_source(WEIGHTS, dtype=torch.bfloat16).manifest["w"].dtype == "bfloat16"
+
+
+def test_a_closed_publisher_keeps_no_memory_while_it_is_still_referenced() -> None:
+    engine = LocalEngine("local", [DictModel({"w": torch.zeros(4, 5)})])
+    publisher = Publisher(WEIGHTS, [engine], transport="shm", timeout_s=20)
+    with publisher:
+        assert publisher.publish().digests_match
+        assert "memfd:weightcast" in Path("/proc/self/maps").read_text()
+    engine.stop()
+    gc.collect()
+    assert "memfd:weightcast" not in Path("/proc/self/maps").read_text()
+    publisher.close()
 
 
 @pytest.mark.parametrize("timeout_s", [0, -1.0, float("nan"), float("inf")])

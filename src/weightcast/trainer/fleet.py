@@ -286,6 +286,7 @@ class Fleet:
         """Dismiss all engines and free all transports; idempotent."""
         for engine in list(self.engines):
             self.remove(engine)
+        self.expected.clear()
         self._holder.release()
 
 

@@ -277,6 +277,7 @@ def seeds(target: str) -> list[bytes]:
             b'\x00{"weight_version": "3-ab", "digest": "ff", "dirty": false, "ready": true}',
             b'\x01{"error": {"type": "StateError", "message": "m", "detail": {"message": "m", "worker": 1, "hint": "h"}}}',
             b"\x02not json",
+            b"\x00" + b"[" * 5000,
         ]
     if target == "offers":
         gloo = GlooOffer(address="127.0.0.1", port=1, secret=b"s", bucket_nbytes=4096, plan="00")

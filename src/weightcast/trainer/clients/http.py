@@ -100,11 +100,11 @@ class HttpEngineClient(EngineClient):
         except (httpcore.NetworkError, httpcore.ProtocolError) as error:
             raise AnswerLost(f"{method} {path}: {error or type(error).__name__}", engine=self.name) from error
         if 200 <= response.status < 300:
-            return _json_object(response.content)
+            return wire.json_object(response.content)
         raise self._error(method, path, response)
 
     def _error(self, method: str, path: str, response: httpcore.Response) -> WeightcastError:
-        error = _json_object(response.content).get("error")
+        error = wire.json_object(response.content).get("error")
         if isinstance(error, dict) and isinstance(error.get("message"), str):
             detail = _detail(error)
             raised = error_from_wire(str(error.get("type")), detail.message, hint=detail.hint)
@@ -123,11 +123,3 @@ def _detail(error: dict[str, Any]) -> ErrorDetail:
         return msgspec.convert(error["detail"], ErrorDetail)
     except (KeyError, msgspec.ValidationError):
         return ErrorDetail(message=error["message"])
-
-
-def _json_object(content: bytes) -> dict[str, Any]:
-    try:
-        value = msgspec.json.decode(content)
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        return {}
-    return value if isinstance(value, dict) else {}

@@ -97,17 +97,9 @@ class VllmDevClient(RpcEngineClient):
         except (httpcore.NetworkError, httpcore.ProtocolError) as error:
             raise AnswerLost(f"{method} {path}: {error or type(error).__name__}", engine=self.name) from None
         if 200 <= response.status < 300:
-            return _object(response.content)
+            return wire.json_object(response.content)
         if response.status == 404 and may_be_absent:
             return {}
         hint = "Start it with VLLM_SERVER_DEV_MODE=1" if response.status == 404 else None
         told = response.content[:400].decode(errors="replace")
         raise EngineError(f"{method} {path} answered {response.status}: {told}", engine=self.name, hint=hint)
-
-
-def _object(content: bytes) -> dict[str, Any]:
-    try:
-        value = msgspec.json.decode(content) if content else {}
-    except msgspec.DecodeError:
-        return {}
-    return value if isinstance(value, dict) else {}

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import httpcore
+import msgspec
 
 from weightcast.deadline import Deadline
 
@@ -32,6 +33,15 @@ def request(
     """One request over a connection of its own. Raises what httpcore does: TimeoutException, NetworkError, ProtocolError."""
     with httpcore.ConnectionPool(network_backend=_Backend(deadline), max_keepalive_connections=0) as pool:
         return pool.request(method, url, headers=list(headers.items()), content=content)
+
+
+def json_object(content: bytes) -> dict[str, Any]:
+    """An answer's JSON object; an empty one for anything else, nested beyond what can be read included."""
+    try:
+        value = msgspec.json.decode(content)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 class _Backend(httpcore.NetworkBackend):

@@ -34,8 +34,8 @@ class Source(ABC):
         user's tensors are not what they were at connect."""
 
     def close(self) -> None:
-        """Free what the source made. Tensors of the user stay valid."""
-        return
+        """Free what the source made, also while it is still referenced. Tensors of the user stay valid."""
+        self.memory = Memory(())
 
 
 def device_of(tensors: list[torch.Tensor]) -> torch.device:

@@ -87,6 +87,10 @@ class ShardedSource(Source):
             memory.view(p.storage, p.dtype, p.offset, p.region.sizes, p.strides) for p in self.layout.placements
         ]
 
+    def close(self) -> None:
+        super().close()
+        self._views = []
+
     @torch.no_grad()
     def refresh(self) -> None:
         if self._owners is not None:

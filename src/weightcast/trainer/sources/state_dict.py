@@ -43,6 +43,10 @@ class StateDictSource(Source):
             for placement in self.layout.placements
         ]
 
+    def close(self) -> None:
+        super().close()
+        self._views = []
+
     @torch.no_grad()
     def refresh(self) -> None:
         torch._foreach_copy_(self._views, self._forms.locals_of(self._tensors))
