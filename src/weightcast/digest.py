@@ -3,28 +3,27 @@
 Every byte of the model has a position in the image (see manifest). The image is cut into 8-byte little-endian signed words
 ``W[k]`` and the digest is, modulo 2**64,
 
-    sum over k of  b[k // 4096] * a[k % 4096] * (W[k] + (W[k] >> 32))          (arithmetic shift)
+    sum over k of  b[k // 4096] * a[k % 4096] * (W[k] + 3 * (W[k] >> 32))          (arithmetic shift)
 
 with odd 64-bit weights ``a`` and ``b`` from splitmix64. The term is linear in the elements of a word (each element of at
 most 4 bytes lies in one half, an element of 8 bytes is a word), so digests of any disjoint regions add up to the digest
 of the whole: shards prove the model without gathering it, and a zero byte, such as one in a gap, contributes nothing.
-Folding the high half down keeps errors in the highest bits (sign bits) of one half from cancelling each other.
+Folding the high half down keeps errors in the highest bits (sign bits) from cancelling each other: the factor 3 does so also
+where both halves of a word change sign.
 
 What it sees. Let a word's high half (signed) change by dH and its low half (unsigned) by dL; its term changes by an odd weight
-times ``d = dH * (2**32 + 1) + dL``. Hence, always:
+times ``d = dH * (2**32 + 3) + dL``. Hence, always:
 
 - One changed element of at most 4 bytes changes the digest, whatever else its word holds: it lies in one half.
-- One changed word changes the digest, with one exception, as the fold is not injective: 0x80000000xxxxxxxx and the word
-  0x7fffffff00000000 + xxxxxxxx + 1 fold alike. An element of 8 bytes is a word. As floats of any size one of the two is NaN.
+- One changed word changes the digest but for two exceptions, as the fold is not injective: dH = 2**32 - 3 with dL = 9, dH =
+  2**32 - 2 with dL = 6 - 2**32, and their opposites. As floats of any size one of the two words has a NaN.
 
-Otherwise with a probability, for contents that do not depend on the weights: let 2**t be the largest power of two that
-divides every changed word's d. Several changed words cancel with probability of about 2**(t - 63): 2**-63 where lowest bits
-change, as they do in other values of a trained weight; 2**-32 where nothing but the highest bit of one half changes. Where
-nothing changes but the highest bits of both halves of words, both from 0 to 1 or both from 1 to 0, d is 2**63 and an even
-number of such words always cancels: a float32 tensor of positive numbers and its negative are alike, and so are 2-byte
-tensors of which exactly the second and fourth element of words change sign. (Multilinear hashing: Carter and Wegman 1979; Lemire
-and Kaser, "Strongly universal string hashing is fast", 2014.) It proves that nothing was lost, torn, stale or misplaced; it is
-no defence against a forger.
+Otherwise with a probability, for contents that do not depend on the weights: several changed words cancel with probability of
+about 2**(t - 63), where 2**t is the largest power of two that divides every changed word's d. That is 2**-63 where lowest bits
+change, as they do in other values of a trained weight, and 2**-30 in the worst case of changed bits alone: nothing but the signs
+of 4-byte elements, always in both halves of words, from 0 to 1 in one and from 1 to 0 in the other. (Multilinear hashing: Carter
+and Wegman 1979; Lemire and Kaser, "Strongly universal string hashing is fast", 2014.) It proves that nothing was lost, torn,
+stale or misplaced; it is no defence against a forger.
 """
 
 from __future__ import annotations
@@ -47,6 +46,8 @@ if TYPE_CHECKING:
     from weightcast.cuda.digest import StridedBox
 
 BLOCK_WORDS = 4096
+FOLD = 3
+"""What the high half of a word counts when it is added to the word once more."""
 WORD_NBYTES = 8
 BLOCK_NBYTES = BLOCK_WORDS * WORD_NBYTES
 CHUNK_NBYTES = 2**21
@@ -154,7 +155,7 @@ def _digest_words(words: torch.Tensor, first: int) -> int:
 
 def _weighted_edge(words: torch.Tensor, column: int, number: int) -> torch.Tensor:
     """Weighted sum of part of block ``number``, from its word ``column`` on."""
-    folded = (words >> 32).add_(words).mul_(word_weights(words.device)[column : column + words.numel()])
+    folded = words.add(words >> 32, alpha=FOLD).mul_(word_weights(words.device)[column : column + words.numel()])
     return folded.sum() * block_weights(torch.tensor(number))
 
 
@@ -168,7 +169,8 @@ def _weighted_blocks(blocks: torch.Tensor, number: int) -> torch.Tensor:
         chunk = blocks[row : row + rows]
         folded = scratch[: len(chunk)]
         torch.bitwise_right_shift(chunk, 32, out=folded)
-        torch.sum(folded.add_(chunk).mul_(weights), dim=1, out=sums[row : row + rows])
+        torch.add(chunk, folded, alpha=FOLD, out=folded)
+        torch.sum(folded.mul_(weights), dim=1, out=sums[row : row + rows])
     return (sums * block_weights(torch.arange(number, number + len(blocks)))).sum()
 
 
@@ -182,7 +184,7 @@ def digest_elements(values: torch.Tensor, positions: torch.Tensor) -> int:
     if itemsize < WORD_NBYTES:
         bits = bits & ((1 << (8 * itemsize)) - 1)
     word = bits << (8 * (positions % WORD_NBYTES))
-    folded = word + (word >> 32)
+    folded = word + FOLD * (word >> 32)
     number = positions // WORD_NBYTES
     weights = word_weights(values.device)[number % BLOCK_WORDS] * block_weights(number // BLOCK_WORDS)
     return int((folded * weights).sum()) & _MASK

@@ -15,7 +15,7 @@ from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from weightcast.digest import B_SEED, BLOCK_WORDS, SPLITMIX_GAMMA, SPLITMIX_MULTIPLIERS, WORD_NBYTES
+from weightcast.digest import B_SEED, BLOCK_WORDS, FOLD, SPLITMIX_GAMMA, SPLITMIX_MULTIPLIERS, WORD_NBYTES
 
 _GAMMA, _SEED = np.uint64(SPLITMIX_GAMMA), np.uint64(B_SEED)
 _FIRST, _SECOND = (np.uint64(multiplier) for multiplier in SPLITMIX_MULTIPLIERS)
@@ -90,7 +90,7 @@ def _one(source, target, position, nbytes, weights):  # type: ignore[no-untyped-
         part = np.int64(0)
         for j in range(size):
             word = words[at + j]
-            part += weights[column + j] * (word + (word >> 32))
+            part += weights[column + j] * (word + FOLD * (word >> 32))
         total += part * _block_weight((position + at) // BLOCK_WORDS)
         at += size
     if rest:
@@ -101,5 +101,5 @@ def _one(source, target, position, nbytes, weights):  # type: ignore[no-untyped-
                 last[j] = first[j]
         word = _last_word(target + count * WORD_NBYTES, rest)
         weight = weights[(position + count) % BLOCK_WORDS] * _block_weight((position + count) // BLOCK_WORDS)
-        total += (word + (word >> 32)) * weight
+        total += (word + FOLD * (word >> 32)) * weight
     return total

@@ -294,7 +294,7 @@ def _digest_tiles(  # type: ignore[no-untyped-def]
             weight = tl.load(weights + column + offsets)
             for row in tl.static_range(0, TILE, BLOCK):
                 word = tl.load(words + row + column + offsets)
-                total += (word + (word >> 32)) * weight * _block_weight((word0 + row) // BLOCK)
+                total += (word + 3 * (word >> 32)) * weight * _block_weight((word0 + row) // BLOCK)
     else:
         shift = origin % 8
         low = tl.maximum(start // 8 - word0, 0) // CHUNK
@@ -316,7 +316,7 @@ def _digest_tiles(  # type: ignore[no-untyped-def]
             word = tl.where(valid, bits, 0).to(tl.int64, bitcast=True)
             column = (chunk * CHUNK) % BLOCK
             weight = tl.load(weights + column + offsets)
-            total += (word + (word >> 32)) * weight * _block_weight((word0 + chunk * CHUNK) // BLOCK)
+            total += (word + 3 * (word >> 32)) * weight * _block_weight((word0 + chunk * CHUNK) // BLOCK)
     tl.store(partials + pid, tl.sum(total))
 
 
@@ -367,5 +367,5 @@ def _digest_boxes(  # type: ignore[no-untyped-def]
         place = position + place * ITEMSIZE
         word = (bits << ((place % 8) * 8).to(tl.uint64)).to(tl.int64, bitcast=True)
         weight = tl.load(weights + (place // 8) % BLOCK, mask=mask, other=0)
-        total += (word + (word >> 32)) * weight * _block_weight(place // 8 // BLOCK)
+        total += (word + 3 * (word >> 32)) * weight * _block_weight(place // 8 // BLOCK)
     tl.store(partials + pid, tl.sum(total))

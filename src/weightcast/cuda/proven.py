@@ -159,7 +159,7 @@ def _copy_and_digest(  # type: ignore[no-untyped-def]
         for at in tl.static_range(0, TILE, CHUNK):
             word = tl.load(b + at + offsets, volatile=True)
             weight = tl.load(weights + at % BLOCK + offsets)
-            total += (word + (word >> 32)) * weight * _block_weight((word0 + at) // BLOCK)
+            total += (word + 3 * (word >> 32)) * weight * _block_weight((word0 + at) // BLOCK)
     else:
         low = tl.maximum(start // 8 - word0, 0)
         high = tl.minimum(end // 8 - word0, TILE)
@@ -173,5 +173,5 @@ def _copy_and_digest(  # type: ignore[no-untyped-def]
             mask = (at >= low) & (at < high)
             word = tl.load(b + at, mask=mask, other=0, volatile=True)
             weight = tl.load(weights + (chunk * CHUNK) % BLOCK + offsets)
-            total += (word + (word >> 32)) * weight * _block_weight((word0 + chunk * CHUNK) // BLOCK)
+            total += (word + 3 * (word >> 32)) * weight * _block_weight((word0 + chunk * CHUNK) // BLOCK)
     tl.store(partials + pid, tl.sum(total))
