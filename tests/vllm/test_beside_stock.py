@@ -109,6 +109,23 @@ def test_the_stock_routes_survive_wrong_calls(served: Served) -> None:
     assert (served.answers(PROMPTS), served.version) == (before, version)
 
 
+def test_a_failed_update_is_not_named(served: Served, model: Path) -> None:
+    with Publisher(random_state_dict(model), [served.url], token=served.token) as publisher:
+        version = publisher.publish().version
+        assert served.get("/weight_info").json()["weight_version"] == version
+        assert served.post("/pause?mode=keep").status_code == 200
+        assert served.post("/start_weight_update").status_code == 200
+        update = {"update_info": {"epoch": 99, "round": 99, "action": "commit", "timeout_s": 1}}
+        assert served.post("/update_weights", update).status_code == 200, "workers never raise"
+        answer = served.post("/finish_weight_update", {"weight_version": "no-such"})
+        assert answer.status_code == 424, answer.text
+        assert answer.json()["error"]["type"] == "DeadlineExceeded"
+        assert served.get("/weight_info").json()["weight_version"] == version
+        assert served.get("/weightcast/status").json()["weight_version"] == version
+        assert served.post("/resume").status_code == 200
+        assert publisher.publish().digests_match
+
+
 def test_a_server_that_was_paused_stays_paused(served: Served, model: Path) -> None:
     served.post("/pause?mode=keep")
     with Publisher(random_state_dict(model), [served.url], token=served.token) as publisher:
