@@ -21,6 +21,8 @@ from weightcast.trainer.clients import VllmDevClient
 
 LONG = [(7 * n) % 200 + 3 for n in range(300)]
 PROMPTS = [[5, 17, 33, 2, 90], [7]]
+MAX_LEN = 2048
+"""A request that is watched while it runs must not be over before somebody looks."""
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +33,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def served(model: Path) -> Iterator[Served]:
     token_routes = ["--enable-scale-out"] if find_spec("vllm.entrypoints.launchers") else []
-    with vllm_server(model, *token_routes, env=DEV_MODE, max_model_len=640, kv_cache_nbytes=64 << 20) as running:
+    with vllm_server(model, *token_routes, env=DEV_MODE, max_model_len=MAX_LEN, kv_cache_nbytes=64 << 20) as running:
         # The very first prompt is a single token: it must not need a warm-up.
         assert len(running.complete([7], max_tokens=3)["token_ids"]) == 3
         yield running
@@ -45,12 +47,12 @@ def test_cached_prefixes_do_not_outlive_their_weights(served: Served, model: Pat
         assert old[0] == old[1]
         replace(weights, model)
         publisher.publish()
-        assert served.answers([LONG, LONG]) == fresh.answers(model, weights, [LONG], max_model_len=640) * 2
+        assert served.answers([LONG, LONG]) == fresh.answers(model, weights, [LONG], max_model_len=MAX_LEN) * 2
     with Publisher(weights, [served.url], token=served.token, clear_cache=False) as publisher:
         replace(weights, model)
         publisher.publish()
         (stale,) = served.answers([LONG])
-        (want,) = fresh.answers(model, weights, [LONG], max_model_len=640)
+        (want,) = fresh.answers(model, weights, [LONG], max_model_len=MAX_LEN)
         assert stale != want, "without clear_cache the cached prefix is used"
 
 
@@ -59,7 +61,7 @@ def test_a_frozen_request_goes_on_with_the_new_weights(served: Served, model: Pa
     prompt, answers = [3, 1, 4, 1, 5], []
     request = {
         "token_ids": prompt,
-        "sampling_params": {"temperature": 0, "max_tokens": 600, "ignore_eos": True, "logprobs": 0},
+        "sampling_params": {"temperature": 0, "max_tokens": 2000, "ignore_eos": True, "logprobs": 0},
     }
     busy = threading.Thread(target=lambda: answers.append(served.post("/inference/v1/generate", request).json()))
     with Publisher(weights, [served.url], token=served.token) as publisher:
@@ -82,9 +84,9 @@ def test_a_frozen_request_goes_on_with_the_new_weights(served: Served, model: Pa
     assert [(span["version"], span["start"] == 0) for span in spans] == [(old, True), (new, False)]
     assert spans[1]["start"] == spans[0]["end"]
     first = spans[1]["start"]
-    room = 640 - len(prompt) - 12
+    room = MAX_LEN - len(prompt) - 12
     assert 0 < first < room, "the round came before the request, or long after it"
-    ((after, _),) = fresh.answers(model, weights, [prompt + tokens[:first]], max_model_len=640)
+    ((after, _),) = fresh.answers(model, weights, [prompt + tokens[:first]], max_model_len=MAX_LEN)
     assert tokens[first : first + len(after)] == after
 
 

@@ -76,7 +76,22 @@ def load() -> None:
 
 
 @njit(nogil=True, cache=True)
+def _copy(read, written):  # type: ignore[no-untyped-def]
+    for i in range(len(written)):
+        written[i] = read[i]
+
+
+@njit(nogil=True, cache=True)
+def _weighted(words, weights):  # type: ignore[no-untyped-def]
+    total = np.int64(0)
+    for i in range(len(words)):
+        total += weights[i] * (words[i] + FOLD * (words[i] >> 32))
+    return total
+
+
+@njit(nogil=True, cache=True)
 def _one(source, target, position, nbytes, weights):  # type: ignore[no-untyped-def]
+    # Loops are over whole slices: with an offset in the index numba would look whether it is negative, word by word.
     count, rest = nbytes // WORD_NBYTES, nbytes % WORD_NBYTES
     read = carray(_pointer(source), (count,), np.int64)
     words = carray(_pointer(target), (count,), np.int64)
@@ -85,21 +100,15 @@ def _one(source, target, position, nbytes, weights):  # type: ignore[no-untyped-
         column = (position + at) % BLOCK_WORDS
         size = min(BLOCK_WORDS - column, count - at)
         if source != target:
-            for j in range(at, at + size):
-                words[j] = read[j]
-        part = np.int64(0)
-        for j in range(size):
-            word = words[at + j]
-            part += weights[column + j] * (word + FOLD * (word >> 32))
+            _copy(read[at : at + size], words[at : at + size])
+        part = _weighted(words[at : at + size], weights[column : column + size])
         total += part * _block_weight((position + at) // BLOCK_WORDS)
         at += size
     if rest:
+        end = count * WORD_NBYTES
         if source != target:
-            first = carray(_pointer(source + count * WORD_NBYTES), (rest,), np.uint8)
-            last = carray(_pointer(target + count * WORD_NBYTES), (rest,), np.uint8)
-            for j in range(rest):
-                last[j] = first[j]
-        word = _last_word(target + count * WORD_NBYTES, rest)
+            _copy(carray(_pointer(source + end), (rest,), np.uint8), carray(_pointer(target + end), (rest,), np.uint8))
+        word = _last_word(target + end, rest)
         weight = weights[(position + count) % BLOCK_WORDS] * _block_weight((position + count) // BLOCK_WORDS)
         total += (word + FOLD * (word >> 32)) * weight
     return total
