@@ -7,16 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
-from urllib.parse import urlencode, urlsplit
+from urllib.parse import urlencode
 
 import httpcore
 import msgspec
 
 from weightcast.deadline import Deadline
-from weightcast.errors import DeadlineExceeded, EngineError, InvalidInput, PeerLost, Unsupported
+from weightcast.errors import DeadlineExceeded, EngineError, PeerLost, Unsupported
 from weightcast.trainer.clients import wire
 from weightcast.trainer.clients.base import AnswerLost
 from weightcast.trainer.clients.rpc import RpcEngineClient
+from weightcast.trainer.clients.urls import host_of
 from weightcast.vllm_eras import CALL
 
 
@@ -26,11 +27,8 @@ class VllmDevClient(RpcEngineClient):
     kind = "vllm-dev"
 
     def __init__(self, url: str) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise InvalidInput(f"an engine is http://host:port, not {url!r}", field="engines")
+        self.host = host_of(url)
         self.name = url.rstrip("/")
-        self.host = parts.hostname
 
     def world_size(self, deadline: Deadline) -> int:
         """All workers. Unsupported for several replicas: vLLM passes on the first one's answers only."""
