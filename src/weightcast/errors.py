@@ -11,6 +11,7 @@
     ├── DigestMismatch        bytes arrived, and they are not the published ones
     ├── ShadowError           no memory for the staged copy
     ├── TransportError        bytes could not be moved
+    │   ├── GroupBroken       ... because another worker that shares the transfer failed
     │   └── PeerLost          ... because the other side is gone
     │       └── AnswerLost    ... before its answer came: the call may have been carried out or not
     ├── DeadlineExceeded      a wait ended by its deadline
@@ -164,6 +165,10 @@ class PeerLost(TransportError):
         """False: nobody listened there, so what was asked for was not carried out."""
 
 
+class GroupBroken(TransportError):
+    """A transfer that several workers share ended because of another one of them, whose own error says why."""
+
+
 class AnswerLost(PeerLost):
     """The connection broke before the answer came: the call may have been carried out or not."""
 
@@ -228,6 +233,7 @@ _BY_NAME = {
         DigestMismatch,
         ShadowError,
         TransportError,
+        GroupBroken,
         PeerLost,
         AnswerLost,
         DeadlineExceeded,

@@ -19,6 +19,8 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     """UUIDs of all GPUs that this process can use: CUDA_VISIBLE_DEVICES may leave it fewer than the host has."""
     mappable: bool = True
     """Whether other processes can map its GPU memory, as far as the settings of torch's allocator tell."""
+    nccl_host: str = ""
+    """What NCCL takes for its host, empty without a GPU: it refuses two ranks that have one GPU of one host."""
     transports: tuple[str, ...] = ()
     """Names this process could load and use."""
     address: str = "127.0.0.1"

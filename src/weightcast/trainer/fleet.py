@@ -12,15 +12,25 @@ import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from copy import copy
 from dataclasses import dataclass
 
 from weightcast.control.coordinator import Coordinator, Member
 from weightcast.deadline import Deadline
-from weightcast.errors import DeadlineExceeded, PeerLost, PlanMismatch, StateError, Unsupported, WeightcastError
+from weightcast.errors import (
+    DeadlineExceeded,
+    GroupBroken,
+    PeerLost,
+    PlanMismatch,
+    StateError,
+    Unsupported,
+    WeightcastError,
+)
 from weightcast.facts import Facts
 from weightcast.layout import image_layout
 from weightcast.messages import Landings, ModeWish, Offer, Ready, Setup, Welcome
 from weightcast.plan import Plan, compile_plan, plan_digest
+from weightcast.trainer.groups import Group, groups_of, mates_of
 from weightcast.trainer.holder import Holder
 from weightcast.trainer.links import EngineLink, SendingEnd, WorkerLink
 from weightcast.trainer.proof import ExpectedDigest, plan_key, whole_copies
@@ -46,6 +56,8 @@ class FleetSettings:
     takeover: bool
     address: str
     shadows: int = 1
+    share: bool = True
+    """Whether engines may share transfers, by transports that can: where one breaks all do."""
 
 
 class Fleet:
@@ -129,8 +141,13 @@ class Fleet:
     # -- an epoch
 
     def set_up(self, engines: Sequence[EngineLink], deadline: Deadline) -> dict[str, WeightcastError]:
-        """Begin an epoch for these engines; returns the errors of those that did not get ready, by name."""
+        """Begin an epoch for these engines; returns the errors of those that did not get ready, by name.
+
+        An engine whose pairs broke because of another one that failed is in no error: it has to be set up again without
+        that one.
+        """
         self.epoch += 1
+        self._part(engines)
         failures: dict[str, WeightcastError] = {}
         for engine in engines:
             engine.broken = "set-up did not finish"
@@ -147,17 +164,45 @@ class Fleet:
         for engine in engines:
             with _noting(engine, failures):
                 for worker in engine.workers:
-                    self._offer(worker, deadline)
+                    self._expect(worker, deadline)
+        present = [engine for engine in engines if engine.name not in failures]
+        groups = groups_of(present, share=self._settings.share)
+        mates = mates_of(groups)
+        for engine in present:
+            engine.mates = mates[engine.name]
+        for group in groups:
+            self._offer(group, deadline, failures)
         pairs = [(e, w) for e in engines if e.name not in failures for w in e.workers]
         with ThreadPoolExecutor(max(1, len(pairs))) as pool:
             futures = [(engine, pool.submit(self._connect, worker, deadline)) for engine, worker in pairs]
+        cut_off: dict[str, WeightcastError] = {}
         for engine, future in futures:
             with _noting(engine, failures):
-                future.result()
+                try:
+                    future.result()
+                except GroupBroken as error:
+                    cut_off[engine.name] = error
+        if not failures:
+            failures = cut_off
         for engine in engines:
-            if engine.name not in failures:
+            if engine.name not in failures and engine.name not in cut_off:
                 engine.broken = None
         return failures
+
+    def _part(self, engines: Sequence[EngineLink]) -> None:
+        """Engines that shared pairs with these have to be set up again, too."""
+        names = {engine.name for engine in engines}
+        for engine in self.engines:
+            if engine.name not in names and engine.mates & names and engine.broken is None:
+                engine.broken = "an engine that shared its transfers was set up again"
+
+    def regroup(self, engines: Sequence[EngineLink]) -> None:
+        """Mark engines as broken whose pairs are not shared as rounds of exactly these engines need it."""
+        present = [engine for engine in engines if engine.joined and engine.broken is None]
+        mates = mates_of(groups_of(present, share=self._settings.share))
+        for engine in present:
+            if engine.mates != mates[engine.name]:
+                engine.broken = "its transfers are shared with other engines than those of the round"
 
     def _choose(self, worker: WorkerLink) -> None:
         worker.transport, worker.reason = _common_transport(
@@ -176,46 +221,61 @@ class Fleet:
                 if engine not in engines and engine.broken is None:
                     engine.broken = "the source's memory moved"
 
-    def _offer(self, worker: WorkerLink, deadline: Deadline) -> None:
-        assert worker.transport is not None
-        holdings = self.ranks.holdings
-        plan = compile_plan(self.ranks.manifest, holdings, worker.landings.layout)
-        worker.plan_digest, worker.digest_key = plan_digest(plan), plan_key(plan)
+    def _expect(self, worker: WorkerLink, deadline: Deadline) -> None:
+        """Compile the worker's plan, and be ready to digest what it gets."""
+        plan = compile_plan(self.ranks.manifest, self.ranks.holdings, worker.landings.layout)
+        worker.plan, worker.plan_digest, worker.digest_key = plan, plan_digest(plan), plan_key(plan)
         if worker.digest_key not in self.expected:
             self.expected[worker.digest_key] = self.ranks.expected(worker.digest_key, plan, deadline)
-        worker.end, offers = self._open(worker.transport, plan, deadline)
-        self._coordinator.send(
-            worker.member,
-            Setup(
-                epoch=self.epoch,
-                holdings=dict(holdings),
-                offers=offers,
-                timeout_s=max(deadline.remaining_s(), 0.001),
-            ),
-        )
 
-    def _open(self, transport: Transport, plan: Plan, deadline: Deadline) -> tuple[SendingEnd, tuple[Offer, ...]]:
-        """The sending side of one worker's pairs, on all ranks that have something for it, and what it offers."""
-        settings = self._settings
-        own, offers = None, []
-        if self.ranks.alone or LEADER in plan:
-            own = transport.trainer_end(
-                plan.get(LEADER, ()),
-                self._source.memory,
-                bucket_nbytes=settings.bucket_nbytes,
-                address=settings.address,
-            )
-            if plan:
-                offers.append(Offer(rank=LEADER, transport=transport.name, data=own.offer()))
-            if self.ranks.alone:
-                return own, tuple(offers)
+    def _offer(
+        self,
+        group: Group,
+        deadline: Deadline,
+        failures: dict[str, WeightcastError],
+    ) -> None:
+        """Make the sending side of a group's pairs and tell its workers; an error is that of all its engines."""
+        transport = group[0][1].transport
+        assert transport is not None
         try:
-            pairs, others = self.ranks.pair(transport.name, plan, settings.bucket_nbytes, deadline)
+            opened = self._open(transport, [worker.plan for _, worker in group], deadline)
+        except WeightcastError as error:
+            for engine, _ in group:
+                failures.setdefault(engine.name, copy(error).at(engine=engine.name, phase="setup"))
+            return
+        for (_, worker), (end, offers) in zip(group, opened, strict=True):
+            worker.end = end
+            timeout_s = max(deadline.remaining_s(), 0.001)
+            setup = Setup(epoch=self.epoch, holdings=dict(self.ranks.holdings), offers=offers, timeout_s=timeout_s)
+            self._coordinator.send(worker.member, setup)
+
+    def _open(
+        self, transport: Transport, plans: Sequence[Plan], deadline: Deadline
+    ) -> list[tuple[SendingEnd, tuple[Offer, ...]]]:
+        """The sending sides of a group of workers, on all ranks that have something for them, and what each offers."""
+        settings = self._settings
+        giving = [at for at, plan in enumerate(plans) if LEADER in plan]
+        ends = transport.trainer_ends(
+            [plans[at][LEADER] for at in giving],
+            self._source.memory,
+            bucket_nbytes=settings.bucket_nbytes,
+            address=settings.address,
+        )
+        own = dict(zip(giving, ends, strict=True))
+        offered = {at: Offer(rank=LEADER, transport=transport.name, data=end.offer()) for at, end in own.items()}
+        try:
+            pairs = self.ranks.pair(transport.name, plans, settings.bucket_nbytes, deadline)
         except WeightcastError:
-            if own is not None:
-                own.close()
+            for end in ends:
+                end.close()
             raise
-        return SharedEnd(self.ranks, own, pairs), (*offers, *others)
+        return [
+            (
+                own[at] if self.ranks.alone and at in own else SharedEnd(self.ranks, own.get(at), numbers),
+                (*([offered[at]] if at in offered else []), *others),
+            )
+            for at, (numbers, others) in enumerate(pairs)
+        ]
 
     def content(self, deadline: Deadline) -> ExpectedDigest | SharedDigest:
         """The digest of all that is published; shared with workers that want exactly that."""
@@ -238,6 +298,8 @@ class Fleet:
         member = worker.member
         try:
             worker.end.connect(deadline)
+        except GroupBroken:
+            raise
         except WeightcastError as error:
             # The worker's own word says more than a broken connection; it is asked for briefly.
             with suppress(DeadlineExceeded, PeerLost):

@@ -11,6 +11,7 @@ from weightcast.deadline import Deadline
 from weightcast.digest import version_number
 from weightcast.errors import DeadlineExceeded, EngineError, PeerLost, WeightcastError
 from weightcast.messages import Failed, Landings
+from weightcast.plan import Plan
 from weightcast.trainer.clients.base import EngineClient
 from weightcast.transports.base import Transport
 
@@ -36,6 +37,7 @@ class WorkerLink:
     member: Member
     landings: Landings
     transport: Transport | None = None
+    plan: Plan = field(default_factory=dict)
     reason: str = ""
     plan_digest: str = ""
     end: SendingEnd | None = None
@@ -82,6 +84,8 @@ class EngineLink:
     version: str = "default"
     digest: str = ""
     dirty: bool = False
+    mates: frozenset[str] = frozenset()
+    """The engines, itself included, that its pairs are shared with: none of them can be in a round without the others."""
     highest: int = 0
     """The highest version number that it may have served, as it said when it joined."""
 

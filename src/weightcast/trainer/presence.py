@@ -82,6 +82,7 @@ class Presence:
         if failures and self._require == "all":
             return failures
         while True:
+            self._fleet.regroup([engine for engine in engines if engine.name not in failures])
             # More than once: a transport that comes in new may move the source's memory, and then others connect again.
             broken = [e for e in engines if e.joined and e.broken is not None and e.name not in failures]
             if not broken:

@@ -145,6 +145,7 @@ class Publisher:
             bucket_nbytes=bucket_nbytes,
             takeover=takeover,
             address=self._address,
+            share=require == "all",
         )
         self._ranks = Ranks(self._source, self._coordinator, 1 if group is None else group.size)
         self._fleet = Fleet(self._source, self._coordinator, settings, self._ranks)
@@ -397,6 +398,9 @@ class Publisher:
             return None
         if version_name(number, self._ranks.manifest, digest) != current.version:
             return None
+        failures = self._presence.bring_up([engine], deadline)  # alone: what it shares is of no use for this round
+        if failures:
+            raise failures[engine.name]
         return self._round([engine], number, deadline, Timeline(), {})
 
 

@@ -22,7 +22,15 @@ from functools import partial
 from weightcast.control.coordinator import Coordinator
 from weightcast.deadline import Deadline
 from weightcast.digest import version_name
-from weightcast.errors import AnswerLost, DeadlineExceeded, DigestMismatch, PeerLost, TransportError, WeightcastError
+from weightcast.errors import (
+    AnswerLost,
+    DeadlineExceeded,
+    DigestMismatch,
+    GroupBroken,
+    PeerLost,
+    TransportError,
+    WeightcastError,
+)
 from weightcast.messages import Begin, Committed, Message, Staged, Verified
 from weightcast.report.model import Phase, Report
 from weightcast.trainer.account import Account
@@ -181,7 +189,7 @@ class Round:
         self, engine: EngineLink, worker: WorkerLink, error: WeightcastError, kind: type[Message], phase: str
     ) -> None:
         """Raise what the worker itself says about a broken connection, or the error when it says nothing."""
-        if self._outcomes.is_over(engine):
+        if self._outcomes.is_over(engine) or isinstance(error, GroupBroken):
             raise Cancelled("the round failed elsewhere")
         lost = self._fleet.ranks.lost(phase)
         if lost is not None:

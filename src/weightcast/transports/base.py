@@ -98,6 +98,14 @@ class Transport(ABC):
     def refusal(self, trainer: Facts, worker: Facts) -> str | None:
         """Why this pair cannot use the transport, in words for a user; None when it can."""
 
+    def sharing(self, workers: Sequence[Facts]) -> list[list[int]]:
+        """Which of these workers, by number, ``trainer_ends`` would serve together, sending once what all of a group want.
+
+        The ends of a group depend on each other: all are connected, and used in a round, at the same time, as are the
+        workers' ends, and when one breaks all do. A transport that shares nothing has groups of one.
+        """
+        return [[number] for number in range(len(workers))]
+
     @abstractmethod
     def adopt(self, memory: Memory) -> Memory:
         """Make the trainer's memory reachable for workers; called once, before any pair.
@@ -115,6 +123,25 @@ class Transport(ABC):
         self, copies: Sequence[Copy], memory: Memory, *, bucket_nbytes: int = DEFAULT_BUCKET_NBYTES, address: str = ""
     ) -> TrainerEnd:
         """The sending side for one pair; ``memory`` is what ``adopt`` returned."""
+
+    def trainer_ends(
+        self,
+        parts: Sequence[Sequence[Copy]],
+        memory: Memory,
+        *,
+        bucket_nbytes: int = DEFAULT_BUCKET_NBYTES,
+        address: str = "",
+    ) -> list[TrainerEnd]:
+        """The sending sides for one group of ``sharing``, one for each worker's copies."""
+        ends: list[TrainerEnd] = []
+        try:
+            for copies in parts:
+                ends.append(self.trainer_end(copies, memory, bucket_nbytes=bucket_nbytes, address=address))
+        except BaseException:
+            for end in ends:
+                end.close()
+            raise
+        return ends
 
     @abstractmethod
     def worker_end(self, offer: bytes, copies: Sequence[Copy]) -> WorkerEnd:

@@ -28,6 +28,7 @@ def local_facts(device: torch.device | str, address: str | None = None) -> Facts
         gpu=gpu_uuid(device) if device.type == "cuda" else "",
         visible_gpus=visible_gpus() if device.type == "cuda" else (),
         mappable=device.type != "cuda" or memory_is_mappable(),
+        nccl_host=os.environ.get("NCCL_HOSTID", host_identity()) if device.type == "cuda" else "",
         transports=registry().available(),
         address=address or outward_address(),
     )

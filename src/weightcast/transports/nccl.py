@@ -1,8 +1,9 @@
-"""nccl: GPU to GPU on any host, one communicator of two ranks for each pair; buckets packed on one stream while others travel.
+"""nccl: GPU to GPU on any host, one communicator for a trainer rank and the workers of a group; packing beside travelling.
 
-A bucket is packed (cast, gathered) by one kernel, travels, and is unpacked by one kernel; two are in flight. It travels as a
-broadcast to one: NCCL uses more channels for that than for a send. A quiet TCP connection between the two processes brings
-the news of a death at once, which NCCL itself does not.
+What all workers of the group want is broadcast, the rest goes to each its own as grouped sends (transports.steps). A bucket is
+packed (cast, gathered) by one kernel, travels, and is unpacked by one kernel; two are in flight. To a single worker all is
+broadcast, too: NCCL uses more channels for that than for a send. A quiet TCP connection between the trainer and each worker
+brings the news of a death at once, which NCCL itself does not.
 """
 
 from __future__ import annotations
@@ -14,32 +15,35 @@ from typing import TYPE_CHECKING
 import msgspec
 import torch
 
+from weightcast.cuda.lanes import Lanes
 from weightcast.cuda.nccl import ABORT_S, PROMPT_ABORT_S, UNIQUE_ID_NBYTES, Communicator, load_nccl, new_unique_id
-from weightcast.cuda.wait import new_event, new_stream
 from weightcast.deadline import Deadline
-from weightcast.errors import InvalidInput, ProtocolError, StateError
+from weightcast.errors import InvalidInput, ProtocolError, StateError, TransportError, WeightcastError
 from weightcast.memory import Memory
 from weightcast.plan import Copy
 from weightcast.transports.base import DEFAULT_BUCKET_NBYTES, Facts, TrainerEnd, Transport, WorkerEnd
-from weightcast.transports.buckets import Bucket, check_bucket_nbytes, into_bucket, new_buffers, out_of_bucket, schedule
+from weightcast.transports.buckets import into_bucket, out_of_bucket
 from weightcast.transports.guard import EndGuard
 from weightcast.transports.pairlink import PairLink
 from weightcast.transports.recent import Recent
 from weightcast.transports.rendezvous import Listener
+from weightcast.transports.steps import Share, Step, divide, receive_buckets
+from weightcast.transports.together import Blamed, Together
 
 if TYPE_CHECKING:
     from weightcast.cuda.replay import CudaReplay
 
-IN_FLIGHT = 2
-"""Buffers: one is packed or unpacked while the other travels."""
-_TRAINER, _WORKER = 0, 1
+_TRAINER = 0
+"""The trainer's rank in a communicator; workers follow in the order of the group."""
 
 
 class NcclOffer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The communicator's id, the bucket size that both sides cut by, and where the trainer listens."""
+    """The communicator's id, the worker's place in it, how the plan is cut, and where the trainer listens."""
 
     unique_id: bytes
-    bucket_nbytes: int
+    rank: int
+    world_size: int
+    share: Share
     address: str
     port: int
     secret: bytes
@@ -60,7 +64,19 @@ class NcclTransport(Transport):
                 return f"the {side}'s weights are on {facts.device}, nccl moves GPU memory"
         if trainer.host == worker.host and trainer.pid == worker.pid:
             return "trainer and worker are one process"
+        if _seat(trainer) == _seat(worker):
+            return "NCCL refuses two ranks on one GPU (unless NCCL_HOSTID differs between the processes)"
         return None
+
+    def sharing(self, workers: Sequence[Facts]) -> list[list[int]]:
+        """All, but for workers on one GPU: NCCL refuses them in one communicator."""
+        groups: list[dict[tuple[str, str], int]] = []
+        for number, facts in enumerate(workers):
+            free = next((group for group in groups if _seat(facts) not in group), None)
+            if free is None:
+                groups.append(free := {})
+            free[_seat(facts)] = number
+        return [list(group.values()) for group in groups]
 
     def adopt(self, memory: Memory) -> Memory:
         """The memory stays where it is."""
@@ -74,122 +90,139 @@ class NcclTransport(Transport):
     def trainer_end(
         self, copies: Sequence[Copy], memory: Memory, *, bucket_nbytes: int = DEFAULT_BUCKET_NBYTES, address: str = ""
     ) -> TrainerEnd:
-        return NcclTrainerEnd(copies, memory, bucket_nbytes, address or "127.0.0.1")
+        return self.trainer_ends([copies], memory, bucket_nbytes=bucket_nbytes, address=address)[0]
+
+    def trainer_ends(
+        self,
+        parts: Sequence[Sequence[Copy]],
+        memory: Memory,
+        *,
+        bucket_nbytes: int = DEFAULT_BUCKET_NBYTES,
+        address: str = "",
+    ) -> list[TrainerEnd]:
+        """The ends of one group, which share a communicator."""
+        return list(_Group(parts, memory, bucket_nbytes, address or "127.0.0.1").ends) if parts else []
 
     def worker_end(self, offer: bytes, copies: Sequence[Copy]) -> WorkerEnd:
         try:
             decoded = msgspec.msgpack.decode(offer, type=NcclOffer)
-            check_bucket_nbytes(decoded.bucket_nbytes)
+            if len(decoded.unique_id) != UNIQUE_ID_NBYTES:
+                raise ProtocolError(f"nccl offer: an id of {len(decoded.unique_id)} bytes")
+            if not 0 < decoded.rank < decoded.world_size:
+                raise ProtocolError(f"nccl offer: worker rank {decoded.rank} of {decoded.world_size}")
+            return NcclWorkerEnd(copies, decoded)
         except (msgspec.DecodeError, UnicodeDecodeError, InvalidInput) as error:
             raise ProtocolError(f"malformed nccl offer: {error}") from None
-        if len(decoded.unique_id) != UNIQUE_ID_NBYTES:
-            raise ProtocolError(f"nccl offer: an id of {len(decoded.unique_id)} bytes")
-        return NcclWorkerEnd(copies, decoded)
 
 
-class _Lanes:
-    """The buffers of one end and the order of work in them: what a lane holds is used up before it is filled again."""
+class _Group:
+    """The trainer's side of one communicator: packs and sends for all workers of the group at once."""
 
-    def __init__(self, buckets: Sequence[Bucket], device: torch.device) -> None:
-        self._device = device
-        self.buffers = new_buffers(buckets, IN_FLIGHT, device)
-        self.side = new_stream(device)
-        """Packs or unpacks; the communicator's own stream sends or receives."""
-        self._free: list[torch.cuda.Event | None] = [None] * IN_FLIGHT
-
-    def buffer(self, number: int, nbytes: int) -> torch.Tensor:
-        return self.buffers[number % IN_FLIGHT][:nbytes]
-
-    def packers(self, buckets: Sequence[Bucket], memory: Memory) -> list[CudaReplay]:
-        """Per bucket the copies from ``memory`` into its lane."""
-        # Triton comes with torch for CUDA only; without a GPU this module still has to say what it lacks.
-        from weightcast.cuda.replay import CudaReplay
-
-        return [
-            CudaReplay([into_bucket(piece) for piece in bucket.pieces], memory, self._lane(number), self._device)
-            for number, bucket in enumerate(buckets)
+    def __init__(self, parts: Sequence[Sequence[Copy]], memory: Memory, bucket_nbytes: int, address: str) -> None:
+        used = [copy.src_storage for copies in parts for copy in copies]
+        self._device = _device_of(memory, used)
+        self._steps, shares = divide(parts, bucket_nbytes)
+        part_nbytes = shares[0].part_nbytes
+        self._places = [{member: at * part_nbytes for at, member in enumerate(step.own)} for step in self._steps]
+        """Where in the buffer of a step each worker's own bucket begins."""
+        lanes = Lanes(max(map(_room, self._steps, self._places), default=0), self._device)
+        self._lanes: Lanes | None = lanes
+        self._packers = [
+            lanes.packer(number, list(_packed(step, places)), memory)
+            for number, (step, places) in enumerate(zip(self._steps, self._places, strict=True))
         ]
+        self._together = Together(len(parts))
+        self._in_use = set(range(len(parts)))
+        self._comm = Communicator(self._device, self._check)
+        self.unique_id = new_unique_id()
+        self.ends: list[NcclTrainerEnd] = []
+        try:
+            for member, (copies, share) in enumerate(zip(parts, shares, strict=True)):
+                nbytes = sum(copy.nbytes for copy in copies)
+                self.ends.append(NcclTrainerEnd(self, member, len(parts) + 1, share, nbytes, address))
+        except BaseException:
+            for end in self.ends:
+                end.close()
+            raise
 
-    def unpackers(self, buckets: Sequence[Bucket], memory: Memory) -> list[CudaReplay]:
-        """Per bucket the copies from its lane into ``memory``."""
-        from weightcast.cuda.replay import CudaReplay
+    def connect(self, member: int, deadline: Deadline) -> None:
+        """Meet all workers; every member's end calls it once its worker's connection is there."""
 
-        return [
-            CudaReplay([out_of_bucket(piece) for piece in bucket.pieces], self._lane(number), memory, self._device)
-            for number, bucket in enumerate(buckets)
-        ]
+        def meet() -> None:
+            self._comm.connect(self.unique_id, _TRAINER, len(self.ends) + 1, deadline)
 
-    def _lane(self, number: int) -> Memory:
-        return Memory([self.buffers[number % IN_FLIGHT]])
+        self._together.do(member, "connect", deadline, meet, self.ends[member].check)
 
-    def free(self, number: int) -> torch.cuda.Event | None:
-        """When the bucket before last, which used the same buffer, is through; None for the first ones."""
-        return self._free[number % IN_FLIGHT]
+    def send(self, member: int, deadline: Deadline) -> None:
+        """One round for the whole group; every member's end calls it."""
+        self._together.do(member, "send", deadline, lambda: self._send(deadline), self.ends[member].check)
 
-    def mark_free(self, number: int, stream: torch.cuda.Stream) -> None:
-        event = new_event()
-        event.record(stream)
-        self._free[number % IN_FLIGHT] = event
+    def fail(self, error: BaseException, member: int) -> None:
+        """End everything for all members, because of one; the workers learn it from their connections."""
+        self._together.fail(error, member)
+        self._hang_up(PROMPT_ABORT_S)
 
-
-class _Pair:
-    """What both ends have: a guard, the connection beside the data, the communicator."""
-
-    def __init__(self, end: str) -> None:
-        self.guard = EndGuard(end)
-        self.link: PairLink | None = None
-        self.comm: Communicator | None = None
-
-    @contextlib.contextmanager
-    def use(self, what: str, deadline: Deadline) -> Iterator[None]:
-        """Around each use; a failure frees the other side at once."""
-        with self.guard.use(what, deadline):
-            try:
-                yield
-            except BaseException:
-                self._hang_up(PROMPT_ABORT_S)
-                raise
-
-    def connect(self, link: PairLink, device: torch.device, unique_id: bytes, rank: int, deadline: Deadline) -> None:
-        self.link = link
-        self.comm = Communicator(device, self._check)
-        self.comm.connect(unique_id, rank, 2, deadline)
-
-    def connected(self) -> Communicator:
-        if self.comm is None:
-            raise StateError("a round before connect")
-        return self.comm
-
-    def close(self) -> None:
-        self.guard.close()
+    def close(self, member: int) -> None:
+        """End it for all members; the last one to close frees the buffers. Idempotent."""
+        self._together.fail(TransportError("an end of the group was closed"), member)
         self._hang_up(ABORT_S)
+        self._in_use.discard(member)
+        if not self._in_use:
+            self._packers, self._lanes = [], None
 
-    def _hang_up(self, wait_s: float) -> None:
-        if self.link is not None:
-            self.link.close()
-        if self.comm is not None:
-            self.comm.abort(wait_s)
+    def _send(self, deadline: Deadline) -> None:
+        comm, lanes = self._comm, self._lanes
+        if lanes is None:
+            raise StateError("the group was closed")
+        with torch.cuda.device(self._device):
+            lanes.side.wait_stream(torch.cuda.current_stream(self._device))
+            for number, (step, packer) in enumerate(zip(self._steps, self._packers, strict=True)):
+                if (free := lanes.free(number)) is not None:
+                    comm.wait(free, deadline, "sending weights")
+                with torch.cuda.stream(lanes.side):
+                    packer.run()
+                comm.stream.wait_stream(lanes.side)
+                self._launch(number, step, lanes.buffer(number), deadline)
+                lanes.mark_free(number, comm.stream)
+            comm.finish(deadline, "sending weights")
+
+    def _launch(self, number: int, step: Step, buffer: torch.Tensor, deadline: Deadline) -> None:
+        if step.for_all is not None:
+            self._comm.broadcast(buffer[: step.for_all.nbytes], _TRAINER, deadline)
+            return
+        places = self._places[number]
+        parts = [
+            (buffer[places[member] : places[member] + bucket.nbytes], member + 1) for member, bucket in step.own.items()
+        ]
+        self._comm.send_each(parts, deadline)
 
     def _check(self) -> None:
-        self.guard.check()
-        if self.link is not None:
-            self.link.check()
+        """During every wait for NCCL: raises for the member whose worker is gone or whose end was aborted."""
+        for end in self.ends:
+            try:
+                end.check()
+            except WeightcastError as error:
+                raise Blamed(end.member, error) from error
+
+    def _hang_up(self, wait_s: float) -> None:
+        for end in self.ends:
+            end.hang_up()
+        self._comm.abort(wait_s)
 
 
 class NcclTrainerEnd(TrainerEnd):
-    """Packs and sends."""
+    """One worker's place in a group."""
 
-    def __init__(self, copies: Sequence[Copy], memory: Memory, bucket_nbytes: int, address: str) -> None:
-        self._pair = _Pair("the trainer's end of a nccl pair")
-        self._device = _device_of(memory, [copy.src_storage for copy in copies])
-        self._buckets = schedule(copies, bucket_nbytes)
-        self._lanes = _Lanes(self._buckets, self._device)
-        self._packers = self._lanes.packers(self._buckets, memory)
-        self._nbytes = sum(copy.nbytes for copy in copies)
-        self._listener = Listener(address, self._pair.guard)
+    def __init__(self, group: _Group, member: int, world_size: int, share: Share, nbytes: int, address: str) -> None:
+        self._group, self.member, self._nbytes = group, member, nbytes
+        self._guard = EndGuard("the trainer's end of a nccl pair")
+        self._link: PairLink | None = None
+        self._listener = Listener(address, self._guard)
         self._offer = NcclOffer(
-            unique_id=new_unique_id(),
-            bucket_nbytes=bucket_nbytes,
+            unique_id=group.unique_id,
+            rank=member + 1,
+            world_size=world_size,
+            share=share,
             address=address,
             port=self._listener.port,
             secret=self._listener.secret,
@@ -199,72 +232,94 @@ class NcclTrainerEnd(TrainerEnd):
         return msgspec.msgpack.encode(self._offer)
 
     def connect(self, deadline: Deadline) -> None:
-        with self._pair.use("connect", deadline):
-            link = PairLink.accept_from(self._listener, deadline)
+        with self._use("connect", deadline):
+            self._link = PairLink.accept_from(self._listener, deadline)
             self._listener.close()
-            self._pair.connect(link, self._device, self._offer.unique_id, _TRAINER, deadline)
+            self._group.connect(self.member, deadline)
 
     def send(self, deadline: Deadline) -> int:
-        with self._pair.use("send", deadline), torch.cuda.device(self._device):
-            comm, lanes = self._pair.connected(), self._lanes
-            lanes.side.wait_stream(torch.cuda.current_stream(self._device))
-            for number, (bucket, packer) in enumerate(zip(self._buckets, self._packers, strict=True)):
-                if (free := lanes.free(number)) is not None:
-                    comm.wait(free, deadline, "sending weights")
-                with torch.cuda.stream(lanes.side):
-                    packer.run()
-                comm.stream.wait_stream(lanes.side)
-                comm.broadcast(lanes.buffer(number, bucket.nbytes), _TRAINER, deadline)
-                lanes.mark_free(number, comm.stream)
-            comm.finish(deadline, "sending weights")
+        with self._use("send", deadline):
+            if self._link is None:
+                raise StateError("a round before connect")
+            self._group.send(self.member, deadline)
             return self._nbytes
 
     def abort(self) -> None:
-        self._pair.guard.abort()
+        self._guard.abort()
 
     def close(self) -> None:
-        self._pair.close()
+        self._guard.close()
         self._listener.close()
+        self._group.close(self.member)
+
+    def check(self) -> None:
+        """Raise when the end was aborted, or its worker is gone."""
+        self._guard.check()
+        if self._link is not None:
+            self._link.check()
+
+    def hang_up(self) -> None:
+        """Let the worker know that nothing comes any more."""
+        if self._link is not None:
+            self._link.close()
+
+    @contextlib.contextmanager
+    def _use(self, what: str, deadline: Deadline) -> Iterator[None]:
+        """Around each use; a failure ends it for the whole group at once."""
+        try:
+            with self._guard.use(what, deadline):
+                yield
+        except BaseException as error:
+            self._group.fail(error, self.member)
+            raise
 
 
 class NcclWorkerEnd(WorkerEnd):
     """Receives and unpacks."""
 
     def __init__(self, copies: Sequence[Copy], offer: NcclOffer) -> None:
-        self._pair = _Pair("the worker's end of a nccl pair")
+        self._guard = EndGuard("the worker's end of a nccl pair")
         self._offer = offer
         self._copies = tuple(copies)
-        self._buckets = schedule(copies, offer.bucket_nbytes)
+        self._buckets, self._num_common = receive_buckets(copies, offer.share)
         self._nbytes = sum(copy.nbytes for copy in copies)
-        self._lanes: _Lanes | None = None
+        self._link: PairLink | None = None
+        self._comm: Communicator | None = None
+        self._lanes: Lanes | None = None
         self._unpackers: Recent[list[CudaReplay]] = Recent()
         self._devices: Recent[torch.device] = Recent()
 
     def connect(self, deadline: Deadline) -> None:
         """Meets the trainer on the current GPU, which ``receive``'s memory has to lie on."""
-        with self._pair.use("connect", deadline):
+        with self._use("connect", deadline):
             offer = self._offer
-            link = PairLink.dial_to(offer.address, offer.port, offer.secret, deadline, self._pair.guard)
+            self._link = PairLink.dial_to(offer.address, offer.port, offer.secret, deadline, self._guard)
             device = torch.device("cuda", torch.cuda.current_device())
-            self._lanes = _Lanes(self._buckets, device)
-            self._pair.connect(link, device, offer.unique_id, _WORKER, deadline)
+            self._lanes = Lanes(max((bucket.nbytes for bucket in self._buckets), default=0), device)
+            self._comm = Communicator(device, self._check)
+            self._comm.connect(offer.unique_id, offer.rank, offer.world_size, deadline)
 
     def receive(self, memory: Memory, deadline: Deadline) -> int:
-        with self._pair.use("receive", deadline):
-            comm, lanes = self._pair.connected(), self._lanes
-            assert lanes is not None
+        with self._use("receive", deadline):
+            comm, lanes = self._comm, self._lanes
+            if comm is None or lanes is None:
+                raise StateError("a round before connect")
             device = self._devices.get(
                 memory.number, lambda: _device_of(memory, [copy.dst_storage for copy in self._copies])
             )
             if device != comm.device:
                 raise StateError(f"this pair was connected on {comm.device}, the memory lies on {device}")
-            unpackers = self._unpackers.get(memory.number, lambda: lanes.unpackers(self._buckets, memory))
+            unpackers = self._unpackers.get(memory.number, lambda: self._new_unpackers(lanes, memory))
             with torch.cuda.device(device):
                 lanes.side.wait_stream(torch.cuda.current_stream(device))
                 for number, (bucket, unpacker) in enumerate(zip(self._buckets, unpackers, strict=True)):
                     if (free := lanes.free(number)) is not None:
                         comm.wait(free, deadline, "receiving weights")
-                    comm.broadcast(lanes.buffer(number, bucket.nbytes), _TRAINER, deadline)
+                    buffer = lanes.buffer(number)[: bucket.nbytes]
+                    if number < self._num_common:
+                        comm.broadcast(buffer, _TRAINER, deadline)
+                    else:
+                        comm.recv(buffer, _TRAINER, deadline)
                     lanes.side.wait_stream(comm.stream)
                     with torch.cuda.stream(lanes.side):
                         unpacker.run()
@@ -274,12 +329,61 @@ class NcclWorkerEnd(WorkerEnd):
             return self._nbytes
 
     def abort(self) -> None:
-        self._pair.guard.abort()
+        self._guard.abort()
 
     def close(self) -> None:
-        self._pair.close()
+        self._guard.close()
+        self._hang_up(ABORT_S)
         self._unpackers.clear()
         self._lanes = None
+
+    def _new_unpackers(self, lanes: Lanes, memory: Memory) -> list[CudaReplay]:
+        return [
+            lanes.unpacker(number, [out_of_bucket(piece) for piece in bucket.pieces], memory)
+            for number, bucket in enumerate(self._buckets)
+        ]
+
+    @contextlib.contextmanager
+    def _use(self, what: str, deadline: Deadline) -> Iterator[None]:
+        """Around each use; a failure frees the trainer at once."""
+        with self._guard.use(what, deadline):
+            try:
+                yield
+            except BaseException:
+                self._hang_up(PROMPT_ABORT_S)
+                raise
+
+    def _check(self) -> None:
+        self._guard.check()
+        if self._link is not None:
+            self._link.check()
+
+    def _hang_up(self, wait_s: float) -> None:
+        if self._link is not None:
+            self._link.close()
+        if self._comm is not None:
+            self._comm.abort(wait_s)
+
+
+def _seat(facts: Facts) -> tuple[str, str]:
+    """What no two ranks of a communicator may have in common."""
+    return facts.nccl_host, facts.gpu
+
+
+def _room(step: Step, places: dict[int, int]) -> int:
+    """Bytes of the buffer that a step needs."""
+    if step.for_all is not None:
+        return step.for_all.nbytes
+    return max(places[member] + bucket.nbytes for member, bucket in step.own.items())
+
+
+def _packed(step: Step, places: dict[int, int]) -> Iterator[Copy]:
+    """The copies from the source into the buffer of a step."""
+    if step.for_all is not None:
+        yield from map(into_bucket, step.for_all.pieces)
+    for member, bucket in step.own.items():
+        for piece in bucket.pieces:
+            yield into_bucket(piece, places[member])
 
 
 def _device_of(memory: Memory, storages: Sequence[int]) -> torch.device:

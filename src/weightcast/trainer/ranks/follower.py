@@ -61,7 +61,8 @@ logger = logging.getLogger(__name__)
 
 GRACE_S = 1.9
 """How long after a call's deadline rank 0 may still say how it ended: it takes back first what was committed."""
-MAX_THREADS = 32
+MAX_THREADS = 512
+"""One for each worker of the fleet that is sent to: those of a group wait for each other."""
 
 _Item = tuple[RankOrder, AnyOrder]
 
@@ -230,19 +231,19 @@ class Follower:
             case Expect():
                 self._expected[order.key] = ExpectedDigest(self._manifest, order.copies, self._source.memory)
             case Pair():
-                return Answer(data=self._open(order))
+                return Answer(offers=self._open(order))
             case Refresh():
                 self._source.refresh()
         return Answer()
 
-    def _open(self, order: Pair) -> bytes:
-        end = (
+    def _open(self, order: Pair) -> tuple[bytes, ...]:
+        ends = (
             registry()
             .get(order.transport)
-            .trainer_end(order.copies, self._source.memory, bucket_nbytes=order.bucket_nbytes, address=self._address)
+            .trainer_ends(order.copies, self._source.memory, bucket_nbytes=order.bucket_nbytes, address=self._address)
         )
-        self._ends[order.pair] = _HeldEnd(end)
-        return end.offer()
+        self._ends.update(zip(order.pairs, map(_HeldEnd, ends), strict=True))
+        return tuple(end.offer() for end in ends)
 
     def _beside(self, order: Connect | Send | Digest) -> Answer:
         with own_stream(self._source.device):

@@ -15,7 +15,7 @@ from typing import Protocol, TypeVar
 from weightcast.control.coordinator import Coordinator, Member
 from weightcast.deadline import Deadline
 from weightcast.digest import combine
-from weightcast.errors import DeadlineExceeded, PeerLost, PlanMismatch, WeightcastError
+from weightcast.errors import DeadlineExceeded, PeerLost, PlanMismatch, ProtocolError, WeightcastError
 from weightcast.facts import Facts
 from weightcast.layout import Layout
 from weightcast.manifest import Manifest, TensorSpec
@@ -36,6 +36,7 @@ from weightcast.trainer.ranks.orders import (
     Order,
     Pair,
     Refresh,
+    Release,
     Survey,
     decode_answer,
     encode,
@@ -255,21 +256,40 @@ class Ranks:
         return SharedDigest(self, key, own, others)
 
     def pair(
-        self, transport: str, plan: Plan, bucket_nbytes: int, deadline: Deadline
-    ) -> tuple[dict[int, int], list[Offer]]:
-        """Have the other ranks of a plan make their ends of a pair; pair numbers by rank, and their offers."""
-        numbers: dict[int, int] = {}
+        self, transport: str, plans: Sequence[Plan], bucket_nbytes: int, deadline: Deadline
+    ) -> list[tuple[dict[int, int], list[Offer]]]:
+        """Have the other ranks make their ends of the pairs of workers that take part in the same rounds; for each worker's
+        plan the pair numbers by rank, and the offers."""
+        made: list[tuple[dict[int, int], list[Offer]]] = [({}, []) for _ in plans]
         posted: dict[int, int] = {}
-        for rank in plan:
-            if rank != LEADER:
-                numbers[rank] = next(self._pairs)
-                order = Pair(pair=numbers[rank], transport=transport, copies=plan[rank], bucket_nbytes=bucket_nbytes)
-                posted[rank] = self.post(self._members[rank], order)
-        offers = []
-        for rank, number in posted.items():
-            answer = self.hear(rank, number, deadline, phase="setup")
-            offers.append(Offer(rank=rank, transport=transport, data=answer.data))
-        return numbers, offers
+        for rank, member in self._members.items():
+            numbers = {at: next(self._pairs) for at, plan in enumerate(plans) if rank in plan}
+            if numbers:
+                for at, number in numbers.items():
+                    made[at][0][rank] = number
+                order = Pair(
+                    pairs=tuple(numbers.values()),
+                    transport=transport,
+                    copies=tuple(plans[at][rank] for at in numbers),
+                    bucket_nbytes=bucket_nbytes,
+                )
+                posted[rank] = self.post(member, order)
+        try:
+            for rank, posted_as in posted.items():
+                answer = self.hear(rank, posted_as, deadline, phase="setup")
+                wanting = [offers for numbers, offers in made if rank in numbers]
+                if len(answer.offers) != len(wanting):
+                    raise ProtocolError(
+                        f"trainer rank {rank} made {len(answer.offers)} offers for {len(wanting)} pairs"
+                    )
+                for offers, data in zip(wanting, answer.offers, strict=True):
+                    offers.append(Offer(rank=rank, transport=transport, data=data))
+        except BaseException:
+            for numbers, _ in made:
+                for rank, number in numbers.items():
+                    self.tell(rank, Release(pair=number))
+            raise
+        return made
 
     def tell(self, rank: int, order: Order) -> int:
         """``post`` by rank."""

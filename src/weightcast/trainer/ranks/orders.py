@@ -60,11 +60,12 @@ class Expect(Order, frozen=True, kw_only=True, tag="expect"):
 
 
 class Pair(Order, frozen=True, kw_only=True, tag="pair"):
-    """Make your end of a pair with a worker; its offer in the answer's ``data``."""
+    """Make your ends of pairs with workers that take part in the same rounds, each with its number and its copies; their
+    offers in the same order in the answer's ``offers``."""
 
-    pair: int
+    pairs: tuple[int, ...]
     transport: str
-    copies: tuple[Copy, ...]
+    copies: tuple[tuple[Copy, ...], ...]
     bucket_nbytes: int
 
 
@@ -121,7 +122,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     manifest: Manifest | None = None
     layout: Layout | None = None
     moved: bool = False
-    data: bytes = b""
+    offers: tuple[bytes, ...] = ()
     value: int = 0
 
 

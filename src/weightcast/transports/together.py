@@ -1,0 +1,97 @@
+"""Together: steps that several threads have to take at the same time, one for each worker of a group, and that one of them does.
+
+The last thread that comes does the work for all; the others wait for its result. When it fails, or one of the waiting gives
+up, nobody waits any longer, and the group is done for.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from weightcast.deadline import Deadline
+from weightcast.errors import DeadlineExceeded, GroupBroken, WeightcastError
+
+_STEP_S = 0.1
+
+
+class Blamed(Exception):
+    """Raised by the work to say whose fault its failure is: ``error`` is what that member's thread raises."""
+
+    def __init__(self, member: int, error: WeightcastError) -> None:
+        super().__init__(str(error))
+        self.member, self.error = member, error
+
+
+class Together:
+    """The meeting of ``size`` threads. Thread-safe."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._changed = threading.Condition()
+        self._waiting: set[int] = set()
+        self._generation = 0
+        self._failure: BaseException | None = None
+        self._blamed: int | None = None
+
+    @property
+    def failure(self) -> BaseException | None:
+        """Why the group is done for; None while it is not."""
+        return self._failure
+
+    def fail(self, error: BaseException, blamed: int | None = None) -> None:
+        """Nobody waits any longer, now or later. The first failure is kept."""
+        with self._changed:
+            if self._failure is None:
+                self._failure, self._blamed = error, blamed
+            self._changed.notify_all()
+
+    def do(
+        self, member: int, what: str, deadline: Deadline, work: Callable[[], None], check: Callable[[], None]
+    ) -> None:
+        """Return when all members have come here and one of them has done ``work``; ``check`` is called while waiting and may
+        raise.
+
+        A failure is raised by everybody: as it is by the member whose fault it was, or who did the work when it was
+        nobody's; as GroupBroken by the others. DeadlineExceeded is DeadlineExceeded for all.
+        """
+        with self._changed:
+            self._refuse(member)
+            self._waiting.add(member)
+            is_last = len(self._waiting) == self._size
+            generation = self._generation
+            if is_last:
+                self._waiting.clear()
+        try:
+            if is_last:
+                work()
+            else:
+                self._wait(member, what, deadline, generation, check)
+        except Blamed as blamed:
+            self.fail(blamed.error, blamed.member)
+            self._refuse(member)
+        except BaseException as error:
+            self.fail(error, None if is_last else member)
+            raise
+        if is_last:
+            with self._changed:
+                self._generation += 1
+                self._changed.notify_all()
+
+    def _wait(self, member: int, what: str, deadline: Deadline, generation: int, check: Callable[[], None]) -> None:
+        with self._changed:
+            while self._generation == generation:
+                self._refuse(member)
+                check()
+                deadline.check(f"{what}: waiting for the other workers of the group")
+                self._changed.wait(min(_STEP_S, max(deadline.remaining_s(), 0.001)))
+
+    def _refuse(self, member: int) -> None:
+        failure = self._failure
+        if failure is None:
+            return
+        if self._blamed == member and isinstance(failure, WeightcastError):
+            raise failure
+        if isinstance(failure, DeadlineExceeded):
+            raise DeadlineExceeded(failure.message)
+        raise GroupBroken(f"the transfer shared with other workers broke: {failure}") from failure
