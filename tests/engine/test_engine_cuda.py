@@ -69,9 +69,7 @@ def test_greedy_equals_generate(arch: str, tmp_path: Path, start: Any, rng: rand
 
 
 @pytest.mark.parametrize("arch", ["qwen3", "qwen3_moe"])
-def test_float32_greedy_equals_generate_but_for_ties(
-    arch: str, tmp_path: Path, start: Any, rng: random.Random
-) -> None:
+def test_float32_greedy_equals_generate_but_for_ties(arch: str, tmp_path: Path, start: Any, rng: random.Random) -> None:
     """What users run is float32 or less: matrix products of other kernels, with other rounding, and the same tokens."""
     from transformers import AutoModelForCausalLM
 
