@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import time
+
 import torch
 from common import Table, gpu_ms, random_memory, wall_ms
 from shapes import SHAPES, layouts
@@ -13,6 +16,9 @@ from weightcast.memory import Memory
 from weightcast.plan import compile_plan
 from weightcast.testing.ranks import Peer
 from weightcast.transports.cuda_ipc import CudaIpcTransport
+
+ROWS = (("0.6B", "bfloat16"), ("0.6B", "float32"), ("8B", "bfloat16"), ("8B", "float32"), ("MoE", "bfloat16"))
+"""Shapes, and the type of the trainer's weights; the engine's are bfloat16."""
 
 
 class Trainer:
@@ -43,9 +49,17 @@ class Trainer:
         }
 
     def close(self) -> None:
+        """Give everything back, the end that keeps the memory alive included."""
         self.end.close()
+        del self.end
         self.memory = Memory([])
+        gc.collect()
         torch.cuda.empty_cache()
+
+
+def free_gb() -> float:
+    """What the GPU has free for anybody."""
+    return torch.cuda.mem_get_info()[0] / 1e9
 
 
 def measure(table: Table, trainer: Peer, name: str, dtype: str) -> None:
@@ -53,10 +67,9 @@ def measure(table: Table, trainer: Peer, name: str, dtype: str) -> None:
     manifest, held, wanted = layouts(SHAPES[name], dtype)
     plan = compile_plan(manifest, {0: held}, wanted)[0]
     memory = Memory([torch.zeros(n, dtype=torch.uint8, device="cuda") for n in wanted.storage_nbytes])
+    free = {"before connect": free_gb()}
     end = CudaIpcTransport().worker_end(offer, plan)
     trainer.start("connect")
-    import time
-
     start = time.perf_counter()
     end.connect(Deadline(60))
     trainer.result()
@@ -77,8 +90,12 @@ def measure(table: Table, trainer: Peer, name: str, dtype: str) -> None:
         table.add(f"{label}: digest", wall_ms(lambda: ours.of(memory)), memory.nbytes)
     if dtype == "float32":
         print("send:", trainer.call("send_ms"), flush=True)
+    free["while mapped"] = free_gb()
     end.close()
+    free["after close"] = free_gb()
     trainer.call("close")
+    free["after the trainer freed its own"] = free_gb()
+    print(f"{label}: GB free {', '.join(f'{when} {gb:.2f}' for when, gb in free.items())}", flush=True)
     if dtype == "bfloat16" and memory.nbytes < 2**34:
         copy = [storage.clone() for storage in memory.storages]
         plain = lambda: torch._foreach_copy_(copy, list(memory.storages))  # noqa: E731
@@ -88,7 +105,7 @@ def measure(table: Table, trainer: Peer, name: str, dtype: str) -> None:
 def main() -> None:
     table = Table("ipc")
     with Peer(Trainer) as trainer:
-        for name, dtype in (("0.6B", "bfloat16"), ("0.6B", "float32"), ("8B", "bfloat16"), ("MoE", "bfloat16")):
+        for name, dtype in ROWS:
             measure(table, trainer, name, dtype)
             torch.cuda.empty_cache()
     table.save()

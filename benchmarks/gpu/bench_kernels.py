@@ -132,13 +132,14 @@ def swaps(table: Table, swap: Swap) -> None:
     cuda_runs.SWAP_CHUNK_WORDS, cuda_runs.SWAP_WARPS = kept
 
 
-def casts(table: Table) -> None:
-    manifest, held, wanted = layouts(SHAPES["0.6B"], "float32")
+def casts(table: Table, name: str) -> None:
+    manifest, held, wanted = layouts(SHAPES[name], "float32")
     src = Memory([torch.randn(n // 4, device="cuda").view(torch.uint8) for n in held.storage_nbytes])
     dst = Memory([torch.zeros(n, dtype=torch.uint8, device="cuda") for n in wanted.storage_nbytes])
     plan = compile_plan(manifest, {0: held}, wanted)[0]
     fused = CudaReplay(plan, src, dst, torch.device("cuda", 0))
-    table.add("0.6B from fp32 master weights", gpu_ms(fused.run), src.nbytes + dst.nbytes, "bytes read + written")
+    nbytes = src.nbytes + dst.nbytes
+    table.add(f"{name} from fp32 master weights", gpu_ms(fused.run), nbytes, "bytes read + written")
 
 
 def host_swap(table: Table) -> None:
@@ -157,8 +158,10 @@ def main() -> None:
     for name in SHAPES:
         torch.cuda.empty_cache()
         copies(table, name, sweep and name != "0.6B")
+    for name in ("0.6B", "8B"):
+        torch.cuda.empty_cache()
+        casts(table, name)
     torch.cuda.empty_cache()
-    casts(table)
     host_swap(table)
     table.save()
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import torch
 
+from weightcast.cuda import driver
+from weightcast.errors import TransportError
 from weightcast.testing.transport_sides import TrainerSide, WorkerSide
 
 
@@ -19,11 +22,32 @@ class GpuTrainerSide(TrainerSide):
         _be_a_host_of_its_own()
         super().__init__()
 
+    def let_go(self) -> tuple[int, int]:
+        """Close and forget everything; how many bytes of the GPU torch keeps for this process before and after."""
+        before = torch.cuda.memory_reserved()
+        self.close()
+        del self.end  # it keeps the memory alive that it exported
+        gc.collect()
+        torch.cuda.empty_cache()
+        return before, torch.cuda.memory_reserved()
+
 
 class GpuWorkerSide(WorkerSide):
     def __init__(self) -> None:
         _be_a_host_of_its_own()
         super().__init__()
+
+    def mapped(self) -> list[int]:
+        """Where the trainer's allocations are mapped in this process; of a pair over cuda_ipc."""
+        return list(self.end._mapping._opened)  # type: ignore[attr-defined]
+
+    def allocation_nbytes(self, address: int) -> int:
+        """How large the GPU allocation is that starts at an address of this process; 0 where there is none."""
+        try:
+            start, nbytes = driver.allocation_of(address, torch.device("cuda", 0))
+        except TransportError:
+            return 0
+        return nbytes if start == address else 0
 
     def multiply(self, seed: int) -> float:
         """Something that needs a GPU in order: the error of a matrix product against the CPU's."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from weightcast.digest import LayoutDigest, digest_bytes, digest_tensor
+from weightcast.dtypes import DTYPE_NAMES, dtype_of, name_of
 from weightcast.layout import Layout, Placement, Region
 from weightcast.manifest import Manifest, TensorSpec
 from weightcast.memory import Memory
@@ -59,6 +60,47 @@ def test_single_tensors_of_every_alignment(rng: random.Random) -> None:
         assert digest_bytes(data.cuda()[start : start + part.numel()], position) == digest_bytes(part, position)
     matrix = torch.randn(300, 70)
     assert digest_tensor(matrix.cuda().t()) == digest_tensor(matrix.t())
+
+
+@pytest.mark.parametrize("name", DTYPE_NAMES)
+def test_every_dtype_of_any_size_and_offset(name: str, rng: random.Random) -> None:
+    dtype = dtype_of(name)
+    for _ in range(8):
+        numel, start = rng.randrange(40_000), rng.randrange(200)
+        raw = random_bytes((start + numel + 1) * dtype.itemsize)
+        if dtype == torch.bool:
+            raw &= 1
+        values, on_gpu = raw.view(dtype), raw.cuda().view(dtype)
+        position = rng.choice([0, rng.randrange(2**40), rng.randrange(2**20) * 32768])
+        assert digest_tensor(on_gpu[start:], position) == digest_tensor(values[start:], position)
+        assert digest_tensor(on_gpu[start], position) == digest_tensor(values[start], position)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_a_negated_tensor_has_another_digest(dtype: torch.dtype, rng: random.Random) -> None:
+    """All values positive, then all negative: of every element nothing but the highest bit changes."""
+    for numel in (1, 2, 4096, 16_384, rng.randrange(3, 16_384), rng.randrange(16_384, 1_000_000)):
+        values = (torch.rand(numel) + 0.5).to(dtype)
+        position = rng.choice([0, rng.randrange(2**37) * 8])
+        expected = [digest_tensor(each, position) for each in (values, -values)]
+        on_gpu = values.cuda()
+        assert [digest_tensor(each, position) for each in (on_gpu, -on_gpu)] == expected
+        assert expected[0] != expected[1]
+    matrix = (torch.rand(rng.randrange(1, 200), rng.randrange(1, 200)) + 0.5).to(dtype)
+    transposed = [digest_of_transposed(each) for each in (matrix, -matrix)]
+    assert transposed == [digest_tensor(each) for each in (matrix, -matrix)]
+    assert transposed[0] != transposed[1]
+
+
+def digest_of_transposed(matrix: torch.Tensor) -> int:
+    """Digest of a matrix that lies on the GPU column by column."""
+    spec = TensorSpec(name="w", dtype=name_of(matrix.dtype), shape=tuple(matrix.shape))
+    placement = Placement(
+        region=Region.whole(spec), dtype=spec.dtype, storage=0, offset=0, strides=(1, matrix.shape[0])
+    )
+    layout = Layout(placements=(placement,), storage_nbytes=(spec.nbytes,))
+    held = matrix.t().contiguous().view(-1).view(torch.uint8)
+    return LayoutDigest(Manifest.of([spec]), layout).of(Memory([held.cuda()]))
 
 
 @pytest.mark.parametrize("case_name", list(CASES))

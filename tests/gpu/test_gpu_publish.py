@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import logging
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -12,6 +14,7 @@ from torch import nn
 from weightcast import Publisher
 from weightcast.errors import DigestMismatch, RoundFailed
 from weightcast.receiver import staging
+from weightcast.testing.local_engine import DictModel
 from weightcast.testing.peer_engine import PeerEngine
 
 pytest.importorskip("triton", reason="needs a CUDA build of torch")
@@ -109,20 +112,38 @@ def test_master_weights_are_cast_on_the_way(engine: PeerEngine, transport: str) 
             assert engine.peer.call("contents") == contents(policy, dict.fromkeys(shapes, torch.bfloat16))
 
 
+def shadow_nbytes() -> int:
+    """What one staged copy of the engine's weights takes."""
+    tensors = {name: torch.zeros(shape, dtype=getattr(torch, dtype)) for name, (shape, dtype) in SHAPES.items()}
+    return DictModel(tensors).memory().nbytes
+
+
 @pytest.mark.parametrize("transport", [PULL, PUSH])
-def test_a_shadow_in_the_hosts_memory(engine: PeerEngine, transport: str) -> None:
+@pytest.mark.parametrize("missing", [0, 1])
+def test_a_shadow_that_has_no_room_on_the_gpu_lies_in_the_hosts_memory(
+    engine: PeerEngine, transport: str, missing: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """``missing``: by how many bytes the GPU's free memory falls short of what a staged copy asks for."""
     if DEVICE != "cuda":
         pytest.skip("page-locked memory needs a GPU")
-    engine.peer.call("limit", 1_000_000)
+    nbytes = shadow_nbytes()
+    place = "host memory" if missing else f"{DEVICE}:0"
+    engine.peer.call("limit", math.ceil(nbytes * staging.CHECK_HEADROOM) - missing)
     engine.build(SHAPES, mode="staged", device=DEVICE, relocatable=True)
     policy = Policy()
-    with Publisher(policy, [engine], transport=transport, timeout_s=30) as publisher:
+    with (
+        caplog.at_level(logging.INFO, logger="weightcast"),
+        Publisher(policy, [engine], transport=transport, timeout_s=30) as publisher,
+    ):
         for _ in range(3):
             policy.step()
             report = publisher.publish()
             assert report.digests_match
+            assert report.mode == "staged"
             assert engine.peer.call("contents") == contents(policy)
-        assert report.engines[0].workers[0].shadow == "host memory"
+            worker = report.engines[0].workers[0]
+            assert (worker.shadow, worker.shadow_nbytes) == (place, nbytes)
+    assert f"staged, {nbytes} bytes in {place} beside the live weights" in caplog.text
 
 
 def test_the_next_trainer_finds_the_room_that_the_last_ones_shadow_took() -> None:

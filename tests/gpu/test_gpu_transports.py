@@ -86,6 +86,25 @@ class TestCudaIpc(GpuSuite):
         worker.call("close")
         assert worker.call("multiply", 2) < 1e-9
 
+    @pytest.mark.parametrize("trainer_is_killed", [False, True])
+    def test_nothing_stays_mapped_after_close(self, trainer: Peer, worker: Peer, trainer_is_killed: bool) -> None:
+        """A mapping would keep the memory from the GPU for as long as this worker lives, whatever its trainer frees."""
+        nbytes = 512 * 2**20
+        connect(self.transport, trainer, worker, bulk_case(nbytes))
+        trainer.call("send")
+        assert worker.call("receive") == nbytes
+        mapped = worker.call("mapped")
+        assert len(mapped) == 1
+        assert worker.call("allocation_nbytes", mapped[0]) >= nbytes
+        if trainer_is_killed:
+            trainer.kill()
+        worker.call("close")
+        assert worker.call("allocation_nbytes", mapped[0]) == 0
+        if not trainer_is_killed:
+            before, after = trainer.call("let_go")
+            assert before >= nbytes
+            assert after <= before - nbytes
+
     def test_two_pairs_map_the_same_memory_at_once(self, worker: Peer) -> None:
         case, values = bulk_case(NBYTES), random.randbytes(NBYTES)
         with trainer_here(self.transport, case) as trainer:
