@@ -102,7 +102,7 @@ test-gpu: $(STAMP) ## tests that need a CUDA GPU (those of vLLM where it is inst
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/gpu tests/engine/test_engine_cuda.py $(PYTEST_ARGS)
 
 bench-gpu: ## all benchmarks of benchmarks/gpu, with a summary at the end
-	benchmarks/gpu/run_all.sh kernels publish ipc nccl vllm stall
+	benchmarks/gpu/run_all.sh kernels attention publish ipc nccl two-gpus vllm stall
 
 docs: $(STAMP) ## check the documents: links, and that every module is described
 	$(BIN)/python scripts/check_docs.py

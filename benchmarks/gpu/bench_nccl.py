@@ -1,97 +1,105 @@
-"""The nccl pair against raw NCCL on the same link: two ranks on one GPU, over loopback."""
+"""nccl transfers against raw NCCL on the same link, 1 GiB, everything in turns: two and three ranks, over NVLink where there are GPUs.
+
+With one GPU all ranks share it and NCCL goes through the loopback interface; with more, two ranks have one each. Every round
+measures each contender once, so that what the machine does meanwhile hits all of them; rows are medians, and the ratio to the
+raw broadcast of the same bytes is that of medians.
+"""
 
 from __future__ import annotations
 
 import os
 import socket
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 
 import torch
-from common import Table, wall_ms
+from common import Table
 
 from weightcast.cuda.nccl import Communicator, new_unique_id
 from weightcast.deadline import Deadline
 from weightcast.memory import Memory
+from weightcast.plan import Copy, split
 from weightcast.testing.ranks import Peer
 from weightcast.testing.transport_cases import bulk_case
+from weightcast.transports.base import TrainerEnd, WorkerEnd
 from weightcast.transports.nccl import NcclTransport
 
 NBYTES = 1024 * 2**20
-ROUNDS = 3
+MIB = 2**20
+ROUNDS = 11
+COPIES = tuple(split(bulk_case(NBYTES).copies, 16 * MIB))
+"""As tensors of 16 MiB."""
 
 
 class Rank:
-    """One process: raw sends and broadcasts, or one end of a pair."""
+    """One process: contenders by name, each something to run once."""
 
-    def __init__(self) -> None:
-        os.environ["NCCL_HOSTID"] = f"bench-{os.getpid()}"
+    def sit(self, rank: int, gpu: int | None) -> None:
+        """Take a GPU of its own, or share the first one as a host of its own."""
+        self.rank = rank
+        if gpu is None:
+            os.environ["NCCL_HOSTID"] = f"bench-{os.getpid()}"
+        else:
+            torch.cuda.set_device(gpu)
         os.environ["NCCL_SOCKET_IFNAME"] = "lo"
-        self.buffer = torch.randint(0, 256, (NBYTES,), dtype=torch.uint8, device="cuda")
+        self.device = torch.device("cuda", gpu or 0)
+        self.buffer = torch.randint(0, 256, (NBYTES,), dtype=torch.uint8, device=self.device)
+        self.contenders: dict[str, Callable[[], object]] = {}
+        self.ends: dict[str, Sequence[TrainerEnd] | WorkerEnd] = {}
+        self.comms: dict[str, Communicator] = {}
 
     def new_id(self) -> bytes:
         return new_unique_id()
 
-    def join(self, unique_id: bytes, rank: int, world_size: int) -> None:
-        self.rank = rank
-        self.comm = Communicator(torch.device("cuda", 0))
-        self.comm.connect(unique_id, rank, world_size, Deadline(60))
-
-    def raw(self, chunk: int) -> float:
-        """Median milliseconds of NBYTES by send/recv in chunks."""
+    def join(self, name: str, unique_id: bytes, world_size: int, chunk: int) -> None:
+        """A raw broadcast in pieces."""
+        comm = self.comms[name] = Communicator(self.device)
+        comm.connect(unique_id, self.rank, world_size, Deadline(60))
 
         def run() -> None:
             for part in self.buffer.split(chunk):
-                if self.rank == 0:
-                    self.comm.send(part, 1, Deadline(60))
-                else:
-                    self.comm.recv(part, 0, Deadline(60))
-            self.comm.finish(Deadline(60), "raw")
+                comm.broadcast(part, 0, Deadline(60))
+            comm.finish(Deadline(60), "broadcast")
 
-        return wall_ms(run, ROUNDS, 1)
+        self.contenders[name] = run
 
-    def broadcast(self, chunk: int) -> float:
-        def run() -> None:
-            for part in self.buffer.split(chunk):
-                self.comm.broadcast(part, 0, Deadline(60))
-            self.comm.finish(Deadline(60), "broadcast")
+    def offer(self, name: str, parts: list[tuple[Copy, ...]], bucket_nbytes: int, together: bool) -> list[bytes]:
+        """The trainer's ends for workers with these copies: one group, or a pair each."""
+        transport, memory = NcclTransport(), Memory([self.buffer])
+        kinds = [parts] if together else [[part] for part in parts]
+        ends = [e for kind in kinds for e in transport.trainer_ends(kind, memory, bucket_nbytes=bucket_nbytes)]
+        self.ends[name] = ends
+        pool = ThreadPoolExecutor(len(ends))
+        self.contenders[name] = lambda: list(pool.map(lambda end: end.send(Deadline(60)), ends))
+        return [end.offer() for end in ends]
 
-        return wall_ms(run, ROUNDS, 1)
-
-    def leave(self) -> float:
-        return wall_ms(self.comm.abort, 1, 0)
-
-    def offer(self, bucket_nbytes: int) -> bytes:
-        case = bulk_case(NBYTES)
-        self.end = NcclTransport().trainer_end(case.copies, Memory([self.buffer]), bucket_nbytes=bucket_nbytes)
-        return self.end.offer()
-
-    def accept(self, offer: bytes) -> None:
-        self.end = NcclTransport().worker_end(offer, bulk_case(NBYTES).copies)
-
-    def connect(self) -> float:
-        return wall_ms(lambda: self.end.connect(Deadline(60)), 1, 0)
-
-    def transfer(self) -> float:
+    def accept(self, name: str, offer: bytes, copies: tuple[Copy, ...]) -> None:
+        end = self.ends[name] = NcclTransport().worker_end(offer, copies)
         memory = Memory([self.buffer])
-        step = getattr(self.end, "send", None) or (lambda deadline: self.end.receive(memory, deadline))
-        return wall_ms(lambda: step(Deadline(60)), ROUNDS, 1)
+        self.contenders[name] = lambda: end.receive(memory, Deadline(60))
 
-    def close(self) -> None:
-        self.end.close()
+    def connect(self, name: str) -> float:
+        """Milliseconds until the pairs are connected."""
+        ends = self.ends[name]
+        start = time.perf_counter()
+        if isinstance(ends, WorkerEnd):
+            ends.connect(Deadline(60))
+        else:
+            with ThreadPoolExecutor(len(ends)) as pool:
+                list(pool.map(lambda end: end.connect(Deadline(60)), ends))
+        return (time.perf_counter() - start) * 1e3
 
-    def join_vllm(self, port: int, rank: int) -> None:
-        """vLLM's own group of two."""
+    def join_vllm(self, name: str, port: int, buffer_nbytes: int) -> None:
+        """vLLM's own group of two, and its packed path; the receiver's loader does nothing."""
+        from vllm.distributed.weight_transfer import packed_tensor
         from vllm.distributed.weight_transfer.nccl_common import stateless_init_process_group
 
-        self.rank = rank
-        self.group = stateless_init_process_group("127.0.0.1", port, rank, 2, torch.device("cuda", 0))
-
-    def vllm_packed(self, buffer_nbytes: int) -> float:
-        """NBYTES in tensors of 16 MiB through vLLM's packed path; the receiver's loader does nothing."""
-        from vllm.distributed.weight_transfer import packed_tensor
-
-        parts = self.buffer.split(16 * 2**20)
-        common = {"group": self.group, "src": 0, "buffer_size_bytes": buffer_nbytes, "num_buffers": 2}
+        group = stateless_init_process_group("127.0.0.1", port, self.rank, 2, self.device)
+        parts = self.buffer.split(16 * MIB)
+        common = {"group": group, "src": 0, "buffer_size_bytes": buffer_nbytes, "num_buffers": 2}
 
         def run() -> None:
             if self.rank == 0:
@@ -104,53 +112,121 @@ class Rank:
                 )
             torch.cuda.synchronize()
 
-        return wall_ms(run, ROUNDS, 1)
+        self.contenders[name] = run
+
+    def run(self, name: str) -> float:
+        """Milliseconds of one transfer."""
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        self.contenders[name]()
+        return (time.perf_counter() - start) * 1e3
+
+    def digest(self) -> int:
+        from weightcast.cuda.digest import digest_words
+
+        return digest_words(self.buffer.view(torch.int64), 0)
+
+    def forget(self) -> None:
+        """Close everything."""
+        for ends in self.ends.values():
+            for end in [ends] if isinstance(ends, WorkerEnd) else ends:
+                end.close()
+        self.ends.clear()
+        self.contenders.clear()
+
+    def leave(self, name: str) -> float:
+        """Milliseconds of an abort."""
+        start = time.perf_counter()
+        self.comms.pop(name).abort()
+        return (time.perf_counter() - start) * 1e3
 
 
-def both(ranks: list[Peer], method: str, *args: object) -> float:
+def all_call(ranks: Sequence[Peer], method: str, *args: object) -> list[float]:
     for rank in ranks:
         rank.start(method, *args)
-    return float(max(rank.result(120) for rank in ranks))
+    return [rank.result(120) for rank in ranks]
+
+
+def open_raw(ranks: Sequence[Peer], name: str, chunk: int) -> None:
+    all_call(ranks, "join", name, ranks[0].call("new_id"), len(ranks), chunk)
+
+
+def open_ours(
+    ranks: Sequence[Peer], name: str, parts: list[tuple[Copy, ...]], bucket_nbytes: int, *, together: bool = True
+) -> float:
+    """The slowest side's milliseconds to connect."""
+    trainer, *workers = ranks
+    offers = trainer.call("offer", name, parts, bucket_nbytes, together)
+    for worker, offer, part in zip(workers, offers, parts, strict=True):
+        worker.call("accept", name, offer, part)
+    return max(all_call(ranks, "connect", name))
+
+
+def take_turns(table: Table, ranks: Sequence[Peer], notes: dict[str, str], raw: str) -> None:
+    """Rows of all contenders; the first two rounds are not counted."""
+    times: dict[str, list[float]] = {name: [] for name in notes}
+    for _ in range(ROUNDS + 2):
+        for name, found in times.items():
+            found.append(max(all_call(ranks, "run", name)))
+    medians = {name: statistics.median(found[2:]) for name, found in times.items()}
+    for name, note in notes.items():
+        ratio = f"{medians[raw] / medians[name]:.3f} of the raw broadcast's rate"
+        spread = f"{min(times[name][2:]):.1f} to {max(times[name][2:]):.1f}"
+        table.add(f"{len(ranks)} ranks, {name}", medians[name], NBYTES, f"{ratio}; {spread}; {note}")
+
+
+def two(table: Table, ranks: Sequence[Peer]) -> None:
+    notes: dict[str, str] = {}
+    raw = "raw broadcast, 64 MiB"
+    for chunk in (64 * MIB, NBYTES):
+        name = f"raw broadcast, {chunk // MIB} MiB"
+        open_raw(ranks, name, chunk)
+        notes[name] = ""
+    for bucket in (16 * MIB, 64 * MIB, 256 * MIB):
+        name = f"ours, {bucket // MIB} MiB"
+        notes[name] = f"connect {open_ours(ranks, name, [COPIES], bucket):.0f} ms"
+    if find_spec("vllm") is not None:
+        for nbytes in (64 * MIB, NBYTES):
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                port = probe.getsockname()[1]
+            name = f"vLLM's packed path, {nbytes // MIB} MiB"
+            all_call(ranks, "join_vllm", name, port, nbytes)
+            notes[name] = ""
+    take_turns(table, ranks, notes, raw)
+    assert len({rank.call("digest") for rank in ranks}) == 1, "what arrived is not what was sent"
+    all_call(ranks, "forget")
+    table.add("abort of a communicator", max(all_call(ranks, "leave", raw)), 0)
+
+
+def three(table: Table, ranks: Sequence[Peer]) -> None:
+    raw = "raw broadcast, 64 MiB"
+    open_raw(ranks, raw, 64 * MIB)
+    notes = {raw: ""}
+    halves = [COPIES[: len(COPIES) // 2], COPIES[len(COPIES) // 2 :]]
+    for name, parts, together in (
+        ("both want all: one group", [COPIES, COPIES], True),
+        ("both want all: a pair each", [COPIES, COPIES], False),
+        ("each wants a half: one group", halves, True),
+        ("each wants a half: a pair each", halves, False),
+    ):
+        notes[name] = f"connect {open_ours(ranks, name, parts, 64 * MIB, together=together):.0f} ms"
+    take_turns(table, ranks, notes, raw)
+    assert len({rank.call("digest") for rank in ranks}) == 1, "what arrived is not what was sent"
+    all_call(ranks, "forget")
 
 
 def main() -> None:
-    table = Table("nccl")
+    gpus = torch.cuda.device_count()
+    table = Table("nccl" if gpus < 2 else "nvlink")
     with Peer(Rank, 0) as first, Peer(Rank, 1) as second, Peer(Rank, 2) as third:
-        for world in ([first, second], [first, second, third]):
-            unique_id = first.call("new_id")
-            for number, rank in enumerate(world):
-                rank.start("join", unique_id, number, len(world))
-            for rank in world:
-                rank.result(60)
-            table.add(f"raw broadcast, {len(world)} ranks, 64 MiB", both(world, "broadcast", 64 * 2**20), NBYTES)
-            if len(world) == 2:
-                table.add("raw broadcast, 2 ranks, 1 GiB at once", both(world, "broadcast", NBYTES), NBYTES)
-                table.add("raw send/recv, 64 MiB", both(world, "raw", 64 * 2**20), NBYTES)
-                table.add("raw send/recv, 1 GiB at once", both(world, "raw", NBYTES), NBYTES)
-            table.add(f"abort of {len(world)} ranks", both(world, "leave"), 0)
-        for bucket_nbytes in (16 * 2**20, 64 * 2**20, 256 * 2**20):
-            second.call("accept", first.call("offer", bucket_nbytes))
-            connect_ms = both([first, second], "connect")
-            ms = both([first, second], "transfer")
-            table.add(f"nccl pair, buckets of {bucket_nbytes >> 20} MiB", ms, NBYTES, f"connect {connect_ms:.0f} ms")
-            for rank in (first, second):
-                rank.call("close")
-        if find_spec("vllm") is not None:
-            vllm_rows(table, first, second)
+        ranks = [first, second, third][: 3 if gpus != 2 else 2]
+        for number, rank in enumerate(ranks):
+            rank.call("sit", number, number if gpus >= len(ranks) else None, timeout_s=60)
+        two(table, ranks[:2])
+        if len(ranks) > 2:
+            three(table, ranks)
     table.save()
-
-
-def vllm_rows(table: Table, first: Peer, second: Peer) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    for number, rank in enumerate((first, second)):
-        rank.start("join_vllm", port, number)
-    for rank in (first, second):
-        rank.result(90)
-    for nbytes in (64 * 2**20, 2**30):
-        milliseconds = both([first, second], "vllm_packed", nbytes)
-        table.add(f"vLLM's packed path, buffers of {nbytes >> 20} MiB", milliseconds, NBYTES)
 
 
 if __name__ == "__main__":

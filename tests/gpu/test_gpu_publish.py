@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from weightcast import Publisher
+from weightcast.deadline import Deadline
 from weightcast.errors import DigestMismatch, RoundFailed
 from weightcast.receiver import staging
 from weightcast.testing.local_engine import DictModel
@@ -165,6 +166,33 @@ def test_no_room_for_a_shadow_means_in_place(engine: PeerEngine) -> None:
     with Publisher(policy, [engine], timeout_s=30) as publisher:
         assert publisher.publish().mode == "in_place"
         assert engine.peer.call("contents") == contents(policy)
+
+
+def test_staged_engines_share_one_communicator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What both want is broadcast once; an in-place engine beside them has a pair of its own."""
+    if DEVICE != "cuda":
+        pytest.skip("nccl needs a GPU")
+    from weightcast.cuda.nccl import Communicator
+
+    sizes: list[int] = []
+    connect = Communicator.connect
+
+    def counted(self: Communicator, unique_id: bytes, rank: int, world_size: int, deadline: Deadline) -> None:
+        sizes.append(world_size)
+        connect(self, unique_id, rank, world_size, deadline)
+
+    monkeypatch.setattr(Communicator, "connect", counted)
+    with PeerEngine("a") as first, PeerEngine("b") as second, PeerEngine("c") as third:
+        for engine, mode in ((first, "staged"), (second, "staged"), (third, "in_place")):
+            engine.build(SHAPES, mode=mode, device=DEVICE)
+        policy = Policy()
+        with Publisher(policy, [first, second, third], transport=PUSH, timeout_s=30) as publisher:
+            for _ in range(3):
+                policy.step()
+                assert publisher.publish().digests_match
+                for engine in (first, second, third):
+                    assert engine.peer.call("contents") == contents(policy)
+    assert sorted(sizes) == [2, 3]
 
 
 @pytest.mark.parametrize("shadows", [1, 2])

@@ -7,18 +7,20 @@ import os
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 from gpu_sides import GpuTrainerSide, GpuWorkerSide
 
 from weightcast.deadline import Deadline
-from weightcast.errors import DeadlineExceeded, InvalidInput, PeerLost
+from weightcast.errors import DeadlineExceeded, GroupBroken, InvalidInput, PeerLost
 from weightcast.testing.ranks import Peer, RankFailed
-from weightcast.testing.transport_cases import TransportCase, bulk_case
+from weightcast.testing.transport_cases import CASES, TransportCase, bulk_case
 from weightcast.testing.transport_sides import TrainerSide
 from weightcast.testing.transport_suite import TransportSuite
+from weightcast.transports.base import TrainerEnd
 
 pytest.importorskip("triton", reason="needs a CUDA build of torch")
 
@@ -210,6 +212,62 @@ class TestNccl(GpuSuite):
             finally:
                 second.close()
 
+    @pytest.mark.parametrize("wants", ["the same", "shards", "some in common"])
+    @pytest.mark.parametrize("name", ["strided", "casts", "dtypes"])
+    def test_a_group_of_two_workers(self, worker: Peer, wants: str, name: str) -> None:
+        """Three ranks on one GPU: each worker finds exactly its own bytes, round after round."""
+        seed = random.SystemRandom().getrandbits(32)
+        case, generator = CASES[name](random.Random(seed)), torch.Generator().manual_seed(seed)
+        every = case.copies
+        parts = {
+            "the same": [every, every[::-1]],
+            "shards": [every[::2], every[1::2]],
+            "some in common": [every[: len(every) // 2], every[len(every) // 4 :]],
+        }[wants]
+        cases = [TransportCase(copies=p, src_nbytes=case.src_nbytes, dst_nbytes=case.dst_nbytes) for p in parts]
+        with trainer_here(self.transport, case) as trainer, Peer(GpuWorkerSide) as other:
+            workers = [worker, other]
+            with group_of(trainer, workers, cases, 4096) as ends, ThreadPoolExecutor(2) as pool:
+                for _ in range(3):
+                    values = case.new_values(generator)
+                    trainer.write([storage.numpy().tobytes() for storage in values])
+                    canaries = [case.new_canary(generator) for _ in workers]
+                    for peer, canary in zip(workers, canaries, strict=True):
+                        peer.call("fill", 0, [storage.numpy().tobytes() for storage in canary])
+                        peer.start("receive")
+                    list(pool.map(lambda end: end.send(Deadline(20.0)), ends))
+                    for peer, one, canary in zip(workers, cases, canaries, strict=True):
+                        assert peer.result() == sum(copy.nbytes for copy in one.copies)
+                        assert peer.call("read") == one.expected(values, canary), f"{seed=}"
+
+    def test_a_worker_killed_in_a_group_is_named_and_the_other_one_goes_on_with_a_new_trainer_end(
+        self, worker: Peer
+    ) -> None:
+        case = bulk_case(256 * 2**20)
+        with trainer_here(self.transport, case) as trainer, Peer(GpuWorkerSide) as other:
+            with group_of(trainer, [worker, other], [case, case], 2**20) as ends, ThreadPoolExecutor(2) as pool:
+                for peer in (worker, other):
+                    peer.start("receive")
+                sent = [pool.submit(end.send, Deadline(20.0)) for end in ends]
+                time.sleep(random.uniform(0.0, 0.05))
+                other.kill()
+                with pytest.raises(GroupBroken, match="the worker is gone"):
+                    sent[0].result()
+                with pytest.raises(PeerLost, match="the worker is gone"):
+                    sent[1].result()
+                with pytest.raises(RankFailed) as caught:
+                    worker.result()
+                assert caught.value.kind == "PeerLost"
+            worker.call("close")
+            assert worker.call("multiply", 4) < 1e-9
+            values = random.randbytes(case.src_nbytes[0])
+            trainer.write([values])
+            with group_of(trainer, [worker], [case], 2**20) as (end,):
+                worker.start("receive")
+                end.send(Deadline(20.0))
+                worker.result()
+                assert worker.call("read") == [values]
+
     def test_cuda_works_after_the_peer_was_killed_in_a_bucket(self, trainer: Peer, worker: Peer) -> None:
         case = bulk_case(256 * 2**20)
         connect(self.transport, trainer, worker, case)
@@ -241,6 +299,28 @@ def connect(spec: str, trainer: Peer, worker: Peer, case: TransportCase) -> None
     worker.start("connect")
     trainer.call("connect")
     worker.result()
+
+
+@contextlib.contextmanager
+def group_of(
+    trainer: TrainerSide, workers: Sequence[Peer], cases: Sequence[TransportCase], bucket_nbytes: int
+) -> Iterator[list[TrainerEnd]]:
+    """The trainer's ends of one connected group."""
+    parts = [case.copies for case in cases]
+    ends = trainer.transport.trainer_ends(parts, trainer.memory, bucket_nbytes=bucket_nbytes)
+    try:
+        for peer, end, case in zip(workers, ends, cases, strict=True):
+            peer.call("open", "weightcast.transports.nccl:NcclTransport", "cuda", end.offer(), case.copies)
+            peer.call("make", 0, case.dst_nbytes)
+            peer.start("connect")
+        with ThreadPoolExecutor(len(ends)) as pool:
+            list(pool.map(lambda end: end.connect(Deadline(20.0)), ends))
+        for peer in workers:
+            peer.result()
+        yield ends
+    finally:
+        for end in ends:
+            end.close()
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -57,9 +58,10 @@ class StoredModel(LiveModel):
 class EngineSide:
     """What lives in the process."""
 
-    def __init__(self) -> None:
-        # NCCL takes two ranks on one GPU only where they call themselves different hosts.
-        os.environ["NCCL_HOSTID"] = f"engine-{os.getpid()}"
+    def __init__(self, shares_gpu: bool = True) -> None:
+        if shares_gpu:
+            # NCCL takes two ranks on one GPU only where they call themselves different hosts.
+            os.environ["NCCL_HOSTID"] = f"engine-{os.getpid()}"
         os.environ["NCCL_SOCKET_IFNAME"] = "lo"
         os.environ["NCCL_RAS_ENABLE"] = "0"
         self._engine: LocalEngine | None = None
@@ -117,14 +119,15 @@ class EngineSide:
 
 
 class PeerEngine(EngineClient):
-    """The trainer's client of it. A context manager: the process is killed on leaving."""
+    """The trainer's client of it. A context manager: the process is killed on leaving. ``shares_gpu``: it may use the same GPU as
+    the trainer."""
 
     kind = "peer"
     host = "127.0.0.1"
 
-    def __init__(self, name: str = "peer") -> None:
+    def __init__(self, name: str = "peer", *, shares_gpu: bool = True) -> None:
         self.name = name
-        self.peer = Peer(EngineSide)
+        self.peer = Peer(partial(EngineSide, shares_gpu))
 
     def build(self, shapes: Shapes, *, mode: str = "auto", device: str = "cpu", **options: Any) -> PeerEngine:
         self.peer.call("build", shapes, mode, device, options, timeout_s=60)
