@@ -195,6 +195,24 @@ def test_staged_engines_share_one_communicator(monkeypatch: pytest.MonkeyPatch) 
     assert sorted(sizes) == [2, 3]
 
 
+@pytest.mark.parametrize(("transport", "mode"), list(itertools.product((PULL, PUSH), ("in_place", "staged"))))
+def test_trainer_and_engine_on_two_gpus(monkeypatch: pytest.MonkeyPatch, transport: str, mode: str) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,0")
+    with PeerEngine(shares_gpu=False) as engine:
+        monkeypatch.undo()
+        engine.build(SHAPES, mode=mode, device=DEVICE)
+        policy = Policy()
+        with Publisher(policy, [engine], transport=transport, timeout_s=30) as publisher:
+            for _ in range(3):
+                policy.step()
+                report = publisher.publish()
+                assert report.digests_match
+                assert report.engines[0].workers[0].transport == transport
+                assert engine.peer.call("contents") == contents(policy)
+
+
 @pytest.mark.parametrize("shadows", [1, 2])
 def test_tensors_through_the_loader_and_the_way_back(shadows: int) -> None:
     with PeerEngine("a") as first, PeerEngine("b") as second:
