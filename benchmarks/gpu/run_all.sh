@@ -19,7 +19,7 @@ run() { # NAME SECONDS COMMAND...
     keep
 }
 beside() { python3 -c 'import xdist' 2>/dev/null && echo "-n $1"; }
-tests() { run "$1" "$2" python3 -m pytest -v --timeout "${T:-60}" $(beside "$3") -c "$OUT/pytest.ini" --rootdir . --tb=short --durations=5 "${@:4}"; }
+tests() { run "$1" "$2" python3 -m pytest -v --timeout "${T:-110}" $(beside "$3") -c "$OUT/pytest.ini" --rootdir . --tb=short --durations=5 "${@:4}"; }
 for part in "${parts[@]}"; do
     case $part in vllm*|stall) has_vllm || { echo "== $part: left out, there is no vLLM here"; continue; } ;; esac
     case $part in

@@ -33,8 +33,11 @@ class GpuTrainerSide(TrainerSide):
 
 
 class GpuWorkerSide(WorkerSide):
+    """An engine's worker, which uses its GPU long before it meets a trainer: starting CUDA knows no deadline."""
+
     def __init__(self) -> None:
         _be_a_host_of_its_own()
+        torch.zeros(1, device="cuda")
         super().__init__()
 
     def mapped(self) -> list[int]:

@@ -260,7 +260,7 @@ class TestNccl(GpuSuite):
                 assert caught.value.kind == "PeerLost"
             worker.call("close")
             assert worker.call("multiply", 4) < 1e-9
-            values = random.randbytes(case.src_nbytes[0])
+            values = os.urandom(case.src_nbytes[0])
             trainer.write([values])
             with group_of(trainer, [worker], [case], 2**20) as (end,):
                 worker.start("receive")

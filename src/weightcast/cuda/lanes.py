@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from weightcast.cuda.wait import new_event, new_stream
+from weightcast.cuda.wait import new_event, new_stream, wait_event
+from weightcast.deadline import Deadline
 from weightcast.memory import Memory
 from weightcast.plan import Copy
 
@@ -16,16 +17,19 @@ if TYPE_CHECKING:
 
 IN_FLIGHT = 2
 """Buffers: one is packed or unpacked while the other travels."""
+AHEAD = 8
+"""Steps that are queued before the host waits for the GPU: it takes longer to queue a small bucket than a fast link to carry it,
+and what is queued has to be drained when a transfer breaks."""
 
 
 class Lanes:
-    """``IN_FLIGHT`` buffers of ``nbytes`` on one GPU, used in turns, and the stream that packs or unpacks beside the one that
-    sends or receives."""
+    """``IN_FLIGHT`` buffers of ``nbytes`` on one GPU, used in turns by numbered steps, and the stream that packs or unpacks beside
+    the one that sends or receives. Steps wait for each other on the GPU."""
 
     def __init__(self, nbytes: int, device: torch.device) -> None:
         self._device = device
         self._buffers = [torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(IN_FLIGHT)]
-        self._free: list[torch.cuda.Event | None] = [None] * IN_FLIGHT
+        self._through: dict[int, torch.cuda.Event] = {}
         self.side = new_stream(device)
 
     def buffer(self, number: int) -> torch.Tensor:
@@ -40,15 +44,28 @@ class Lanes:
         """The copies from the buffer of a step into ``memory``, compiled once."""
         return _replay(copies, Memory([self.buffer(number)]), memory, self._device)
 
-    def free(self, number: int) -> torch.cuda.Event | None:
-        """When the step before, which used the same buffer, is through; None for the first ones."""
-        return self._free[number % IN_FLIGHT]
+    def begin(self) -> None:
+        """A new transfer: its first step waits for what is queued on the current stream, and nobody's buffer."""
+        self._through.clear()
+        self.side.wait_stream(torch.cuda.current_stream(self._device))
 
-    def mark_free(self, number: int, stream: torch.cuda.Stream) -> None:
-        """The buffer of a step is free once what is queued on the stream is done."""
-        event = new_event()
+    def take(self, number: int, stream: torch.cuda.Stream) -> torch.cuda.Event | None:
+        """Have the stream wait until the step before, which used the buffer of this one, is through. What it returns the host
+        has to wait for first, if anything: the step ``AHEAD`` of this one."""
+        if (free := self._through.get(number - IN_FLIGHT)) is not None:
+            stream.wait_event(free)
+        return self._through.pop(number - AHEAD, None)
+
+    def mark(self, number: int, stream: torch.cuda.Stream) -> None:
+        """The step is through once what is queued on the stream is done."""
+        event = self._through[number] = new_event()
         event.record(stream)
-        self._free[number % IN_FLIGHT] = event
+
+    def drain(self, deadline: Deadline) -> None:
+        """Return when nothing of a transfer that broke is queued any more; DeadlineExceeded when it does not end."""
+        done = new_event()
+        done.record(self.side)
+        wait_event(done, deadline, "what is left of a transfer that broke", lambda: None)
 
 
 def _replay(copies: Sequence[Copy], src: Memory, dst: Memory, device: torch.device) -> CudaReplay:

@@ -33,6 +33,8 @@ from weightcast.transports.together import Blamed, Together
 if TYPE_CHECKING:
     from weightcast.cuda.replay import CudaReplay
 
+DRAIN_S = 5.0
+"""How long closing waits for what is still queued."""
 _TRAINER = 0
 """The trainer's rank in a communicator; workers follow in the order of the group."""
 
@@ -175,15 +177,15 @@ class _Group:
         if lanes is None:
             raise StateError("the group was closed")
         with torch.cuda.device(self._device):
-            lanes.side.wait_stream(torch.cuda.current_stream(self._device))
+            lanes.begin()
             for number, (step, packer) in enumerate(zip(self._steps, self._packers, strict=True)):
-                if (free := lanes.free(number)) is not None:
-                    comm.wait(free, deadline, "sending weights")
+                if (former := lanes.take(number, lanes.side)) is not None:
+                    comm.wait(former, deadline, "sending weights")
                 with torch.cuda.stream(lanes.side):
                     packer.run()
                 comm.stream.wait_stream(lanes.side)
                 self._launch(number, step, lanes.buffer(number), deadline)
-                lanes.mark_free(number, comm.stream)
+                lanes.mark(number, comm.stream)
             comm.finish(deadline, "sending weights")
 
     def _launch(self, number: int, step: Step, buffer: torch.Tensor, deadline: Deadline) -> None:
@@ -311,10 +313,10 @@ class NcclWorkerEnd(WorkerEnd):
                 raise StateError(f"this pair was connected on {comm.device}, the memory lies on {device}")
             unpackers = self._unpackers.get(memory.number, lambda: self._new_unpackers(lanes, memory))
             with torch.cuda.device(device):
-                lanes.side.wait_stream(torch.cuda.current_stream(device))
+                lanes.begin()
                 for number, (bucket, unpacker) in enumerate(zip(self._buckets, unpackers, strict=True)):
-                    if (free := lanes.free(number)) is not None:
-                        comm.wait(free, deadline, "receiving weights")
+                    if (former := lanes.take(number, comm.stream)) is not None:
+                        comm.wait(former, deadline, "receiving weights")
                     buffer = lanes.buffer(number)[: bucket.nbytes]
                     if number < self._num_common:
                         comm.broadcast(buffer, _TRAINER, deadline)
@@ -323,7 +325,7 @@ class NcclWorkerEnd(WorkerEnd):
                     lanes.side.wait_stream(comm.stream)
                     with torch.cuda.stream(lanes.side):
                         unpacker.run()
-                    lanes.mark_free(number, lanes.side)
+                    lanes.mark(number, lanes.side)
                 comm.stream.wait_stream(lanes.side)
                 comm.finish(deadline, "receiving weights")
             return self._nbytes
@@ -334,6 +336,10 @@ class NcclWorkerEnd(WorkerEnd):
     def close(self) -> None:
         self._guard.close()
         self._hang_up(ABORT_S)
+        if self._lanes is not None:
+            # Unpacking that was queued before a failure must not write into the next transfer.
+            with contextlib.suppress(WeightcastError):
+                self._lanes.drain(Deadline(DRAIN_S))
         self._unpackers.clear()
         self._lanes = None
 

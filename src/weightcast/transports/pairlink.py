@@ -19,8 +19,6 @@ class PairLink:
         self._peer = peer
         self._store = store
         self._stack = stack
-        self._poll = select.poll()
-        self._poll.register(store.connection, select.POLLIN | select.POLLRDHUP)
 
     @classmethod
     def accept_from(cls, listener: Listener, deadline: Deadline) -> PairLink:
@@ -43,14 +41,16 @@ class PairLink:
         self._store.get(f"{name}/{theirs}")
 
     def check(self) -> None:
-        """Raise PeerLost when the other process closed its end or died."""
-        if not self._poll.poll(0):
-            return
+        """Raise PeerLost when the other process closed its end or died. Any thread."""
         try:
+            poll = select.poll()  # one object cannot be polled by two threads
+            poll.register(self._store.connection, select.POLLIN | select.POLLRDHUP)
+            if not poll.poll(0):
+                return
             gone = not self._store.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except BlockingIOError:
             return
-        except OSError:
+        except (OSError, ValueError):  # ValueError: closed by another thread
             gone = True
         if gone:
             raise PeerLost(f"the {self._peer} is gone")
