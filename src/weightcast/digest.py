@@ -29,7 +29,7 @@ stale or misplaced; it is no defence against a forger.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Protocol
 
@@ -250,6 +250,14 @@ class LayoutDigest:
 
     def of(self, memory: Memory) -> int:
         """The digest, an unsigned 64-bit number; on a GPU this waits for the result."""
+        return self._compiled_for(memory).total()
+
+    def start(self, memory: Memory) -> Callable[[], int]:
+        """``of`` in two steps: on a GPU the work is queued on the current stream, and the call that is returned, made once,
+        waits for it; on a CPU that call does all of it. ``memory`` must keep its values until then."""
+        return self._compiled_for(memory).start()
+
+    def _compiled_for(self, memory: Memory) -> _Compiled:
         compiled = self._compiled.get(memory.number)
         if compiled is None:
             compiled = self._compile(memory)
@@ -257,7 +265,7 @@ class LayoutDigest:
             while len(self._compiled) >= 4:
                 del self._compiled[next(iter(self._compiled))]
             self._compiled[memory.number] = compiled
-        return compiled.total()
+        return compiled
 
     def _compile(self, memory: Memory) -> _Compiled:
         if memory.gpu is None and not any(storage.is_cuda for storage in memory.storages):
@@ -270,6 +278,8 @@ class LayoutDigest:
 
 class _Compiled(Protocol):
     def total(self) -> int: ...
+
+    def start(self) -> Callable[[], int]: ...
 
 
 class _OnCpu:
@@ -291,6 +301,9 @@ class _OnCpu:
             from weightcast.cpu.runs import RunDigest
 
             self._fast = RunDigest(fast, memory, kernels)
+
+    def start(self) -> Callable[[], int]:
+        return self.total
 
     def total(self) -> int:
         total = self._fast.total() if self._fast is not None else 0

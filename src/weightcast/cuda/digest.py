@@ -8,7 +8,7 @@ allocation) and masked to the run's bytes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -95,7 +95,12 @@ class RunDigest:
 
     def total(self) -> int:
         """The digest of all runs and boxes, unsigned; waits for the GPU."""
-        return sum(part.total() for _, part in self._parts) & _MASK
+        return self.start()()
+
+    def start(self) -> Callable[[], int]:
+        """Queue the work on each GPU's current stream; what is returned waits for it and gives ``total``."""
+        started = [part.start() for _, part in self._parts]
+        return lambda: sum(wait() for wait in started) & _MASK
 
     def each(self) -> list[int]:
         """The digest of every run, then of every box, in the order given; waits for the GPU."""
@@ -143,8 +148,13 @@ class AddressDigest:
 
     def total(self) -> int:
         """Unsigned; waits for the GPU. Bytes that are being written meanwhile give no defined value."""
+        return self.start()()
+
+    def start(self) -> Callable[[], int]:
+        """Queue the work on the current stream; what is returned waits for it and gives ``total``."""
         self._launch()
-        return int(self._partials.sum()) & _MASK
+        total = self._partials.sum()
+        return lambda: int(total) & _MASK
 
     def each(self) -> list[int]:
         """Of every run, then of every box, in the order given; waits for the GPU."""

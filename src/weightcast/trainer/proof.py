@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import msgspec
 import torch
@@ -29,7 +30,15 @@ class ExpectedDigest:
         self._casts = _Casts(manifest, [copy for copy in copies if copy.src_dtype != copy.dst_dtype and copy.nbytes])
 
     def of(self, memory: Memory) -> int:
-        return combine([self._plain.of(memory), self._casts.of(memory)])
+        return self.start(memory)()
+
+    def start(self, memory: Memory) -> Callable[[], int]:
+        """``of`` in two steps: on a GPU the work is queued on the current stream, and the call that is returned, made once,
+        waits for it; on a CPU that call does all of it."""
+        if not any(storage.is_cuda for storage in memory.storages[:1]):
+            return lambda: combine([self._plain.of(memory), self._casts.start(memory)()])
+        plain, casts = self._plain.start(memory), self._casts.start(memory)
+        return lambda: combine([plain(), casts()])
 
 
 class _Casts:
@@ -45,17 +54,22 @@ class _Casts:
         self._compiled: tuple[int, Memory, list[tuple[list[torch.Tensor], list[torch.Tensor]]]] | None = None
 
     @torch.no_grad()
-    def of(self, memory: Memory) -> int:
+    def start(self, memory: Memory) -> Callable[[], int]:
+        """Batches share the scratch storage: on a CPU each is digested before the next one is cast, on a GPU the stream keeps
+        that order."""
         if not self._batches:
-            return 0
+            return int
         if self._compiled is None or self._compiled[0] != memory.number:
             self._compiled = (memory.number, *self._compile(memory))
         _, scratch, pairs = self._compiled
-        digests = []
+        waits: list[Callable[[], int]] = []
         for (casts, values), digest in zip(pairs, self._digests, strict=True):
             torch._foreach_copy_(casts, values)
-            digests.append(digest.of(scratch))
-        return combine(digests)
+            if scratch.storages[0].is_cuda:
+                waits.append(digest.start(scratch))
+            else:
+                waits.append(partial(int, digest.of(scratch)))
+        return lambda: combine(wait() for wait in waits)
 
     def _compile(self, memory: Memory) -> tuple[Memory, list[tuple[list[torch.Tensor], list[torch.Tensor]]]]:
         device = memory.storages[0].device
