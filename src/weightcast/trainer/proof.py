@@ -29,7 +29,12 @@ class ExpectedDigest:
         self._plain = LayoutDigest(manifest, layout, gaps_are_zero=memory.is_arena)
         self._casts = _Casts(manifest, [copy for copy in copies if copy.src_dtype != copy.dst_dtype and copy.nbytes])
 
+        # Here, when a Publisher connects, and not in its first round.
+        self._plain.prepare(memory)
+        self._casts.prepare(memory)
+
     def of(self, memory: Memory) -> int:
+        """The digest, unsigned; on a GPU this waits for the result."""
         return self.start(memory)()
 
     def start(self, memory: Memory) -> Callable[[], int]:
@@ -59,9 +64,7 @@ class _Casts:
         that order."""
         if not self._batches:
             return int
-        if self._compiled is None or self._compiled[0] != memory.number:
-            self._compiled = (memory.number, *self._compile(memory))
-        _, scratch, pairs = self._compiled
+        scratch, pairs = self._compiled_for(memory)
         waits: list[Callable[[], int]] = []
         for (casts, values), digest in zip(pairs, self._digests, strict=True):
             torch._foreach_copy_(casts, values)
@@ -71,6 +74,19 @@ class _Casts:
                 waits.append(partial(int, digest.of(scratch)))
         return lambda: combine(wait() for wait in waits)
 
+    def prepare(self, memory: Memory) -> None:
+        """Do now what the first ``start`` would do beside computing."""
+        if self._batches:
+            scratch, _ = self._compiled_for(memory)
+            for digest in self._digests:
+                digest.prepare(scratch)
+
+    def _compiled_for(self, memory: Memory) -> tuple[Memory, list[tuple[list[torch.Tensor], list[torch.Tensor]]]]:
+        if self._compiled is None or self._compiled[0] != memory.number:
+            self._compiled = (memory.number, *self._compile(memory))
+        return self._compiled[1:]
+
+    @torch.inference_mode(False)
     def _compile(self, memory: Memory) -> tuple[Memory, list[tuple[list[torch.Tensor], list[torch.Tensor]]]]:
         device = memory.storages[0].device
         scratch = Memory([torch.zeros(self._nbytes, dtype=torch.uint8, device=device)])

@@ -187,6 +187,7 @@ class Publisher:
         if self._presence.is_too_little(failures):
             raise join_error(failures)
         self._was_connected = True
+        self._fleet.content(deadline)  # its tables and kernels are made here, and not in the first round
         for error in failures.values():
             logger.warning("not connected: %s", str(error))
         current = self._numbers.current()

@@ -70,6 +70,10 @@ class WorkerEnd(ABC):
     def connect(self, deadline: Deadline) -> None:
         """Connect to the trainer as the offer says."""
 
+    def prepare(self, memory: Memory, manifest: Manifest) -> None:  # noqa: B027 - not every transport compiles something
+        """Do ahead, once connected, what the first ``receive_proven`` into ``memory`` would do beside moving bytes; writes
+        nothing there. A receive into another memory stays possible."""
+
     @abstractmethod
     def receive(self, memory: Memory, deadline: Deadline) -> int:
         """Write one round's values into ``memory``; when it returns, they are there (device work included).
