@@ -6,6 +6,7 @@ Both ends are given the same ordered ``copies`` (a trainer rank's part of a work
     end = T.trainer_end(copies, memory)
     offer = end.offer()        ──control──▶   end = T.worker_end(offer, copies)
     end.connect(deadline)      ◀─ data ──▶    end.connect(deadline)
+                                              end.prepare(memory, manifest)          may be left out
     end.send(deadline)         ── data ──▶    end.receive(memory, deadline)          once a round, in this order on both
     end.close()                               end.close()
 

@@ -333,7 +333,11 @@ class CudaIpcWorkerEnd(WorkerEnd):
             link.meet("connected")
 
     def prepare(self, memory: Memory, manifest: Manifest) -> None:
-        """Build the tables of the memory's replay and compile its kernels, partly on the current stream."""
+        """Build the tables of the memory's replay and compile its kernels, partly on the current stream.
+
+        TransportError when the end is dead, PeerLost when the trainer is, StateError before ``connect``.
+        """
+        self._pair.guard.check()
         mapping = self._mapped_for(memory)
         if memory.gpu is not None:
             self._replay_for(memory, mapping).prepare()

@@ -183,7 +183,8 @@ class ShmWorkerEnd(WorkerEnd):
             kernels_for(self._nbytes)  # loaded here, and not in a round
 
     def prepare(self, memory: Memory, manifest: Manifest) -> None:
-        """Compile the replay into this memory."""
+        """Compile the replay into this memory. TransportError when the end is dead or not connected."""
+        self._guard.check()
         source = self._connected()
         if self._proves():
             self._proven_for(source, memory, manifest)
