@@ -29,7 +29,8 @@ stale or misplaced; it is no defence against a forger.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Protocol
 
@@ -247,17 +248,32 @@ class LayoutDigest:
                 runs.append(run)
         self.runs = _join(runs, across_padding=gaps_are_zero)
         self._compiled: dict[int, _Compiled] = {}
+        self._compiling = threading.Lock()
 
     def of(self, memory: Memory) -> int:
         """The digest, an unsigned 64-bit number; on a GPU this waits for the result."""
-        compiled = self._compiled.get(memory.number)
-        if compiled is None:
-            compiled = self._compile(memory)
-            # Live parameters and their shadow take turns, so a few are kept.
-            while len(self._compiled) >= 4:
-                del self._compiled[next(iter(self._compiled))]
-            self._compiled[memory.number] = compiled
-        return compiled.total()
+        return self._compiled_for(memory).total()
+
+    def start(self, memory: Memory) -> Callable[[], int]:
+        """``of`` in two steps: on a GPU the work is queued on the current stream, and the call that is returned, made once,
+        waits for it; on a CPU that call does all of it. ``memory`` must keep its values until then."""
+        return self._compiled_for(memory).start()
+
+    def prepare(self, memory: Memory) -> None:
+        """Do now what the first ``of`` of a memory would do beside computing: tables are built, kernels compiled and loaded. On a
+        GPU some of it is queued on the current stream. May be called beside ``of``, on another thread."""
+        self._compiled_for(memory).prepare()
+
+    def _compiled_for(self, memory: Memory) -> _Compiled:
+        with self._compiling:
+            compiled = self._compiled.get(memory.number)
+            if compiled is None:
+                compiled = self._compile(memory)
+                # Live parameters and their shadow take turns, so a few are kept.
+                while len(self._compiled) >= 4:
+                    del self._compiled[next(iter(self._compiled))]
+                self._compiled[memory.number] = compiled
+        return compiled
 
     def _compile(self, memory: Memory) -> _Compiled:
         if memory.gpu is None and not any(storage.is_cuda for storage in memory.storages):
@@ -269,7 +285,11 @@ class LayoutDigest:
 
 
 class _Compiled(Protocol):
+    def prepare(self) -> None: ...
+
     def total(self) -> int: ...
+
+    def start(self) -> Callable[[], int]: ...
 
 
 class _OnCpu:
@@ -291,6 +311,12 @@ class _OnCpu:
             from weightcast.cpu.runs import RunDigest
 
             self._fast = RunDigest(fast, memory, kernels)
+
+    def prepare(self) -> None:
+        """Everything was done when it was made."""
+
+    def start(self) -> Callable[[], int]:
+        return self.total
 
     def total(self) -> int:
         total = self._fast.total() if self._fast is not None else 0

@@ -21,6 +21,8 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 class _Swapper(Protocol):
+    def prepare(self) -> None: ...
+
     def run(self) -> int: ...
 
 
@@ -41,6 +43,10 @@ class Swap:
         self._pairs = [(first, second) for first, second in pairs if first.numel()]
         self.nbytes = sum(first.numel() for first, _ in self._pairs)
         self._swapper = _swapper(self._pairs)
+
+    def prepare(self) -> None:
+        """Compile what the first ``run`` would; nothing is exchanged."""
+        self._swapper.prepare()
 
     def run(self) -> int:
         """Exchange all pairs; returns the bytes of one side.
@@ -81,6 +87,9 @@ class _CpuSwap:
         self._nbytes = sum(first.numel() for first, _ in pairs)
         self._scratch = torch.empty(CPU_CHUNK_NBYTES if pairs else 0, dtype=torch.uint8)
         _refuse_overlap(pairs)
+
+    def prepare(self) -> None:
+        """There is nothing to compile."""
 
     def run(self) -> int:
         for pair in self._pairs:

@@ -22,6 +22,7 @@ class TestProvenReplay(ProvenSuite):
         from weightcast.cuda.proven import ProvenReplay
 
         proven = ProvenReplay(copies, src, dst, manifest, torch.device("cuda", 0))
+        proven.prepare()
 
         def run() -> int:
             assert proven.run() == sum(copy.nbytes for copy in copies)

@@ -1,6 +1,6 @@
 """Publisher and Receiver together: every byte on the workers equals the trainer's, round after round, in every mode."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -90,6 +90,58 @@ def test_training_goes_on_after_the_parameters_moved(policy: Policy, engines: di
             assert engine.models[0].holds(state(policy))
         assert policy.head.weight.data_ptr() == policy.embed.weight.data_ptr()
     optimizer.step()
+
+
+def move(policy: Policy) -> None:
+    policy.norm.weight.data = torch.randn(20)
+
+
+def replace(policy: Policy) -> None:
+    policy.layers[1].weight = nn.Parameter(torch.randn(20, 20))
+
+
+@pytest.mark.parametrize("transport", ["shm", "gloo"])
+@pytest.mark.parametrize("mode", ["staged", "in_place"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (move, "parameters of the module were moved since connect"),
+        (replace, r"'layers.1.weight' of the module was replaced by another tensor since connect"),
+    ],
+)
+def test_a_source_that_changed_ends_the_round_before_anybody_commits(
+    policy: Policy,
+    engines: dict[str, LocalEngine],
+    transport: str,
+    mode: str,
+    change: Callable[[Policy], None],
+    message: str,
+) -> None:
+    made = [LocalEngine(name, [DictModel(fresh(policy), relocatable=False)]) for name in ("a", "b")]
+    engines |= {engine.name: engine for engine in made}
+    commits: list[str] = []
+    for engine in made:
+        engine.before = commits.append
+    with Publisher(policy, made, transport=transport, mode=mode, timeout_s=30) as publisher:
+        randomise(policy)
+        version, before = publisher.publish().version, state(policy)
+        weights, layer = policy.norm.weight.data, policy.layers[1].weight
+        randomise(policy)
+        change(policy)
+        commits.clear()
+        for _ in range(2):
+            with pytest.raises(StateError, match=message):
+                publisher.publish()
+        assert "commit" not in commits
+        for engine in made:
+            assert engine.models[0].holds(before)
+            assert {(worker.weight_version, worker.dirty) for worker in engine.workers} == {(version, False)}
+        assert set(publisher.versions.values()) == {version}
+
+        policy.norm.weight.data, policy.layers[1].weight = weights, layer
+        randomise(policy)
+        assert publisher.publish().number == 2
+        assert all(engine.models[0].holds(state(policy)) for engine in made)
 
 
 def test_fp32_masters_reach_a_bf16_worker(policy: Policy, engines: dict[str, LocalEngine]) -> None:

@@ -178,6 +178,22 @@ def test_a_plain_module_that_moved_is_refused() -> None:
         source.refresh()
 
 
+def test_only_memory_that_was_given_back_is_refused_before_it_is_read() -> None:
+    module = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
+    source = make_source(module)
+    source.fill()
+    kept = module[1].weight.data
+    module[1].weight.data = torch.randn(2, 5)
+    source.fill()
+    with pytest.raises(StateError, match="moved since connect"):
+        source.check()
+    module[1].weight.data = kept
+    source.check()
+    kept.untyped_storage().resize_(0)
+    with pytest.raises(StateError, match="moved since connect"):
+        source.fill()
+
+
 @pytest.mark.parametrize("is_sharded", [False, True])
 def test_a_module_whose_parameter_was_replaced_is_refused_by_name(mesh: DeviceMesh, is_sharded: bool) -> None:
     """The published parameter stays where it is, with the values that it had."""

@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from weightcast import Publisher
+from weightcast.digest import LayoutDigest
 from weightcast.errors import InvalidInput, RoundFailed, ShadowError
 from weightcast.receiver import staging
 from weightcast.room import host_room_nbytes
 from weightcast.testing.local_engine import DictModel, LocalEngine
+from weightcast.transports import shm
 
 SHAPES = {"embed": (50, 33), "w": (128, 65), "scale": (7,), "norm": (64,)}
 
@@ -54,6 +56,24 @@ def test_rounds_and_the_way_back(shadows: int, through_loader: tuple[str, ...]) 
         direct = second.models[0].memory().nbytes
         assert worker.shadow_nbytes == shadows * direct
         assert worker.shadow == ("host memory, two copies" if shadows == 2 else "host memory")
+
+
+@pytest.mark.parametrize(("mode", "shadows"), [("staged", 1), ("staged", 2), ("in_place", 1)])
+def test_the_first_round_compiles_nothing_that_the_engine_waits_for(
+    monkeypatch: pytest.MonkeyPatch, mode: str, shadows: int
+) -> None:
+    engine, tensors = LocalEngine("a", [DictModel(fresh(), relocatable=False)], mode=mode), fresh()
+    before = {name: value.clone() for name, value in engine.models[0].parameters().items()}
+    with Publisher(tensors, [engine], transport="shm", timeout_s=20, shadows=shadows) as publisher:
+        publisher.connect()
+        assert engine.models[0].holds(before)
+        for made in (staging.Exchange, staging.Landing, shm.Replay, shm.ProvenReplay):
+            complaint = f"{made.__name__} was compiled in a round"
+            monkeypatch.setattr(made, "__init__", lambda *_, complaint=complaint: pytest.fail(complaint))
+        if mode == "in_place":
+            monkeypatch.setattr(LayoutDigest, "_compile", lambda *_: pytest.fail("a digest was compiled in a round"))
+        assert publisher.publish().digests_match
+        assert engine.models[0].holds(tensors)
 
 
 def test_little_room_means_one_copy_and_none_means_in_place(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -167,6 +167,38 @@ def test_bytes_and_their_digest_come_in_one_pass(monkeypatch: pytest.MonkeyPatch
     ShmTransport().release(adopted)
 
 
+@pytest.mark.parametrize("worth_nbytes", [0, 2**40])
+def test_what_is_prepared_is_not_compiled_again_and_writes_nothing(
+    monkeypatch: pytest.MonkeyPatch, worth_nbytes: int
+) -> None:
+    """Both ways of copying; a memory that nobody prepared is compiled when it comes."""
+    pytest.importorskip("numba")
+    monkeypatch.setattr(cpu, "WORTH_NBYTES", worth_nbytes)
+    manifest = Manifest.of([TensorSpec(name="w", dtype="bfloat16", shape=(random.randint(1, 900), 8))])
+    held = image_layout(manifest)
+    values = torch.randint(0, 256, held.storage_nbytes, dtype=torch.uint8)
+    adopted = ShmTransport().adopt(Memory([values], is_arena=True))
+    worker = _connected(adopted, compile_plan(manifest, {0: held}, held)[0])
+    before = torch.randint(0, 256, held.storage_nbytes, dtype=torch.uint8)
+    target, other = Memory([before.clone()]), Memory([before.clone()])
+    worker.prepare(target, manifest)
+    assert torch.equal(target.storages[0], before)
+    compiled: list[str] = []
+    for name in ("ProvenReplay", "Replay"):
+        real = getattr(shm, name)
+        monkeypatch.setattr(shm, name, lambda *args, real=real: (compiled.append("once"), real(*args))[1])
+    size = manifest.nbytes
+    for memory, times in ((target, 0), (other, 1), (target, 1)):
+        worker.receive_proven(memory, manifest, Deadline(20))
+        assert len(compiled) == times
+        assert torch.equal(memory.storages[0][:size], adopted.storages[0][:size])
+    worker.abort()
+    with pytest.raises(TransportError):
+        worker.prepare(target, manifest)
+    worker.close()
+    ShmTransport().release(adopted)
+
+
 def test_storages_side_by_side_become_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     specs = [TensorSpec(name=f"w{i}", dtype="bfloat16", shape=(random.randint(1, 300),)) for i in range(200)]
     manifest = Manifest.of(specs)

@@ -8,7 +8,7 @@ allocation) and masked to the run's bytes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from weightcast.cuda.runs import INTERPRETED as _INTERPRETED
-from weightcast.cuda.runs import TileTable, on_device
+from weightcast.cuda.runs import Launch, TileTable
 from weightcast.digest import BLOCK_WORDS, WORD_NBYTES, word_weights
 from weightcast.errors import Unsupported
 
@@ -95,7 +95,17 @@ class RunDigest:
 
     def total(self) -> int:
         """The digest of all runs and boxes, unsigned; waits for the GPU."""
-        return sum(part.total() for _, part in self._parts) & _MASK
+        return self.start()()
+
+    def start(self) -> Callable[[], int]:
+        """Queue the work on each GPU's current stream; what is returned waits for it and gives ``total``."""
+        started = [part.start() for _, part in self._parts]
+        return lambda: sum(wait() for wait in started) & _MASK
+
+    def prepare(self) -> None:
+        """Compile and load what a digest needs, without reading what is digested."""
+        for _, part in self._parts:
+            part.prepare()
 
     def each(self) -> list[int]:
         """The digest of every run, then of every box, in the order given; waits for the GPU."""
@@ -134,17 +144,45 @@ class AddressDigest:
         end = position + nbytes
         count = torch.where(nbytes > 0, -(-end // TILE_NBYTES) - position // TILE_NBYTES, 0)
         origins = address_ - position
-        self._aligned = bool((origins % 16 == 0).all())
-        self._origins, self._starts, self._ends = origins.to(device), position.to(device), end.to(device)
         self._tiles = TileTable(count, device)
         self._boxes = [_BoxTable(group, device) for group in _groups(strided)]
         num_programs = self._tiles.num_tiles + sum(group.tiles.num_tiles for group in self._boxes)
         self._partials = torch.zeros(num_programs, dtype=torch.int64, device=device)
+        tiles = self._tiles
+        runs_of_tiles = (origins, position, end, tiles.first_tiles, tiles.tile_runs)
+        self._launches = [
+            Launch(
+                _digest_tiles,
+                tiles.num_tiles,
+                device,
+                (*(column.to(device) for column in runs_of_tiles), self._weights, self._partials),
+                ALIGNED=bool((origins % 16 == 0).all()),
+                TILE=TILE_BLOCKS * BLOCK_WORDS,
+                BLOCK=BLOCK_WORDS,
+                CHUNK=CHUNK_WORDS,
+                num_warps=NUM_WARPS,
+            )
+        ]
+        at = tiles.num_tiles
+        for group in self._boxes:
+            self._launches.append(group.launch(self._weights, self._partials[at : at + group.tiles.num_tiles]))
+            at += group.tiles.num_tiles
+
+    def prepare(self) -> None:
+        """Compile and load what a digest needs, without reading what is digested."""
+        for launch in self._launches:
+            launch.prepare()
+        self._partials.sum()
 
     def total(self) -> int:
         """Unsigned; waits for the GPU. Bytes that are being written meanwhile give no defined value."""
+        return self.start()()
+
+    def start(self) -> Callable[[], int]:
+        """Queue the work on the current stream; what is returned waits for it and gives ``total``."""
         self._launch()
-        return int(self._partials.sum()) & _MASK
+        total = self._partials.sum()
+        return lambda: int(total) & _MASK
 
     def each(self) -> list[int]:
         """Of every run, then of every box, in the order given; waits for the GPU."""
@@ -159,26 +197,8 @@ class AddressDigest:
         return [value & _MASK for value in sums.tolist()]
 
     def _launch(self) -> None:
-        with on_device(self._device):
-            if self._tiles.num_tiles:
-                _digest_tiles[(self._tiles.num_tiles,)](
-                    self._origins,
-                    self._starts,
-                    self._ends,
-                    self._tiles.first_tiles,
-                    self._tiles.tile_runs,
-                    self._weights,
-                    self._partials,
-                    ALIGNED=self._aligned,
-                    TILE=TILE_BLOCKS * BLOCK_WORDS,
-                    BLOCK=BLOCK_WORDS,
-                    CHUNK=CHUNK_WORDS,
-                    num_warps=NUM_WARPS,
-                )
-            at = self._tiles.num_tiles
-            for group in self._boxes:
-                group.launch(self._weights, self._partials[at : at + group.tiles.num_tiles])
-                at += group.tiles.num_tiles
+        for launch in self._launches:
+            launch.run()
 
 
 def collapse(box: StridedBox) -> StridedBox:
@@ -235,15 +255,13 @@ class _BoxTable:
         self.numbers = torch.tensor([number for number, _, _ in boxes]).to(device)
         self.tiles = TileTable(-(-numels // ELEMENTS_PER_PROGRAM), device)
 
-    def launch(self, weights: torch.Tensor, partials: torch.Tensor) -> None:
-        if not self.tiles.num_tiles:
-            return
-        _digest_boxes[(self.tiles.num_tiles,)](
-            self._table,
-            self.tiles.first_tiles,
-            self.tiles.tile_runs,
-            weights,
-            partials,
+    def launch(self, weights: torch.Tensor, partials: torch.Tensor) -> Launch:
+        """The kernel over these boxes."""
+        return Launch(
+            _digest_boxes,
+            self.tiles.num_tiles,
+            self.tiles.tile_runs.device,
+            (self._table, self.tiles.first_tiles, self.tiles.tile_runs, weights, partials),
             ITEMSIZE=self._itemsize,
             DIMS=self._dims,
             TILE=ELEMENTS_PER_PROGRAM,

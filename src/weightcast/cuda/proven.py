@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from weightcast.cuda.digest import _block_weight
-from weightcast.cuda.runs import CopyRuns, TileTable, on_device
+from weightcast.cuda.runs import CopyRuns, Launch, TileTable
 from weightcast.digest import BLOCK_WORDS, WORD_NBYTES, LayoutDigest, run_of, word_weights
 from weightcast.layout import Layout, Placement
 from weightcast.manifest import Manifest
@@ -71,6 +71,13 @@ class ProvenReplay:
         sizes = tuple(storage.numel() for storage in dst.storages)
         self._rest = LayoutDigest(manifest, Layout(placements=tuple(rest), storage_nbytes=sizes)) if rest else None
 
+    def prepare(self) -> None:
+        """Compile and load the kernels of ``run`` and ``total``; nothing is copied."""
+        self._fused.prepare()
+        self._runs.prepare()
+        if self._rest is not None:
+            self._rest.prepare(self._memories[1])
+
     @torch.no_grad()
     def run(self) -> int:
         """Queue all copies; returns the bytes that will have been written."""
@@ -90,37 +97,34 @@ class _ProvenRuns:
     """Runs ``(source address, destination address, position in the image, bytes)``, all multiples of a word."""
 
     def __init__(self, runs: Sequence[tuple[int, int, int, int]], device: torch.device) -> None:
-        self._device = device
         table = torch.tensor(runs, dtype=torch.int64).reshape(-1, 4)
         source, target, position, nbytes = table.T.contiguous().unbind()
         end, tile_nbytes = position + nbytes, TILE_BLOCKS * BLOCK_WORDS * WORD_NBYTES
-        self._sources, self._targets = (source - position).to(device), (target - position).to(device)
-        self._starts, self._ends = position.to(device), end.to(device)
-        self._tiles = TileTable(-(-end // tile_nbytes) - position // tile_nbytes, device)
-        self._weights = word_weights(device)
-        self._partials = torch.zeros(self._tiles.num_tiles, dtype=torch.int64, device=device)
+        tiles = TileTable(-(-end // tile_nbytes) - position // tile_nbytes, device)
+        self._partials = torch.zeros(tiles.num_tiles, dtype=torch.int64, device=device)
+        self._total = self._partials.sum()
+        columns = (source - position, target - position, position, end, tiles.first_tiles, tiles.tile_runs)
+        self._launch = Launch(
+            _copy_and_digest,
+            tiles.num_tiles,
+            device,
+            (*(column.to(device) for column in columns), word_weights(device), self._partials),
+            TILE=TILE_BLOCKS * BLOCK_WORDS,
+            BLOCK=BLOCK_WORDS,
+            CHUNK=CHUNK_WORDS,
+            num_warps=NUM_WARPS,
+        )
+
+    def prepare(self) -> None:
+        self._launch.prepare()
 
     def run(self) -> None:
-        if not self._tiles.num_tiles:
-            return
-        with on_device(self._device):
-            _copy_and_digest[(self._tiles.num_tiles,)](
-                self._sources,
-                self._targets,
-                self._starts,
-                self._ends,
-                self._tiles.first_tiles,
-                self._tiles.tile_runs,
-                self._weights,
-                self._partials,
-                TILE=TILE_BLOCKS * BLOCK_WORDS,
-                BLOCK=BLOCK_WORDS,
-                CHUNK=CHUNK_WORDS,
-                num_warps=NUM_WARPS,
-            )
+        self._launch.run()
+        # Queued with the copies, it is there when they are.
+        self._total = self._partials.sum()
 
     def total(self) -> int:
-        return int(self._partials.sum()) & _MASK if self._tiles.num_tiles else 0
+        return int(self._total) & _MASK
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -33,6 +33,10 @@ class CudaReplay:
         self._dst = [dst.view(c.dst_storage, c.dst_dtype, c.dst_offset, c.sizes, c.dst_strides) for c in rest]
         self._src = [src.view(c.src_storage, c.src_dtype, c.src_offset, c.sizes, c.src_strides) for c in rest]
 
+    def prepare(self) -> None:
+        """Compile and load the kernel of ``run``; nothing is copied."""
+        self._runs.prepare()
+
     @torch.no_grad()
     def run(self) -> int:
         """Queue all copies; returns the bytes that will have been written."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import triton
@@ -31,6 +32,33 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
+class Launch:
+    """A kernel with the arguments of all its launches, whose tensors it keeps alive; nothing where it has no programs."""
+
+    def __init__(
+        self, kernel: Any, num_programs: int, device: torch.device, arguments: Sequence[torch.Tensor], **constants: Any
+    ) -> None:
+        self._kernel, self._num_programs, self._device = kernel, num_programs, device
+        self._arguments, self._constants = tuple(arguments), constants
+
+    def prepare(self) -> None:
+        """Compile the kernel for these arguments and load it onto the GPU, without running it. The first ``run`` would do both,
+        which takes hundreds of milliseconds where nothing is in Triton's cache."""
+        if not self._num_programs or INTERPRETED:
+            return
+        grid = (self._num_programs,)
+        with on_device(self._device):
+            compiled = self._kernel.warmup(*self._arguments, grid=grid, **self._constants)
+            if compiled is not None:
+                compiled[grid]  # a compiled kernel is loaded when it is first asked for a launcher
+
+    def run(self) -> None:
+        """Queue the kernel on the current stream of the device."""
+        if self._num_programs:
+            with on_device(self._device):
+                self._kernel[(self._num_programs,)](*self._arguments, **self._constants)
+
+
 class TileTable:
     """Which run, and which part of it, each program of a launch works on.
 
@@ -49,29 +77,20 @@ class TileTable:
 class _PairTable:
     """Pairs of equally long byte ranges on one GPU, as addresses (or page-locked host memory that the GPU can reach)."""
 
-    def __init__(self, pairs: Sequence[tuple[int, int, int]], device: torch.device) -> None:
+    def __init__(self, pairs: Sequence[tuple[int, int, int]], device: torch.device, *, swap: bool) -> None:
         table = torch.tensor([pair for pair in pairs if pair[2]], dtype=torch.int64).reshape(-1, 3)
         self.nbytes = int(table[:, 2].sum())
-        self._device = device
-        self._first, self._second, self._sizes = table.T.contiguous().to(device).unbind()
-        self._tiles = TileTable(-(-table[:, 2] // COPY_TILE_NBYTES), device)
-
-    def launch(self, *, swap: bool) -> None:
-        """Queue the work on the current stream of the device."""
-        if not self._tiles.num_tiles:
-            return
-        with on_device(self._device):
-            _pair_tiles[(self._tiles.num_tiles,)](
-                self._first,
-                self._second,
-                self._sizes,
-                self._tiles.first_tiles,
-                self._tiles.tile_runs,
-                SWAP=swap,
-                TILE=COPY_TILE_NBYTES,
-                CHUNK=SWAP_CHUNK_WORDS if swap else COPY_CHUNK_WORDS,
-                num_warps=SWAP_WARPS if swap else COPY_WARPS,
-            )
+        tiles = TileTable(-(-table[:, 2] // COPY_TILE_NBYTES), device)
+        self.launch = Launch(
+            _pair_tiles,
+            tiles.num_tiles,
+            device,
+            (*table.T.contiguous().to(device).unbind(), tiles.first_tiles, tiles.tile_runs),
+            SWAP=swap,
+            TILE=COPY_TILE_NBYTES,
+            CHUNK=SWAP_CHUNK_WORDS if swap else COPY_CHUNK_WORDS,
+            num_warps=SWAP_WARPS if swap else COPY_WARPS,
+        )
 
 
 class CopyRuns:
@@ -81,12 +100,16 @@ class CopyRuns:
     """
 
     def __init__(self, runs: Sequence[tuple[int, int, int]], device: torch.device) -> None:
-        self._table = _PairTable(runs, device)
+        self._table = _PairTable(runs, device, swap=False)
         self.nbytes = self._table.nbytes
+
+    def prepare(self) -> None:
+        """Compile what ``run`` launches."""
+        self._table.launch.prepare()
 
     def run(self) -> int:
         """Queue all copies; returns the bytes written."""
-        self._table.launch(swap=False)
+        self._table.launch.run()
         return self.nbytes
 
 
@@ -95,12 +118,16 @@ class SwapRuns:
 
     def __init__(self, pairs: Sequence[tuple[int, int, int]], device: torch.device) -> None:
         _refuse_overlap(pairs)
-        self._table = _PairTable(pairs, device)
+        self._table = _PairTable(pairs, device, swap=True)
         self.nbytes = self._table.nbytes
+
+    def prepare(self) -> None:
+        """Compile what ``run`` launches."""
+        self._table.launch.prepare()
 
     def run(self) -> int:
         """Queue all exchanges; returns the bytes of one side."""
-        self._table.launch(swap=True)
+        self._table.launch.run()
         return self.nbytes
 
 

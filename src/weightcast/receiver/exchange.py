@@ -45,6 +45,10 @@ class Exchange:
             for copy in rest
         ]
 
+    def prepare(self) -> None:
+        """Compile what the first ``run`` would; nothing is exchanged."""
+        self._swap.prepare()
+
     @torch.no_grad()
     def run(self) -> None:
         """Swap all values. On a GPU the work is queued on the current stream."""
@@ -70,6 +74,11 @@ class Landing:
         else:
             self._replay = Replay(copies, shadow, live)
         self._is_all = len(copies) == len(placements)
+
+    def prepare(self) -> None:
+        """Compile what the first ``run`` would; nothing is copied."""
+        if self._proven is not None:
+            self._proven.prepare()
 
     def run(self) -> None:
         """On a GPU the work is queued on the current stream."""

@@ -269,10 +269,23 @@ class Session:
             with self._in_use():
                 for end in self._ends:
                     end.connect(deadline)
+                self._prepare(deadline)
             self.link.send(Ready(epoch=setup.epoch, plan_digest=plan_digest(plan)))
         except Exception as error:  # noqa: BLE001 - the trainer is told by name; an exception here would only end this thread
             self._close_ends()
             self.send_failure(RoundId(epoch=setup.epoch, round=0), "setup", error)
+
+    def _prepare(self, deadline: Deadline) -> None:
+        """Compile for the next round what it needs: an in-place round, or the commit of a staged one, would do it while the engine
+        waits."""
+        memory = self.target.known_memory
+        for end in self._ends:
+            end.prepare(memory, self.manifest)
+        self._digest.prepare(memory)
+        self.target.compile()
+        if self._model.device.type == "cuda":
+            # Rounds use the tables on streams of their own.
+            wait_stream(self._model.device, deadline, "getting ready for a round")
 
     def _stage(self, begin: Begin) -> None:
         id = RoundId(epoch=begin.epoch, round=begin.round)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -142,8 +143,8 @@ class Target:
         # Rounds are received on another stream than the one that filled these.
         self.settle(Deadline(FILL_TIMEOUT_S))
         self._memory = self._combine()
-        self._exchange: Exchange | None = None
-        self._landings: dict[int, Landing] = {}
+        self._ways: dict[tuple[int, int], Exchange | Landing] = {}
+        self._compiling = threading.Lock()
         self._landed: Landing | None = None
         if loaded is not None and self._area is not None and loaded.layout_digest == self._layout_digest():
             self._loaded_area = loaded.area
@@ -159,6 +160,18 @@ class Target:
         if not self.staged and not self._is_current():
             self._memory = self._combine()
         return self._memory
+
+    @property
+    def known_memory(self) -> Memory:
+        """``memory()`` when it was last asked for, without a look at the engine: for threads beside it."""
+        return self._memory
+
+    def compile(self) -> None:
+        """Have ready what ``swap`` runs, beside the running engine: the first one would compile it while the engine waits."""
+        if self._shadows and self._num_live and not self._relocates:
+            live = self._model.memory()
+            for shadow in tuple(self._shadows):
+                self._way(live, shadow).prepare()
 
     def prepare(self) -> None:
         """All bytes are staged: have the model get ready for ``swap``, beside the running engine."""
@@ -176,17 +189,25 @@ class Target:
         if self._relocates:
             self._model.rebind(shadow)
             self._shadows = [live]
-        elif len(self._shadows) > 1:
-            if shadow.number not in self._landings:
-                self._landings[shadow.number] = Landing(live, shadow, self._direct(), self._manifest)
-            self._landed = self._landings[shadow.number]
-            self._landed.run()
-            self._shadows.reverse()
         else:
-            if self._exchange is None:
-                self._exchange = Exchange(live, shadow, self._direct())
-            self._exchange.run()
+            way = self._way(live, shadow)
+            way.run()
+            if isinstance(way, Landing):
+                self._landed = way
+                self._shadows.reverse()
         self._memory = self._combine()
+
+    def _way(self, live: Memory, shadow: Memory) -> Exchange | Landing:
+        """What makes a shadow live, compiled once: by ``compile`` on another thread than the engine's, or by ``swap``."""
+        key = (live.number, shadow.number)
+        with self._compiling:
+            if key not in self._ways:
+                in_turn = len(self._shadows) > 1
+                direct = self._direct()
+                self._ways[key] = (
+                    Landing(live, shadow, direct, self._manifest) if in_turn else Exchange(live, shadow, direct)
+                )
+            return self._ways[key]
 
     def settle(self, deadline: Deadline) -> None:
         """Return when a swap is done on the GPU, too."""

@@ -42,6 +42,7 @@ class ProvenSuite(ABC):
         source, target = (Memory([storage.to(self.device, copy=True) for storage in side]) for side in (src, dst))
         expected = Memory([storage.clone() for storage in dst])
         proven = self.compile(copies, source, target, manifest)
+        assert all(torch.equal(got.cpu(), was) for got, was in zip(target.storages, dst, strict=True))
         landings = Layout(placements=tuple(map(landing_of, copies)), storage_nbytes=tuple(d.numel() for d in dst))
         for _ in range(2):
             for storage, values in zip(source.storages, src, strict=True):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import msgspec
 import torch
@@ -28,8 +29,21 @@ class ExpectedDigest:
         self._plain = LayoutDigest(manifest, layout, gaps_are_zero=memory.is_arena)
         self._casts = _Casts(manifest, [copy for copy in copies if copy.src_dtype != copy.dst_dtype and copy.nbytes])
 
+        # Here, when a Publisher connects, and not in its first round.
+        self._plain.prepare(memory)
+        self._casts.prepare(memory)
+
     def of(self, memory: Memory) -> int:
-        return combine([self._plain.of(memory), self._casts.of(memory)])
+        """The digest, unsigned; on a GPU this waits for the result."""
+        return self.start(memory)()
+
+    def start(self, memory: Memory) -> Callable[[], int]:
+        """``of`` in two steps: on a GPU the work is queued on the current stream, and the call that is returned, made once,
+        waits for it; on a CPU that call does all of it."""
+        if not any(storage.is_cuda for storage in memory.storages[:1]):
+            return lambda: combine([self._plain.of(memory), self._casts.start(memory)()])
+        plain, casts = self._plain.start(memory), self._casts.start(memory)
+        return lambda: combine([plain(), casts()])
 
 
 class _Casts:
@@ -45,18 +59,34 @@ class _Casts:
         self._compiled: tuple[int, Memory, list[tuple[list[torch.Tensor], list[torch.Tensor]]]] | None = None
 
     @torch.no_grad()
-    def of(self, memory: Memory) -> int:
+    def start(self, memory: Memory) -> Callable[[], int]:
+        """Batches share the scratch storage: on a CPU each is digested before the next one is cast, on a GPU the stream keeps
+        that order."""
         if not self._batches:
-            return 0
-        if self._compiled is None or self._compiled[0] != memory.number:
-            self._compiled = (memory.number, *self._compile(memory))
-        _, scratch, pairs = self._compiled
-        digests = []
+            return int
+        scratch, pairs = self._compiled_for(memory)
+        waits: list[Callable[[], int]] = []
         for (casts, values), digest in zip(pairs, self._digests, strict=True):
             torch._foreach_copy_(casts, values)
-            digests.append(digest.of(scratch))
-        return combine(digests)
+            if scratch.storages[0].is_cuda:
+                waits.append(digest.start(scratch))
+            else:
+                waits.append(partial(int, digest.of(scratch)))
+        return lambda: combine(wait() for wait in waits)
 
+    def prepare(self, memory: Memory) -> None:
+        """Do now what the first ``start`` would do beside computing."""
+        if self._batches:
+            scratch, _ = self._compiled_for(memory)
+            for digest in self._digests:
+                digest.prepare(scratch)
+
+    def _compiled_for(self, memory: Memory) -> tuple[Memory, list[tuple[list[torch.Tensor], list[torch.Tensor]]]]:
+        if self._compiled is None or self._compiled[0] != memory.number:
+            self._compiled = (memory.number, *self._compile(memory))
+        return self._compiled[1:]
+
+    @torch.inference_mode(False)
     def _compile(self, memory: Memory) -> tuple[Memory, list[tuple[list[torch.Tensor], list[torch.Tensor]]]]:
         device = memory.storages[0].device
         scratch = Memory([torch.zeros(self._nbytes, dtype=torch.uint8, device=device)])

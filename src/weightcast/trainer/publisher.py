@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -38,6 +38,10 @@ logger = logging.getLogger(__name__)
 
 SHARDED_HINT = "Make a Publisher on every rank of the trainer, with process_group="
 PAUSES = ("keep", "wait", "abort", "none")
+
+
+def _nothing() -> None:
+    """What is left to check of a source that has checked everything."""
 
 
 class Publisher:
@@ -184,6 +188,7 @@ class Publisher:
         if self._presence.is_too_little(failures):
             raise join_error(failures)
         self._was_connected = True
+        self._fleet.content(deadline)  # its tables and kernels are made here, and not in the first round
         for error in failures.values():
             logger.warning("not connected: %s", str(error))
         current = self._numbers.current()
@@ -299,9 +304,14 @@ class Publisher:
                     else join_error(absent)
                 )
             self._was_connected = True
-            self._ranks.refresh(deadline)
+            if self._ranks.alone:
+                self._source.fill()
+                check = self._source.check
+            else:
+                self._ranks.refresh(deadline)
+                check = _nothing
         engines = [engine for engine in self._fleet.engines if engine.name not in absent]
-        return self._round(engines, self._next_number(), deadline, timeline, absent)
+        return self._round(engines, self._next_number(), deadline, timeline, absent, check)
 
     @property
     def versions(self) -> dict[str, str]:
@@ -358,6 +368,7 @@ class Publisher:
         deadline: Deadline,
         timeline: Timeline,
         absent: dict[str, WeightcastError],
+        check: Callable[[], None] = _nothing,
     ) -> Report:
         self._rounds += 1
         attempt = Round(
@@ -375,6 +386,7 @@ class Publisher:
             timeline=timeline,
             require=self._require,
             absent=absent,
+            check=check,
         )
         try:
             return attempt.run()

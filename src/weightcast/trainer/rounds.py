@@ -1,10 +1,14 @@
 """One round, as the trainer runs it: begin, transfer, verify, commit, and the way back when something fails.
 
-    begin     staged workers are told to receive; pulled bytes are made visible first
+    begin     staged workers are told to receive; pulled bytes are made visible first. The source's digest is started, and what
+              the source checks last is checked while a GPU computes it
     transfer  bytes travel while engines serve n; meanwhile the source is digested
     verify    every staged worker's digest must be the source's
     commit    engines make n+1 live between two steps; in-place engines receive now
     (failure) whoever has not committed is told to abort; staged engines that may have are rolled back
+
+The thread that calls does whatever nobody else could do meanwhile: a fleet of one engine needs no other thread, whose start
+and end would take longer than the control messages do.
 
 Every wait ends by the round's deadline, the way back at most ``UNDO_S`` after it. With require="all" one worker's failure ends
 the waits for all others and the round; with "live" the engine is dropped from it and taken back, and the others go on.
@@ -15,9 +19,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
+from typing import TypeVar
+
+import torch
 
 from weightcast.control.coordinator import Coordinator
 from weightcast.deadline import Deadline
@@ -53,6 +60,8 @@ LIVE_TRANSFER_SHARE = 0.6
 UNDO_AT_LEAST_S = 0.3
 REPEAT_AFTER_S = 0.2
 
+T = TypeVar("T")
+
 
 class Round:
     """One attempt to bring a fleet to the next version. Used once."""
@@ -72,15 +81,20 @@ class Round:
         clear_cache: bool,
         deadline: Deadline,
         timeline: Timeline,
+        check: Callable[[], None],
         require: Require = "all",
         absent: Mapping[str, WeightcastError] | None = None,
     ) -> None:
+        """``check`` is what the source still has to check; its error ends the round before any worker is approved, and is
+        raised as it is."""
         self._fleet, self._engines, self._source, self._content = fleet, engines, source, content
         self._coordinator = coordinator
         self._number, self._round, self._epoch, self._base = number, round, fleet.epoch, base
         self._pause, self._clear_cache = pause, clear_cache
         self._deadline, self._timeline = deadline, timeline
         self._require: Require = require
+        self._check_source = check
+        self._refusal: WeightcastError | None = None
         self._transfer_deadline = deadline
         self._outcomes = Outcomes(engines, require, self._epoch, round)
         self._account = Account(self._outcomes, absent or {}, number=number, epoch=self._epoch, round=round)
@@ -96,7 +110,12 @@ class Round:
         return self._outcomes.was_seen
 
     def run(self) -> Report:
-        """Run the round; raises RoundFailed after everything that could be undone was."""
+        """Run the round; raises RoundFailed after everything that could be undone was, or what ``check`` raised."""
+        # The caller's mode is for its own tensors: those made here, for later rounds, too, are plain ones.
+        with torch.inference_mode(False):
+            return self._run()
+
+    def _run(self) -> Report:
         workers = [(engine, worker) for engine in self._engines for worker in engine.workers]
         self._coordinator.clear_inboxes(worker.member for _, worker in workers)
         try:
@@ -109,6 +128,8 @@ class Round:
         except WeightcastError as error:
             self._outcomes.fail()
             self._undo(self._engines)
+            if error is self._refusal:
+                raise
             losses = self._fleet.ranks.losses("transfer")
             raise self._account.failure(self._fleet.engines, losses or {"trainer": error}) from error
         except BaseException:
@@ -149,25 +170,46 @@ class Round:
 
     def _transfer(
         self, pool: ThreadPoolExecutor, workers: list[tuple[EngineLink, WorkerLink]]
-    ) -> Future[tuple[int, dict[str, int]]]:
+    ) -> Callable[[], Future[tuple[int, dict[str, int]]]]:
         if self._require == "live":
             self._transfer_deadline = Deadline(max(self._left_s() * LIVE_TRANSFER_SHARE, 0.001))
-        digesting = pool.submit(self._digest_source, {worker.digest_key for _, worker in workers})
+        staged = [(engine, worker) for engine, worker in workers if not worker.in_place]
+        in_place = [(engine, worker) for engine, worker in workers if worker.in_place]
         with self._timeline.phase("begin"):
-            for engine, worker in workers:
-                if worker.transport is not None and worker.transport.pulls:
-                    self._outcomes.guard(engine, "begin", partial(self._send_bytes, worker, self._deadline))
-            for _, worker in workers:
-                worker.at = (self._epoch, self._round)
-                self._tell(
-                    worker, Begin(epoch=self._epoch, round=self._round, base=self._base, timeout_s=self._left_s())
-                )
+            # Before the digest: making bytes visible waits for the trainer's GPU, which would have to digest first.
+            self._show(staged)
+            self._tell_begin(staged)
+            self._start_digest({worker.digest_key for _, worker in workers})
+            self._tell_begin(in_place)
+            try:
+                self._check_source()
+            except WeightcastError as error:
+                self._refusal = error
+                raise
+            self._show(in_place)
+        digesting = cache(partial(_result_of, self._finish_digest))
         with self._timeline.phase("transfer"):
-            staged = [(engine, worker) for engine, worker in workers if not worker.in_place]
-            futures = [pool.submit(self._stage, engine, worker) for engine, worker in staged]
+            only = staged[0] if len(staged) == 1 and _pulls(staged[0][1]) else None
+            futures = [] if only else [pool.submit(self._stage, engine, worker) for engine, worker in staged]
+            if staged:
+                # Its error is raised once it is clear that the transfer has not failed for another reason.
+                digesting()
+            if only:
+                self._stage(*only)
             for future in futures:
                 future.result()
         return digesting
+
+    def _show(self, workers: list[tuple[EngineLink, WorkerLink]]) -> None:
+        """Make the values visible to those who pull them."""
+        for engine, worker in workers:
+            if _pulls(worker):
+                self._outcomes.guard(engine, "begin", partial(self._send_bytes, worker, self._deadline))
+
+    def _tell_begin(self, workers: list[tuple[EngineLink, WorkerLink]]) -> None:
+        for _, worker in workers:
+            worker.at = (self._epoch, self._round)
+            self._tell(worker, Begin(epoch=self._epoch, round=self._round, base=self._base, timeout_s=self._left_s()))
 
     def _stage(self, engine: EngineLink, worker: WorkerLink) -> None:
         """Send (if it is pushed) and wait until the worker has all bytes and their digest."""
@@ -202,20 +244,28 @@ class Round:
             raise error
         raise named from error
 
-    def _digest_source(self, keys: set[str]) -> tuple[int, dict[str, int]]:
-        memory = self._source.memory
-        whole = self._content.of(memory)
-        expected = {
-            key: whole if self._fleet.expected[key] is self._content else self._fleet.expected[key].of(memory)
-            for key in keys
+    def _start_digest(self, keys: set[str]) -> None:
+        """Have a GPU digest the source from now on; elsewhere ``_finish_digest`` does all of it."""
+        self._content_digest = self._started(self._content)
+        expected = {key: self._fleet.expected[key] for key in keys}
+        self._digests = {
+            key: self._content_digest if each is self._content else self._started(each)
+            for key, each in expected.items()
         }
-        return whole, expected
+
+    def _started(self, digest: ExpectedDigest | SharedDigest) -> Callable[[], int]:
+        memory = self._source.memory
+        # Other ranks begin with theirs when they are asked, and every answer is waited for.
+        return cache(digest.start(memory) if isinstance(digest, ExpectedDigest) else partial(digest.of, memory))
+
+    def _finish_digest(self) -> tuple[int, dict[str, int]]:
+        return self._content_digest(), {key: digest() for key, digest in self._digests.items()}
 
     def _verify(
-        self, digesting: Future[tuple[int, dict[str, int]]], workers: list[tuple[EngineLink, WorkerLink]]
+        self, digesting: Callable[[], Future[tuple[int, dict[str, int]]]], workers: list[tuple[EngineLink, WorkerLink]]
     ) -> None:
         with self._timeline.phase("verify"):
-            self.content_digest, self._expected = digesting.result()
+            self.content_digest, self._expected = digesting().result()
             self.version = version_name(self._number, self._fleet.ranks.manifest, self.content_digest)
             for engine, worker in workers:
                 if not worker.in_place:
@@ -236,7 +286,9 @@ class Round:
             if self._require == "live":
                 groups = [self._engines]
             for group in groups:
-                if not self._outcomes.failed:
+                if len(group) == 1 and not self._outcomes.failed:
+                    self._commit_engine(pool, group[0])
+                elif not self._outcomes.failed:
                     for future in [pool.submit(self._commit_engine, pool, engine) for engine in group]:
                         future.result()
 
@@ -361,3 +413,17 @@ class Round:
         return self._coordinator.take(
             worker.member, kind, deadline, phase=phase, matches=is_this_round, cancelled=cancelled
         )
+
+
+def _pulls(worker: WorkerLink) -> bool:
+    return worker.transport is not None and worker.transport.pulls
+
+
+def _result_of(work: Callable[[], T]) -> Future[T]:
+    """What ``work`` returned, or the error of weightcast's that it raised."""
+    done: Future[T] = Future()
+    try:
+        done.set_result(work())
+    except WeightcastError as error:
+        done.set_exception(error)
+    return done

@@ -6,6 +6,7 @@ Both ends are given the same ordered ``copies`` (a trainer rank's part of a work
     end = T.trainer_end(copies, memory)
     offer = end.offer()        ──control──▶   end = T.worker_end(offer, copies)
     end.connect(deadline)      ◀─ data ──▶    end.connect(deadline)
+                                              end.prepare(memory, manifest)          may be left out
     end.send(deadline)         ── data ──▶    end.receive(memory, deadline)          once a round, in this order on both
     end.close()                               end.close()
 
@@ -69,6 +70,10 @@ class WorkerEnd(ABC):
     @abstractmethod
     def connect(self, deadline: Deadline) -> None:
         """Connect to the trainer as the offer says."""
+
+    def prepare(self, memory: Memory, manifest: Manifest) -> None:  # noqa: B027 - not every transport compiles something
+        """Do ahead, once connected, what the first ``receive_proven`` into ``memory`` would do beside moving bytes; writes
+        nothing there. A receive into another memory stays possible."""
 
     @abstractmethod
     def receive(self, memory: Memory, deadline: Deadline) -> int:

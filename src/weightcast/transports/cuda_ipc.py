@@ -332,14 +332,23 @@ class CudaIpcWorkerEnd(WorkerEnd):
             self._map(torch.device("cuda", torch.cuda.current_device()))
             link.meet("connected")
 
+    def prepare(self, memory: Memory, manifest: Manifest) -> None:
+        """Build the tables of the memory's replay and compile its kernels, partly on the current stream.
+
+        TransportError when the end is dead, PeerLost when the trainer is, StateError before ``connect``.
+        """
+        self._pair.guard.check()
+        mapping = self._mapped_for(memory)
+        if memory.gpu is not None:
+            self._replay_for(memory, mapping).prepare()
+        else:
+            self._proven_for(memory, mapping, manifest).prepare()
+
     def receive(self, memory: Memory, deadline: Deadline) -> int:
         self.has_written = False
         with self._pair.use("receive", deadline):
             mapping = self._mapped_for(memory)
-            replay = self._replays.get(
-                memory.number, lambda: _new_replay(self._copies, mapping.memory, memory, mapping.device)
-            )
-            nbytes = self._run(replay, mapping, deadline)
+            nbytes = self._run(self._replay_for(memory, mapping), mapping, deadline)
             # Bytes of a process that died meanwhile may be anybody's.
             self._pair.check()
             return nbytes
@@ -352,12 +361,20 @@ class CudaIpcWorkerEnd(WorkerEnd):
             if memory.gpu is not None:
                 # What was written to the host's memory is read back over the bus; the digest does that better alone.
                 return self.receive(memory, deadline), None
-            replay = self._proven.get(
-                memory.number, lambda: _new_proven(self._copies, mapping.memory, memory, manifest, mapping.device)
-            )
+            replay = self._proven_for(memory, mapping, manifest)
             nbytes = self._run(replay, mapping, deadline)
             with torch.cuda.stream(self._stream):
                 return nbytes, replay.total()
+
+    def _replay_for(self, memory: Memory, mapping: _Mapping) -> CudaReplay:
+        return self._replays.get(
+            memory.number, lambda: _new_replay(self._copies, mapping.memory, memory, mapping.device)
+        )
+
+    def _proven_for(self, memory: Memory, mapping: _Mapping, manifest: Manifest) -> ProvenReplay:
+        return self._proven.get(
+            memory.number, lambda: _new_proven(self._copies, mapping.memory, memory, manifest, mapping.device)
+        )
 
     def _run(self, replay: CudaReplay | ProvenReplay, mapping: _Mapping, deadline: Deadline) -> int:
         """Queue the copies and wait for them."""

@@ -182,6 +182,15 @@ class ShmWorkerEnd(WorkerEnd):
                 self._files.append(None if span.file is None else OpenFile(span.file))
             kernels_for(self._nbytes)  # loaded here, and not in a round
 
+    def prepare(self, memory: Memory, manifest: Manifest) -> None:
+        """Compile the replay into this memory. TransportError when the end is dead or not connected."""
+        self._guard.check()
+        source = self._connected()
+        if self._proves():
+            self._proven_for(source, memory, manifest)
+        else:
+            self._steps_for(source, memory)
+
     def receive(self, memory: Memory, deadline: Deadline) -> int:
         self.has_written = False
         with self._guard.use("receive", deadline):
@@ -189,7 +198,7 @@ class ShmWorkerEnd(WorkerEnd):
             for file in self._files:
                 if file is not None:
                     file.check()
-            for step in self._steps.get(memory.number, lambda: self._compiled(source, memory)):
+            for step in self._steps_for(source, memory):
                 self._guard.check()
                 deadline.check("receiving through shared memory")
                 self.has_written = True
@@ -198,8 +207,7 @@ class ShmWorkerEnd(WorkerEnd):
 
     def receive_proven(self, memory: Memory, manifest: Manifest, deadline: Deadline) -> tuple[int, int | None]:
         """Copies and digests in one pass, where that is worth it and all bytes come out of the arena."""
-        kernels = kernels_for(self._nbytes)
-        if kernels is None or any(file is not None for file in self._files):
+        if not self._proves():
             return super().receive_proven(memory, manifest, deadline)
 
         self.has_written = False
@@ -210,13 +218,7 @@ class ShmWorkerEnd(WorkerEnd):
             self.has_written = True  # what follows a check that passed is a copy
 
         with self._guard.use("receive", deadline):
-            source, spans = self._connected(), self._offer.spans
-
-            def compiled() -> ProvenReplay:
-                copies = [_in_arena(copy, spans) for copy in self._copies]
-                return ProvenReplay(copies, source, memory, manifest, kernels)
-
-            return self._nbytes, self._proven.get(memory.number, compiled).run(check)
+            return self._nbytes, self._proven_for(self._connected(), memory, manifest).run(check)
 
     def abort(self) -> None:
         self._guard.abort()
@@ -235,6 +237,23 @@ class ShmWorkerEnd(WorkerEnd):
         if self._source is None:
             raise TransportError("the pair is not connected", hint="Call connect() first")
         return self._source
+
+    def _proves(self) -> bool:
+        """Whether bytes are copied and digested in one pass: where that is worth it and all of them come out of the arena."""
+        return kernels_for(self._nbytes) is not None and all(file is None for file in self._files)
+
+    def _proven_for(self, source: Memory, memory: Memory, manifest: Manifest) -> ProvenReplay:
+        kernels = kernels_for(self._nbytes)
+        assert kernels is not None
+
+        def compiled() -> ProvenReplay:
+            copies = [_in_arena(copy, self._offer.spans) for copy in self._copies]
+            return ProvenReplay(copies, source, memory, manifest, kernels)
+
+        return self._proven.get(memory.number, compiled)
+
+    def _steps_for(self, source: Memory, memory: Memory) -> list[_Step]:
+        return self._steps.get(memory.number, lambda: self._compiled(source, memory))
 
     def _compiled(self, source: Memory, memory: Memory) -> list[_Step]:
         spans = self._offer.spans

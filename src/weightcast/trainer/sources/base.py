@@ -33,6 +33,17 @@ class Source(ABC):
         """Make ``memory`` hold the values to publish now. Called at the start of each round; raises StateError when the
         user's tensors are not what they were at connect."""
 
+    def fill(self) -> None:
+        """What of ``refresh`` has to come before anybody reads ``memory``; ``check`` is the rest of it.
+
+        All of it by default. Raises StateError as ``refresh`` does.
+        """
+        self.refresh()
+
+    def check(self) -> None:  # noqa: B027 - nothing is left to check where ``fill`` is all of it
+        """What of ``refresh`` may run while ``memory`` is being read: it writes nothing. What was read counts only once it has
+        returned. Nothing by default; raises StateError as ``refresh`` does."""
+
     def close(self) -> None:
         """Free what the source made, also while it is still referenced. Tensors of the user stay valid."""
         self.memory = Memory(())

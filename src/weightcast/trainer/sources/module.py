@@ -87,7 +87,7 @@ class ModuleSource(Source):
         self._refuse_strangers(tensors, numbers)
         self._values = [value for value, _ in self._bound]
         self._slots = Slots(module, self._values)
-        self._addresses = self._current_addresses()
+        self._note_places()
 
     def _find_bound(self, numbers: dict[int, int]) -> list[tuple[torch.Tensor, int]]:
         """Parameters and buffers that lie in the published storages, with the storage's number."""
@@ -109,8 +109,17 @@ class ModuleSource(Source):
                     hint="Give a state dict, which is read anew in every round",
                 )
 
+    def _note_places(self) -> None:
+        """What is there now is what later rounds compare with."""
+        self._addresses = self._current_addresses()
+        self._untyped = [storage.untyped_storage() for storage in self.memory.storages]
+        self._sizes = self._current_sizes()
+
     def _current_addresses(self) -> list[int]:
         return list(map(torch.Tensor.data_ptr, self._values))
+
+    def _current_sizes(self) -> list[int]:
+        return list(map(torch.UntypedStorage.nbytes, self._untyped))
 
     def consolidate(self) -> None:
         starts, end = [], 0
@@ -137,6 +146,7 @@ class ModuleSource(Source):
         self._bound = [(value, 0) for value, _ in self._bound]
         self.memory = memory
         self.layout = Layout(placements=tuple(placements), storage_nbytes=(end,))
+        self._note_places()
 
     def _is_covered(self) -> bool:
         """Whether published tensors fill their storages, so that nothing but padding lies between them in an arena."""
@@ -153,6 +163,11 @@ class ModuleSource(Source):
             raise InvalidInput("the new memory has other storages than the old one")
         self._move([(storage, 0) for storage in memory.storages])
         self.memory = memory
+        self._note_places()
+
+    def close(self) -> None:
+        super().close()
+        self._untyped = []
 
     @torch.no_grad()
     def _move(self, targets: list[tuple[torch.Tensor, int]]) -> None:
@@ -164,12 +179,20 @@ class ModuleSource(Source):
             moved = torch.empty(0, dtype=value.dtype, device=value.device)
             moved.set_(flat.untyped_storage(), offset // value.element_size(), value.size(), value.stride())
             value.data = moved
-        self._addresses = self._current_addresses()
 
     def refresh(self) -> None:
+        self.fill()
+        self.check()
+
+    def fill(self) -> None:
+        # This source keeps the storages alive, whatever became of the parameters; but one that was resized to nothing gave its
+        # memory back.
+        refuse_moved(self._current_sizes(), self._sizes)
+        wait_for_stream(self.device)
+
+    def check(self) -> None:
         self._slots.check()
         refuse_moved(self._current_addresses(), self._addresses)
-        wait_for_stream(self.device)
 
 
 class Slots:
