@@ -32,8 +32,7 @@ def device_copy(table: Table) -> None:
 def digest(table: Table, name: str, memory: Memory, compiled: LayoutDigest, sweep: bool) -> None:
     nbytes = memory.nbytes
     value = compiled.of(memory)
-    run_digest = compiled._on_gpu(memory)
-    table.add(f"digest {name} ({len(compiled.runs)} runs), kernel", gpu_ms(run_digest._parts[0][1]._launch), nbytes)
+    table.add(f"digest {name} ({len(compiled.runs)} runs), kernel", gpu_ms(lambda: compiled.start(memory)), nbytes)
     table.add(f"digest {name}, of() with the wait", wall_ms(lambda: compiled.of(memory)), nbytes)
     if not sweep:
         return
@@ -44,7 +43,7 @@ def digest(table: Table, name: str, memory: Memory, compiled: LayoutDigest, swee
             cuda_digest.TILE_NBYTES = blocks * 32768
             variant = cuda_digest.RunDigest(compiled.runs, memory.storages)
             assert variant.total() == value
-            table.add(f"  {blocks=} {chunk=} {warps=}", gpu_ms(variant._parts[0][1]._launch), nbytes)
+            table.add(f"  {blocks=} {chunk=} {warps=}", gpu_ms(variant.start), nbytes)
     cuda_digest.TILE_BLOCKS, cuda_digest.CHUNK_WORDS, cuda_digest.NUM_WARPS = kept
     cuda_digest.TILE_NBYTES = kept[0] * 32768
 
