@@ -66,11 +66,14 @@ class Rank:
 
         self.contenders[name] = run
 
-    def offer(self, name: str, parts: list[tuple[Copy, ...]], bucket_nbytes: int, together: bool) -> list[bytes]:
-        """The trainer's ends for workers with these copies: one group, or a pair each."""
+    def offer(self, name: str, groups: list[tuple[int, tuple[Copy, ...]]], bucket_nbytes: int) -> list[bytes]:
+        """The trainer's ends for groups of so many workers that want these copies."""
         transport, memory = NcclTransport(), Memory([self.buffer])
-        kinds = [parts] if together else [[part] for part in parts]
-        ends = [e for kind in kinds for e in transport.trainer_ends(kind, memory, bucket_nbytes=bucket_nbytes)]
+        ends = [
+            end
+            for count, copies in groups
+            for end in transport.trainer_ends(count, copies, memory, bucket_nbytes=bucket_nbytes)
+        ]
         self.ends[name] = ends
         pool = ThreadPoolExecutor(len(ends))
         self.contenders[name] = lambda: list(pool.map(lambda end: end.send(Deadline(60)), ends))
@@ -152,13 +155,14 @@ def open_raw(ranks: Sequence[Peer], name: str, chunk: int) -> None:
 
 
 def open_ours(
-    ranks: Sequence[Peer], name: str, parts: list[tuple[Copy, ...]], bucket_nbytes: int, *, together: bool = True
+    ranks: Sequence[Peer], name: str, groups: list[tuple[int, tuple[Copy, ...]]], bucket_nbytes: int
 ) -> float:
     """The slowest side's milliseconds to connect."""
     trainer, *workers = ranks
-    offers = trainer.call("offer", name, parts, bucket_nbytes, together)
-    for worker, offer, part in zip(workers, offers, parts, strict=True):
-        worker.call("accept", name, offer, part)
+    offers = trainer.call("offer", name, groups, bucket_nbytes)
+    wanted = [copies for count, copies in groups for _ in range(count)]
+    for worker, offer, copies in zip(workers, offers, wanted, strict=True):
+        worker.call("accept", name, offer, copies)
     return max(all_call(ranks, "connect", name))
 
 
@@ -184,7 +188,7 @@ def two(table: Table, ranks: Sequence[Peer]) -> None:
         notes[name] = ""
     for bucket in (16 * MIB, 64 * MIB, 256 * MIB):
         name = f"ours, {bucket // MIB} MiB"
-        notes[name] = f"connect {open_ours(ranks, name, [COPIES], bucket):.0f} ms"
+        notes[name] = f"connect {open_ours(ranks, name, [(1, COPIES)], bucket):.0f} ms"
     if find_spec("vllm") is not None:
         for nbytes in (64 * MIB, NBYTES):
             with socket.socket() as probe:
@@ -204,13 +208,12 @@ def three(table: Table, ranks: Sequence[Peer]) -> None:
     open_raw(ranks, raw, 64 * MIB)
     notes = {raw: ""}
     halves = [COPIES[: len(COPIES) // 2], COPIES[len(COPIES) // 2 :]]
-    for name, parts, together in (
-        ("both want all: one group", [COPIES, COPIES], True),
-        ("both want all: a pair each", [COPIES, COPIES], False),
-        ("each wants a half: one group", halves, True),
-        ("each wants a half: a pair each", halves, False),
+    for name, groups in (
+        ("both want all, one communicator", [(2, COPIES)]),
+        ("both want all, one each", [(1, COPIES)] * 2),
+        ("each wants a half, one each", [(1, half) for half in halves]),
     ):
-        notes[name] = f"connect {open_ours(ranks, name, parts, 64 * MIB, together=together):.0f} ms"
+        notes[name] = f"connect {open_ours(ranks, name, groups, 64 * MIB):.0f} ms"
     take_turns(table, ranks, notes, raw)
     assert len({rank.call("digest") for rank in ranks}) == 1, "what arrived is not what was sent"
     all_call(ranks, "forget")

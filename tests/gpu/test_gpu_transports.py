@@ -212,22 +212,14 @@ class TestNccl(GpuSuite):
             finally:
                 second.close()
 
-    @pytest.mark.parametrize("wants", ["the same", "shards", "some in common"])
     @pytest.mark.parametrize("name", ["strided", "casts", "dtypes"])
-    def test_a_group_of_two_workers(self, worker: Peer, wants: str, name: str) -> None:
-        """Three ranks on one GPU: each worker finds exactly its own bytes, round after round."""
+    def test_a_group_of_two_workers(self, worker: Peer, name: str) -> None:
+        """Three ranks on one GPU: each worker finds all bytes, round after round, whatever was there before."""
         seed = random.SystemRandom().getrandbits(32)
         case, generator = CASES[name](random.Random(seed)), torch.Generator().manual_seed(seed)
-        every = case.copies
-        parts = {
-            "the same": [every, every[::-1]],
-            "shards": [every[::2], every[1::2]],
-            "some in common": [every[: len(every) // 2], every[len(every) // 4 :]],
-        }[wants]
-        cases = [TransportCase(copies=p, src_nbytes=case.src_nbytes, dst_nbytes=case.dst_nbytes) for p in parts]
         with trainer_here(self.transport, case) as trainer, Peer(GpuWorkerSide) as other:
             workers = [worker, other]
-            with group_of(trainer, workers, cases, 4096) as ends, ThreadPoolExecutor(2) as pool:
+            with group_of(trainer, workers, case, 4096) as ends, ThreadPoolExecutor(2) as pool:
                 for _ in range(3):
                     values = case.new_values(generator)
                     trainer.write([storage.numpy().tobytes() for storage in values])
@@ -236,16 +228,34 @@ class TestNccl(GpuSuite):
                         peer.call("fill", 0, [storage.numpy().tobytes() for storage in canary])
                         peer.start("receive")
                     list(pool.map(lambda end: end.send(Deadline(20.0)), ends))
-                    for peer, one, canary in zip(workers, cases, canaries, strict=True):
-                        assert peer.result() == sum(copy.nbytes for copy in one.copies)
-                        assert peer.call("read") == one.expected(values, canary), f"{seed=}"
+                    for peer, canary in zip(workers, canaries, strict=True):
+                        assert peer.result() == sum(copy.nbytes for copy in case.copies)
+                        assert peer.call("read") == case.expected(values, canary), f"{seed=}"
+
+    def test_a_worker_of_a_group_that_does_not_come_is_named(self, worker: Peer) -> None:
+        case = bulk_case(NBYTES)
+        with (
+            trainer_here(self.transport, case) as trainer,
+            Peer(GpuWorkerSide) as other,
+            group_of(trainer, [worker, other], case, 2**20) as ends,
+            ThreadPoolExecutor(2) as pool,
+        ):
+            worker.start("receive")
+            sent = [pool.submit(end.send, Deadline(1.0)) for end in ends]
+            with pytest.raises(GroupBroken):
+                sent[0].result()
+            with pytest.raises(DeadlineExceeded, match="did not begin to receive"):
+                sent[1].result()
+            with pytest.raises(RankFailed) as caught:
+                worker.result()
+            assert caught.value.kind == "PeerLost"
 
     def test_a_worker_killed_in_a_group_is_named_and_the_other_one_goes_on_with_a_new_trainer_end(
         self, worker: Peer
     ) -> None:
         case = bulk_case(256 * 2**20)
         with trainer_here(self.transport, case) as trainer, Peer(GpuWorkerSide) as other:
-            with group_of(trainer, [worker, other], [case, case], 2**20) as ends, ThreadPoolExecutor(2) as pool:
+            with group_of(trainer, [worker, other], case, 2**20) as ends, ThreadPoolExecutor(2) as pool:
                 for peer in (worker, other):
                     peer.start("receive")
                 sent = [pool.submit(end.send, Deadline(20.0)) for end in ends]
@@ -262,7 +272,7 @@ class TestNccl(GpuSuite):
             assert worker.call("multiply", 4) < 1e-9
             values = os.urandom(case.src_nbytes[0])
             trainer.write([values])
-            with group_of(trainer, [worker], [case], 2**20) as (end,):
+            with group_of(trainer, [worker], case, 2**20) as (end,):
                 worker.start("receive")
                 end.send(Deadline(20.0))
                 worker.result()
@@ -303,13 +313,13 @@ def connect(spec: str, trainer: Peer, worker: Peer, case: TransportCase) -> None
 
 @contextlib.contextmanager
 def group_of(
-    trainer: TrainerSide, workers: Sequence[Peer], cases: Sequence[TransportCase], bucket_nbytes: int
+    trainer: TrainerSide, workers: Sequence[Peer], case: TransportCase, bucket_nbytes: int
 ) -> Iterator[list[TrainerEnd]]:
     """The trainer's ends of one connected group."""
-    parts = [case.copies for case in cases]
-    ends = trainer.transport.trainer_ends(parts, trainer.memory, bucket_nbytes=bucket_nbytes)
+    transport = trainer.transport
+    ends = transport.trainer_ends(len(workers), case.copies, trainer.memory, bucket_nbytes=bucket_nbytes)
     try:
-        for peer, end, case in zip(workers, ends, cases, strict=True):
+        for peer, end in zip(workers, ends, strict=True):
             peer.call("open", "weightcast.transports.nccl:NcclTransport", "cuda", end.offer(), case.copies)
             peer.call("make", 0, case.dst_nbytes)
             peer.start("connect")

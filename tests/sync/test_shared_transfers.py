@@ -84,10 +84,10 @@ def groups(monkeypatch: pytest.MonkeyPatch) -> Groups:
     found = Groups()
 
     def trainer_ends(
-        self: GlooTransport, parts: Sequence[Sequence[Copy]], memory: Memory, *, bucket_nbytes: int, address: str
+        self: GlooTransport, count: int, copies: Sequence[Copy], memory: Memory, *, bucket_nbytes: int, address: str
     ) -> list[TrainerEnd]:
-        inner = [self.trainer_end(part, memory, bucket_nbytes=bucket_nbytes, address=address) for part in parts]
-        together, ends = Together(len(parts)), list[SharedEnd]()
+        inner = [self.trainer_end(copies, memory, bucket_nbytes=bucket_nbytes, address=address) for _ in range(count)]
+        together, ends = Together(count), list[SharedEnd]()
         ends += [SharedEnd(end, member, together, ends) for member, end in enumerate(inner)]
         found.made.append(ends)
         return list(ends)

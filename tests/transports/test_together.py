@@ -98,3 +98,34 @@ def test_whoever_gives_up_while_waiting_ends_the_waits_of_all() -> None:
             second.result()
     with pytest.raises(GroupBroken):
         together.do(2, "send", Deadline(20), lambda: None, lambda: None)
+
+
+def test_a_deadline_that_passes_because_of_one_member_is_told_of_that_one() -> None:
+    """The work knows who is late, and says so a little after the deadline of all."""
+    late = DeadlineExceeded("the worker did not begin to receive")
+
+    def work() -> None:
+        time.sleep(0.5)
+        raise Blamed(4, late)
+
+    raised = all_do(Together(SIZE), work, timeout_s=0.3)
+    assert raised.pop(4) is late
+    assert {type(error) for error in raised.values()} == {GroupBroken}
+
+
+def test_work_that_does_not_end_holds_nobody_for_ever() -> None:
+    released = threading.Event()
+    together = Together(2)
+    with ThreadPoolExecutor(2) as pool:
+        for member in range(2):
+            pool.submit(
+                together.do, member, "send", Deadline(0.2), lambda: None if released.wait(20) else None, lambda: None
+            )
+        try:
+            limit = Deadline(10)
+            while together.failure is None:
+                limit.check("giving up")
+                time.sleep(0.01)
+            assert isinstance(together.failure, DeadlineExceeded)
+        finally:
+            released.set()

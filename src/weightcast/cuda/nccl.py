@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -81,16 +81,6 @@ class Communicator:
     def send(self, buffer: torch.Tensor, peer: int, deadline: Deadline) -> None:
         """Queue a uint8 buffer to ``peer`` on the stream."""
         self._launch("an NCCL send", deadline, lambda c, s: c.send(buffer, peer, stream=s.cuda_stream))
-
-    def send_each(self, parts: Sequence[tuple[torch.Tensor, int]], deadline: Deadline) -> None:
-        """Queue uint8 buffers, each to its peer, as one grouped operation on the stream: they travel side by side."""
-
-        def call(comm: Any, stream: torch.cuda.Stream) -> None:
-            with self._nccl.group():
-                for buffer, peer in parts:
-                    comm.send(buffer, peer, stream=stream.cuda_stream)
-
-        self._launch("a grouped NCCL send", deadline, call)
 
     def recv(self, buffer: torch.Tensor, peer: int, deadline: Deadline) -> None:
         """Queue the receipt of a uint8 buffer from ``peer`` on the stream."""

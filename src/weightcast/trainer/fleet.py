@@ -37,7 +37,7 @@ from weightcast.trainer.proof import ExpectedDigest, plan_key, whole_copies
 from weightcast.trainer.ranks import Ranks, SharedEnd
 from weightcast.trainer.ranks.leader import LEADER, SharedDigest
 from weightcast.trainer.sources.base import Source
-from weightcast.transports.base import Transport
+from weightcast.transports.base import TrainerEnd, Transport
 from weightcast.transports.registry import registry
 
 logger = logging.getLogger(__name__)
@@ -238,7 +238,7 @@ class Fleet:
         transport = group[0][1].transport
         assert transport is not None
         try:
-            opened = self._open(transport, [worker.plan for _, worker in group], deadline)
+            opened = self._open(transport, group[0][1].plan, len(group), deadline)
         except WeightcastError as error:
             for engine, _ in group:
                 failures.setdefault(engine.name, copy(error).at(engine=engine.name, phase="setup"))
@@ -250,32 +250,36 @@ class Fleet:
             self._coordinator.send(worker.member, setup)
 
     def _open(
-        self, transport: Transport, plans: Sequence[Plan], deadline: Deadline
+        self, transport: Transport, plan: Plan, count: int, deadline: Deadline
     ) -> list[tuple[SendingEnd, tuple[Offer, ...]]]:
-        """The sending sides of a group of workers, on all ranks that have something for them, and what each offers."""
+        """The sending sides of a group of workers that want the same, on all ranks that have something for them, and what each
+        offers."""
         settings = self._settings
-        giving = [at for at, plan in enumerate(plans) if LEADER in plan]
-        ends = transport.trainer_ends(
-            [plans[at][LEADER] for at in giving],
-            self._source.memory,
-            bucket_nbytes=settings.bucket_nbytes,
-            address=settings.address,
-        )
-        own = dict(zip(giving, ends, strict=True))
-        offered = {at: Offer(rank=LEADER, transport=transport.name, data=end.offer()) for at, end in own.items()}
+        own: list[TrainerEnd] = []
+        if LEADER in plan:
+            own = transport.trainer_ends(
+                count,
+                plan[LEADER],
+                self._source.memory,
+                bucket_nbytes=settings.bucket_nbytes,
+                address=settings.address,
+            )
+        offered: list[tuple[Offer, ...]] = [
+            (Offer(rank=LEADER, transport=transport.name, data=end.offer()),) for end in own
+        ] or [()] * count
+        if self.ranks.alone and own:
+            return list(zip(own, offered, strict=True))
         try:
-            pairs = self.ranks.pair(transport.name, plans, settings.bucket_nbytes, deadline)
+            pairs = self.ranks.pair(transport.name, plan, count, settings.bucket_nbytes, deadline)
         except WeightcastError:
-            for end in ends:
+            for end in own:
                 end.close()
             raise
-        return [
-            (
-                own[at] if self.ranks.alone and at in own else SharedEnd(self.ranks, own.get(at), numbers),
-                (*([offered[at]] if at in offered else []), *others),
-            )
-            for at, (numbers, others) in enumerate(pairs)
-        ]
+        everywhere: list[tuple[SendingEnd, tuple[Offer, ...]]] = []
+        for number, (numbers, others) in enumerate(pairs):
+            shared = SharedEnd(self.ranks, own[number] if own else None, numbers)
+            everywhere.append((shared, (*offered[number], *others)))
+        return everywhere
 
     def content(self, deadline: Deadline) -> ExpectedDigest | SharedDigest:
         """The digest of all that is published; shared with workers that want exactly that."""

@@ -14,14 +14,16 @@ def groups_of(engines: Sequence[EngineLink], *, share: bool) -> list[Group]:
 
     Staged workers share across the engines of a fleet, or within each engine when ``share`` is False: where one fails the
     transfer breaks for all of a group, which costs a staged engine nothing but the round. In-place workers receive inside
-    their engine's commit, which may ask them one by one, so each is a group of its own.
+    their engine's commit, which may ask them one by one, so each is a group of its own. Those of a group want the same:
+    of engines that are sharded alike, each shard's workers.
     """
-    kinds: dict[tuple[str, str, int], list[tuple[EngineLink, WorkerLink]]] = {}
+    kinds: dict[tuple[str, str, str, int], list[tuple[EngineLink, WorkerLink]]] = {}
     for engine in engines:
         scope = "" if share and not engine.in_place else engine.name
         for worker in engine.workers:
             assert worker.transport is not None
-            kind = (worker.transport.name, scope, worker.member.rank if worker.in_place else -1)
+            rank = worker.member.rank if worker.in_place else -1
+            kind = (worker.transport.name, worker.digest_key, scope, rank)
             kinds.setdefault(kind, []).append((engine, worker))
     groups: list[Group] = []
     for pairs in kinds.values():

@@ -104,7 +104,7 @@ class Transport(ABC):
         """Why this pair cannot use the transport, in words for a user; None when it can."""
 
     def sharing(self, workers: Sequence[Facts]) -> list[list[int]]:
-        """Which of these workers, by number, ``trainer_ends`` would serve together, sending once what all of a group want.
+        """Which of these workers, by number, ``trainer_ends`` can serve together, where they want the same: it is sent once.
 
         The ends of a group depend on each other: all are connected, and used in a round, at the same time, as are the
         workers' ends, and when one breaks all do. A transport that shares nothing has groups of one.
@@ -131,16 +131,18 @@ class Transport(ABC):
 
     def trainer_ends(
         self,
-        parts: Sequence[Sequence[Copy]],
+        count: int,
+        copies: Sequence[Copy],
         memory: Memory,
         *,
         bucket_nbytes: int = DEFAULT_BUCKET_NBYTES,
         address: str = "",
     ) -> list[TrainerEnd]:
-        """The sending sides for one group of ``sharing``, one for each worker's copies."""
+        """The sending sides for the ``count`` workers of one group of ``sharing``, which want the same copies wherever these land;
+        of ``copies`` the destinations are any worker's."""
         ends: list[TrainerEnd] = []
         try:
-            for copies in parts:
+            for _ in range(count):
                 ends.append(self.trainer_end(copies, memory, bucket_nbytes=bucket_nbytes, address=address))
         except BaseException:
             for end in ends:

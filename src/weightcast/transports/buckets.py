@@ -80,14 +80,13 @@ def new_buffers(buckets: Sequence[Bucket], count: int, device: torch.device | st
     return [torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(min(count, len(buckets)))]
 
 
-def into_bucket(piece: Piece, base: int = 0) -> Copy:
-    """The copy from the source's memory into a memory whose one storage is a buffer that the bucket begins in at byte
-    ``base``, a multiple of 256; casts happen here."""
+def into_bucket(piece: Piece) -> Copy:
+    """The copy from the source's memory into a memory whose one storage is the bucket's buffer; casts happen here."""
     copy = piece.copy
     return msgspec.structs.replace(
         copy,
         dst_storage=0,
-        dst_offset=(base + piece.offset) // itemsize_of(copy.dst_dtype),
+        dst_offset=piece.offset // itemsize_of(copy.dst_dtype),
         dst_strides=contiguous_strides(copy.sizes),
     )
 

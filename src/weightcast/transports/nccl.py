@@ -1,9 +1,9 @@
-"""nccl: GPU to GPU on any host, one communicator for a trainer rank and the workers of a group; packing beside travelling.
+"""nccl: GPU to GPU on any host, one communicator for a trainer rank and all workers that want the same of it.
 
-What all workers of the group want is broadcast, the rest goes to each its own as grouped sends (transports.steps). A bucket is
-packed (cast, gathered) by one kernel, travels, and is unpacked by one kernel; two are in flight. To a single worker all is
-broadcast, too: NCCL uses more channels for that than for a send. A quiet TCP connection between the trainer and each worker
-brings the news of a death at once, which NCCL itself does not.
+A bucket is packed (cast, gathered) by one kernel, is broadcast, and is unpacked by one kernel; two are in flight. A single worker
+is broadcast to, as well: NCCL uses more channels for that than for a send. Workers that want different things have communicators
+of their own, side by side: grouped sends in a common one are slower by as much. A quiet TCP connection between the trainer and
+each worker brings the news of a death at once, which NCCL itself does not, and says who is there before anything is launched.
 """
 
 from __future__ import annotations
@@ -18,16 +18,22 @@ import torch
 from weightcast.cuda.lanes import Lanes
 from weightcast.cuda.nccl import ABORT_S, PROMPT_ABORT_S, UNIQUE_ID_NBYTES, Communicator, load_nccl, new_unique_id
 from weightcast.deadline import Deadline
-from weightcast.errors import InvalidInput, ProtocolError, StateError, TransportError, WeightcastError
+from weightcast.errors import (
+    DeadlineExceeded,
+    InvalidInput,
+    ProtocolError,
+    StateError,
+    TransportError,
+    WeightcastError,
+)
 from weightcast.memory import Memory
 from weightcast.plan import Copy
 from weightcast.transports.base import DEFAULT_BUCKET_NBYTES, Facts, TrainerEnd, Transport, WorkerEnd
-from weightcast.transports.buckets import into_bucket, out_of_bucket
+from weightcast.transports.buckets import Bucket, check_bucket_nbytes, into_bucket, out_of_bucket, schedule
 from weightcast.transports.guard import EndGuard
 from weightcast.transports.pairlink import PairLink
 from weightcast.transports.recent import Recent
 from weightcast.transports.rendezvous import Listener
-from weightcast.transports.steps import Share, Step, divide, receive_buckets
 from weightcast.transports.together import Blamed, Together
 
 if TYPE_CHECKING:
@@ -35,17 +41,20 @@ if TYPE_CHECKING:
 
 DRAIN_S = 5.0
 """How long closing waits for what is still queued."""
+_STEP_S = 0.02
 _TRAINER = 0
 """The trainer's rank in a communicator; workers follow in the order of the group."""
 
 
 class NcclOffer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The communicator's id, the worker's place in it, how the plan is cut, and where the trainer listens."""
+    """The communicator's id, the worker's place in it, how the plan is cut (with the bytes of each bucket, to see that both sides
+    cut alike), and where the trainer listens."""
 
     unique_id: bytes
     rank: int
     world_size: int
-    share: Share
+    bucket_nbytes: int
+    cuts: tuple[int, ...]
     address: str
     port: int
     secret: bytes
@@ -92,22 +101,24 @@ class NcclTransport(Transport):
     def trainer_end(
         self, copies: Sequence[Copy], memory: Memory, *, bucket_nbytes: int = DEFAULT_BUCKET_NBYTES, address: str = ""
     ) -> TrainerEnd:
-        return self.trainer_ends([copies], memory, bucket_nbytes=bucket_nbytes, address=address)[0]
+        return self.trainer_ends(1, copies, memory, bucket_nbytes=bucket_nbytes, address=address)[0]
 
     def trainer_ends(
         self,
-        parts: Sequence[Sequence[Copy]],
+        count: int,
+        copies: Sequence[Copy],
         memory: Memory,
         *,
         bucket_nbytes: int = DEFAULT_BUCKET_NBYTES,
         address: str = "",
     ) -> list[TrainerEnd]:
         """The ends of one group, which share a communicator."""
-        return list(_Group(parts, memory, bucket_nbytes, address or "127.0.0.1").ends) if parts else []
+        return list(_Group(count, copies, memory, bucket_nbytes, address or "127.0.0.1").ends)
 
     def worker_end(self, offer: bytes, copies: Sequence[Copy]) -> WorkerEnd:
         try:
             decoded = msgspec.msgpack.decode(offer, type=NcclOffer)
+            check_bucket_nbytes(decoded.bucket_nbytes)
             if len(decoded.unique_id) != UNIQUE_ID_NBYTES:
                 raise ProtocolError(f"nccl offer: an id of {len(decoded.unique_id)} bytes")
             if not 0 < decoded.rank < decoded.world_size:
@@ -120,38 +131,47 @@ class NcclTransport(Transport):
 class _Group:
     """The trainer's side of one communicator: packs and sends for all workers of the group at once."""
 
-    def __init__(self, parts: Sequence[Sequence[Copy]], memory: Memory, bucket_nbytes: int, address: str) -> None:
-        used = [copy.src_storage for copies in parts for copy in copies]
-        self._device = _device_of(memory, used)
-        self._steps, shares = divide(parts, bucket_nbytes)
-        part_nbytes = shares[0].part_nbytes
-        self._places = [{member: at * part_nbytes for at, member in enumerate(step.own)} for step in self._steps]
-        """Where in the buffer of a step each worker's own bucket begins."""
-        lanes = Lanes(max(map(_room, self._steps, self._places), default=0), self._device)
+    def __init__(self, count: int, copies: Sequence[Copy], memory: Memory, bucket_nbytes: int, address: str) -> None:
+        self._device = _device_of(memory, [copy.src_storage for copy in copies])
+        self._buckets = schedule(copies, bucket_nbytes)
+        lanes = _lanes_for(self._buckets, self._device)
         self._lanes: Lanes | None = lanes
         self._packers = [
-            lanes.packer(number, list(_packed(step, places)), memory)
-            for number, (step, places) in enumerate(zip(self._steps, self._places, strict=True))
+            lanes.packer(number, list(map(into_bucket, bucket.pieces)), memory)
+            for number, bucket in enumerate(self._buckets)
         ]
-        self._together = Together(len(parts))
-        self._in_use = set(range(len(parts)))
+        self._together = Together(count)
+        self._in_use = set(range(count))
         self._comm = Communicator(self._device, self._check)
-        self.unique_id = new_unique_id()
+        self.nbytes = sum(copy.nbytes for copy in copies)
         self.ends: list[NcclTrainerEnd] = []
+        unique_id, cuts = new_unique_id(), tuple(bucket.nbytes for bucket in self._buckets)
         try:
-            for member, (copies, share) in enumerate(zip(parts, shares, strict=True)):
-                nbytes = sum(copy.nbytes for copy in copies)
-                self.ends.append(NcclTrainerEnd(self, member, len(parts) + 1, share, nbytes, address))
+            for member in range(count):
+                guard = EndGuard("the trainer's end of a nccl pair")
+                listener = Listener(address, guard)
+                offer = NcclOffer(
+                    unique_id=unique_id,
+                    rank=member + 1,
+                    world_size=count + 1,
+                    bucket_nbytes=bucket_nbytes,
+                    cuts=cuts,
+                    address=address,
+                    port=listener.port,
+                    secret=listener.secret,
+                )
+                self.ends.append(NcclTrainerEnd(self, member, guard, listener, offer))
         except BaseException:
             for end in self.ends:
                 end.close()
             raise
+        self._unique_id = unique_id
 
     def connect(self, member: int, deadline: Deadline) -> None:
         """Meet all workers; every member's end calls it once its worker's connection is there."""
 
         def meet() -> None:
-            self._comm.connect(self.unique_id, _TRAINER, len(self.ends) + 1, deadline)
+            self._comm.connect(self._unique_id, _TRAINER, len(self.ends) + 1, deadline)
 
         self._together.do(member, "connect", deadline, meet, self.ends[member].check)
 
@@ -176,27 +196,30 @@ class _Group:
         comm, lanes = self._comm, self._lanes
         if lanes is None:
             raise StateError("the group was closed")
+        self._wait_for_workers(deadline)
         with torch.cuda.device(self._device):
             lanes.begin()
-            for number, (step, packer) in enumerate(zip(self._steps, self._packers, strict=True)):
+            for number, (bucket, packer) in enumerate(zip(self._buckets, self._packers, strict=True)):
                 if (former := lanes.take(number, lanes.side)) is not None:
                     comm.wait(former, deadline, "sending weights")
                 with torch.cuda.stream(lanes.side):
                     packer.run()
                 comm.stream.wait_stream(lanes.side)
-                self._launch(number, step, lanes.buffer(number), deadline)
+                comm.broadcast(lanes.buffer(number)[: bucket.nbytes], _TRAINER, deadline)
                 lanes.mark(number, comm.stream)
             comm.finish(deadline, "sending weights")
 
-    def _launch(self, number: int, step: Step, buffer: torch.Tensor, deadline: Deadline) -> None:
-        if step.for_all is not None:
-            self._comm.broadcast(buffer[: step.for_all.nbytes], _TRAINER, deadline)
-            return
-        places = self._places[number]
-        parts = [
-            (buffer[places[member] : places[member] + bucket.nbytes], member + 1) for member, bucket in step.own.items()
-        ]
-        self._comm.send_each(parts, deadline)
+    def _wait_for_workers(self, deadline: Deadline) -> None:
+        """Return when all workers receive: a broadcast that one of them does not come to cannot say which one that was."""
+        absent = list(self.ends)
+        while absent := [end for end in absent if not end.is_expected()]:
+            self._check()
+            if deadline.passed:
+                late = DeadlineExceeded(f"the worker did not begin to receive in {deadline.timeout_s:g} s")
+                raise Blamed(absent[0].member, late)
+            PairLink.wait_any(
+                [end.link for end in absent if end.link is not None], min(_STEP_S, deadline.remaining_s())
+            )
 
     def _check(self) -> None:
         """During every wait for NCCL: raises for the member whose worker is gone or whose end was aborted."""
@@ -215,36 +238,26 @@ class _Group:
 class NcclTrainerEnd(TrainerEnd):
     """One worker's place in a group."""
 
-    def __init__(self, group: _Group, member: int, world_size: int, share: Share, nbytes: int, address: str) -> None:
-        self._group, self.member, self._nbytes = group, member, nbytes
-        self._guard = EndGuard("the trainer's end of a nccl pair")
-        self._link: PairLink | None = None
-        self._listener = Listener(address, self._guard)
-        self._offer = NcclOffer(
-            unique_id=group.unique_id,
-            rank=member + 1,
-            world_size=world_size,
-            share=share,
-            address=address,
-            port=self._listener.port,
-            secret=self._listener.secret,
-        )
+    def __init__(self, group: _Group, member: int, guard: EndGuard, listener: Listener, offer: NcclOffer) -> None:
+        self._group, self.member = group, member
+        self._guard, self._listener, self._offer = guard, listener, offer
+        self.link: PairLink | None = None
 
     def offer(self) -> bytes:
         return msgspec.msgpack.encode(self._offer)
 
     def connect(self, deadline: Deadline) -> None:
         with self._use("connect", deadline):
-            self._link = PairLink.accept_from(self._listener, deadline)
+            self.link = PairLink.accept_from(self._listener, deadline)
             self._listener.close()
             self._group.connect(self.member, deadline)
 
     def send(self, deadline: Deadline) -> int:
         with self._use("send", deadline):
-            if self._link is None:
+            if self.link is None:
                 raise StateError("a round before connect")
             self._group.send(self.member, deadline)
-            return self._nbytes
+            return self._group.nbytes
 
     def abort(self) -> None:
         self._guard.abort()
@@ -257,13 +270,17 @@ class NcclTrainerEnd(TrainerEnd):
     def check(self) -> None:
         """Raise when the end was aborted, or its worker is gone."""
         self._guard.check()
-        if self._link is not None:
-            self._link.check()
+        if self.link is not None:
+            self.link.check()
+
+    def is_expected(self) -> bool:
+        """Whether the worker has begun to receive; each time it does is told once."""
+        return self.link is not None and self.link.has_called()
 
     def hang_up(self) -> None:
         """Let the worker know that nothing comes any more."""
-        if self._link is not None:
-            self._link.close()
+        if self.link is not None:
+            self.link.close()
 
     @contextlib.contextmanager
     def _use(self, what: str, deadline: Deadline) -> Iterator[None]:
@@ -283,7 +300,9 @@ class NcclWorkerEnd(WorkerEnd):
         self._guard = EndGuard("the worker's end of a nccl pair")
         self._offer = offer
         self._copies = tuple(copies)
-        self._buckets, self._num_common = receive_buckets(copies, offer.share)
+        self._buckets = schedule(copies, offer.bucket_nbytes)
+        if tuple(bucket.nbytes for bucket in self._buckets) != offer.cuts:
+            raise ProtocolError("the trainer cuts the plan otherwise", hint="Use the same weightcast on both sides")
         self._nbytes = sum(copy.nbytes for copy in copies)
         self._link: PairLink | None = None
         self._comm: Communicator | None = None
@@ -297,14 +316,14 @@ class NcclWorkerEnd(WorkerEnd):
             offer = self._offer
             self._link = PairLink.dial_to(offer.address, offer.port, offer.secret, deadline, self._guard)
             device = torch.device("cuda", torch.cuda.current_device())
-            self._lanes = Lanes(max((bucket.nbytes for bucket in self._buckets), default=0), device)
+            self._lanes = _lanes_for(self._buckets, device)
             self._comm = Communicator(device, self._check)
             self._comm.connect(offer.unique_id, offer.rank, offer.world_size, deadline)
 
     def receive(self, memory: Memory, deadline: Deadline) -> int:
         with self._use("receive", deadline):
-            comm, lanes = self._comm, self._lanes
-            if comm is None or lanes is None:
+            comm, lanes, link = self._comm, self._lanes, self._link
+            if comm is None or lanes is None or link is None:
                 raise StateError("a round before connect")
             device = self._devices.get(
                 memory.number, lambda: _device_of(memory, [copy.dst_storage for copy in self._copies])
@@ -312,16 +331,13 @@ class NcclWorkerEnd(WorkerEnd):
             if device != comm.device:
                 raise StateError(f"this pair was connected on {comm.device}, the memory lies on {device}")
             unpackers = self._unpackers.get(memory.number, lambda: self._new_unpackers(lanes, memory))
+            link.call()
             with torch.cuda.device(device):
                 lanes.begin()
                 for number, (bucket, unpacker) in enumerate(zip(self._buckets, unpackers, strict=True)):
                     if (former := lanes.take(number, comm.stream)) is not None:
                         comm.wait(former, deadline, "receiving weights")
-                    buffer = lanes.buffer(number)[: bucket.nbytes]
-                    if number < self._num_common:
-                        comm.broadcast(buffer, _TRAINER, deadline)
-                    else:
-                        comm.recv(buffer, _TRAINER, deadline)
+                    comm.broadcast(lanes.buffer(number)[: bucket.nbytes], _TRAINER, deadline)
                     lanes.side.wait_stream(comm.stream)
                     with torch.cuda.stream(lanes.side):
                         unpacker.run()
@@ -376,20 +392,8 @@ def _seat(facts: Facts) -> tuple[str, str]:
     return facts.nccl_host, facts.gpu
 
 
-def _room(step: Step, places: dict[int, int]) -> int:
-    """Bytes of the buffer that a step needs."""
-    if step.for_all is not None:
-        return step.for_all.nbytes
-    return max(places[member] + bucket.nbytes for member, bucket in step.own.items())
-
-
-def _packed(step: Step, places: dict[int, int]) -> Iterator[Copy]:
-    """The copies from the source into the buffer of a step."""
-    if step.for_all is not None:
-        yield from map(into_bucket, step.for_all.pieces)
-    for member, bucket in step.own.items():
-        for piece in bucket.pieces:
-            yield into_bucket(piece, places[member])
+def _lanes_for(buckets: Sequence[Bucket], device: torch.device) -> Lanes:
+    return Lanes(max((bucket.nbytes for bucket in buckets), default=0), device)
 
 
 def _device_of(memory: Memory, storages: Sequence[int]) -> torch.device:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import select
 import socket
+from collections.abc import Sequence
 
 from weightcast.deadline import Deadline
-from weightcast.errors import PeerLost, TransportError
+from weightcast.errors import PeerLost
 from weightcast.transports.guard import EndGuard
 from weightcast.transports.rendezvous import Listener, PairStore, dial
 
@@ -44,17 +45,35 @@ class PairLink:
         """Raise PeerLost when the other process closed its end or died. Any thread."""
         try:
             poll = select.poll()  # one object cannot be polled by two threads
-            poll.register(self._store.connection, select.POLLIN | select.POLLRDHUP)
-            if not poll.poll(0):
-                return
-            gone = not self._store.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return
-        except (OSError, ValueError):  # ValueError: closed by another thread
+            poll.register(self._store.connection, select.POLLRDHUP)
+            gone = bool(poll.poll(0))
+        except (OSError, ValueError):  # closed by another thread
             gone = True
         if gone:
             raise PeerLost(f"the {self._peer} is gone")
-        raise TransportError(f"the {self._peer} sent something unexpected")
+
+    def call(self) -> None:
+        """Tell the other side that this one is there; it learns that from ``has_called``."""
+        try:
+            self._store.connection.send(b"\x01")
+        except OSError as error:
+            raise PeerLost(f"the {self._peer} is gone: {error}") from None
+
+    def has_called(self) -> bool:
+        """Whether the other side has called since; every call is told once."""
+        try:
+            return bool(self._store.connection.recv(1, socket.MSG_DONTWAIT))
+        except OSError:
+            return False
+
+    @staticmethod
+    def wait_any(links: Sequence[PairLink], timeout_s: float) -> None:
+        """Return when something has come, or broken, on one of these connections, or after the timeout."""
+        poll = select.poll()
+        with contextlib.suppress(OSError, ValueError):  # closed by another thread
+            for link in links:
+                poll.register(link._store.connection, select.POLLIN | select.POLLRDHUP)
+            poll.poll(1000 * max(timeout_s, 0.0))
 
     def close(self) -> None:
         self._stack.close()

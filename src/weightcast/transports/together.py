@@ -7,12 +7,15 @@ up, nobody waits any longer, and the group is done for.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 
 from weightcast.deadline import Deadline
 from weightcast.errors import DeadlineExceeded, GroupBroken, WeightcastError
 
 _STEP_S = 0.1
+GRACE_S = 0.9
+"""How long members wait beyond their deadline for work that runs: it ends by its own, and knows whose fault that is."""
 
 
 class Blamed(Exception):
@@ -31,6 +34,7 @@ class Together:
         self._changed = threading.Condition()
         self._waiting: set[int] = set()
         self._generation = 0
+        self._working = False
         self._failure: BaseException | None = None
         self._blamed: int | None = None
 
@@ -53,7 +57,7 @@ class Together:
         raise.
 
         A failure is raised by everybody: as it is by the member whose fault it was, or who did the work when it was
-        nobody's; as GroupBroken by the others. DeadlineExceeded is DeadlineExceeded for all.
+        nobody's; as GroupBroken by the others. DeadlineExceeded that is nobody's fault is that for all.
         """
         with self._changed:
             self._refuse(member)
@@ -62,6 +66,7 @@ class Together:
             generation = self._generation
             if is_last:
                 self._waiting.clear()
+                self._working = True
         try:
             if is_last:
                 work()
@@ -76,6 +81,7 @@ class Together:
         if is_last:
             with self._changed:
                 self._generation += 1
+                self._working = False
                 self._changed.notify_all()
 
     def _wait(self, member: int, what: str, deadline: Deadline, generation: int, check: Callable[[], None]) -> None:
@@ -83,7 +89,8 @@ class Together:
             while self._generation == generation:
                 self._refuse(member)
                 check()
-                deadline.check(f"{what}: waiting for the other workers of the group")
+                if not self._working or deadline.at + GRACE_S < time.monotonic():
+                    deadline.check(f"{what}: waiting for the other workers of the group")
                 self._changed.wait(min(_STEP_S, max(deadline.remaining_s(), 0.001)))
 
     def _refuse(self, member: int) -> None:
@@ -92,6 +99,6 @@ class Together:
             return
         if self._blamed == member and isinstance(failure, WeightcastError):
             raise failure
-        if isinstance(failure, DeadlineExceeded):
+        if isinstance(failure, DeadlineExceeded) and self._blamed is None:
             raise DeadlineExceeded(failure.message)
         raise GroupBroken(f"the transfer shared with other workers broke: {failure}") from failure

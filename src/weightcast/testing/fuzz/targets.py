@@ -265,7 +265,7 @@ def seeds(target: str) -> list[bytes]:
         return [
             encode_body(Enter(what="publish", timeout_s=1.5)),
             encode_body(Survey()),
-            encode_body(Pair(pairs=(1,), transport="shm", copies=((),), bucket_nbytes=4096)),
+            encode_body(Pair(pairs=(1,), transport="shm", copies=(), bucket_nbytes=4096)),
             encode_body(Finish(error=error_form(failed))),
             encode_body(RankReply(error=error_form(failed))),
             encode_body(RankReply(manifest=MANIFEST, layout=LAYOUT, offers=(b"x",), value=2**63)),

@@ -240,7 +240,13 @@ class Follower:
         ends = (
             registry()
             .get(order.transport)
-            .trainer_ends(order.copies, self._source.memory, bucket_nbytes=order.bucket_nbytes, address=self._address)
+            .trainer_ends(
+                len(order.pairs),
+                order.copies,
+                self._source.memory,
+                bucket_nbytes=order.bucket_nbytes,
+                address=self._address,
+            )
         )
         self._ends.update(zip(order.pairs, map(_HeldEnd, ends), strict=True))
         return tuple(end.offer() for end in ends)

@@ -256,38 +256,34 @@ class Ranks:
         return SharedDigest(self, key, own, others)
 
     def pair(
-        self, transport: str, plans: Sequence[Plan], bucket_nbytes: int, deadline: Deadline
+        self, transport: str, plan: Plan, count: int, bucket_nbytes: int, deadline: Deadline
     ) -> list[tuple[dict[int, int], list[Offer]]]:
-        """Have the other ranks make their ends of the pairs of workers that take part in the same rounds; for each worker's
-        plan the pair numbers by rank, and the offers."""
-        made: list[tuple[dict[int, int], list[Offer]]] = [({}, []) for _ in plans]
+        """Have the other ranks make their ends of the pairs with a group of ``count`` workers that want what the plan says; for
+        each worker the pair numbers by rank, and the offers."""
+        made: list[tuple[dict[int, int], list[Offer]]] = [({}, []) for _ in range(count)]
         posted: dict[int, int] = {}
-        for rank, member in self._members.items():
-            numbers = {at: next(self._pairs) for at, plan in enumerate(plans) if rank in plan}
-            if numbers:
-                for at, number in numbers.items():
-                    made[at][0][rank] = number
+        for rank in plan:
+            if rank != LEADER:
+                for numbers, _ in made:
+                    numbers[rank] = next(self._pairs)
                 order = Pair(
-                    pairs=tuple(numbers.values()),
+                    pairs=tuple(numbers[rank] for numbers, _ in made),
                     transport=transport,
-                    copies=tuple(plans[at][rank] for at in numbers),
+                    copies=plan[rank],
                     bucket_nbytes=bucket_nbytes,
                 )
-                posted[rank] = self.post(member, order)
+                posted[rank] = self.post(self._members[rank], order)
         try:
-            for rank, posted_as in posted.items():
-                answer = self.hear(rank, posted_as, deadline, phase="setup")
-                wanting = [offers for numbers, offers in made if rank in numbers]
-                if len(answer.offers) != len(wanting):
-                    raise ProtocolError(
-                        f"trainer rank {rank} made {len(answer.offers)} offers for {len(wanting)} pairs"
-                    )
-                for offers, data in zip(wanting, answer.offers, strict=True):
+            for rank, number in posted.items():
+                answer = self.hear(rank, number, deadline, phase="setup")
+                if len(answer.offers) != count:
+                    raise ProtocolError(f"trainer rank {rank} made {len(answer.offers)} offers for {count} pairs")
+                for (_, offers), data in zip(made, answer.offers, strict=True):
                     offers.append(Offer(rank=rank, transport=transport, data=data))
         except BaseException:
             for numbers, _ in made:
-                for rank, number in numbers.items():
-                    self.tell(rank, Release(pair=number))
+                for rank, pair in numbers.items():
+                    self.tell(rank, Release(pair=pair))
             raise
         return made
 

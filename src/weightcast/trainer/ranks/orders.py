@@ -60,12 +60,12 @@ class Expect(Order, frozen=True, kw_only=True, tag="expect"):
 
 
 class Pair(Order, frozen=True, kw_only=True, tag="pair"):
-    """Make your ends of pairs with workers that take part in the same rounds, each with its number and its copies; their
-    offers in the same order in the answer's ``offers``."""
+    """Make your ends of the pairs with a group of workers that want these copies; their offers in the order of the pairs'
+    numbers in the answer's ``offers``."""
 
     pairs: tuple[int, ...]
     transport: str
-    copies: tuple[tuple[Copy, ...], ...]
+    copies: tuple[Copy, ...]
     bucket_nbytes: int
 
 
