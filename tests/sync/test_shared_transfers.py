@@ -122,10 +122,11 @@ def step(policy: nn.Module) -> dict[str, torch.Tensor]:
 def make() -> Iterator[Callable[..., LocalEngine]]:
     made: list[LocalEngine] = []
 
-    def new(name: str, mode: str = "staged", num_workers: int = 1) -> LocalEngine:
+    def new(name: str, mode: str = "staged", num_shards: int = 1, num_replicas: int = 1) -> LocalEngine:
         models = [
-            DictModel(weights(), rows=(rank, num_workers)) if num_workers > 1 else DictModel(weights())
-            for rank in range(num_workers)
+            DictModel(weights(), rows=(rank, num_shards)) if num_shards > 1 else DictModel(weights())
+            for _ in range(num_replicas)
+            for rank in range(num_shards)
         ]
         made.append(LocalEngine(name, models, mode=mode))
         return made[-1]
@@ -139,28 +140,28 @@ def publisher_of(policy: nn.Module, engines: Sequence[LocalEngine], **options: o
     return Publisher(policy, engines, transport="gloo", timeout_s=20, **options)  # type: ignore[arg-type]
 
 
-def test_staged_engines_share_and_an_engine_that_is_added_shares_from_the_next_round_on(
+def test_staged_engines_share_shard_by_shard_and_an_engine_that_is_added_shares_from_the_next_round_on(
     policy: nn.Module, groups: Groups, make: Callable[..., LocalEngine]
 ) -> None:
-    engines = [make("a"), make("b", num_workers=2)]
+    engines = [make("a", num_shards=2), make("b", num_shards=2, num_replicas=2)]
     with publisher_of(policy, engines) as publisher:
         for _ in range(2):
             values = step(policy)
             assert publisher.publish().digests_match
             assert all(model.holds(values) for engine in engines for model in engine.models)
-        assert groups.sizes == [3]
-        engines.append(make("c"))
+        assert groups.sizes == [3, 3]
+        engines.append(make("c", num_shards=2))
         report = publisher.add(engines[-1])
         assert report is not None
         assert report.number == 2
-        assert engines[-1].models[0].holds(values)
-        assert groups.sizes == [3, 1]
+        assert all(model.holds(values) for model in engines[-1].models)
+        assert groups.sizes == [3, 3, 1, 1]
         values = step(policy)
         assert publisher.publish().number == 3
         assert all(model.holds(values) for engine in engines for model in engine.models)
-        assert groups.sizes == [3, 1, 4]
+        assert groups.sizes == [3, 3, 1, 1, 4, 4]
         publisher.publish()
-        assert groups.sizes == [3, 1, 4]
+        assert groups.sizes == [3, 3, 1, 1, 4, 4]
 
 
 @pytest.mark.parametrize(
@@ -179,7 +180,7 @@ def test_who_must_not_break_with_others_shares_with_none(
     options: dict[str, str],
     sizes: list[int],
 ) -> None:
-    engines = [make("a", mode), make("b", mode, num_workers=2)]
+    engines = [make("a", mode), make("b", mode, num_replicas=2)]
     with publisher_of(policy, engines, **options) as publisher:
         for _ in range(2):
             values = step(policy)

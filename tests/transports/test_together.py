@@ -118,9 +118,7 @@ def test_work_that_does_not_end_holds_nobody_for_ever() -> None:
     together = Together(2)
     with ThreadPoolExecutor(2) as pool:
         for member in range(2):
-            pool.submit(
-                together.do, member, "send", Deadline(0.2), lambda: None if released.wait(20) else None, lambda: None
-            )
+            pool.submit(together.do, member, "send", Deadline(0.2), lambda: released.wait(20) and None, lambda: None)
         try:
             limit = Deadline(10)
             while together.failure is None:

@@ -3,7 +3,7 @@
 A bucket is packed (cast, gathered) by one kernel, is broadcast, and is unpacked by one kernel; two are in flight. A single worker
 is broadcast to, as well: NCCL uses more channels for that than for a send. Workers that want different things have communicators
 of their own, side by side: grouped sends in a common one are slower by as much. A quiet TCP connection between the trainer and
-each worker brings the news of a death at once, which NCCL itself does not, and says who is there before anything is launched.
+each worker brings the news of a death at once, which NCCL itself does not, and says which worker is late.
 """
 
 from __future__ import annotations
@@ -141,6 +141,7 @@ class _Group:
             for number, bucket in enumerate(self._buckets)
         ]
         self._together = Together(count)
+        self._num_rounds = 0
         self._in_use = set(range(count))
         self._comm = Communicator(self._device, self._check)
         self.nbytes = sum(copy.nbytes for copy in copies)
@@ -196,7 +197,18 @@ class _Group:
         comm, lanes = self._comm, self._lanes
         if lanes is None:
             raise StateError("the group was closed")
-        self._wait_for_workers(deadline)
+        try:
+            self._wait_for_workers(deadline)
+            self._broadcast(comm, lanes, deadline)
+        except DeadlineExceeded as error:
+            member = self._latest()
+            if member is None:
+                raise
+            late = DeadlineExceeded(f"the worker did not receive in time: {error.message}")
+            raise Blamed(member, late) from error
+        self._num_rounds += 1
+
+    def _broadcast(self, comm: Communicator, lanes: Lanes, deadline: Deadline) -> None:
         with torch.cuda.device(self._device):
             lanes.begin()
             for number, (bucket, packer) in enumerate(zip(self._buckets, self._packers, strict=True)):
@@ -210,16 +222,20 @@ class _Group:
             comm.finish(deadline, "sending weights")
 
     def _wait_for_workers(self, deadline: Deadline) -> None:
-        """Return when all workers receive: a broadcast that one of them does not come to cannot say which one that was."""
-        absent = list(self.ends)
-        while absent := [end for end in absent if not end.is_expected()]:
+        """Return when all workers have begun to receive."""
+        before = self._num_rounds * len(self._buckets)
+        absent = list(self.ends) if self._buckets else []
+        while absent := [end for end in absent if end.num_launched() <= before]:
             self._check()
-            if deadline.passed:
-                late = DeadlineExceeded(f"the worker did not begin to receive in {deadline.timeout_s:g} s")
-                raise Blamed(absent[0].member, late)
+            deadline.check("waiting for a worker to receive")
             PairLink.wait_any(
                 [end.link for end in absent if end.link is not None], min(_STEP_S, deadline.remaining_s())
             )
+
+    def _latest(self) -> int | None:
+        """The worker that came to fewer broadcasts than any other, which NCCL does not tell; None where that is not one."""
+        launched = sorted((end.num_launched(), end.member) for end in self.ends)
+        return None if len(launched) > 1 and launched[0][0] == launched[1][0] else launched[0][1]
 
     def _check(self) -> None:
         """During every wait for NCCL: raises for the member whose worker is gone or whose end was aborted."""
@@ -273,9 +289,9 @@ class NcclTrainerEnd(TrainerEnd):
         if self.link is not None:
             self.link.check()
 
-    def is_expected(self) -> bool:
-        """Whether the worker has begun to receive; each time it does is told once."""
-        return self.link is not None and self.link.has_called()
+    def num_launched(self) -> int:
+        """Broadcasts that the worker has come to, in all rounds."""
+        return self.link.num_calls() if self.link is not None else 0
 
     def hang_up(self) -> None:
         """Let the worker know that nothing comes any more."""
@@ -331,12 +347,12 @@ class NcclWorkerEnd(WorkerEnd):
             if device != comm.device:
                 raise StateError(f"this pair was connected on {comm.device}, the memory lies on {device}")
             unpackers = self._unpackers.get(memory.number, lambda: self._new_unpackers(lanes, memory))
-            link.call()
             with torch.cuda.device(device):
                 lanes.begin()
                 for number, (bucket, unpacker) in enumerate(zip(self._buckets, unpackers, strict=True)):
                     if (former := lanes.take(number, comm.stream)) is not None:
                         comm.wait(former, deadline, "receiving weights")
+                    link.call()
                     comm.broadcast(lanes.buffer(number)[: bucket.nbytes], _TRAINER, deadline)
                     lanes.side.wait_stream(comm.stream)
                     with torch.cuda.stream(lanes.side):

@@ -20,6 +20,7 @@ class PairLink:
         self._peer = peer
         self._store = store
         self._stack = stack
+        self._num_calls = 0
 
     @classmethod
     def accept_from(cls, listener: Listener, deadline: Deadline) -> PairLink:
@@ -53,18 +54,18 @@ class PairLink:
             raise PeerLost(f"the {self._peer} is gone")
 
     def call(self) -> None:
-        """Tell the other side that this one is there; it learns that from ``has_called``."""
+        """Tell the other side that this one goes on; ``num_calls`` tells it how often."""
         try:
             self._store.connection.send(b"\x01")
         except OSError as error:
             raise PeerLost(f"the {self._peer} is gone: {error}") from None
 
-    def has_called(self) -> bool:
-        """Whether the other side has called since; every call is told once."""
-        try:
-            return bool(self._store.connection.recv(1, socket.MSG_DONTWAIT))
-        except OSError:
-            return False
+    def num_calls(self) -> int:
+        """How often the other side has called since the connection began. One thread at a time."""
+        with contextlib.suppress(OSError):
+            while calls := self._store.connection.recv(4096, socket.MSG_DONTWAIT):
+                self._num_calls += len(calls)
+        return self._num_calls
 
     @staticmethod
     def wait_any(links: Sequence[PairLink], timeout_s: float) -> None:

@@ -76,7 +76,7 @@ class Together:
             self.fail(blamed.error, blamed.member)
             self._refuse(member)
         except BaseException as error:
-            self.fail(error, None if is_last else member)
+            self.fail(error, None if is_last or isinstance(error, DeadlineExceeded) else member)
             raise
         if is_last:
             with self._changed:
