@@ -1,4 +1,4 @@
-"""nccl transfers against raw NCCL on the same link, 1 GiB, everything in turns: two and three ranks, over NVLink where there are GPUs.
+"""nccl transfers against raw NCCL on the same link, everything in turns: two and three ranks, over NVLink where there are two GPUs.
 
 With one GPU all ranks share it and NCCL goes through the loopback interface; with more, two ranks have one each. Every round
 measures each contender once, so that what the machine does meanwhile hits all of them; rows are medians, and the ratio to the
@@ -27,8 +27,8 @@ from weightcast.testing.transport_cases import bulk_case
 from weightcast.transports.base import TrainerEnd, WorkerEnd
 from weightcast.transports.nccl import NcclTransport
 
-NBYTES = 1024 * 2**20
 MIB = 2**20
+NBYTES = (1024 if torch.cuda.device_count() < 2 else 8192) * MIB
 ROUNDS = 11
 COPIES = tuple(split(bulk_case(NBYTES).copies, 16 * MIB))
 """As tensors of 16 MiB."""
@@ -182,7 +182,7 @@ def take_turns(table: Table, ranks: Sequence[Peer], notes: dict[str, str], raw: 
 def two(table: Table, ranks: Sequence[Peer]) -> None:
     notes: dict[str, str] = {}
     raw = "raw broadcast, 64 MiB"
-    for chunk in (64 * MIB, NBYTES):
+    for chunk in (64 * MIB, 256 * MIB, NBYTES):
         name = f"raw broadcast, {chunk // MIB} MiB"
         open_raw(ranks, name, chunk)
         notes[name] = ""
@@ -190,7 +190,7 @@ def two(table: Table, ranks: Sequence[Peer]) -> None:
         name = f"ours, {bucket // MIB} MiB"
         notes[name] = f"connect {open_ours(ranks, name, [(1, COPIES)], bucket):.0f} ms"
     if find_spec("vllm") is not None:
-        for nbytes in (64 * MIB, NBYTES):
+        for nbytes in (64 * MIB, 1024 * MIB):
             with socket.socket() as probe:
                 probe.bind(("127.0.0.1", 0))
                 port = probe.getsockname()[1]

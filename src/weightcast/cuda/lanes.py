@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -44,10 +45,13 @@ class Lanes:
         """The copies from the buffer of a step into ``memory``, compiled once."""
         return _replay(copies, Memory([self.buffer(number)]), memory, self._device)
 
-    def begin(self) -> None:
-        """A new transfer: its first step waits for what is queued on the current stream, and nobody's buffer."""
+    @contextlib.contextmanager
+    def beside(self) -> Iterator[None]:
+        """Around a new transfer: ``side`` is this thread's current stream. It waits for what was queued on the one before."""
         self._through.clear()
         self.side.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.device(self._device), torch.cuda.stream(self.side):
+            yield
 
     def take(self, number: int, stream: torch.cuda.Stream) -> torch.cuda.Event | None:
         """Have the stream wait until the step before, which used the buffer of this one, is through. What it returns the host

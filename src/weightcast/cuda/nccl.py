@@ -56,7 +56,8 @@ class Communicator:
 
     def __init__(self, device: torch.device, check: Callable[[], None] = lambda: None) -> None:
         self.device = device
-        self.stream = new_stream(device)
+        # Beside kernels that fill the GPU, such as packing, a broadcast would start only when they are through.
+        self.stream = new_stream(device, urgent=True)
         self._nccl = load_nccl()
         self._check = check
         self._comm: Any = None

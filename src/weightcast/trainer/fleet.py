@@ -52,7 +52,7 @@ class FleetSettings:
 
     transport: str | None
     mode: ModeWish
-    bucket_nbytes: int
+    bucket_nbytes: int | None
     takeover: bool
     address: str
     shadows: int = 1
@@ -255,13 +255,14 @@ class Fleet:
         """The sending sides of a group of workers that want the same, on all ranks that have something for them, and what each
         offers."""
         settings = self._settings
+        bucket_nbytes = settings.bucket_nbytes or transport.default_bucket_nbytes
         own: list[TrainerEnd] = []
         if LEADER in plan:
             own = transport.trainer_ends(
                 count,
                 plan[LEADER],
                 self._source.memory,
-                bucket_nbytes=settings.bucket_nbytes,
+                bucket_nbytes=bucket_nbytes,
                 address=settings.address,
             )
         offered: list[tuple[Offer, ...]] = [
@@ -270,7 +271,7 @@ class Fleet:
         if self.ranks.alone and own:
             return list(zip(own, offered, strict=True))
         try:
-            pairs = self.ranks.pair(transport.name, plan, count, settings.bucket_nbytes, deadline)
+            pairs = self.ranks.pair(transport.name, plan, count, bucket_nbytes, deadline)
         except WeightcastError:
             for end in own:
                 end.close()

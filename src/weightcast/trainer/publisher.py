@@ -31,7 +31,6 @@ from weightcast.trainer.records import Records
 from weightcast.trainer.rounds import Round
 from weightcast.trainer.sources import SourceLike, make_source
 from weightcast.trainer.timeline import Timeline
-from weightcast.transports.base import DEFAULT_BUCKET_NBYTES
 from weightcast.transports.facts import outward_address
 
 logger = logging.getLogger(__name__)
@@ -64,6 +63,8 @@ class Publisher:
             and the others go on; the report names it, and later rounds try to have it back.
         takeover: leave a trainer that is still connected to an engine; without it a second trainer is refused.
         address: where engines reach this process; found by itself when omitted.
+        bucket_nbytes: bytes of the buffers that gloo and nccl pack into, a multiple of 256; two on either side. None: 64 MiB for gloo,
+            256 MiB for nccl.
         silence_s: a worker that is not heard for so long is lost.
         log: file that every round's report is appended to, committed or not; one that cannot be written is no reason to fail.
             Numbers go on from it, also when no engine can be reached that knows the last one.
@@ -92,7 +93,7 @@ class Publisher:
         require: Require = "all",
         takeover: bool = False,
         address: str | None = None,
-        bucket_nbytes: int = DEFAULT_BUCKET_NBYTES,
+        bucket_nbytes: int | None = None,
         silence_s: float = 5.0,
         log: str | Path | None = None,
         metrics_port: int | None = None,

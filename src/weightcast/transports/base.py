@@ -98,6 +98,8 @@ class Transport(ABC):
     name: str
     pulls: bool
     """True: ``receive`` reads the trainer's memory; False: ``send`` and ``receive`` meet."""
+    default_bucket_nbytes: int = DEFAULT_BUCKET_NBYTES
+    """Bytes of a bucket where nobody says; a transport that packs keeps two on either side."""
 
     @abstractmethod
     def refusal(self, trainer: Facts, worker: Facts) -> str | None:

@@ -65,6 +65,7 @@ class NcclTransport(Transport):
 
     name = "nccl"
     pulls = False
+    default_bucket_nbytes = 256 * 2**20  # queueing a bucket takes as long as NVLink takes for 30 MiB
 
     def __init__(self) -> None:
         load_nccl()
@@ -209,13 +210,11 @@ class _Group:
         self._num_rounds += 1
 
     def _broadcast(self, comm: Communicator, lanes: Lanes, deadline: Deadline) -> None:
-        with torch.cuda.device(self._device):
-            lanes.begin()
+        with lanes.beside():
             for number, (bucket, packer) in enumerate(zip(self._buckets, self._packers, strict=True)):
                 if (former := lanes.take(number, lanes.side)) is not None:
                     comm.wait(former, deadline, "sending weights")
-                with torch.cuda.stream(lanes.side):
-                    packer.run()
+                packer.run()
                 comm.stream.wait_stream(lanes.side)
                 comm.broadcast(lanes.buffer(number)[: bucket.nbytes], _TRAINER, deadline)
                 lanes.mark(number, comm.stream)
@@ -347,16 +346,14 @@ class NcclWorkerEnd(WorkerEnd):
             if device != comm.device:
                 raise StateError(f"this pair was connected on {comm.device}, the memory lies on {device}")
             unpackers = self._unpackers.get(memory.number, lambda: self._new_unpackers(lanes, memory))
-            with torch.cuda.device(device):
-                lanes.begin()
+            with lanes.beside():
                 for number, (bucket, unpacker) in enumerate(zip(self._buckets, unpackers, strict=True)):
                     if (former := lanes.take(number, comm.stream)) is not None:
                         comm.wait(former, deadline, "receiving weights")
                     link.call()
                     comm.broadcast(lanes.buffer(number)[: bucket.nbytes], _TRAINER, deadline)
                     lanes.side.wait_stream(comm.stream)
-                    with torch.cuda.stream(lanes.side):
-                        unpacker.run()
+                    unpacker.run()
                     lanes.mark(number, lanes.side)
                 comm.stream.wait_stream(lanes.side)
                 comm.finish(deadline, "receiving weights")
