@@ -264,6 +264,11 @@ class LayoutDigest:
         GPU some of it is queued on the current stream. May be called beside ``of``, on another thread."""
         self._compiled_for(memory).prepare()
 
+    def forget(self) -> None:
+        """Let go of all memories that were digested; the next ``of`` compiles anew."""
+        with self._compiling:
+            self._compiled.clear()
+
     def _compiled_for(self, memory: Memory) -> _Compiled:
         with self._compiling:
             compiled = self._compiled.get(memory.number)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,35 @@ def test_the_first_round_compiles_nothing_that_the_engine_waits_for(
             monkeypatch.setattr(LayoutDigest, "_compile", lambda *_: pytest.fail("a digest was compiled in a round"))
         assert publisher.publish().digests_match
         assert engine.models[0].holds(tensors)
+
+
+@pytest.mark.parametrize("transport", ["shm", "gloo"])
+@pytest.mark.parametrize("shadows", [1, 2])
+def test_an_engine_that_leaves_frees_its_shadows_at_once(transport: str, shadows: int) -> None:
+    """Not when the garbage collector comes by: on a GPU the next trainer's shadow needs the room."""
+    tensors = {"w": torch.randn(1_000_003)}
+    engine = LocalEngine("a", [DictModel({"w": torch.randn(1_000_003)}, relocatable=False)], mode="staged")
+    with Publisher(tensors, [engine], transport=transport, timeout_s=20, shadows=shadows) as publisher:
+        for _ in range(3):
+            publisher.publish()
+        before = large_storages()
+    gc.collect()
+    gc.disable()
+    try:
+        engine.stop()
+        assert len(before - large_storages()) >= shadows
+        assert large_storages() == {
+            tensors["w"].data_ptr(),
+            *(s.data_ptr() for s in engine.models[0].memory().storages),
+        }
+    finally:
+        gc.enable()
+
+
+def large_storages() -> set[int]:
+    """Where tensors of this process lie that are as large as the test's."""
+    found = (each for each in gc.get_objects() if type(each) is torch.Tensor)
+    return {each.untyped_storage().data_ptr() for each in found if each.untyped_storage().nbytes() > 4_000_000}
 
 
 def test_little_room_means_one_copy_and_none_means_in_place(monkeypatch: pytest.MonkeyPatch) -> None:

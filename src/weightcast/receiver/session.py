@@ -416,3 +416,7 @@ class Session:
         if self._thread.is_alive():
             self._thread.join(5.0)
         self._close_ends()
+        if not self._thread.is_alive():
+            # Now, and not when the garbage collector comes by: the next trainer's shadow needs the room.
+            self.target.close()
+            self._digest.forget()

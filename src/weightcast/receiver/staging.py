@@ -209,6 +209,15 @@ class Target:
                 )
             return self._ways[key]
 
+    def close(self) -> None:
+        """Give up everything beside the live weights; only ``place`` and ``staged`` can be asked for afterwards."""
+        self._shadows.clear()
+        self._memories.clear()
+        self._ways.clear()
+        self._landed = None
+        self._area = self._loaded_area = self._before = None
+        self._memory = Memory([])
+
     def settle(self, deadline: Deadline) -> None:
         """Return when a swap is done on the GPU, too."""
         if self._model.device.type == "cuda":

@@ -6,6 +6,7 @@ real thing.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -114,6 +115,7 @@ class EngineSide:
         if self._engine is not None:
             self._engine.stop()
         self._engine = None
+        gc.collect()  # live weights and their model refer to each other
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.empty_cache()
 

@@ -245,6 +245,7 @@ class CudaIpcTrainerEnd(TrainerEnd):
     def close(self) -> None:
         self._pair.close()
         self._listener.close()
+        self._memory = Memory([])
 
 
 class _Mapping:
