@@ -28,8 +28,10 @@ from weightcast.errors import DeadlineExceeded, WeightcastError
 from weightcast.report.model import Report
 from weightcast.testing.local_engine import DictModel, LocalEngine
 from weightcast.testing.ranks import Peer, run_ranks
+from weightcast.testing.shared_gloo import SharingGloo
 from weightcast.trainer.proof import ExpectedDigest
 from weightcast.transports.gloo import GlooTrainerEnd
+from weightcast.transports.registry import registry
 
 Case = tuple[str, str, str, int, "torch.dtype | None"]
 """Transport, mode, kind of source, workers, and the workers' dtype where it is not the trainer's."""
@@ -171,6 +173,7 @@ def as_module(held: Mapping[str, torch.Tensor]) -> nn.Module:
 def publish_in_every_way(rank: int, size: int, folder: str, cases: list[Case]) -> list[list[str]]:
     with process_group(rank, size, folder):
         told = []
+        registry().register(SharingGloo.name, SharingGloo)
         for transport, mode, kind, workers, dtype in cases:
 
             def fresh(seed: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -191,11 +194,19 @@ def publish_in_every_way(rank: int, size: int, folder: str, cases: list[Case]) -
             [
                 ("shm", "staged", "module", 1, None),
                 ("gloo", "staged", "state dict", 2, None),
+                ("shared_gloo", "staged", "module", 1, None),
                 ("shm", "in_place", "state dict", 1, torch.bfloat16),
                 ("gloo", "in_place", "module", 1, torch.bfloat16),
             ],
         ),
-        (3, [("gloo", "staged", "module", 2, torch.bfloat16), ("shm", "in_place", "module", 1, None)]),
+        (
+            3,
+            [
+                ("gloo", "staged", "module", 2, torch.bfloat16),
+                ("shared_gloo", "staged", "module", 1, torch.bfloat16),
+                ("shm", "in_place", "module", 1, None),
+            ],
+        ),
     ],
 )
 def test_every_byte_arrives_from_whoever_holds_it(tmp_path: Path, size: int, cases: list[Case]) -> None:

@@ -9,95 +9,18 @@ import torch
 from torch import nn
 
 from weightcast import Publisher
-from weightcast.deadline import Deadline
-from weightcast.errors import PeerLost, RoundFailed, WeightcastError
-from weightcast.facts import Facts
-from weightcast.memory import Memory
-from weightcast.plan import Copy
+from weightcast.errors import PeerLost, RoundFailed
 from weightcast.testing.local_engine import DictModel, LocalEngine
-from weightcast.transports.base import TrainerEnd
-from weightcast.transports.gloo import GlooTransport
-from weightcast.transports.together import Blamed, Together
-
-
-class SharedEnd(TrainerEnd):
-    """A gloo end that does nothing before all ends of its group are there, as those of one communicator."""
-
-    def __init__(self, inner: TrainerEnd, member: int, together: Together, ends: list[SharedEnd]) -> None:
-        self.inner, self.member, self.together, self.ends = inner, member, together, ends
-        self.fault: Callable[[str], WeightcastError | None] = lambda what: None
-        self.aborted = False
-
-    def offer(self) -> bytes:
-        return self.inner.offer()
-
-    def connect(self, deadline: Deadline) -> None:
-        self._all("connect", deadline, lambda: self.inner.connect(deadline))
-
-    def send(self, deadline: Deadline) -> int:
-        self._all("send", deadline, lambda: None)
-        return self.inner.send(deadline)
-
-    def abort(self) -> None:
-        self.aborted = True
-        self.inner.abort()
-
-    def close(self) -> None:
-        self.together.fail(PeerLost("closed"))
-        for end in self.ends:
-            end.inner.close()
-
-    def _all(self, what: str, deadline: Deadline, own: Callable[[], object]) -> None:
-        try:
-            own()
-            self.together.do(self.member, what, deadline, lambda: self._work(what), self._check)
-        except BaseException as error:
-            self.together.fail(error, self.member)
-            for end in self.ends:
-                end.inner.abort()
-            raise
-
-    def _work(self, what: str) -> None:
-        for end in self.ends:
-            error = end.fault(what)
-            if error is not None:
-                raise Blamed(end.member, error)
-
-    def _check(self) -> None:
-        if self.aborted:
-            raise PeerLost("aborted")
-
-
-class Groups:
-    """The groups that were made, each as its ends."""
-
-    def __init__(self) -> None:
-        self.made: list[list[SharedEnd]] = []
-
-    @property
-    def sizes(self) -> list[int]:
-        return [len(group) for group in self.made]
+from weightcast.testing.shared_gloo import SharedEnd, SharingGloo
+from weightcast.transports.registry import registry
+from weightcast.transports.together import Blamed
 
 
 @pytest.fixture
-def groups(monkeypatch: pytest.MonkeyPatch) -> Groups:
-    found = Groups()
-
-    def trainer_ends(
-        self: GlooTransport, count: int, copies: Sequence[Copy], memory: Memory, *, bucket_nbytes: int, address: str
-    ) -> list[TrainerEnd]:
-        inner = [self.trainer_end(copies, memory, bucket_nbytes=bucket_nbytes, address=address) for _ in range(count)]
-        together, ends = Together(count), list[SharedEnd]()
-        ends += [SharedEnd(end, member, together, ends) for member, end in enumerate(inner)]
-        found.made.append(ends)
-        return list(ends)
-
-    def sharing(self: GlooTransport, workers: Sequence[Facts]) -> list[list[int]]:
-        return [list(range(len(workers)))]
-
-    monkeypatch.setattr(GlooTransport, "trainer_ends", trainer_ends)
-    monkeypatch.setattr(GlooTransport, "sharing", sharing)
-    return found
+def groups(monkeypatch: pytest.MonkeyPatch) -> SharingGloo:
+    transport = SharingGloo()
+    monkeypatch.setitem(registry()._transports, SharingGloo.name, transport)
+    return transport
 
 
 def weights() -> dict[str, torch.Tensor]:
@@ -137,11 +60,11 @@ def make() -> Iterator[Callable[..., LocalEngine]]:
 
 
 def publisher_of(policy: nn.Module, engines: Sequence[LocalEngine], **options: object) -> Publisher:
-    return Publisher(policy, engines, transport="gloo", timeout_s=20, **options)  # type: ignore[arg-type]
+    return Publisher(policy, engines, transport=SharingGloo.name, timeout_s=20, **options)  # type: ignore[arg-type]
 
 
 def test_staged_engines_share_shard_by_shard_and_an_engine_that_is_added_shares_from_the_next_round_on(
-    policy: nn.Module, groups: Groups, make: Callable[..., LocalEngine]
+    policy: nn.Module, groups: SharingGloo, make: Callable[..., LocalEngine]
 ) -> None:
     engines = [make("a", num_shards=2), make("b", num_shards=2, num_replicas=2)]
     with publisher_of(policy, engines) as publisher:
@@ -174,7 +97,7 @@ def test_staged_engines_share_shard_by_shard_and_an_engine_that_is_added_shares_
 )
 def test_who_must_not_break_with_others_shares_with_none(
     policy: nn.Module,
-    groups: Groups,
+    groups: SharingGloo,
     make: Callable[..., LocalEngine],
     mode: str,
     options: dict[str, str],
@@ -191,14 +114,14 @@ def test_who_must_not_break_with_others_shares_with_none(
 
 @pytest.mark.parametrize("guilty", [0, 1, 2])
 def test_a_failure_is_told_of_the_engine_that_failed_and_the_next_round_works(
-    policy: nn.Module, groups: Groups, make: Callable[..., LocalEngine], guilty: int
+    policy: nn.Module, groups: SharingGloo, make: Callable[..., LocalEngine], guilty: int
 ) -> None:
     engines = [make(name) for name in "abc"]
     with publisher_of(policy, engines) as publisher:
         before = step(policy)
         first = publisher.publish()
         error = PeerLost("the worker is gone")
-        groups.made[-1][guilty].fault = lambda what: error if what == "send" else None
+        groups.groups[-1][guilty].fault = lambda what: error if what == "send" else None
         step(policy)
         with pytest.raises(RoundFailed) as caught:
             publisher.publish()
@@ -212,7 +135,7 @@ def test_a_failure_is_told_of_the_engine_that_failed_and_the_next_round_works(
 
 
 def test_an_engine_that_cannot_connect_leaves_the_others_connected(
-    policy: nn.Module, groups: Groups, make: Callable[..., LocalEngine], monkeypatch: pytest.MonkeyPatch
+    policy: nn.Module, groups: SharingGloo, make: Callable[..., LocalEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engines = [make("a"), make("b"), make("c")]
 
@@ -234,7 +157,7 @@ def test_an_engine_that_cannot_connect_leaves_the_others_connected(
 
 
 def test_an_engine_that_has_to_catch_up_does_it_alone(
-    policy: nn.Module, groups: Groups, make: Callable[..., LocalEngine]
+    policy: nn.Module, groups: SharingGloo, make: Callable[..., LocalEngine]
 ) -> None:
     """ "b" comes back with other weights while the source still holds what "a" serves."""
     engines = [make("a"), make("b")]

@@ -2,7 +2,7 @@
 
 A bucket is packed (cast, gathered) by one kernel, is broadcast, and is unpacked by one kernel; two are in flight. A single worker
 is broadcast to, as well: NCCL uses more channels for that than for a send. Workers that want different things have communicators
-of their own, side by side: grouped sends in a common one are slower by as much. A quiet TCP connection between the trainer and
+of their own, side by side: grouped sends in a common one are slower (docs/performance.md). A quiet TCP connection between the trainer and
 each worker brings the news of a death at once, which NCCL itself does not, and says which worker is late.
 """
 
