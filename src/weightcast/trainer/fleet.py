@@ -172,6 +172,10 @@ class Fleet:
             engine.mates = mates[engine.name]
         for group in groups:
             self._offer(group, deadline, failures)
+        for engine in present:
+            if engine.name in failures:
+                for worker in engine.workers:
+                    worker.close_end()  # nobody waits for it in another group
         pairs = [(e, w) for e in engines if e.name not in failures for w in e.workers]
         with ThreadPoolExecutor(max(1, len(pairs))) as pool:
             futures = [(engine, pool.submit(self._connect, worker, deadline)) for engine, worker in pairs]
