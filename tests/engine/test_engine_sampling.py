@@ -153,12 +153,19 @@ def test_logprobs_equal_a_reference_forward(temperature: float, build: Any, star
             _check_entry(row, token, entry, 2)
 
 
+TOLERANCE = 1e-4
+"""The engine computes in float32 what the reference is compared in: values nearer than this may change places."""
+
+
 def _check_entry(row: torch.Tensor, token: int, entry: Any, num_top: int) -> None:
-    top = torch.topk(row, num_top).indices.tolist()
-    assert set(entry) == {token, *top}
+    last = torch.topk(row, num_top).values[-1]
+    assert {token, *torch.nonzero(row > last + TOLERANCE).flatten().tolist()} <= set(entry)
+    assert all(row[each] > last - TOLERANCE for each in entry if each != token)
+    assert len(entry) == num_top + (entry[token].rank > num_top)
     for each, logprob in entry.items():
-        assert logprob.logprob == pytest.approx(float(row[each]), abs=1e-4)
-        assert logprob.rank == 1 + int((row > row[each]).sum())
+        assert logprob.logprob == pytest.approx(float(row[each]), abs=TOLERANCE)
+        above, below = int((row > row[each] + TOLERANCE).sum()), int((row < row[each] - TOLERANCE).sum())
+        assert above < logprob.rank <= len(row) - below
         assert isinstance(logprob.decoded_token, str)
 
 
