@@ -13,8 +13,8 @@ from weightcast.testing.soak.run import Soak
 
 @pytest.mark.parametrize("transport", ["shm", "gloo"])
 def test_nothing_grows(transport: str) -> None:
-    found = Soak(transport=transport).run(100)
-    assert found.failed == 4
+    found = Soak(transport=transport).run(200)  # the allocator's own pools fill up in the first half
+    assert found.failed == 8
     assert found.faults == [], str(found)
 
 
