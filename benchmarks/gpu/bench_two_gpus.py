@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from unittest import mock
 
 import torch
 from bench_publish import Policy, measure
@@ -39,12 +40,8 @@ def main() -> None:
         raise SystemExit("needs two GPUs")
     table = Table("two GPUs")
     # The engine's first GPU is the second one; it sees both, as a worker that maps its trainer's memory has to.
-    before = os.environ.get("CUDA_VISIBLE_DEVICES")
-    os.environ["CUDA_VISIBLE_DEVICES"] = "1,0"
-    engine = PeerEngine(shares_gpu=False)
-    os.environ.pop("CUDA_VISIBLE_DEVICES")
-    if before is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = before
+    with mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES="1,0"):
+        engine = PeerEngine(shares_gpu=False)
     with engine:
         for name in options.shapes:
             policy = Policy(name, torch.bfloat16)

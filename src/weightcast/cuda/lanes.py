@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from weightcast.cuda.wait import new_event, new_stream, wait_event
+from weightcast.cuda.wait import new_event, new_stream, wait_queued
 from weightcast.deadline import Deadline
 from weightcast.memory import Memory
 from weightcast.plan import Copy
@@ -67,9 +67,7 @@ class Lanes:
 
     def drain(self, deadline: Deadline) -> None:
         """Return when nothing of a transfer that broke is queued any more; DeadlineExceeded when it does not end."""
-        done = new_event()
-        done.record(self.side)
-        wait_event(done, deadline, "what is left of a transfer that broke", lambda: None)
+        wait_queued(self.side, deadline, "what is left of a transfer that broke")
 
 
 def _replay(copies: Sequence[Copy], src: Memory, dst: Memory, device: torch.device) -> CudaReplay:

@@ -79,14 +79,6 @@ class Communicator:
         """Call ``check`` during every wait from now on, in place of the former one."""
         self._check = check
 
-    def send(self, buffer: torch.Tensor, peer: int, deadline: Deadline) -> None:
-        """Queue a uint8 buffer to ``peer`` on the stream."""
-        self._launch("an NCCL send", deadline, lambda c, s: c.send(buffer, peer, stream=s.cuda_stream))
-
-    def recv(self, buffer: torch.Tensor, peer: int, deadline: Deadline) -> None:
-        """Queue the receipt of a uint8 buffer from ``peer`` on the stream."""
-        self._launch("an NCCL receive", deadline, lambda c, s: c.recv(buffer, peer, stream=s.cuda_stream))
-
     def broadcast(self, buffer: torch.Tensor, root: int, deadline: Deadline) -> None:
         """Queue the broadcast of a buffer from ``root`` to all, in place, on the stream."""
         self._launch(

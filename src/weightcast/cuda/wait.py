@@ -59,11 +59,16 @@ def _happened(event: torch.cuda.Event, what: str) -> bool:
         raise TransportError(f"{what} failed on the GPU: {error}") from error
 
 
-def wait_stream(device: torch.device, deadline: Deadline, what: str) -> None:
-    """Return when all work queued on this thread's current stream of the device is done."""
+def wait_queued(stream: torch.cuda.Stream, deadline: Deadline, what: str) -> None:
+    """Return when all work queued on the stream is done; raises as ``wait_event`` does."""
     done = new_event()
-    done.record(torch.cuda.current_stream(device))
+    done.record(stream)
     wait_event(done, deadline, what, lambda: None)
+
+
+def wait_stream(device: torch.device, deadline: Deadline, what: str) -> None:
+    """``wait_queued`` of this thread's current stream of the device."""
+    wait_queued(torch.cuda.current_stream(device), deadline, what)
 
 
 def wait_device(device: torch.device, deadline: Deadline, what: str, check: Callable[[], None]) -> None:

@@ -17,7 +17,7 @@ import msgspec
 import torch
 
 from weightcast.cuda import driver
-from weightcast.cuda.wait import new_event, new_stream, wait_device, wait_event
+from weightcast.cuda.wait import new_event, new_stream, wait_device, wait_event, wait_queued
 from weightcast.deadline import Deadline
 from weightcast.errors import InvalidInput, ProtocolError, StateError, TransportError, Unsupported, WeightcastError
 from weightcast.manifest import Manifest
@@ -423,9 +423,7 @@ class CudaIpcWorkerEnd(WorkerEnd):
             return
         try:
             # Copies of an aborted round may still be running; memory under a running copy must stay mapped.
-            done = new_event()
-            done.record(stream)
-            wait_event(done, Deadline(DRAIN_S), "the last copy", lambda: None)
+            wait_queued(stream, Deadline(DRAIN_S), "the last copy")
         except (WeightcastError, RuntimeError) as error:
             logger.warning("the trainer's GPU memory stays mapped: %s", error)
         else:
