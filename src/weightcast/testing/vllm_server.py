@@ -22,6 +22,10 @@ import httpx
 START_TIMEOUT_S = 240.0
 BACKEND = ("--weight-transfer-config", '{"backend": "weightcast"}')
 
+# One client for all: making one reads every root certificate, and beside a server that spins on all cores that can take
+# seconds. Connections are not kept, since a server that ends an idle one could meet the next request.
+_HTTP = httpx.Client(timeout=60, trust_env=False, limits=httpx.Limits(max_keepalive_connections=0))
+
 
 @dataclass(frozen=True)
 class Served:
@@ -37,10 +41,10 @@ class Served:
         return {"Authorization": f"Bearer {self.token}"}
 
     def get(self, path: str, **options: Any) -> httpx.Response:
-        return httpx.get(self.url + path, timeout=60, trust_env=False, **options)
+        return _HTTP.get(self.url + path, **options)
 
     def post(self, path: str, json: Any = None, **options: Any) -> httpx.Response:
-        return httpx.post(self.url + path, json=json, timeout=60, trust_env=False, **options)
+        return _HTTP.post(self.url + path, json=json, **options)
 
     def complete(self, ids: list[int], max_tokens: int = 12, **fields: Any) -> dict[str, Any]:
         """A greedy completion with log-probabilities; the response's first choice."""
@@ -52,7 +56,7 @@ class Served:
     def stream(self, ids: list[int], max_tokens: int) -> Iterator[dict[str, Any]]:
         """A greedy completion as it is made: parts of the first choice."""
         body = {**_request(ids, max_tokens), "stream": True}
-        with httpx.stream("POST", self.url + "/v1/completions", json=body, timeout=60, trust_env=False) as response:
+        with _HTTP.stream("POST", self.url + "/v1/completions", json=body) as response:
             assert response.status_code == 200, response.read()
             for line in response.iter_lines():
                 data = line.removeprefix("data: ")
@@ -137,7 +141,7 @@ def wait_healthy(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
         if process.poll() is not None:
             break
         try:
-            if httpx.get(url + "/health", timeout=2, trust_env=False).status_code == 200:
+            if _HTTP.get(url + "/health", timeout=2).status_code == 200:
                 return
         except httpx.TransportError:
             time.sleep(0.3)
