@@ -31,8 +31,8 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
-from typing import TYPE_CHECKING, Protocol
+from functools import cache, partial
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -44,7 +44,7 @@ from weightcast.manifest import ALIGNMENT, Manifest
 from weightcast.memory import Memory
 
 if TYPE_CHECKING:
-    from weightcast.cuda.digest import StridedBox
+    from weightcast.cuda.digest import RunDigest, StridedBox
 
 BLOCK_WORDS = 4096
 FOLD = 3
@@ -53,6 +53,8 @@ WORD_NBYTES = 8
 BLOCK_NBYTES = BLOCK_WORDS * WORD_NBYTES
 CHUNK_NBYTES = 2**21
 """Bytes digested at a time on a CPU: the working set stays in the cache, and calls are few."""
+SLICE_NBYTES = 2**26
+"""Bytes digested on a CPU between two looks at whether it still has to be done."""
 
 A_SEED = 0x5745494748544131
 B_SEED = 0x5745494748544232
@@ -247,17 +249,19 @@ class LayoutDigest:
             else:
                 runs.append(run)
         self.runs = _join(runs, across_padding=gaps_are_zero)
-        self._compiled: dict[int, _Compiled] = {}
+        self._compiled: dict[int, _OnCpu | RunDigest] = {}
         self._compiling = threading.Lock()
 
-    def of(self, memory: Memory) -> int:
-        """The digest, an unsigned 64-bit number; on a GPU this waits for the result."""
-        return self._compiled_for(memory).total()
+    def of(self, memory: Memory, check: Callable[[], None] = lambda: None) -> int:
+        """The digest, an unsigned 64-bit number; on a GPU this waits for the result. On a CPU ``check`` is called every few
+        milliseconds and may raise."""
+        return self.start(memory, check)()
 
-    def start(self, memory: Memory) -> Callable[[], int]:
+    def start(self, memory: Memory, check: Callable[[], None] = lambda: None) -> Callable[[], int]:
         """``of`` in two steps: on a GPU the work is queued on the current stream, and the call that is returned, made once,
         waits for it; on a CPU that call does all of it. ``memory`` must keep its values until then."""
-        return self._compiled_for(memory).start()
+        compiled = self._compiled_for(memory)
+        return partial(compiled.total, check) if isinstance(compiled, _OnCpu) else compiled.start()
 
     def prepare(self, memory: Memory) -> None:
         """Do now what the first ``of`` of a memory would do beside computing: tables are built, kernels compiled and loaded. On a
@@ -269,7 +273,7 @@ class LayoutDigest:
         with self._compiling:
             self._compiled.clear()
 
-    def _compiled_for(self, memory: Memory) -> _Compiled:
+    def _compiled_for(self, memory: Memory) -> _OnCpu | RunDigest:
         with self._compiling:
             compiled = self._compiled.get(memory.number)
             if compiled is None:
@@ -280,21 +284,13 @@ class LayoutDigest:
                 self._compiled[memory.number] = compiled
         return compiled
 
-    def _compile(self, memory: Memory) -> _Compiled:
+    def _compile(self, memory: Memory) -> _OnCpu | RunDigest:
         if memory.gpu is None and not any(storage.is_cuda for storage in memory.storages):
             return _OnCpu(self.runs, self._strided, memory, self._manifest)
         from weightcast.cuda.digest import RunDigest
 
         boxes = [_box_of(placement, self._manifest) for placement in self._strided]
         return RunDigest(self.runs, memory.storages, boxes, memory.gpu)
-
-
-class _Compiled(Protocol):
-    def prepare(self) -> None: ...
-
-    def total(self) -> int: ...
-
-    def start(self) -> Callable[[], int]: ...
 
 
 class _OnCpu:
@@ -320,15 +316,15 @@ class _OnCpu:
     def prepare(self) -> None:
         """Everything was done when it was made."""
 
-    def start(self) -> Callable[[], int]:
-        return self.total
-
-    def total(self) -> int:
-        total = self._fast.total() if self._fast is not None else 0
+    def total(self, check: Callable[[], None]) -> int:
+        total = self._fast.total(check) if self._fast is not None else 0
         for run in self._runs:
             data = self._memory.storages[run.storage][run.offset : run.offset + run.nbytes]
-            total += digest_bytes(data, run.position)
+            for start in range(0, run.nbytes, SLICE_NBYTES):
+                check()
+                total += digest_bytes(data[start : start + SLICE_NBYTES], run.position + start)
         for placement in self._strided:
+            check()
             sizes, strides = placement.region.sizes, placement.strides
             view = self._memory.view(placement.storage, placement.dtype, placement.offset, sizes, strides)
             total += digest_region(view, self._manifest, placement)

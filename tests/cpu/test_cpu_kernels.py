@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import weightcast.cpu
+import weightcast.digest
 from weightcast.cpu import kernels, kernels_for, runs
 from weightcast.cpu.proven import ProvenReplay
 from weightcast.cpu.runs import Pieces
@@ -78,7 +79,7 @@ def test_a_layout_has_one_digest_with_and_without_kernels(monkeypatch: pytest.Mo
 
 def test_a_check_that_raises_ends_a_copy_between_two_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs, "PIECE_NBYTES", 2**15)
-    monkeypatch.setattr("weightcast.cpu.proven.SLICE_NBYTES", 2**16)
+    monkeypatch.setattr(runs, "SLICE_NBYTES", 2**16)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     spec = TensorSpec(name="w", dtype="uint8", shape=(2**18,))
     manifest = Manifest.of([spec])
@@ -97,6 +98,32 @@ def test_a_check_that_raises_ends_a_copy_between_two_slices(monkeypatch: pytest.
         proven.run(check)
     assert torch.equal(target.storages[0][: 2**17], source.storages[0][: 2**17])
     assert not target.storages[0][2**17 :].any()
+
+
+@pytest.mark.parametrize("worth_nbytes", [0, 2**40], ids=["kernels", "torch"])
+def test_a_check_that_raises_ends_a_digest_between_two_slices(
+    monkeypatch: pytest.MonkeyPatch, worth_nbytes: int
+) -> None:
+    monkeypatch.setattr(weightcast.cpu, "WORTH_NBYTES", worth_nbytes)
+    for module in (runs, weightcast.digest):
+        monkeypatch.setattr(module, "SLICE_NBYTES", 2**16)
+    monkeypatch.setattr(runs, "PIECE_NBYTES", 2**15)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    manifest = Manifest.of([TensorSpec(name="w", dtype="uint8", shape=(2**18 + 9,))])
+    layout = image_layout(manifest)
+    memory = Memory([torch.randint(1, 256, (layout.storage_nbytes[0],), dtype=torch.uint8)])
+    digest, calls = LayoutDigest(manifest, layout), []
+    assert digest.of(memory, lambda: calls.append(1)) == digest_bytes(memory.storages[0][: 2**18 + 9], 0)
+    assert len(calls) == 5
+
+    def check() -> None:
+        calls.append(1)
+        if len(calls) == 8:
+            raise DeadlineExceeded("over")
+
+    with pytest.raises(DeadlineExceeded):
+        digest.of(memory, check)
+    assert len(calls) == 8
 
 
 def test_without_numba_it_is_said_once_and_torch_does_it(

@@ -197,7 +197,7 @@ def test_an_answer_that_stays_lost_is_told_as_that_when_time_runs_out() -> None:
         raise next(answers)
 
     attempt: Any = object.__new__(Round)
-    attempt._epoch, attempt._round, attempt.version = 1, 1, "1-ab"
+    attempt._epoch, attempt._round, attempt._proof = 1, 1, SimpleNamespace(version="1-ab")
     attempt._pause, attempt._clear_cache, attempt._deadline = "keep", True, Deadline(5)
     engine: Any = SimpleNamespace(client=SimpleNamespace(commit=commit), name="a", lost=lambda: None)
     with pytest.raises(AnswerLost, match="the connection broke") as caught:

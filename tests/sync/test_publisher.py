@@ -1,14 +1,19 @@
 """Publisher and Receiver together: every byte on the workers equals the trainer's, round after round, in every mode."""
 
+import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
 from weightcast import Publisher
-from weightcast.errors import DigestMismatch, RoundFailed, StateError
+from weightcast.errors import DeadlineExceeded, DigestMismatch, RoundFailed, StateError, TransportError, WeightcastError
+from weightcast.memory import Memory
 from weightcast.testing.local_engine import DictModel, LocalEngine
+from weightcast.trainer.outcomes import Cancelled
+from weightcast.trainer.proof import ExpectedDigest
 
 
 class Policy(nn.Module):
@@ -193,6 +198,70 @@ def test_corrupted_bytes_abort_a_staged_round_and_the_next_one_works(
         monkeypatch.setattr(session, "receive", receive)
         assert publisher.publish().number == 2
         assert engine.models[0].holds(state(policy))
+
+
+class Endless:
+    """Stands in for a digest of more bytes than there is time for; says how it ended."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.ended: list[BaseException] = []
+        monkeypatch.setattr(ExpectedDigest, "of", self.of)
+        monkeypatch.setattr(ExpectedDigest, "start", lambda digest, memory, check: partial(self.of, memory, check))
+
+    def of(self, memory: Memory, check: Callable[[], None]) -> int:
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
+            time.sleep(0.01)
+            try:
+                check()
+            except WeightcastError as error:
+                self.ended.append(error)
+                raise
+        raise AssertionError("nobody ended it")
+
+
+@pytest.mark.parametrize("mode", ["staged", "in_place"])
+def test_the_trainers_own_digest_ends_by_the_deadline(
+    policy: Policy, engines: dict[str, LocalEngine], monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    engines["a"] = engine = LocalEngine("a", [DictModel(fresh(policy))])
+    with Publisher(policy, [engine], mode=mode, timeout_s=30) as publisher:
+        first = publisher.publish()
+        before = state(policy)
+        randomise(policy)
+        with monkeypatch.context() as patch:
+            endless = Endless(patch)
+            with pytest.raises(RoundFailed) as caught:
+                publisher.publish(1.0)
+        (error,) = endless.ended
+        assert isinstance(error, DeadlineExceeded)
+        assert caught.value.causes == {"trainer": error}
+        assert (caught.value.serving, caught.value.dirty) == ({"a": first.version}, ())
+        assert engine.models[0].holds(before)
+        assert publisher.publish().digests_match
+        assert engine.models[0].holds(state(policy))
+
+
+def test_the_trainers_own_digest_ends_when_the_round_has_failed(
+    policy: Policy, engines: dict[str, LocalEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b"):
+        engines[name] = LocalEngine(name, [DictModel(fresh(policy))], mode="staged")
+    with Publisher(policy, list(engines.values()), timeout_s=50) as publisher:
+        publisher.publish()
+
+        def fail(*_: object) -> None:
+            raise TransportError("no bytes today")
+
+        with monkeypatch.context() as patch:
+            endless = Endless(patch)
+            patch.setattr(engines["b"].workers[0].receiver._session, "receive", fail)
+            with pytest.raises(RoundFailed) as caught:
+                publisher.publish()
+        assert set(caught.value.causes) == {"b"}
+        (error,) = endless.ended
+        assert isinstance(error, Cancelled)
+        assert publisher.publish().digests_match
 
 
 def test_a_commit_that_fails_on_one_engine_rolls_the_other_back(

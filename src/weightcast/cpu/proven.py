@@ -6,14 +6,13 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 
 from weightcast.cpu.runs import Pieces, is_on_words
-from weightcast.digest import LayoutDigest, run_of
+from weightcast.digest import SLICE_NBYTES, LayoutDigest, run_of
 from weightcast.layout import Layout
 from weightcast.manifest import Manifest
 from weightcast.memory import Memory
 from weightcast.plan import Copy, as_run, landing_of, shared_landings, slices
 from weightcast.replay import Replay
 
-SLICE_NBYTES = 64 * 2**20
 _MASK = 2**64 - 1
 
 
@@ -50,10 +49,10 @@ class ProvenReplay:
     def run(self, check: Callable[[], None] = lambda: None) -> int:
         """Copy everything; returns the digest of all destinations, unsigned. ``check`` is called every few milliseconds and
         may raise."""
-        total = self._pieces.run(slice_nbytes=SLICE_NBYTES, check=check)
+        total = self._pieces.run(check)
         for replay in self._replays:
             check()
             replay.run()
         if self._rest is not None:
-            total += self._rest.of(self._memories[1])
+            total += self._rest.of(self._memories[1], check)
         return total & _MASK

@@ -9,7 +9,7 @@ from types import ModuleType
 import numpy as np
 import torch
 
-from weightcast.digest import WORD_NBYTES, DigestRun, word_weights
+from weightcast.digest import SLICE_NBYTES, WORD_NBYTES, DigestRun, word_weights
 from weightcast.memory import Memory
 
 PIECE_NBYTES = 2**20
@@ -32,14 +32,11 @@ class Pieces:
             self._columns[-2] //= WORD_NBYTES
             self._ends = np.cumsum(self._columns[-1])
 
-    @property
-    def nbytes(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
-
-    def run(self, *, slice_nbytes: int | None = None, check: Callable[[], None] = lambda: None) -> int:
-        """Work on all pieces and return the sum of what the kernel says, unsigned; ``check`` is called before each slice."""
+    def run(self, check: Callable[[], None] = lambda: None) -> int:
+        """Work on all pieces and return the sum of what the kernel says, unsigned. ``check`` is called before each slice and may
+        raise."""
         num_threads = torch.get_num_threads()
-        step = self.nbytes if slice_nbytes is None else slice_nbytes * num_threads
+        step = SLICE_NBYTES * num_threads
         total, start = 0, 0
         with ThreadPoolExecutor(num_threads) as pool:
             while start < len(self._ends):
@@ -77,9 +74,9 @@ class RunDigest:
         ranges = ((addresses[run.storage] + run.offset, run.position, run.nbytes) for run in runs)
         self._pieces = Pieces(ranges, kernels.digest_ranges)
 
-    def total(self) -> int:
-        """The digest of what lies there now, unsigned."""
-        return self._pieces.run()
+    def total(self, check: Callable[[], None]) -> int:
+        """The digest of what lies there now, unsigned; ``check`` is called as in ``Pieces.run``."""
+        return self._pieces.run(check)
 
 
 def is_on_words(*numbers: int) -> bool:

@@ -33,16 +33,17 @@ class ExpectedDigest:
         self._plain.prepare(memory)
         self._casts.prepare(memory)
 
-    def of(self, memory: Memory) -> int:
-        """The digest, unsigned; on a GPU this waits for the result."""
-        return self.start(memory)()
+    def of(self, memory: Memory, check: Callable[[], None] = lambda: None) -> int:
+        """The digest, unsigned; on a GPU this waits for the result. On a CPU ``check`` is called every few milliseconds and may
+        raise."""
+        return self.start(memory, check)()
 
-    def start(self, memory: Memory) -> Callable[[], int]:
+    def start(self, memory: Memory, check: Callable[[], None] = lambda: None) -> Callable[[], int]:
         """``of`` in two steps: on a GPU the work is queued on the current stream, and the call that is returned, made once,
         waits for it; on a CPU that call does all of it."""
         if not any(storage.is_cuda for storage in memory.storages[:1]):
-            return lambda: combine([self._plain.of(memory), self._casts.start(memory)()])
-        plain, casts = self._plain.start(memory), self._casts.start(memory)
+            return lambda: combine([self._plain.of(memory, check), self._casts.start(memory, check)()])
+        plain, casts = self._plain.start(memory), self._casts.start(memory, check)
         return lambda: combine([plain(), casts()])
 
 
@@ -59,7 +60,7 @@ class _Casts:
         self._compiled: tuple[int, Memory, list[tuple[list[torch.Tensor], list[torch.Tensor]]]] | None = None
 
     @torch.no_grad()
-    def start(self, memory: Memory) -> Callable[[], int]:
+    def start(self, memory: Memory, check: Callable[[], None]) -> Callable[[], int]:
         """Batches share the scratch storage: on a CPU each is digested before the next one is cast, on a GPU the stream keeps
         that order."""
         if not self._batches:
@@ -67,11 +68,13 @@ class _Casts:
         scratch, pairs = self._compiled_for(memory)
         waits: list[Callable[[], int]] = []
         for (casts, values), digest in zip(pairs, self._digests, strict=True):
-            torch._foreach_copy_(casts, values)
             if scratch.storages[0].is_cuda:
+                torch._foreach_copy_(casts, values)
                 waits.append(digest.start(scratch))
             else:
-                waits.append(partial(int, digest.of(scratch)))
+                check()
+                torch._foreach_copy_(casts, values)
+                waits.append(partial(int, digest.of(scratch, check)))
         return lambda: combine(wait() for wait in waits)
 
     def prepare(self, memory: Memory) -> None:

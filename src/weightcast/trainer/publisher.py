@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
@@ -406,7 +407,9 @@ class Publisher:
         if not engine.dirty and (engine.version, engine.digest) == (current.version, current.digest):
             return None
         self._ranks.refresh(deadline)
-        number, digest = version_number(current.version), self._fleet.content(deadline).of(self._source.memory)
+        number = version_number(current.version)
+        check = partial(deadline.check, "the digest of what the source holds")
+        digest = self._fleet.content(deadline).of(self._source.memory, check)
         if number < self._next_number() - 1 or f"{digest:016x}" != current.digest:
             return None
         if version_name(number, self._ranks.manifest, digest) != current.version:

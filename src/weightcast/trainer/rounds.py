@@ -20,19 +20,16 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cache, partial
-from typing import TypeVar
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 
 from weightcast.control.coordinator import Coordinator
 from weightcast.deadline import Deadline
-from weightcast.digest import version_name
 from weightcast.errors import (
     AnswerLost,
     DeadlineExceeded,
-    DigestMismatch,
     GroupBroken,
     PeerLost,
     TransportError,
@@ -47,6 +44,7 @@ from weightcast.trainer.links import EngineLink, WorkerLink
 from weightcast.trainer.outcomes import Cancelled, Outcome, Outcomes, Require
 from weightcast.trainer.proof import ExpectedDigest
 from weightcast.trainer.ranks.leader import SharedDigest
+from weightcast.trainer.round_proof import RoundProof
 from weightcast.trainer.sources.base import Source
 from weightcast.trainer.timeline import Timeline
 from weightcast.trainer.undo import WayBack
@@ -59,8 +57,7 @@ LIVE_TRANSFER_SHARE = 0.6
 """Share of the time left that a transfer may take where stragglers are dropped: the others still have to commit."""
 UNDO_AT_LEAST_S = 0.3
 REPEAT_AFTER_S = 0.2
-
-T = TypeVar("T")
+DIGEST_HINT = "Give publish() more time; the extra 'fast' digests several times as fast on a CPU"
 
 
 class Round:
@@ -87,7 +84,7 @@ class Round:
     ) -> None:
         """``check`` is what the source still has to check; its error ends the round before any worker is approved, and is
         raised as it is."""
-        self._fleet, self._engines, self._source, self._content = fleet, engines, source, content
+        self._fleet, self._engines, self._source = fleet, engines, source
         self._coordinator = coordinator
         self._number, self._round, self._epoch, self._base = number, round, fleet.epoch, base
         self._pause, self._clear_cache = pause, clear_cache
@@ -98,9 +95,7 @@ class Round:
         self._transfer_deadline = deadline
         self._outcomes = Outcomes(engines, require, self._epoch, round)
         self._account = Account(self._outcomes, absent or {}, number=number, epoch=self._epoch, round=round)
-        self._expected: dict[str, int] = {}
-        self.content_digest = 0
-        self.version = ""
+        self._proof = RoundProof(content, fleet.expected, fleet.ranks.manifest, number)
         self._is_committed = False
         self._report: Report | None = None
 
@@ -120,9 +115,9 @@ class Round:
         self._coordinator.clear_inboxes(worker.member for _, worker in workers)
         try:
             with ThreadPoolExecutor(2 * max(1, len(workers)) + 1, thread_name_prefix="weightcast-round") as pool:
-                digesting = self._transfer(pool, workers)
+                self._transfer(pool, workers)
                 if not self._outcomes.failed:
-                    self._verify(digesting, workers)
+                    self._verify(workers)
                 if not self._outcomes.failed:
                     self._commit(pool)
         except WeightcastError as error:
@@ -143,7 +138,7 @@ class Round:
             raise failure from next(iter(failure.causes.values()), None)
         self._undo([engine for engine in self._engines if engine not in well])
         for engine in well:
-            engine.version, engine.digest, engine.dirty = self.version, f"{self.content_digest:016x}", False
+            engine.version, engine.digest, engine.dirty = self._proof.version, f"{self._proof.content:016x}", False
         self._is_committed = True
         return self.report()
 
@@ -153,8 +148,8 @@ class Round:
             self._report = self._account.report(
                 self._fleet.engines,
                 self._timeline,
-                version=self.version or str(self._number),
-                digest=self.content_digest,
+                version=self._proof.version or str(self._number),
+                digest=self._proof.content,
                 outcome="committed" if self._is_committed else "aborted",
             )
         return self._report
@@ -168,9 +163,7 @@ class Round:
 
     # -- phases
 
-    def _transfer(
-        self, pool: ThreadPoolExecutor, workers: list[tuple[EngineLink, WorkerLink]]
-    ) -> Callable[[], Future[tuple[int, dict[str, int]]]]:
+    def _transfer(self, pool: ThreadPoolExecutor, workers: list[tuple[EngineLink, WorkerLink]]) -> None:
         if self._require == "live":
             self._transfer_deadline = Deadline(max(self._left_s() * LIVE_TRANSFER_SHARE, 0.001))
         staged = [(engine, worker) for engine, worker in workers if not worker.in_place]
@@ -179,7 +172,8 @@ class Round:
             # Before the digest: making bytes visible waits for the trainer's GPU, which would have to digest first.
             self._show(staged)
             self._tell_begin(staged)
-            self._start_digest({worker.digest_key for _, worker in workers})
+            keys = {worker.digest_key for _, worker in workers}
+            self._proof.start(keys, self._source.memory, self._check_digesting)
             self._tell_begin(in_place)
             try:
                 self._check_source()
@@ -187,18 +181,15 @@ class Round:
                 self._refusal = error
                 raise
             self._show(in_place)
-        digesting = cache(partial(_result_of, self._finish_digest))
         with self._timeline.phase("transfer"):
             only = staged[0] if len(staged) == 1 and _pulls(staged[0][1]) else None
             futures = [] if only else [pool.submit(self._stage, engine, worker) for engine, worker in staged]
             if staged:
-                # Its error is raised once it is clear that the transfer has not failed for another reason.
-                digesting()
+                self._proof.compute()
             if only:
                 self._stage(*only)
             for future in futures:
                 future.result()
-        return digesting
 
     def _show(self, workers: list[tuple[EngineLink, WorkerLink]]) -> None:
         """Make the values visible to those who pull them."""
@@ -244,40 +235,25 @@ class Round:
             raise error
         raise named from error
 
-    def _start_digest(self, keys: set[str]) -> None:
-        """Have a GPU digest the source from now on; elsewhere ``_finish_digest`` does all of it."""
-        self._content_digest = self._started(self._content)
-        expected = {key: self._fleet.expected[key] for key in keys}
-        self._digests = {
-            key: self._content_digest if each is self._content else self._started(each)
-            for key, each in expected.items()
-        }
+    def _check_digesting(self) -> None:
+        if self._outcomes.failed:
+            raise Cancelled("the round failed elsewhere")
+        if self._deadline.passed:
+            raise DeadlineExceeded(
+                f"the source was not digested within {self._deadline.timeout_s:g} s", phase="verify", hint=DIGEST_HINT
+            )
 
-    def _started(self, digest: ExpectedDigest | SharedDigest) -> Callable[[], int]:
-        memory = self._source.memory
-        # Other ranks begin with theirs when they are asked, and every answer is waited for.
-        return cache(digest.start(memory) if isinstance(digest, ExpectedDigest) else partial(digest.of, memory))
-
-    def _finish_digest(self) -> tuple[int, dict[str, int]]:
-        return self._content_digest(), {key: digest() for key, digest in self._digests.items()}
-
-    def _verify(
-        self, digesting: Callable[[], Future[tuple[int, dict[str, int]]]], workers: list[tuple[EngineLink, WorkerLink]]
-    ) -> None:
+    def _verify(self, workers: list[tuple[EngineLink, WorkerLink]]) -> None:
         with self._timeline.phase("verify"):
-            self.content_digest, self._expected = digesting().result()
-            self.version = version_name(self._number, self._fleet.ranks.manifest, self.content_digest)
+            self._proof.settle()
             for engine, worker in workers:
                 if not worker.in_place:
                     self._outcomes.guard(engine, "verify", partial(self._check, worker, "staged"), worker)
 
     def _check(self, worker: WorkerLink, what: str) -> None:
-        digest, expected = self._outcomes.progress(worker).digest, self._expected[worker.digest_key]
-        if digest != expected:
-            raise DigestMismatch(
-                f"{what} weights have digest {digest:016x}, the trainer's are {expected:016x}",
-                hint="Bytes were lost, torn or changed while they were published",
-            )
+        digest = self._outcomes.progress(worker).digest
+        assert digest is not None
+        self._proof.check(worker.digest_key, digest, what)
 
     def _commit(self, pool: ThreadPoolExecutor) -> None:
         with self._timeline.phase("commit"):
@@ -337,7 +313,7 @@ class Round:
         order = CommitOrder(
             epoch=self._epoch,
             round=self._round,
-            version=self.version,
+            version=self._proof.version,
             pause=self._pause,
             clear_cache=self._clear_cache,
         )
@@ -365,9 +341,9 @@ class Round:
         return Verified(
             epoch=self._epoch,
             round=self._round,
-            version=self.version,
-            content=f"{self.content_digest:016x}",
-            digest=self._expected[worker.digest_key],
+            version=self._proof.version,
+            content=f"{self._proof.content:016x}",
+            digest=self._proof.expected[worker.digest_key],
         )
 
     def _confirm(self, engine: EngineLink, worker: WorkerLink) -> None:
@@ -417,13 +393,3 @@ class Round:
 
 def _pulls(worker: WorkerLink) -> bool:
     return worker.transport is not None and worker.transport.pulls
-
-
-def _result_of(work: Callable[[], T]) -> Future[T]:
-    """What ``work`` returned, or the error of weightcast's that it raised."""
-    done: Future[T] = Future()
-    try:
-        done.set_result(work())
-    except WeightcastError as error:
-        done.set_exception(error)
-    return done

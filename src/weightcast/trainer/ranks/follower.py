@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 
 from weightcast.control.link import ControlLink, JoinInfo
 from weightcast.cuda.wait import own_stream
@@ -265,7 +266,8 @@ class Follower:
                     expected = self._expected.get(order.key)
                     if expected is None:
                         raise ProtocolError("nothing is expected under that key")
-                    return Answer(value=expected.of(self._source.memory))
+                    check = partial(Deadline(order.timeout_s).check, "the digest of what this rank holds")
+                    return Answer(value=expected.of(self._source.memory, check))
 
     def _held(self, pair: int) -> _HeldEnd:
         held = self._ends.get(pair)

@@ -10,6 +10,7 @@ import itertools
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Protocol, TypeVar
 
 from weightcast.control.coordinator import Coordinator, Member
@@ -307,13 +308,19 @@ class SharedDigest:
     def __init__(self, ranks: Ranks, key: str, own: ExpectedDigest, others: Mapping[int, Member]) -> None:
         self._ranks, self._key, self._own, self._others = ranks, key, own, others
 
-    def of(self, memory: Memory) -> int:
-        """The sum of all parts; the other ranks compute theirs meanwhile."""
-        posted = {rank: self._ranks.post(member, Digest(key=self._key)) for rank, member in self._others.items()}
-        parts = [self._own.of(memory)]
+    def of(self, memory: Memory, check: Callable[[], None]) -> int:
+        """The sum of all parts; the other ranks compute theirs meanwhile. ``check`` is that of an ExpectedDigest."""
+        deadline = self._ranks.deadline
+        order = Digest(key=self._key, timeout_s=max(deadline.remaining_s(), 0.001))
+        posted = {rank: self._ranks.post(member, order) for rank, member in self._others.items()}
+        parts = [self._own.of(memory, check)]
         for rank, number in posted.items():
-            parts.append(self._ranks.hear(rank, number, self._ranks.deadline, phase="verify").value)
+            parts.append(self._ranks.hear(rank, number, deadline, phase="verify").value)
         return combine(parts)
+
+    def start(self, memory: Memory, check: Callable[[], None]) -> Callable[[], int]:
+        """``of`` in two steps, of which the second does all: the other ranks' answers have to be waited for anyhow."""
+        return partial(self.of, memory, check)
 
 
 def joined_manifest(manifests: Mapping[int, Manifest]) -> Manifest:

@@ -91,6 +91,7 @@ class Digest(Order, frozen=True, kw_only=True, tag="digest"):
     """Digest what was expected under a key; ``value`` in the answer."""
 
     key: str
+    timeout_s: float
 
 
 class Abort(Order, frozen=True, kw_only=True, tag="abort"):

@@ -1,0 +1,73 @@
+"""A round's proof: what its workers' digests have to be, taken from the source's values while bytes travel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+from weightcast.digest import version_name
+from weightcast.errors import DigestMismatch, WeightcastError
+from weightcast.manifest import Manifest
+from weightcast.memory import Memory
+from weightcast.trainer.proof import ExpectedDigest
+from weightcast.trainer.ranks.leader import SharedDigest
+
+
+class RoundProof:
+    """Used once, in this order: ``start``, ``compute``, ``settle``, and ``check`` for each worker.
+
+    ``expected`` has the digests that workers ask for, by key; ``content`` is that of everything that is published.
+    """
+
+    def __init__(
+        self,
+        content: ExpectedDigest | SharedDigest,
+        expected: Mapping[str, ExpectedDigest | SharedDigest],
+        manifest: Manifest,
+        number: int,
+    ) -> None:
+        self._source_content, self._source_expected = content, expected
+        self._manifest, self._number = manifest, number
+        self._waits: dict[ExpectedDigest | SharedDigest, Callable[[], int]] = {}
+        self._wanted: dict[str, ExpectedDigest | SharedDigest] = {}
+        self._found: dict[ExpectedDigest | SharedDigest, int] | None = None
+        self._error: WeightcastError | None = None
+        self.content = 0
+        """The digest of everything that is published, once settled."""
+        self.expected: dict[str, int] = {}
+        """What workers' digests have to be, by key, once settled."""
+        self.version = ""
+        """The version's name, once settled."""
+
+    def start(self, keys: Iterable[str], memory: Memory, check: Callable[[], None]) -> None:
+        """Have a GPU digest the source's memory from now on; elsewhere ``compute`` does all of it. ``check`` is called while a CPU
+        digests and may raise."""
+        self._wanted = {key: self._source_expected[key] for key in keys}
+        for digest in dict.fromkeys([self._source_content, *self._wanted.values()]):
+            self._waits[digest] = digest.start(memory, check)
+
+    def compute(self) -> None:
+        """Finish the digests. An error of weightcast's is kept for ``settle``: bytes that travel meanwhile may be about to fail for
+        another reason, which says more."""
+        try:
+            self._found = {digest: wait() for digest, wait in self._waits.items()}
+        except WeightcastError as error:
+            self._error = error
+
+    def settle(self) -> None:
+        """Raise the error that ``compute`` kept, or make its results known; computes first where nobody did."""
+        if self._found is None and self._error is None:
+            self.compute()
+        if self._error is not None:
+            raise self._error
+        assert self._found is not None
+        self.content = self._found[self._source_content]
+        self.expected = {key: self._found[digest] for key, digest in self._wanted.items()}
+        self.version = version_name(self._number, self._manifest, self.content)
+
+    def check(self, key: str, digest: int, what: str) -> None:
+        """Raise DigestMismatch unless a worker with this key has what the source holds."""
+        if digest != self.expected[key]:
+            raise DigestMismatch(
+                f"{what} weights have digest {digest:016x}, the trainer's are {self.expected[key]:016x}",
+                hint="Bytes were lost, torn or changed while they were published",
+            )
