@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -35,6 +35,7 @@ from weightcast.engines.embedded import AsyncLLM
 from weightcast.errors import EngineError
 from weightcast.report.model import Report
 from weightcast.server import create_app
+from weightcast.testing.callers import serving
 from weightcast.testing.models import build_tiny_model
 from weightcast.testing.scripted_engine import ScriptedEngine
 from weightcast.transports.base import Facts
@@ -84,29 +85,15 @@ def served(engine: InferenceEngine) -> Iterator[str]:
 @contextmanager
 def answering(answer: bytes, drip_s: float | None = None) -> Iterator[str]:
     """The URL of a server that gives every request the same answer, and then a byte every ``drip_s``."""
-    stop = threading.Event()
 
-    def serve(listener: socket.socket) -> None:
-        while not stop.is_set():
-            try:
-                caller, _ = listener.accept()
-            except TimeoutError:
-                continue
-            with caller, suppress(OSError):
-                caller.recv(65536)
-                caller.sendall(answer)
-                while drip_s is not None and not stop.wait(drip_s):
-                    caller.sendall(b"x")
+    def answer_all(caller: socket.socket, stop: threading.Event) -> None:
+        caller.recv(65536)
+        caller.sendall(answer)
+        while drip_s is not None and not stop.wait(drip_s):
+            caller.sendall(b"x")
 
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        listener.settimeout(0.1)
-        thread = threading.Thread(target=serve, args=(listener,))
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            stop.set()
-            thread.join(10)
+    with serving(answer_all) as url:
+        yield url
 
 
 def test_push_status_and_verify_agree(server: ServerProcess, checkpoint: Path, tmp_path: Path) -> None:

@@ -50,16 +50,6 @@ def step(weights: Tensors) -> Tensors:
     return {name: value.clone() for name, value in weights.items()}
 
 
-def refuse(engine: LocalEngine, *phases: str) -> None:
-    """The engine answers these calls with an error from now on; none: it works again."""
-
-    def before(phase: str) -> None:
-        if phase in phases:
-            raise EngineError(f"no {phase} today")
-
-    engine.before = before
-
-
 def number_of(version: str) -> int:
     return int(version.partition("-")[0])
 
@@ -69,7 +59,7 @@ def test_all_means_that_one_failure_stops_everybody(weights: Tensors, fleet: Fle
     with publisher(weights, engines) as trainer:
         before = step(weights)
         first = trainer.publish()
-        refuse(engines["b"], "commit")
+        engines["b"].refuse("commit")
         step(weights)
         with pytest.raises(RoundFailed, match="no commit today") as caught:
             trainer.publish()
@@ -84,7 +74,7 @@ def test_live_means_that_the_others_go_on_and_the_lost_one_comes_back(weights: T
     engines = fleet("a", "b")
     with publisher(weights, engines, require="live") as trainer:
         trainer.publish()
-        refuse(engines["b"], "commit")
+        engines["b"].refuse("commit")
         wanted = step(weights)
         report = trainer.publish()
         assert report.outcome == "committed"
@@ -93,7 +83,7 @@ def test_live_means_that_the_others_go_on_and_the_lost_one_comes_back(weights: T
         assert "no commit today" in str(next(e.error for e in report.engines if e.name == "b"))
         assert engines["a"].models[0].holds(wanted)
         assert number_of(trainer.versions["b"]) == 1
-        refuse(engines["b"])
+        engines["b"].refuse()
         wanted = step(weights)
         assert trainer.publish().ok
         assert all(engine.models[0].holds(wanted) for engine in engines.values())
@@ -104,7 +94,7 @@ def test_live_fails_when_nobody_is_left(weights: Tensors, fleet: Fleet) -> None:
     with publisher(weights, engines, require="live") as trainer:
         first = trainer.publish()
         for engine in engines.values():
-            refuse(engine, "commit")
+            engine.refuse("commit")
         step(weights)
         with pytest.raises(RoundFailed) as caught:
             trainer.publish()
@@ -148,13 +138,13 @@ def test_a_joiner_that_cannot_be_brought_to_what_the_fleet_serves_leaves_the_fle
     with publisher(weights, engines) as trainer:
         first = trainer.publish()
         joiner = fleet("c")["c"]
-        refuse(joiner, "commit")
+        joiner.refuse("commit")
         with pytest.raises(RoundFailed, match="no commit today"):
             trainer.add(joiner)
         assert trainer.versions == {"a": first.version}
         step(weights)
         assert trainer.publish().ok
-        refuse(joiner)
+        joiner.refuse()
         assert trainer.add(joiner) is not None
         assert trainer.members == {"a": "ready", "c": "ready"}
 
@@ -166,13 +156,13 @@ def test_live_connects_although_an_engine_cannot_be_brought_to_what_the_others_s
     with publisher(weights, engines) as trainer:
         first = trainer.publish()
     engines = fleet("b")
-    refuse(engines["b"], "commit")
+    engines["b"].refuse("commit")
     with publisher(weights, engines) as trainer, pytest.raises(RoundFailed, match="no commit today"):
         trainer.connect()
     with publisher(weights, engines, require="live") as trainer:
         trainer.connect()
         assert trainer.versions == {"a": first.version, "b": "default"}
-        refuse(engines["b"])
+        engines["b"].refuse()
         step(weights)
         assert trainer.publish().ok
 
@@ -182,7 +172,7 @@ def test_a_joiner_that_cannot_join_leaves_the_fleet_as_it_was(weights: Tensors, 
     with publisher(weights, engines) as trainer:
         trainer.publish()
         joiner = fleet("c")["c"]
-        refuse(joiner, "init")
+        joiner.refuse("init")
         with pytest.raises(EngineError, match="no init today"):
             trainer.add(joiner)
         assert set(trainer.members) == {"a"}
@@ -223,7 +213,7 @@ def test_a_number_that_somebody_saw_is_never_used_again(weights: Tensors, fleet:
     engines = fleet("a", "b")
     with publisher(weights, engines) as trainer:
         trainer.publish()
-        refuse(engines["b"], "commit")
+        engines["b"].refuse("commit")
         numbers = []
         for _ in range(3):
             step(weights)
@@ -231,7 +221,7 @@ def test_a_number_that_somebody_saw_is_never_used_again(weights: Tensors, fleet:
                 trainer.publish()
             numbers.append(caught.value.message)
         assert numbers == [f"version {number} was not published" for number in (2, 3, 4)]
-        refuse(engines["b"])
+        engines["b"].refuse()
         assert trainer.publish().number == 5
 
 
@@ -239,8 +229,8 @@ def test_a_commit_that_can_not_be_taken_back_is_named_and_repaired(weights: Tens
     engines = fleet("a", "b")
     with publisher(weights, engines) as trainer:
         first = trainer.publish()
-        refuse(engines["a"], "rollback", "status")
-        refuse(engines["b"], "commit")
+        engines["a"].refuse("rollback", "status")
+        engines["b"].refuse("commit")
         step(weights)
         with pytest.raises(RoundFailed) as caught:
             trainer.publish()
@@ -248,7 +238,7 @@ def test_a_commit_that_can_not_be_taken_back_is_named_and_repaired(weights: Tens
         assert {"a", "b"} == set(caught.value.causes)
         assert trainer.members == {"a": "unknown", "b": "ready"}
         for engine in engines.values():
-            refuse(engine)
+            engine.refuse()
         wanted = step(weights)
         assert trainer.publish().ok
         assert all(engine.models[0].holds(wanted) for engine in engines.values())
@@ -261,7 +251,7 @@ def test_past_the_point_of_return_the_error_says_who_serves_what(weights: Tensor
     with publisher(weights, engines) as trainer:
         before = step(weights)
         first = trainer.publish()
-        refuse(engines["later"], "commit")
+        engines["later"].refuse("commit")
         after = step(weights)
         with pytest.raises(RoundFailed) as caught:
             trainer.publish()
@@ -269,7 +259,7 @@ def test_past_the_point_of_return_the_error_says_who_serves_what(weights: Tensor
         assert caught.value.serving["later"] == first.version
         assert engines["now"].models[0].holds(after)
         assert engines["later"].models[0].holds(before)
-        refuse(engines["later"])
+        engines["later"].refuse()
         wanted = step(weights)
         report = trainer.publish()
         assert report.number == 3

@@ -11,7 +11,7 @@ import torch
 
 from weightcast import Publisher
 from weightcast.deadline import Deadline
-from weightcast.errors import DeadlineExceeded, EngineError, LoadError, RoundFailed, StateError
+from weightcast.errors import DeadlineExceeded, LoadError, RoundFailed, StateError
 from weightcast.receiver.exchange import Exchange
 from weightcast.testing.local_engine import DictModel, LocalEngine
 
@@ -28,16 +28,6 @@ def step(weights: Tensors) -> Tensors:
     """New values for the publisher's tensors; returns a copy."""
     weights.update(values())
     return {name: value.clone() for name, value in weights.items()}
-
-
-def refuse(engine: LocalEngine, *phases: str) -> None:
-    """The engine answers these calls with an error from now on; none: it works again."""
-
-    def before(phase: str) -> None:
-        if phase in phases:
-            raise EngineError(f"no {phase} today")
-
-    engine.before = before
 
 
 @pytest.fixture
@@ -76,12 +66,12 @@ def test_a_round_waits_for_a_roll_back_that_outlasts_its_order(make: Make, monke
         before = step(weights)
         first = publisher.publish()
         monkeypatch.setattr(slow, "rollback", outlasts)
-        refuse(other, "commit")
+        other.refuse("commit")
         step(weights)
         with pytest.raises(RoundFailed) as caught:
             publisher.publish()
         assert caught.value.serving["slow"] == "unknown"
-        refuse(other)
+        other.refuse()
         step(weights)
         with pytest.raises(RoundFailed, match="rolling back") as caught:
             publisher.publish()
@@ -104,7 +94,7 @@ def test_a_roll_back_that_breaks_off_leaves_the_engine_dirty_until_the_next_roun
     exchange = Exchange.run
     with Publisher(weights, [broken, other], timeout_s=10) as publisher:
         publisher.publish()
-        refuse(other, "commit")
+        other.refuse("commit")
         commits = iter([True, False])
 
         def breaks_off(self: Exchange) -> None:
@@ -119,7 +109,7 @@ def test_a_roll_back_that_breaks_off_leaves_the_engine_dirty_until_the_next_roun
         assert caught.value.dirty == ("broken",)
         assert broken.workers[0].dirty
         monkeypatch.setattr(Exchange, "run", exchange)
-        refuse(other)
+        other.refuse()
         wanted = step(weights)
         assert publisher.publish().ok
         assert broken.models[0].holds(wanted)
@@ -183,12 +173,12 @@ def test_a_new_trainer_without_a_log_uses_no_number_again(make: Make) -> None:
     one, other, weights = make("one"), make("other"), values()
     with Publisher(weights, [one, other], timeout_s=10) as publisher:
         first = publisher.publish()
-        refuse(other, "commit")
+        other.refuse("commit")
         step(weights)
         with pytest.raises(RoundFailed) as caught:
             publisher.publish()
         assert caught.value.serving == dict.fromkeys(("one", "other"), first.version)
-    refuse(other)
+    other.refuse()
     with Publisher(values(), [one, other], timeout_s=10, takeover=True) as publisher:
         assert publisher.publish().number == 3
     with Publisher(values(), [one, other], timeout_s=10, takeover=True) as publisher:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,37 +13,13 @@ import torch
 from weightcast import Publisher
 from weightcast.deadline import Deadline
 from weightcast.errors import DeadlineExceeded, PeerLost, RoundFailed
+from weightcast.testing.callers import serving
 from weightcast.testing.local_engine import DictModel, LocalEngine
 from weightcast.trainer.clients import HttpEngineClient
 from weightcast.trainer.clients.base import AnswerLost
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n"
 GRACE_S = 1.0
-
-
-@contextmanager
-def server(behave: Callable[[socket.socket, threading.Event], None]) -> Iterator[str]:
-    """The URL of a server that does to each caller what ``behave`` does, until the context ends."""
-    stop = threading.Event()
-
-    def serve(listener: socket.socket) -> None:
-        while not stop.is_set():
-            try:
-                caller, _ = listener.accept()
-            except TimeoutError:
-                continue
-            with caller, suppress(OSError):
-                behave(caller, stop)
-
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        listener.settimeout(0.05)
-        thread = threading.Thread(target=serve, args=(listener,))
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            stop.set()
-            thread.join(10)
 
 
 def silent(caller: socket.socket, stop: threading.Event) -> None:
@@ -79,7 +54,7 @@ def reading_nothing(caller: socket.socket, stop: threading.Event) -> None:
 def test_a_server_that_stalls_or_drips_holds_nobody_past_the_deadline(
     behave: Callable[[socket.socket, threading.Event], None],
 ) -> None:
-    with server(behave) as url:
+    with serving(behave) as url:
         began = time.monotonic()
         with pytest.raises(DeadlineExceeded, match=r"/weightcast/status took longer than 0\.7 s"):
             HttpEngineClient(url).status(Deadline(0.7))
@@ -87,7 +62,7 @@ def test_a_server_that_stalls_or_drips_holds_nobody_past_the_deadline(
 
 
 def test_a_server_that_does_not_read_holds_nobody_past_the_deadline() -> None:
-    with server(reading_nothing) as url:
+    with serving(reading_nothing) as url:
         began = time.monotonic()
         with pytest.raises(DeadlineExceeded):
             HttpEngineClient(url).init({"ticket": "x" * (64 << 20)}, Deadline(1.0))
@@ -101,7 +76,7 @@ def test_a_deadline_that_another_thread_moves_ends_a_wait_that_has_begun() -> No
         time.sleep(0.3)
         deadline.at = time.monotonic()
 
-    with server(dripping_body) as url:
+    with serving(dripping_body) as url:
         threading.Thread(target=move).start()
         began = time.monotonic()
         with pytest.raises(DeadlineExceeded):
@@ -110,7 +85,7 @@ def test_a_deadline_that_another_thread_moves_ends_a_wait_that_has_begun() -> No
 
 
 def test_an_answer_that_breaks_off_is_lost_and_a_closed_port_is_nobody() -> None:
-    with server(breaking_off) as url, pytest.raises(AnswerLost):
+    with serving(breaking_off) as url, pytest.raises(AnswerLost):
         HttpEngineClient(url).status(Deadline(5))
     with pytest.raises(PeerLost) as caught:
         HttpEngineClient(url).status(Deadline(5))

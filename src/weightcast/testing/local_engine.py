@@ -15,7 +15,7 @@ import torch
 from weightcast.deadline import Deadline
 from weightcast.digest import digest_tensor
 from weightcast.dtypes import name_of
-from weightcast.errors import LoadError, PlanMismatch, WeightcastError
+from weightcast.errors import EngineError, LoadError, PlanMismatch, WeightcastError
 from weightcast.layout import Layout, Placement, Region, contiguous_strides
 from weightcast.manifest import Manifest, align
 from weightcast.memory import Memory
@@ -147,6 +147,15 @@ class LocalEngine(EngineClient):
             for rank, model in enumerate(self.models)
         ]
         self.before: Callable[[str], None] = lambda phase: None
+
+    def refuse(self, *phases: str) -> None:
+        """Answer these calls with an EngineError from now on; none: work again."""
+
+        def before(phase: str) -> None:
+            if phase in phases:
+                raise EngineError(f"no {phase} today")
+
+        self.before = before
 
     def world_size(self, deadline: Deadline) -> int:
         self.before("world_size")
