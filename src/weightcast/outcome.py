@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from weightcast.errors import EngineError, Unsupported, WeightcastError, error_from_wire
+from weightcast.held import HeldTensor
 
 
 class WorkerOutcome(msgspec.Struct, frozen=True, kw_only=True):
@@ -25,6 +26,7 @@ class WorkerOutcome(msgspec.Struct, frozen=True, kw_only=True):
     hint: str = ""
     apply_s: float = 0.0
     checksums: dict[str, str] = {}
+    tensors: dict[str, HeldTensor] = {}
     held: bool = False
     """The engine was paused because of its weights, by weightcast and nobody else; whoever heals it lets it go on."""
 

@@ -27,6 +27,7 @@ CORE = {
     "secret",
     "invalid",
     "replay",
+    "held",
 }
 PURE_LIBRARIES = {"torch", "msgspec", "weightcast"} | set(sys.stdlib_module_names)
 FORBIDDEN_IN_CORE = {"socket", "http", "asyncio", "multiprocessing", "subprocess", "pickle", "zmq", "httpx"}

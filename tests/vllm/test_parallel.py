@@ -11,7 +11,7 @@ import pytest
 import torch
 from tests.vllm.offline import FreshLoads
 from tests.vllm.stock import DEV_MODE, StockRoutes
-from tests.vllm.weights import replace
+from tests.vllm.weights import replace, verified
 
 from weightcast import Publisher
 from weightcast.errors import PlanMismatch, WeightcastError
@@ -48,6 +48,7 @@ def test_two_workers(model: Path, fresh: FreshLoads, option: str) -> None:
                 # Requests go round the replicas: each of them answers some.
                 assert [served.answers(PROMPTS) for _ in range(3)] == [want] * 3
                 assert served.version == report.version
+                assert set(verified(served, model, weights).equal) == set(weights)
             check_shares(report, weights, sliced=bool(alike))
         with Publisher(weights, [StockRoutes(served)], timeout_s=60) as stock:
             report = stock.publish()

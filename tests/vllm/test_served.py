@@ -13,11 +13,11 @@ import pytest
 import torch
 from tests.vllm.doomed_trainer import MOMENTS
 from tests.vllm.offline import FreshLoads
-from tests.vllm.weights import replace
+from tests.vllm.weights import replace, verified
 
 from weightcast import Publisher
 from weightcast.deadline import Deadline
-from weightcast.errors import AuthError, WeightcastError
+from weightcast.errors import AuthError, PlanMismatch, WeightcastError
 from weightcast.testing.models import build_tiny_model, random_state_dict
 from weightcast.testing.vllm_server import Served, vllm_server
 from weightcast.trainer.clients import CommitOrder, CommitReply, HttpEngineClient
@@ -91,6 +91,35 @@ def test_rounds_arrive_while_requests_run(
         thread.join(60)
     assert [result["finish_reason"] for result in results] == ["length"] * 3
     assert served.answers(PROMPTS) == fresh.answers(model, weights, PROMPTS)
+
+
+def test_live_weights_are_those_of_a_checkpoint(model: Path) -> None:
+    weights = random_state_dict(model)
+    with vllm_server(model) as served:
+        before = verified(served, model, weights)
+        assert not before.proven
+        assert set(before.unproven) == set(weights), "vLLM keeps nothing of what it loaded but packed"
+        for mode in ("staged", "in_place"):
+            with Publisher(weights, [served.url], token=served.token, mode=mode, timeout_s=60) as publisher:
+                replace(weights, model)
+                report = publisher.publish()
+            # A checkpoint's order is not the trainer's.
+            found = verified(served, model, dict(sorted(weights.items(), reverse=True)))
+            assert (found.version, found.proven, set(found.equal)) == (report.version, True, set(weights))
+            other = {name: value.clone() for name, value in weights.items()}
+            spoilt = {
+                "model.layers.1.self_attn.k_proj.weight",
+                "model.layers.0.mlp.up_proj.weight",
+                "model.norm.weight",
+            }
+            for name in spoilt:
+                other[name].view(-1)[-1] += 1
+            found = verified(served, model, other)
+            assert set(found.different) == spoilt
+            assert set(found.equal) == set(weights) - spoilt
+        del other["model.norm.weight"]
+        with pytest.raises(PlanMismatch, match="nothing of it"):
+            verified(served, model, other)
 
 
 @pytest.mark.parametrize("trouble", ["unknown tensor", "wrong shape", "half a fused group", "missing tensor"])

@@ -30,6 +30,18 @@ def test_every_call_has_an_answer_and_none_raises(model: Path) -> None:
         assert call("hold", {"held": True})["held"]
         assert call("status")["held"]
         assert not call("hold", {"held": False})["held"]
+        norm = random_state_dict(model)["model.norm.weight"]
+        only = {"tensors": [{"name": "model.norm.weight", "dtype": "bfloat16", "shape": list(norm.shape)}]}
+        assert call("update", 7)["error_kind"] == "InvalidInput"
+        for question, kind in (
+            (("checksums", {}), ""),
+            (("digests", {}), "InvalidInput"),
+            (("digests", {"tensors": [{"name": 1}]}), "InvalidInput"),
+            (("digests", only), "PlanMismatch"),
+        ):
+            assert call(*question)["error_kind"] == kind, question
+            assert call("status")["error_kind"] == "InvalidInput", "asking does not hide what became of the last update"
+        call("shutdown")
         worker = llm.llm_engine.model_executor.driver_worker.worker
         backend, worker.weight_transfer_engine = worker.weight_transfer_engine, None
         assert call("status")["error_kind"] == "StateError"

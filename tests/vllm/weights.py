@@ -1,11 +1,17 @@
 """What tests publish. A Publisher goes on with the same tensors: they get other values in place."""
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
-from weightcast.testing.models import random_state_dict
+from weightcast.deadline import Deadline
+from weightcast.testing.models import random_state_dict, save_checkpoint
+from weightcast.testing.vllm_server import Served
+from weightcast.trainer.clients import HttpEngineClient
+from weightcast.trainer.comparison import Comparison, compare
+from weightcast.trainer.sources.safetensors import SafetensorsSource
 
 
 def fill(weights: dict[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> None:
@@ -18,3 +24,14 @@ def fill(weights: dict[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -
 def replace(weights: dict[str, torch.Tensor], model: Path) -> None:
     """Fresh random values for all of them."""
     fill(weights, random_state_dict(model))
+
+
+def verified(served: Served, model: Path, weights: Mapping[str, torch.Tensor]) -> Comparison:
+    """What ``weightcast verify`` finds when the weights are a checkpoint."""
+    source = SafetensorsSource(save_checkpoint(model.parent / f"verified-{time.monotonic_ns()}", weights, like=model))
+    client = HttpEngineClient(served.url, token=served.token)
+    try:
+        return compare(client, source, Deadline(60))
+    finally:
+        source.close()
+        client.close()

@@ -11,6 +11,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
+    from weightcast.held import TensorDigest
     from weightcast.manifest import Manifest
 
 PauseMode = Literal["abort", "wait", "keep"]
@@ -130,18 +131,6 @@ class EngineStatus:
     backend: str
     num_weight_bytes: int | None = None
     """Bytes of weights that were received; None where nobody counts them."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TensorDigest:
-    """What an engine holds of one checkpoint tensor: the digest of its values in the type that they have there (see digest).
-
-    An empty digest comes with the ``reason`` why the live values cannot be told apart.
-    """
-
-    dtype: str = ""
-    digest: str = ""
-    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,10 +14,9 @@ from transformers import PreTrainedModel
 
 from weightcast.digest import digest_tensor
 from weightcast.dtypes import itemsize_of, name_of
-from weightcast.engines.base import TensorDigest
 from weightcast.engines.embedded.conversion import CheckpointLoader
-from weightcast.engines.embedded.live_digests import tensor_digests
 from weightcast.errors import InvalidInput, PlanMismatch, Unsupported
+from weightcast.held import TensorDigest, held_tensors, tensor_digests
 from weightcast.layout import Layout, contiguous_strides
 from weightcast.manifest import Manifest, align
 from weightcast.memory import Memory
@@ -94,7 +93,9 @@ class EmbeddedModel(LiveModel):
 
     def tensor_digests(self, manifest: Manifest) -> dict[str, TensorDigest]:
         """What lies here of each tensor of a checkpoint; changes nothing. Raises what ``layout`` does."""
-        return tensor_digests(manifest, self._record(manifest), self._memory)
+        recording = self._record(manifest)
+        reasons = {name: f"goes through the loader: {reason}" for name, reason in recording.reasons.items()}
+        return tensor_digests(manifest, [held_tensors(manifest, recording.layout.placements, reasons, self._memory)])
 
     def _record(self, manifest: Manifest) -> Recording:
         wrong = self._loader.problems({spec.name: spec.shape for spec in manifest.tensors})

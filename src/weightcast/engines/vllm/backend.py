@@ -21,6 +21,8 @@ from weightcast.engines.vllm.model import VllmModel
 from weightcast.engines.vllm.parallelism import worker_rank
 from weightcast.engines.vllm.versions import check_version
 from weightcast.errors import InvalidInput, StateError, WeightcastError
+from weightcast.invalid import invalid_input
+from weightcast.manifest import Manifest, TensorSpec
 from weightcast.outcome import WorkerOutcome
 from weightcast.vllm_eras import CALL
 from weightcast.weight_transfer.config import WeightTransferConfig
@@ -87,15 +89,14 @@ class VllmBackend(VllmEngine):  # type: ignore[misc]
     # -- weightcast's own calls
 
     def call(self, action: str, payload: Mapping[str, Any]) -> dict[str, Any]:
-        """Carry out ``init``, ``update``, ``shutdown``, ``status``, ``hold`` or ``checksums``; never raises.
+        """Carry out ``init``, ``update``, ``shutdown``, ``status``, ``hold``, ``checksums`` or ``digests``; never raises.
 
         Returns a WorkerOutcome. ``hold`` only keeps in mind whether weightcast paused the engine because of its weights: a pause
         outlives the process that asked for it, and whoever heals the engine must be able to tell it from an operator's.
         """
-        checksums: dict[str, str] = {}
         if not isinstance(payload, Mapping):
             self._error = InvalidInput("the payload of a call is an object", field="payload")
-            return _record(self._outcome(checksums))
+            return _record(self._outcome())
         match action:
             case "init":
                 self._join(payload)
@@ -104,15 +105,25 @@ class VllmBackend(VllmEngine):  # type: ignore[misc]
             case "shutdown":
                 self.shutdown()
             case "checksums":
-                # Of the model, not of an engine: asking must not settle who this worker is, which only joining tells.
-                self._keep_error(lambda: checksums.update(self._model().checksums()))
+                return self._asked(lambda model: {"checksums": model.checksums()})
+            case "digests":
+                return self._asked(lambda model: {"tensors": model.held_tensors(_manifest(payload))})
             case "hold":
                 self._held = bool(payload.get("held"))
             case "status":
                 pass
             case _:
                 self._error = InvalidInput(f"no such call: {action!r}", field="action")
-        return _record(self._outcome(checksums))
+        return _record(self._outcome())
+
+    def _asked(self, question: Callable[[VllmModel], dict[str, Any]]) -> dict[str, Any]:
+        """Answer about the model, not about an engine: asking must not settle who this worker is, which only joining tells. What
+        became of the last update stays known, too."""
+        before, answer = (self._error, self._apply_s), dict[str, Any]()
+        self._keep_error(lambda: answer.update(question(self._model())))
+        record = _record(msgspec.structs.replace(self._outcome(), **answer))
+        self._error, self._apply_s = before
+        return record
 
     def _join(self, payload: Mapping[str, Any]) -> None:
         """``init_info`` for the engine, and ``world_size``: how many workers were asked, all replicas included."""
@@ -134,7 +145,7 @@ class VllmBackend(VllmEngine):  # type: ignore[misc]
         self.finish_weight_update()
         self._apply_s = time.perf_counter() - start
 
-    def _outcome(self, checksums: dict[str, str]) -> WorkerOutcome:
+    def _outcome(self) -> WorkerOutcome:
         engine, error = self._engine, self._error
         return WorkerOutcome(
             rank=self._rank.rank,
@@ -145,7 +156,6 @@ class VllmBackend(VllmEngine):  # type: ignore[misc]
             error=error.message if error is not None else "",
             hint=(error.hint or "") if error is not None else "",
             apply_s=self._apply_s,
-            checksums=checksums,
             held=self._held,
         )
 
@@ -203,6 +213,14 @@ def _no_backend(worker: Any) -> dict[str, Any]:
 def _record(outcome: WorkerOutcome) -> dict[str, Any]:
     record: dict[str, Any] = msgspec.to_builtins(outcome)
     return record
+
+
+def _manifest(payload: Mapping[str, Any]) -> Manifest:
+    """The checkpoint that ``tensors`` describes."""
+    try:
+        return Manifest.of(msgspec.convert(payload.get("tensors"), list[TensorSpec]))
+    except msgspec.ValidationError as error:
+        raise invalid_input(error, what="tensors") from None
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

@@ -15,8 +15,10 @@ from typing import Any
 
 import msgspec
 
-from weightcast.engines.base import EngineStatus, PauseMode
+from weightcast.engines.base import EngineStatus, LiveDigests, PauseMode
 from weightcast.errors import EngineError, InvalidInput
+from weightcast.held import tensor_digests
+from weightcast.manifest import Manifest
 from weightcast.outcome import WorkerOutcome, common_version, first_error, outcomes_from, require_all, why_unfit
 from weightcast.server.control import EngineCommitter, RoundAnswer, RoundOrder
 from weightcast.vllm_eras import BACKEND, has_backend, require_backend, served_engine
@@ -127,6 +129,14 @@ class VllmFront:
             for name, digest in outcome.checksums.items()
         }
 
+    async def tensor_digests(self, manifest: Manifest) -> LiveDigests:
+        """What all workers together hold of each tensor of a checkpoint."""
+        self.require_backend()
+        outcomes = await self._call("digests", {"tensors": msgspec.to_builtins(manifest.tensors)})
+        self._raise_first(outcomes)
+        tensors = tensor_digests(manifest, [outcome.tensors for outcome in outcomes])
+        return LiveDigests(weight_version=common_version(outcomes), tensors=tensors)
+
     async def status(self) -> EngineStatus:
         """Counts that vLLM does not tell are those of its scheduler's metrics, and zero here."""
         self.require_backend()
@@ -221,6 +231,9 @@ class VllmControl(EngineCommitter):
 
     async def status(self) -> EngineStatus:
         return await self.front.status()
+
+    async def tensor_digests(self, manifest: Manifest) -> LiveDigests:
+        return await self.front.tensor_digests(manifest)
 
 
 def check_init_info(init_info: Mapping[str, Any]) -> None:

@@ -112,6 +112,11 @@ class Mirror:
     def __contains__(self, layer: object) -> bool:
         return any(layer is own for own in self._layers.values())
 
+    @property
+    def is_filled(self) -> bool:
+        """Whether something landed here, and layers compute with it."""
+        return self._is_filled
+
     def views(self, name: str) -> dict[str, torch.Tensor]:
         """A layer's tensors in the live mirror, once something landed there."""
         return self._views(name, self.live) if self._is_filled and name in self._layers else {}
@@ -172,6 +177,34 @@ def plan_mirror(
 
     ``numbers``: the number of the storage that each tensor of the layers was recorded in, by address.
     """
+    slots = _slots_for(layers, numbers, landings, manifest)
+    return slots, landings_in(slots, layers, numbers, landings)
+
+
+def landings_in(
+    slots: Slots, layers: Sequence[LayerTensors], numbers: Mapping[int, int], landings: Sequence[Placement]
+) -> list[Placement]:
+    """Landings in the layers' stand-ins moved to a mirror; those of tensors that lie in it in another form, or not at all, are left
+    out."""
+    starts: dict[int, int] = {}
+    for layer in layers:
+        for own, tensor in {**layer.required, **layer.optional}.items():
+            slot = slots.layers.get(layer.name, {}).get(own)
+            number = numbers.get(bytes_of(tensor.detach()).data_ptr()) if tensor.numel() else None
+            if slot is not None and number is not None and _slot(tensor, slot.offset) == slot:
+                starts[number] = (slot.offset - int(tensor.storage_offset())) * tensor.itemsize
+    return [
+        msgspec.structs.replace(
+            landing, storage=0, offset=landing.offset + starts[landing.storage] // itemsize_of(landing.dtype)
+        )
+        for landing in landings
+        if landing.storage in starts
+    ]
+
+
+def _slots_for(
+    layers: Sequence[LayerTensors], numbers: Mapping[int, int], landings: Sequence[Placement], manifest: Manifest
+) -> Slots:
     order = {spec.name: number for number, spec in enumerate(manifest.tensors)}
     firsts: dict[int, int] = {}
     for landing in landings:
@@ -189,20 +222,13 @@ def plan_mirror(
         starts[number], end = end, align(end + sizes[number])
     slots = {
         name: {
-            own: Slot(
-                dtype=name_of(tensor.dtype),
-                offset=starts[number] // tensor.itemsize + int(tensor.storage_offset()),
-                sizes=tuple(tensor.shape),
-                strides=tuple(tensor.stride()),
-            )
+            own: _slot(tensor, starts[number] // tensor.itemsize + int(tensor.storage_offset()))
             for own, (number, tensor) in tensors.items()
         }
         for name, tensors in found.items()
     }
-    moved = [
-        msgspec.structs.replace(
-            landing, storage=0, offset=landing.offset + starts[landing.storage] // itemsize_of(landing.dtype)
-        )
-        for landing in landings
-    ]
-    return Slots(slots, end), moved
+    return Slots(slots, end)
+
+
+def _slot(tensor: torch.Tensor, offset: int) -> Slot:
+    return Slot(dtype=name_of(tensor.dtype), offset=offset, sizes=tuple(tensor.shape), strides=tuple(tensor.stride()))

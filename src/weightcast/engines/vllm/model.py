@@ -19,8 +19,9 @@ from weightcast.digest import digest_tensor
 from weightcast.engines.vllm import api
 from weightcast.engines.vllm.check import names_that_differ
 from weightcast.engines.vllm.formats import LayerTensors, classify, in_load_format, tied_embeddings
-from weightcast.engines.vllm.mirror import Mirror, Slots, plan_mirror
+from weightcast.engines.vllm.mirror import Mirror, Slots, landings_in, plan_mirror
 from weightcast.errors import LoadError, PlanMismatch, WeightcastError
+from weightcast.held import HeldTensor, held_tensors
 from weightcast.layout import Layout, Placement
 from weightcast.manifest import Manifest
 from weightcast.memory import Memory, bytes_of
@@ -79,13 +80,8 @@ class VllmModel(LiveModel):
         Ask for ``memory()`` afterwards. Raises PlanMismatch when a layer would be filled in part, LoadError when vLLM's loader
         refuses a tensor.
         """
-        mirrored = self.relocatable
-        distrusted = self._distrusted(manifest)
-        with self._recorded(manifest, live=not mirrored) as (layers, numbers, _, recording):
-            _check_complete(layers, numbers, recording)
-            through = _through_loader(layers, numbers, recording, distrusted)
-            landings = [p for p in recording.layout.placements if p.region.name not in through]
-            if mirrored:
+        with self._landed(manifest) as (layers, numbers, recording, through, landings):
+            if self.relocatable:
                 landings = self._mirror_of(layers, numbers, landings, manifest)
         unused = sorted(set(recording.unused))
         if unused:
@@ -95,6 +91,32 @@ class VllmModel(LiveModel):
             storage_nbytes=tuple(storage.numel() for storage in self.memory().storages),
             through_loader=tuple(spec.name for spec in manifest.tensors if spec.name in through),
         )
+
+    def held_tensors(self, manifest: Manifest) -> dict[str, HeldTensor]:
+        """What lies here of each tensor of a checkpoint; changes nothing. Raises what ``layout`` does."""
+        with self._landed(manifest) as (layers, numbers, recording, through, landings):
+            if self.relocatable:
+                landings = landings_in(self._form, layers, numbers, landings) if self._form else []
+        if not self._mirror.is_filled and self.relocatable:
+            landings = []
+        reasons = dict.fromkeys(through, "its layer goes through vLLM's loader")
+        reasons |= {name: f"goes through the loader: {reason}" for name, reason in recording.reasons.items()}
+        lying, used = {p.region.name for p in landings}, {p.region.name for p in recording.layout.placements}
+        reasons |= dict.fromkeys(used - lying - through, "vLLM packed it for its kernels; publish once")
+        return held_tensors(manifest, landings, reasons, self.memory())
+
+    @contextmanager
+    def _landed(
+        self, manifest: Manifest
+    ) -> Iterator[tuple[list[LayerTensors], dict[int, int], Recording, set[str], list[Placement]]]:
+        """Layers in load format, numbers of their storages by address, what was recorded, the names of tensors that go through
+        the loader, and the landings of all others; on CPU in stand-ins for the layers' tensors."""
+        distrusted = self._distrusted(manifest)
+        with self._recorded(manifest, live=not self.relocatable) as (layers, numbers, _, recording):
+            _check_complete(layers, numbers, recording)
+            through = _through_loader(layers, numbers, recording, distrusted)
+            landings = [p for p in recording.layout.placements if p.region.name not in through]
+            yield layers, numbers, recording, through, landings
 
     @contextmanager
     def _recorded(
