@@ -6,14 +6,13 @@ the same region have to hold the same values.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
 
 from weightcast.digest import LayoutDigest, combine
-from weightcast.layout import Layout, Placement, Region
+from weightcast.layout import Layout, Placement, Region, overlap
 from weightcast.manifest import Manifest, TensorSpec
 from weightcast.memory import Memory
 
@@ -92,7 +91,6 @@ def _joined(spec: TensorSpec, held: Sequence[HeldTensor]) -> TensorDigest:
     boxes = {Region(name=spec.name, offsets=region.offsets, sizes=region.sizes) for region in regions}
     if len(boxes) < len(regions):
         return TensorDigest(reason="lies here more than once, with different values")
-    overlap = any(one.intersect(other) is not None for one, other in itertools.combinations(boxes, 2))
-    if overlap or not boxes or sum(box.numel for box in boxes) != spec.numel:
+    if overlap(boxes) or not boxes or sum(box.numel for box in boxes) != spec.numel:
         return TensorDigest(reason="lies here in part, or in pieces that overlap")
     return TensorDigest(dtype=dtypes[0], digest=f"{combine(int(region.digest, 16) for region in regions):016x}")

@@ -6,7 +6,9 @@ holding and a landing are both placements; only the side differs. Storages are f
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterable
 
 import msgspec
 
@@ -49,6 +51,11 @@ class Region(msgspec.Struct, frozen=True, kw_only=True):
         if any(size <= 0 for size in sizes):
             return None
         return Region(name=self.name, offsets=offsets, sizes=sizes)
+
+
+def overlap(regions: Iterable[Region]) -> bool:
+    """Whether two of some regions of one tensor share an element."""
+    return any(one.intersect(other) is not None for one, other in itertools.combinations(regions, 2))
 
 
 def contiguous_strides(sizes: tuple[int, ...]) -> tuple[int, ...]:

@@ -42,8 +42,8 @@ class RoundProof:
         """Have a GPU digest the source's memory from now on; elsewhere ``compute`` does all of it. ``check`` is called while a CPU
         digests and may raise."""
         self._wanted = {key: self._source_expected[key] for key in keys}
-        for digest in dict.fromkeys([self._source_content, *self._wanted.values()]):
-            self._waits[digest] = digest.start(memory, check)
+        each = dict.fromkeys([self._source_content, *self._wanted.values()])
+        self._waits = {digest: digest.start(memory, check) for digest in each}
 
     def compute(self) -> None:
         """Finish the digests. An error of weightcast's is kept for ``settle``: bytes that travel meanwhile may be about to fail for

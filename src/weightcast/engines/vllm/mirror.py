@@ -10,7 +10,7 @@ them): only their data are exchanged. And what was live is kept with its mirror,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,8 +64,9 @@ class Mirror:
         self._layers = dict(layers)
         self._slots = slots
         self._ready: dict[int, dict[str, Kernels]] = {}
-        self._is_filled = False
         self.live = live
+        self.is_filled = False
+        """Whether something landed here, and layers compute with it."""
 
     def prepare(self, memory: Memory) -> None:
         """Pack what lies in another mirror, for ``go_live``; may run while the model computes."""
@@ -79,13 +80,13 @@ class Mirror:
             raise StateError("this mirror was not prepared")
         before = {name: _exchange(self._layers[name], kernels) for name, kernels in (ready or {}).items()}
         self._ready[self._address(self.live)] = before
-        self.live, self._is_filled = memory, True
+        self.live, self.is_filled = memory, True
 
     def refresh(self) -> None:
         """Pack the live mirror, whose bytes were written in place, layer by layer; what was live before is gone."""
         for name in self._layers:
             _exchange(self._layers[name], self._packed(name, self.live))
-        self._is_filled = True
+        self.is_filled = True
 
     def _packed(self, name: str, memory: Memory) -> Kernels:
         layer, views = self._layers[name], self._views(name, memory)
@@ -112,14 +113,9 @@ class Mirror:
     def __contains__(self, layer: object) -> bool:
         return any(layer is own for own in self._layers.values())
 
-    @property
-    def is_filled(self) -> bool:
-        """Whether something landed here, and layers compute with it."""
-        return self._is_filled
-
     def views(self, name: str) -> dict[str, torch.Tensor]:
         """A layer's tensors in the live mirror, once something landed there."""
-        return self._views(name, self.live) if self._is_filled and name in self._layers else {}
+        return self._views(name, self.live) if self.is_filled and name in self._layers else {}
 
     def _views(self, name: str, memory: Memory) -> dict[str, torch.Tensor]:
         return {
@@ -187,12 +183,10 @@ def landings_in(
     """Landings in the layers' stand-ins moved to a mirror; those of tensors that lie in it in another form, or not at all, are left
     out."""
     starts: dict[int, int] = {}
-    for layer in layers:
-        for own, tensor in {**layer.required, **layer.optional}.items():
-            slot = slots.layers.get(layer.name, {}).get(own)
-            number = numbers.get(bytes_of(tensor.detach()).data_ptr()) if tensor.numel() else None
-            if slot is not None and number is not None and _slot(tensor, slot.offset) == slot:
-                starts[number] = (slot.offset - int(tensor.storage_offset())) * tensor.itemsize
+    for name, own, tensor, number in _recorded(layers, numbers):
+        slot = slots.layers.get(name, {}).get(own)
+        if slot is not None and _slot(tensor, slot.offset) == slot:
+            starts[number] = (slot.offset - int(tensor.storage_offset())) * tensor.itemsize
     return [
         msgspec.structs.replace(
             landing, storage=0, offset=landing.offset + starts[landing.storage] // itemsize_of(landing.dtype)
@@ -211,12 +205,10 @@ def _slots_for(
         firsts[landing.storage] = min(order[landing.region.name], firsts.get(landing.storage, len(order)))
     found: dict[str, dict[str, tuple[int, torch.Tensor]]] = {}
     sizes: dict[int, int] = {}
-    for layer in layers:
-        for own, tensor in {**layer.required, **layer.optional}.items():
-            number = numbers.get(bytes_of(tensor.detach()).data_ptr()) if tensor.numel() else None
-            if number in firsts:
-                found.setdefault(layer.name, {})[own] = (number, tensor)
-                sizes[number] = bytes_of(tensor.detach()).numel()
+    for name, own, tensor, number in _recorded(layers, numbers):
+        if number in firsts:
+            found.setdefault(name, {})[own] = (number, tensor)
+            sizes[number] = bytes_of(tensor.detach()).numel()
     starts, end = {}, 0
     for number in sorted(firsts, key=firsts.__getitem__):
         starts[number], end = end, align(end + sizes[number])
@@ -228,6 +220,17 @@ def _slots_for(
         for name, tensors in found.items()
     }
     return Slots(slots, end)
+
+
+def _recorded(
+    layers: Sequence[LayerTensors], numbers: Mapping[int, int]
+) -> Iterator[tuple[str, str, torch.Tensor, int]]:
+    """Tensors of layers that were recorded: the layer's name, the tensor's own, the tensor, and the number of its storage."""
+    for layer in layers:
+        for own, tensor in {**layer.required, **layer.optional}.items():
+            number = numbers.get(bytes_of(tensor.detach()).data_ptr()) if tensor.numel() else None
+            if number is not None:
+                yield layer.name, own, tensor, number
 
 
 def _slot(tensor: torch.Tensor, offset: int) -> Slot:

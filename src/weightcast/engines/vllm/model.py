@@ -96,9 +96,9 @@ class VllmModel(LiveModel):
         """What lies here of each tensor of a checkpoint; changes nothing. Raises what ``layout`` does."""
         with self._landed(manifest) as (layers, numbers, recording, through, landings):
             if self.relocatable:
-                landings = landings_in(self._form, layers, numbers, landings) if self._form else []
-        if not self._mirror.is_filled and self.relocatable:
-            landings = []
+                landings = (
+                    landings_in(self._form, layers, numbers, landings) if self._form and self._mirror.is_filled else []
+                )
         reasons = dict.fromkeys(through, "its layer goes through vLLM's loader")
         reasons |= {name: f"goes through the loader: {reason}" for name, reason in recording.reasons.items()}
         lying, used = {p.region.name for p in landings}, {p.region.name for p in recording.layout.placements}

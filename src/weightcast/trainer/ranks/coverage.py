@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping
 
 from weightcast.errors import PlanMismatch
-from weightcast.layout import Layout, Region
+from weightcast.layout import Layout, Region, overlap
 from weightcast.manifest import Manifest
 
 _Box = tuple[tuple[int, ...], tuple[int, ...]]
@@ -37,5 +36,4 @@ def check_complete(manifest: Manifest, holdings: Mapping[int, Layout], hint: str
 
 
 def _overlap(boxes: frozenset[_Box]) -> bool:
-    regions = [Region(name="", offsets=offsets, sizes=sizes) for offsets, sizes in boxes]
-    return any(one.intersect(other) is not None for one, other in itertools.combinations(regions, 2))
+    return overlap(Region(name="", offsets=offsets, sizes=sizes) for offsets, sizes in boxes)
