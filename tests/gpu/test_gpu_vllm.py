@@ -10,11 +10,8 @@ import torch
 from gpu_vllm import answers, embedded_server, engine, free_port, through_loader, tiny_model, vllm_server
 
 from weightcast import Publisher
-from weightcast.deadline import Deadline
 from weightcast.testing.models import random_state_dict, save_checkpoint
-from weightcast.trainer.clients.http import HttpEngineClient
-from weightcast.trainer.comparison import Comparison, compare
-from weightcast.trainer.sources.safetensors import SafetensorsSource
+from weightcast.testing.verified import comparison
 
 pytest.importorskip("vllm", reason="needs vLLM")
 pytest.importorskip("triton", reason="needs a CUDA build of torch")
@@ -106,26 +103,16 @@ def test_a_server_with_the_plug_in(tmp_path: Path, transport: str) -> None:
     source = on_gpu(a)
     with vllm_server(path_b, "weightcast", "--enforce-eager") as server:
         fresh = server.answers()
-        assert comparison(server, path_b).proven, "live weights are as loaded, before any round"
+        assert comparison(server.url, server.token, path_b).proven, "live weights are as loaded, before any round"
         with Publisher(source, [server.url], token=server.token, transport=transport, timeout_s=60) as publisher:  # type: ignore[attr-defined]
             assert publisher.publish().digests_match
             assert server.answers() != fresh
-            assert set(comparison(server, path_b).different) == set(b)
+            assert set(comparison(server.url, server.token, path_b).different) == set(b)
             for name, value in b.items():
                 source[name].copy_(value)
             assert publisher.publish().digests_match
             assert server.answers() == fresh
-            assert set(comparison(server, path_b).equal) == set(b)
-
-
-def comparison(server: Any, checkpoint: Path) -> Comparison:
-    """What ``weightcast verify`` finds."""
-    source, client = SafetensorsSource(checkpoint), HttpEngineClient(server.url, token=server.token)
-    try:
-        return compare(client, source, Deadline(60))
-    finally:
-        source.close()
-        client.close()
+            assert set(comparison(server.url, server.token, path_b).equal) == set(b)
 
 
 def test_our_trainer_drives_a_stock_server(tmp_path: Path) -> None:

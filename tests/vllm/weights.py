@@ -6,12 +6,10 @@ from pathlib import Path
 
 import torch
 
-from weightcast.deadline import Deadline
 from weightcast.testing.models import random_state_dict, save_checkpoint
+from weightcast.testing.verified import comparison
 from weightcast.testing.vllm_server import Served
-from weightcast.trainer.clients import HttpEngineClient
-from weightcast.trainer.comparison import Comparison, compare
-from weightcast.trainer.sources.safetensors import SafetensorsSource
+from weightcast.trainer.comparison import Comparison
 
 
 def fill(weights: dict[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> None:
@@ -28,10 +26,5 @@ def replace(weights: dict[str, torch.Tensor], model: Path) -> None:
 
 def verified(served: Served, model: Path, weights: Mapping[str, torch.Tensor]) -> Comparison:
     """What ``weightcast verify`` finds when the weights are a checkpoint."""
-    source = SafetensorsSource(save_checkpoint(model.parent / f"verified-{time.monotonic_ns()}", weights, like=model))
-    client = HttpEngineClient(served.url, token=served.token)
-    try:
-        return compare(client, source, Deadline(60))
-    finally:
-        source.close()
-        client.close()
+    checkpoint = save_checkpoint(model.parent / f"verified-{time.monotonic_ns()}", weights, like=model)
+    return comparison(served.url, served.token, checkpoint)
