@@ -22,8 +22,8 @@ KEY = secrets.token_urlsafe(12)
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("openai")
-    model = build_tiny_model(folder / "model", "qwen3", "float32")
-    options = ("--served-model-name", NAME, "--dtype", "float32", "--max-model-len", 256, "--num-threads", 1)
+    model = build_tiny_model(folder / "model", "qwen3", "float64")
+    options = ("--served-model-name", NAME, "--dtype", "float64", "--max-model-len", 256, "--num-threads", 1)
     with serving(model, folder, *options, WEIGHTCAST_API_KEY=KEY) as server:
         yield server
 
