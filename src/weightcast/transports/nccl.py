@@ -198,9 +198,12 @@ class _Group:
         comm, lanes = self._comm, self._lanes
         if lanes is None:
             raise StateError("the group was closed")
+        before, after = (rounds * len(self._buckets) for rounds in (self._num_rounds, self._num_rounds + 1))
         try:
-            self._wait_for_workers(deadline)
+            self._wait_for_workers(min(before + 1, after), deadline)
             self._broadcast(comm, lanes, deadline)
+            # What NCCL keeps in its own buffers is sent for the trainer, while a late worker may still hold up those behind it.
+            self._wait_for_workers(after, deadline)
         except DeadlineExceeded as error:
             member = self._latest()
             if member is None:
@@ -220,11 +223,10 @@ class _Group:
                 lanes.mark(number, comm.stream)
             comm.finish(deadline, "sending weights")
 
-    def _wait_for_workers(self, deadline: Deadline) -> None:
-        """Return when all workers have begun to receive."""
-        before = self._num_rounds * len(self._buckets)
-        absent = list(self.ends) if self._buckets else []
-        while absent := [end for end in absent if end.num_launched() <= before]:
+    def _wait_for_workers(self, launched: int, deadline: Deadline) -> None:
+        """Return when all workers have come to so many broadcasts, in all rounds."""
+        absent = list(self.ends)
+        while absent := [end for end in absent if end.num_launched() < launched]:
             self._check()
             deadline.check("waiting for a worker to receive")
             PairLink.wait_any(
