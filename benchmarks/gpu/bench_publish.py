@@ -1,7 +1,8 @@
 """publish() end to end, trainer and engine as two processes on one GPU, against the plain foreach copy of the same bytes.
 
 The engine has no model code: its live weights are storages as vLLM fuses parameters. Every round is proven by digests on both
-sides. Rows: the median of publish(), its phases, what the engine's copy took, and the ratio to torch._foreach_copy_.
+sides; "prepared": the trainer's was begun before publish(). Rows: the median of publish(), its phases, what the engine's copy
+took, and the ratio to torch._foreach_copy_.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from weightcast.report.model import Report
 from weightcast.testing.peer_engine import PeerEngine
 from weightcast.trainer.sources import ModuleSource
 
+PREPARED = "in place, prepared"
 WAYS = {
     "in place": {"mode": "in_place"},
+    PREPARED: {"mode": "in_place"},
     "staged": {"mode": "staged"},
     "staged, two shadows": {"mode": "staged", "shadows": 2},
 }
@@ -67,6 +70,8 @@ def measure(
         reports: list[Report] = []
         for _ in range(rounds + 2):
             policy.step()
+            if way == PREPARED:
+                publisher.prepare()
             torch.cuda.synchronize()
             reports.append(publisher.publish())
             assert reports[-1].digests_match
@@ -118,11 +123,12 @@ def main() -> None:
         plain_ms = plain_copy(table, name)
         torch.cuda.empty_cache()
         policy = Policy(name, torch.bfloat16)
-        runs = [(policy, way, "cuda_ipc", options.rounds) for way in (WAYS if name != "MoE" else ("in place",))]
+        runs = [(policy, way, "cuda_ipc", options.rounds) for way in WAYS if name != "MoE" or "place" in way]
         if name == "0.6B":
             runs += [
                 (policy, "staged", "nccl", 2),
                 (Policy(name, torch.float32), "in place", "cuda_ipc", options.rounds),
+                (Policy(name, torch.float32), PREPARED, "cuda_ipc", options.rounds),
             ]
         for source, way, transport, rounds in runs:
             try:

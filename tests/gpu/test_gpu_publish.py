@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import pytest
 import torch
@@ -13,10 +13,13 @@ from torch import nn
 
 from weightcast import Publisher
 from weightcast.deadline import Deadline
-from weightcast.errors import DigestMismatch, RoundFailed
+from weightcast.digest import LayoutDigest
+from weightcast.errors import DigestMismatch, RoundFailed, StateError, Unsupported
+from weightcast.memory import Memory
 from weightcast.receiver import staging
 from weightcast.testing.local_engine import DictModel
 from weightcast.testing.peer_engine import PeerEngine
+from weightcast.trainer.sources import ModuleSource
 
 pytest.importorskip("triton", reason="needs a CUDA build of torch")
 
@@ -54,6 +57,19 @@ class Policy(nn.Module):
         """New values at the same addresses."""
         for value in [*self.parameters(), *self.buffers()]:
             value.copy_(torch.randn(value.shape).mul(9))
+
+
+class Masters(nn.ParameterDict):
+    """The same shapes in float32."""
+
+    def __init__(self, shapes: Mapping[str, tuple[tuple[int, ...], str]]) -> None:
+        super().__init__({name: nn.Parameter(torch.randn(shape, device=DEVICE)) for name, (shape, _) in shapes.items()})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """New values at the same addresses."""
+        for value in self.values():
+            value.copy_(torch.randn(value.shape))
 
 
 def contents(policy: nn.Module, dtypes: dict[str, torch.dtype] | None = None) -> dict[str, bytes]:
@@ -101,16 +117,115 @@ def test_every_round_arrives(engine: PeerEngine, transport: str, way: str) -> No
 def test_master_weights_are_cast_on_the_way(engine: PeerEngine, transport: str) -> None:
     shapes = {name: (shape, "bfloat16") for name, (shape, dtype) in SHAPES.items() if dtype in ("bfloat16", "float32")}
     engine.build(shapes, mode="in_place", device=DEVICE)
-    policy = nn.ParameterDict(
-        {name: nn.Parameter(torch.randn(shape, device=DEVICE)) for name, (shape, _) in shapes.items()}
-    )
+    policy = Masters(shapes)
     with Publisher(policy, [engine], transport=transport, dtype=torch.bfloat16, timeout_s=30) as publisher:
         for _ in range(3):
-            with torch.no_grad():
-                for value in policy.values():
-                    value.copy_(torch.randn(value.shape))
+            policy.step()
             assert publisher.publish().digests_match
             assert engine.peer.call("contents") == contents(policy, dict.fromkeys(shapes, torch.bfloat16))
+
+
+@pytest.fixture
+def queued(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One entry for each digest that this process, the trainer, has queued."""
+    if DEVICE != "cuda":
+        pytest.skip("a CPU queues nothing")
+    found: list[int] = []
+    start = LayoutDigest.start
+
+    def counted(digest: LayoutDigest, memory: Memory, check: Callable[[], None] = lambda: None) -> Callable[[], int]:
+        found.append(memory.number)
+        return start(digest, memory, check)
+
+    monkeypatch.setattr(LayoutDigest, "start", counted)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32])
+@pytest.mark.parametrize("mode", ["in_place", "staged"])
+def test_a_prepared_round_uses_the_digest_that_was_begun(
+    engine: PeerEngine, queued: list[int], mode: str, dtype: torch.dtype | None
+) -> None:
+    """``dtype``: that of masters, which are cast on their way."""
+    shapes = SHAPES if dtype is None else {name: value for name, value in SHAPES.items() if value[1] == "bfloat16"}
+    engine.build(shapes, mode=mode, device=DEVICE)
+    policy = Policy() if dtype is None else Masters(shapes)
+    dtypes = {} if dtype is None else dict.fromkeys(shapes, torch.bfloat16)
+    with Publisher(policy, [engine], dtype=None if dtype is None else torch.bfloat16, timeout_s=30) as publisher:
+        publisher.prepare()
+        assert not queued
+        publisher.connect()
+        side = torch.cuda.Stream()
+        for number in range(6):
+            # Begun for values that are not published: the later ones count.
+            policy.step()
+            publisher.prepare()
+            policy.step()
+            queued.clear()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side if number % 2 else torch.cuda.current_stream()):
+                publisher.prepare()
+            began = len(queued)
+            assert began
+            assert publisher.publish().digests_match
+            assert len(queued) == began
+            assert engine.peer.call("contents") == contents(policy, dtypes)
+        policy.step()
+        assert publisher.publish().digests_match
+        assert len(queued) == 2 * began
+        assert engine.peer.call("contents") == contents(policy, dtypes)
+
+
+def test_values_that_change_after_prepare_end_the_round(engine: PeerEngine, queued: list[int]) -> None:
+    engine.build(SHAPES, mode="staged", device=DEVICE)
+    policy = Policy()
+    with Publisher(policy, [engine], timeout_s=30) as publisher:
+        publisher.publish()
+        before = contents(policy)
+        policy.step()
+        publisher.prepare()
+        policy.step()
+        with pytest.raises(RoundFailed) as caught:
+            publisher.publish()
+        assert isinstance(next(iter(caught.value.causes.values())), DigestMismatch)
+        assert engine.peer.call("contents") == before
+        assert publisher.publish().digests_match
+        assert engine.peer.call("contents") == contents(policy)
+
+
+def test_what_was_prepared_is_forgotten_with_the_call_that_failed(
+    engine: PeerEngine, queued: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.build(SHAPES, mode="staged", device=DEVICE)
+    policy = Policy()
+    with Publisher(policy, [engine], timeout_s=30) as publisher:
+        publisher.publish()
+        publisher.prepare()
+        began = len(queued)
+
+        def refuse(source: ModuleSource) -> None:
+            raise StateError("before any digest is asked for")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(ModuleSource, "fill", refuse)
+            with pytest.raises(StateError, match="before any digest"):
+                publisher.publish()
+        policy.step()
+        queued.clear()
+        assert publisher.publish().digests_match
+        assert len(queued) == began
+        assert engine.peer.call("contents") == contents(policy)
+
+
+def test_a_state_dict_cannot_be_prepared(engine: PeerEngine) -> None:
+    if DEVICE != "cuda":
+        pytest.skip("on a CPU there is nothing to do")
+    engine.build(SHAPES, mode="staged", device=DEVICE)
+    with (
+        Publisher(Policy().state_dict(), [engine], timeout_s=30) as publisher,
+        pytest.raises(Unsupported, match="copied by publish"),
+    ):
+        publisher.prepare()
 
 
 def shadow_nbytes() -> int:

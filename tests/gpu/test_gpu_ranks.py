@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from weightcast import Publisher
+from weightcast.digest import LayoutDigest
 from weightcast.errors import WeightcastError
 from weightcast.report.model import Report
 from weightcast.testing.peer_engine import PeerEngine
@@ -49,18 +53,46 @@ class TrainerRank:
         self.mesh = DeviceMesh(DEVICE, list(range(size)))
         self.held = {name: self._part(name, value) for name, value in whole(0).items() if self._holds(name)}
 
-    def join(self, transport: str, mode: str, engines: tuple[PeerEngine, ...] = ()) -> None:
+    def join(self, transport: str, mode: str, engines: tuple[PeerEngine, ...] = (), as_module: bool = False) -> None:
+        """``as_module``: publish parameters from where they are, not a mapping that is copied."""
+        if as_module:
+            module = nn.ParameterDict(self.held)
+            self.held = dict(module.items())
         self.publisher = Publisher(
-            self.held, engines, process_group=dist.group.WORLD, transport=transport, mode=mode, timeout_s=TIMEOUT_S
+            module if as_module else self.held,
+            engines,
+            process_group=dist.group.WORLD,
+            transport=transport,
+            mode=mode,
+            timeout_s=TIMEOUT_S,
         )
 
-    def publish(self, seed: int, timeout_s: float | None = None) -> Report:
-        """Values of a seed, written to where the old ones are, and published."""
+    @torch.no_grad()
+    def write(self, seed: int) -> None:
+        """Values of a seed, to where the old ones are."""
         for name, value in self.held.items():
             fresh = self._part(name, whole(seed)[name])
             local, new = (v.to_local() if isinstance(v, DTensor) else v for v in (value, fresh))
             local.copy_(new)
+
+    def publish(self, seed: int, timeout_s: float | None = None) -> Report:
+        """Values of a seed."""
+        self.write(seed)
         return self.publisher.publish(timeout_s)
+
+    def publish_prepared(self, seed: int) -> tuple[Report, int, int]:
+        """The same after ``prepare``; also how many digests either of them has queued."""
+        start, queued = LayoutDigest.start, []
+
+        def counted(*args: Any) -> Callable[[], int]:
+            queued.append(1)
+            return start(*args)
+
+        with mock.patch.object(LayoutDigest, "start", counted):
+            self.write(seed)
+            self.publisher.prepare()
+            began = len(queued)
+            return self.publisher.publish(), began, len(queued) - began
 
     def told(self, seed: int, timeout_s: float) -> tuple[str, str]:
         """Kind and text of the error that a publish ends with, or nothing."""
@@ -108,6 +140,31 @@ def contents(seed: int) -> dict[str, bytes]:
 
 def fresh_seed() -> int:
     return random.SystemRandom().randrange(1, 2**31)
+
+
+def test_each_rank_may_prepare_its_part(tmp_path: Path) -> None:
+    if DEVICE != "cuda":
+        pytest.skip("a CPU queues nothing")
+    with PeerEngine() as engine, trainer_ranks(2, tmp_path) as (own, (other,)):
+        engine.build({name: (shape, "float32") for name, shape in SHAPES.items()}, mode="in_place", device=DEVICE)
+        other.start("join", PULL, "in_place", (), True)
+        own.join(PULL, "in_place", (engine,), as_module=True)
+        other.result(60)
+        for prepared in (False, True, True, False):
+            seed = fresh_seed()
+            other.start("publish_prepared" if prepared else "publish", seed)
+            report, began, again = own.publish_prepared(seed)
+            assert report.digests_match
+            assert began > again == 0
+            if prepared:
+                _, began, again = other.result(60)
+                assert began > again == 0
+            else:
+                other.result(60)
+            assert engine.peer.call("contents") == contents(seed)
+        other.start("leave")
+        own.leave()
+        other.result(60)
 
 
 @pytest.mark.parametrize("transport", [PULL, PUSH])

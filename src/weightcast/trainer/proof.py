@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import msgspec
 import torch
 
+from weightcast.cuda.wait import new_event
 from weightcast.digest import LayoutDigest, combine
 from weightcast.dtypes import itemsize_of
 from weightcast.layout import Layout, Placement, contiguous_strides
@@ -18,6 +20,15 @@ from weightcast.plan import Copy, Plan, split
 
 SCRATCH_NBYTES = 2**28
 """Values that are cast on their way are cast here, too, so many bytes at a time."""
+
+
+class _Begun(NamedTuple):
+    """A digest of a memory's values that is queued on a GPU: the call that waits for it, and when it is done."""
+
+    memory: int
+    wait: Callable[[], int]
+    done: torch.cuda.Event
+    is_stale: bool = False
 
 
 class ExpectedDigest:
@@ -32,6 +43,7 @@ class ExpectedDigest:
         # Here, when a Publisher connects, and not in its first round.
         self._plain.prepare(memory)
         self._casts.prepare(memory)
+        self._begun: _Begun | None = None
 
     def of(self, memory: Memory, check: Callable[[], None] = lambda: None) -> int:
         """The digest, unsigned; on a GPU this waits for the result. On a CPU ``check`` is called every few milliseconds and may
@@ -40,11 +52,34 @@ class ExpectedDigest:
 
     def start(self, memory: Memory, check: Callable[[], None] = lambda: None) -> Callable[[], int]:
         """``of`` in two steps: on a GPU the work is queued on the current stream, and the call that is returned, made once,
-        waits for it; on a CPU that call does all of it."""
-        if not any(storage.is_cuda for storage in memory.storages[:1]):
+        waits for it; on a CPU that call does all of it. What ``begin`` has queued is used, once."""
+        if not _is_on_gpu(memory):
             return lambda: combine([self._plain.of(memory, check), self._casts.start(memory, check)()])
+        begun, self._begun = self._begun, None
+        if begun is not None:
+            # Also for a stale one: both write their sums to the same place.
+            torch.cuda.current_stream(memory.storages[0].device).wait_event(begun.done)
+            if begun.memory == memory.number and not begun.is_stale:
+                return begun.wait
         plain, casts = self._plain.start(memory), self._casts.start(memory, check)
         return lambda: combine([plain(), casts()])
+
+    def begin(self, memory: Memory) -> None:
+        """Queue on the current stream what the next ``start`` would have to; nothing on a CPU."""
+        self.forget()
+        if _is_on_gpu(memory):
+            wait, done = self.start(memory), new_event()
+            done.record(torch.cuda.current_stream(memory.storages[0].device))
+            self._begun = _Begun(memory.number, wait, done)
+
+    def forget(self) -> None:
+        """Use nothing of what ``begin`` has queued: values may be other ones since."""
+        if self._begun is not None:
+            self._begun = self._begun._replace(is_stale=True)
+
+
+def _is_on_gpu(memory: Memory) -> bool:
+    return any(storage.is_cuda for storage in memory.storages[:1])
 
 
 class _Casts:

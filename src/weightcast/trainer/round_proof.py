@@ -69,5 +69,5 @@ class RoundProof:
         if digest != self.expected[key]:
             raise DigestMismatch(
                 f"{what} weights have digest {digest:016x}, the trainer's are {self.expected[key]:016x}",
-                hint="Bytes were lost, torn or changed while they were published",
+                hint="Bytes were lost, torn, or changed since publish(), or prepare(), was called",
             )

@@ -75,7 +75,8 @@ class Follower:
         self._source, self._rank, self._address = source, rank, address
         self._holder = Holder(source)
         self._manifest: Manifest = source.manifest
-        self._expected: dict[str, ExpectedDigest] = {}
+        self.expected: dict[str, ExpectedDigest] = {}
+        """Digests of what this rank holds, by key."""
         self._ends: dict[int, _HeldEnd] = {}
         self._orders: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
         self._lost: str | None = None
@@ -227,10 +228,10 @@ class Follower:
             case Adopt():
                 moved = self._holder.adopt(order.transports)
                 if moved:
-                    self._expected.clear()
+                    self.expected.clear()
                 return Answer(moved=moved, layout=self._source.layout)
             case Expect():
-                self._expected[order.key] = ExpectedDigest(self._manifest, order.copies, self._source.memory)
+                self.expected[order.key] = ExpectedDigest(self._manifest, order.copies, self._source.memory)
             case Pair():
                 return Answer(offers=self._open(order))
             case Refresh():
@@ -263,7 +264,7 @@ class Follower:
                     with self._held(order.pair).use() as end:
                         return Answer(value=end.send(Deadline(order.timeout_s)))
                 case Digest():
-                    expected = self._expected.get(order.key)
+                    expected = self.expected.get(order.key)
                     if expected is None:
                         raise ProtocolError("nothing is expected under that key")
                     check = partial(Deadline(order.timeout_s).check, "the digest of what this rank holds")

@@ -322,6 +322,13 @@ class SharedDigest:
         """``of`` in two steps, of which the second does all: the other ranks' answers have to be waited for anyhow."""
         return partial(self.of, memory, check)
 
+    def begin(self, memory: Memory) -> None:
+        """That of this rank's part: every rank begins its own."""
+        self._own.begin(memory)
+
+    def forget(self) -> None:
+        self._own.forget()
+
 
 def joined_manifest(manifests: Mapping[int, Manifest]) -> Manifest:
     """Rank 0's tensors and whatever only others have, in order of rank; PlanMismatch where two ranks differ in a tensor."""

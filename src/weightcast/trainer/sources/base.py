@@ -19,6 +19,8 @@ class Source(ABC):
     """Holdings of the manifest's tensors in ``memory``."""
     memory: Memory
     device: torch.device
+    is_copied = False
+    """Whether ``refresh`` copies the values into ``memory``, where the user's tensors do not lie."""
 
     def consolidate(self) -> None:
         """Lay all storages side by side in one arena, where the source can move its tensors; otherwise nothing."""

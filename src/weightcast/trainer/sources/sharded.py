@@ -43,7 +43,7 @@ class ShardedSource(Source):
         held = {name: part for name, part in parts.items() if _is_held(part)}
         self._held_at = [i for i, part in enumerate(parts.values()) if _is_held(part)]
         self._views: list[torch.Tensor] = []
-        self._is_mirror = module is None
+        self.is_copied = module is None
         self._owners: _Owners | None = None
         if module is None:
             self._forms = Forms(tensors)
@@ -82,7 +82,7 @@ class ShardedSource(Source):
         if tuple(s.numel() for s in memory.storages) != self.layout.storage_nbytes:
             raise InvalidInput("the new memory has other storages than the old one")
         self.memory = memory
-        self._is_mirror = True
+        self.is_copied = True
         self._views = [
             memory.view(p.storage, p.dtype, p.offset, p.region.sizes, p.strides) for p in self.layout.placements
         ]
@@ -99,7 +99,7 @@ class ShardedSource(Source):
         else:
             now = self._forms.locals_of(self._tensors)
             values = list(map(now.__getitem__, self._held_at))
-        if self._is_mirror and self._views:
+        if self.is_copied and self._views:
             torch._foreach_copy_(self._views, values)
         wait_for_stream(self.device)
 

@@ -21,6 +21,8 @@ class StateDictSource(Source):
     names, shapes and dtypes, values as they are then.
     """
 
+    is_copied = True
+
     def __init__(self, tensors: Mapping[str, torch.Tensor], *, dtype: torch.dtype | None = None) -> None:
         if not tensors:
             raise InvalidInput("the state dict is empty", field="source")
