@@ -47,20 +47,32 @@ class Clients:
 
     def start(self, url: str) -> None:
         self._times: list[list[float]] = [[] for _ in range(NUM_STREAMS)]
-        for number, times in enumerate(self._times):
-            threading.Thread(target=self._stream, args=(url, number, times), daemon=True).start()
+        self._ended = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._stream, args=(url, number, times), daemon=True)
+            for number, times in enumerate(self._times)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def _stream(self, url: str, number: int, times: list[float]) -> None:
         body = {
             "model": "policy", "prompt": [number + 11] * 16, "max_tokens": 3000, "ignore_eos": True, "stream": True,
             "temperature": 0, "allowed_token_ids": list(range(10, 200)),
         }  # fmt: skip
-        while True:
+        while not self._ended.wait(0.05):
             with httpx.stream("POST", url + "/v1/completions", json=body, timeout=60, trust_env=False) as answer:
                 for line in answer.iter_lines():
+                    if self._ended.is_set():
+                        break
                     if line.startswith("data:"):
                         times.append(time.monotonic())
-            time.sleep(0.05)
+
+    def end(self) -> None:
+        """Leave the server."""
+        self._ended.set()
+        for thread in self._threads:
+            thread.join(10)
 
     def gaps(self, start: float, end: float) -> list[float]:
         """Seconds between two tokens of a stream, for all pairs that touch the span."""
@@ -128,6 +140,7 @@ def main() -> None:
                     measure(table, trainer, way, server, clients, options.rounds)
                 except Exception as error:  # noqa: BLE001 - the other rows are still worth having
                     table.fail(way, error)
+            clients.call("end", timeout_s=60)
     table.save()
     table.exit()
 

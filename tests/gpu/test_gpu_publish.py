@@ -200,6 +200,7 @@ def test_what_was_prepared_is_forgotten_with_the_call_that_failed(
     policy = Policy()
     with Publisher(policy, [engine], timeout_s=30) as publisher:
         publisher.publish()
+        queued.clear()
         publisher.prepare()
         began = len(queued)
 

@@ -150,6 +150,10 @@ def test_each_rank_may_prepare_its_part(tmp_path: Path) -> None:
         other.start("join", PULL, "in_place", (), True)
         own.join(PULL, "in_place", (engine,), as_module=True)
         other.result(60)
+        seed = fresh_seed()
+        other.start("publish", seed)
+        own.publish(seed)
+        other.result(60)
         for prepared in (False, True, True, False):
             seed = fresh_seed()
             other.start("publish_prepared" if prepared else "publish", seed)
