@@ -8,6 +8,8 @@ from datetime import timedelta
 
 from weightcast.errors import DeadlineExceeded, InvalidInput
 
+LEAST_S = 0.001
+
 
 class Deadline:
     """A moment on the monotonic clock (wall-clock jumps do not move it). Pass it on; never restart it."""
@@ -24,9 +26,17 @@ class Deadline:
         """Seconds left, never negative."""
         return max(0.0, self.at - time.monotonic())
 
-    def remaining(self) -> timedelta:
-        """Time left, at least one millisecond: libraries read zero as 'no limit'."""
-        return timedelta(seconds=max(self.remaining_s(), 0.001))
+    def limit_s(self) -> float:
+        """Seconds left, at least a millisecond: for libraries, which read zero as 'no limit', and for other processes."""
+        return max(self.remaining_s(), LEAST_S)
+
+    def limit(self) -> timedelta:
+        """``limit_s`` for libraries that take it in this form."""
+        return timedelta(seconds=self.limit_s())
+
+    def part(self, share: float = 1.0, *, at_most_s: float = math.inf) -> Deadline:
+        """A deadline within this one: after a share of the time left, and no more than so many seconds."""
+        return Deadline(min(max(share * self.remaining_s(), LEAST_S), at_most_s))
 
     @property
     def passed(self) -> bool:

@@ -68,8 +68,8 @@ def fetch_unique_id(address: str, port: int, world_size: int, deadline: Deadline
     _await_listener(address, port, deadline)
     try:
         # Counted among the workers: a stock rank 0 sets no key before all of them have come.
-        store = TCPStore(address, port, world_size, False, deadline.remaining(), wait_for_workers=True, use_libuv=False)
-        store.set_timeout(deadline.remaining())
+        store = TCPStore(address, port, world_size, False, deadline.limit(), wait_for_workers=True, use_libuv=False)
+        store.set_timeout(deadline.limit())
         return unique_id_in(store.get(_KEY))
     except (DistNetworkError, DistStoreError) as error:
         if deadline.passed:
@@ -81,7 +81,7 @@ def _await_listener(address: str, port: int, deadline: Deadline) -> None:
     """Return when somebody listens: torch's own wait for that takes up to twice its limit."""
     while True:
         try:
-            socket.create_connection((address, port), max(min(1.0, deadline.remaining_s()), 0.001)).close()
+            socket.create_connection((address, port), min(1.0, deadline.limit_s())).close()
         except OSError:
             deadline.check(f"waiting for a rendezvous at {address}:{port}")
             time.sleep(min(0.1, deadline.remaining_s()))

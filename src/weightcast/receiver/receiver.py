@@ -92,7 +92,7 @@ class Receiver:
         session = self._require_session()
         if self._round.id == id and self._round.phase is Phase.COMMITTED:
             return
-        patience = Deadline(min(max(deadline.remaining_s(), 0.001), APPROVAL_TIMEOUT_S))
+        patience = deadline.part(at_most_s=APPROVAL_TIMEOUT_S)
         approval = self._round.wait_for_approval(id, patience, version)
         self.highest = max(self.highest, version_number(approval.version))
         before = (self.version, self.content, self.dirty)

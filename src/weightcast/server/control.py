@@ -175,7 +175,7 @@ class EngineCommitter:
             "action": order.action,
             "epoch": order.epoch,
             "round": order.round,
-            "timeout_s": max(deadline.remaining_s(), 0.001),
+            "timeout_s": deadline.limit_s(),
         }
         if order.version:
             update["version"] = order.version

@@ -177,7 +177,7 @@ class LocalEngine(EngineClient):
         self._update({"epoch": epoch, "round": round, "action": "rollback"}, deadline, None)
 
     def _update(self, info: dict[str, Any], deadline: Deadline, version: str | None) -> None:
-        info["timeout_s"] = max(deadline.remaining_s(), 0.001)
+        info["timeout_s"] = deadline.limit_s()
         errors: list[WeightcastError] = []
         for worker in self.workers:
             try:

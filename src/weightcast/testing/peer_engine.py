@@ -158,7 +158,7 @@ class PeerEngine(EngineClient):
         self._make("shutdown", deadline)
 
     def _make(self, method: str, deadline: Deadline, *args: Any) -> Any:
-        left_s = max(deadline.remaining_s(), 0.001)
+        left_s = deadline.limit_s()
         try:
             return self.peer.call("make", method, *args, left_s, timeout_s=left_s + 2)
         except RankFailed as error:

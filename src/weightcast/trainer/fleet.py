@@ -112,7 +112,7 @@ class Fleet:
                 "public_key": self._coordinator.public_key,
                 "ticket": ticket,
                 "engine": engine.name,
-                "timeout_s": max(deadline.remaining_s(), 0.001),
+                "timeout_s": deadline.limit_s(),
                 "takeover": self._settings.takeover,
                 "session": self._session,
                 "world_size": world_size,
@@ -249,7 +249,7 @@ class Fleet:
             return
         for (_, worker), (end, offers) in zip(group, opened, strict=True):
             worker.end = end
-            timeout_s = max(deadline.remaining_s(), 0.001)
+            timeout_s = deadline.limit_s()
             setup = Setup(epoch=self.epoch, holdings=dict(self.ranks.holdings), offers=offers, timeout_s=timeout_s)
             self._coordinator.send(worker.member, setup)
 

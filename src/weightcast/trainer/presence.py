@@ -44,7 +44,7 @@ class Presence:
         """How long a round waits for absent engines; None: as long as it takes."""
         if self._require == "all" or not any(engine.joined for engine in self._fleet.engines):
             return None
-        return Deadline(max(min(REJOIN_PATIENCE_S, 0.25 * deadline.remaining_s()), 0.001))
+        return deadline.part(0.25, at_most_s=REJOIN_PATIENCE_S)
 
     def bring_up(
         self, engines: Sequence[EngineLink], deadline: Deadline, patience: Deadline | None = None
@@ -88,20 +88,20 @@ class Presence:
             if not broken:
                 return failures
             share = 1.0 if self._require == "all" else SETUP_SHARE
-            failures |= self._fleet.set_up(broken, Deadline(max(share * deadline.remaining_s(), 0.001)))
+            failures |= self._fleet.set_up(broken, deadline.part(share))
 
     def _joining(self, deadline: Deadline, patience: Deadline | None) -> Deadline:
         """How long engines may take to join: beside rounds a whole timeout, before them what leaves time for the rest."""
         if patience is not None:
             return Deadline(self._timeout_s)
         share = 1.0 if self._require == "all" else 1.0 - SETUP_SHARE
-        return Deadline(max(share * deadline.remaining_s(), 0.001))
+        return deadline.part(share)
 
     @staticmethod
     def _ask(engine: EngineLink, deadline: Deadline, failures: dict[str, WeightcastError]) -> None:
         """Learn what an engine serves whose last commit or roll-back could not be followed."""
         try:
-            engine.learn(engine.client.status(Deadline(max(0.25 * deadline.remaining_s(), 0.001))))
+            engine.learn(engine.client.status(deadline.part(0.25)))
         except WeightcastError as error:
             failures[engine.name] = error.at(engine=engine.name, phase="join")
 

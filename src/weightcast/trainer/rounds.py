@@ -165,7 +165,7 @@ class Round:
 
     def _transfer(self, pool: ThreadPoolExecutor, workers: list[tuple[EngineLink, WorkerLink]]) -> None:
         if self._require == "live":
-            self._transfer_deadline = Deadline(max(self._left_s() * LIVE_TRANSFER_SHARE, 0.001))
+            self._transfer_deadline = self._deadline.part(LIVE_TRANSFER_SHARE)
         staged = [(engine, worker) for engine, worker in workers if not worker.in_place]
         in_place = [(engine, worker) for engine, worker in workers if worker.in_place]
         with self._timeline.phase("begin"):
@@ -200,7 +200,9 @@ class Round:
     def _tell_begin(self, workers: list[tuple[EngineLink, WorkerLink]]) -> None:
         for _, worker in workers:
             worker.at = (self._epoch, self._round)
-            self._tell(worker, Begin(epoch=self._epoch, round=self._round, base=self._base, timeout_s=self._left_s()))
+            self._tell(
+                worker, Begin(epoch=self._epoch, round=self._round, base=self._base, timeout_s=self._deadline.limit_s())
+            )
 
     def _stage(self, engine: EngineLink, worker: WorkerLink) -> None:
         """Send (if it is pushed) and wait until the worker has all bytes and their digest."""
@@ -227,7 +229,7 @@ class Round:
         lost = self._fleet.ranks.lost(phase)
         if lost is not None:
             raise lost
-        brief = Deadline(min(self._left_s(), UNDO_S))
+        brief = self._deadline.part(at_most_s=UNDO_S)
         with contextlib.suppress(TimeoutError, Cancelled):
             self._take(engine, worker, kind, phase, brief)
         named = worker.named(error)
@@ -357,9 +359,6 @@ class Round:
         self._check(worker, "live")
 
     # -- pieces
-
-    def _left_s(self) -> float:
-        return max(self._deadline.remaining_s(), 0.001)
 
     def _send_bytes(self, worker: WorkerLink, deadline: Deadline) -> None:
         if worker.end is not None:

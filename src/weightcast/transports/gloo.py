@@ -101,7 +101,7 @@ class _Pair:
         """Make the group; both sides meet in here."""
         options = cast(Any, ProcessGroupGloo)._Options()
         options._devices = [ProcessGroupGloo.create_device(hostname=store.local_address, lazy_init=False)]
-        options._timeout = deadline.remaining()
+        options._timeout = deadline.limit()
         options._threads = 1
         try:
             self._group = ProcessGroupGloo(store, self._rank, 2, options)
@@ -121,7 +121,7 @@ class _Pair:
     def wait(self, work: Work, deadline: Deadline, what: str) -> None:
         with self._errors(deadline, what):
             # Gloo cuts the limit to whole milliseconds; without one more it would end before the deadline does.
-            work.wait(deadline.remaining() + timedelta(milliseconds=2))
+            work.wait(deadline.limit() + timedelta(milliseconds=2))
 
     def abort(self) -> None:
         self.guard.abort()

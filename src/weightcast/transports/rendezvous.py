@@ -125,7 +125,7 @@ class Listener:
 
     def _is_worker(self, connection: socket.socket, deadline: Deadline) -> bool:
         # A stranger who connects and says nothing must not keep the worker out until the deadline.
-        limit = Deadline(min(2.0, max(deadline.remaining_s(), 0.001)))
+        limit = deadline.part(at_most_s=2.0)
         try:
             shown = _receive(connection, _SECRET_NBYTES, limit, self._guard)
         except (PeerLost, TimeoutError):

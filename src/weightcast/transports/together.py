@@ -91,7 +91,7 @@ class Together:
                 check()
                 if not self._working or deadline.at + GRACE_S < time.monotonic():
                     deadline.check(f"{what}: waiting for the other workers of the group")
-                self._changed.wait(min(_STEP_S, max(deadline.remaining_s(), 0.001)))
+                self._changed.wait(min(_STEP_S, deadline.limit_s()))
 
     def _refuse(self, member: int) -> None:
         failure = self._failure

@@ -173,7 +173,7 @@ class LLM:
     def _next(self, done: queue.SimpleQueue[RequestOutput], deadline: Deadline) -> RequestOutput:
         while True:
             try:
-                return done.get(timeout=min(_LIVENESS_CHECK_S, max(deadline.remaining_s(), 0.001)))
+                return done.get(timeout=min(_LIVENESS_CHECK_S, deadline.limit_s()))
             except queue.Empty:
                 deadline.check("generate")
                 if not self.engine.alive and done.empty():

@@ -35,7 +35,7 @@ class Helper:
         future: Future[T] = Future()
         self._calls.put((future, work))
         try:
-            return future.result(max(deadline.remaining_s(), 0.001))
+            return future.result(deadline.limit_s())
         except TimeoutError:
             if future.done():
                 raise

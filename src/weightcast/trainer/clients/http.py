@@ -58,13 +58,13 @@ class HttpEngineClient(EngineClient):
             "version": order.version,
             "pause": order.pause,
             "clear_cache": order.clear_cache,
-            "timeout_s": max(deadline.remaining_s(), 0.001),
+            "timeout_s": deadline.limit_s(),
         }
         answer = self._call("POST", "/weightcast/commit", deadline, body)
         return CommitReply(phases=answer.get("phases", {}))
 
     def rollback(self, epoch: int, round: int, deadline: Deadline) -> None:
-        body = {"epoch": epoch, "round": round, "timeout_s": max(deadline.remaining_s(), 0.001)}
+        body = {"epoch": epoch, "round": round, "timeout_s": deadline.limit_s()}
         self._call("POST", "/weightcast/rollback", deadline, body)
 
     def status(self, deadline: Deadline) -> Mapping[str, Any]:

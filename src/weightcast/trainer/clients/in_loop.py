@@ -31,7 +31,7 @@ class LoopCalls:
             )
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
-            return future.result(max(deadline.remaining_s(), 0.001))
+            return future.result(deadline.limit_s())
         except TimeoutError:
             if future.done():
                 raise
@@ -99,7 +99,7 @@ class AsyncEngineClient(EngineClient):
 
     def _update(self, action: str, order: CommitOrder, deadline: Deadline) -> None:
         run, engine = self._calls.run, self._engine
-        left_s = max(deadline.remaining_s(), 0.001)
+        left_s = deadline.limit_s()
         info = {"epoch": order.epoch, "round": order.round, "action": action, "timeout_s": left_s}
         run(engine.start_weight_update(), deadline)
         run(engine.update_weights({"update_info": info}), deadline)

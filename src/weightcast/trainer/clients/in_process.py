@@ -77,7 +77,7 @@ class InProcessEngineClient(EngineClient):
                 "epoch": order.epoch,
                 "round": order.round,
                 "action": action,
-                "timeout_s": max(deadline.remaining_s(), 0.001),
+                "timeout_s": deadline.limit_s(),
             }
             self._engine.update_weights({"update_info": info})
             self._engine.finish_weight_update(order.version or None)

@@ -70,7 +70,7 @@ class RayEngineClient(EngineClient):
     def _call(self, method: str, deadline: Deadline, *arguments: Any) -> Any:
         import ray
 
-        left_s = max(deadline.remaining_s(), 0.001)
+        left_s = deadline.limit_s()
         try:
             answer = ray.get(self._actor.weightcast_call.remote(method, arguments, left_s), timeout=left_s)
         except ray.exceptions.GetTimeoutError:

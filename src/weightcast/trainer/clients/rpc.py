@@ -110,7 +110,7 @@ class RpcEngineClient(EngineClient):
         return CommitReply(phases={"pause": at_rest - start, "apply": applied - at_rest, "resume": end - applied})
 
     def _update(self, action: str, order: CommitOrder, deadline: Deadline) -> list[WorkerOutcome]:
-        payload = {"epoch": order.epoch, "round": order.round, "timeout_s": max(deadline.remaining_s(), 0.001)}
+        payload = {"epoch": order.epoch, "round": order.round, "timeout_s": deadline.limit_s()}
         version = {"version": order.version} if order.version else {}
         outcomes = self._ask("update", {**payload, **version, "action": action}, deadline)
         error = first_error(outcomes)

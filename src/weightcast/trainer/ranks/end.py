@@ -30,7 +30,7 @@ class SharedEnd:
             if own is not None:
                 own.connect(deadline)
 
-        self._everywhere(lambda pair: Connect(pair=pair, timeout_s=_left_s(deadline)), connect_own, deadline, "setup")
+        self._everywhere(lambda pair: Connect(pair=pair, timeout_s=deadline.limit_s()), connect_own, deadline, "setup")
 
     def send(self, deadline: Deadline) -> int:
         own, sent = self._own, [0]
@@ -40,7 +40,7 @@ class SharedEnd:
                 sent.append(own.send(deadline))
 
         others = self._everywhere(
-            lambda pair: Send(pair=pair, timeout_s=_left_s(deadline)), send_own, deadline, "transfer"
+            lambda pair: Send(pair=pair, timeout_s=deadline.limit_s()), send_own, deadline, "transfer"
         )
         return sum(sent) + others
 
@@ -83,7 +83,3 @@ class SharedEnd:
             if lost is not None:
                 raise lost from error
             raise
-
-
-def _left_s(deadline: Deadline) -> float:
-    return max(deadline.remaining_s(), 0.001)

@@ -154,7 +154,7 @@ class Follower:
         """
         self._call += 1
         try:
-            return self._work(what, Deadline(max(deadline.remaining_s(), 0.001) + GRACE_S))
+            return self._work(what, Deadline(deadline.limit_s() + GRACE_S))
         except BaseException:
             # The rest of this call is not for anybody any more.
             self._left = self._call

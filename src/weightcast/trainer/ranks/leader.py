@@ -111,7 +111,7 @@ class Ranks:
         is_new = not self._members
         if is_new:
             self._wait_for_all(deadline)
-        self._ask_all(Enter(what=what, timeout_s=max(deadline.remaining_s(), 0.001)), deadline, phase="join")
+        self._ask_all(Enter(what=what, timeout_s=deadline.limit_s()), deadline, phase="join")
         if is_new or not self._layouts:
             self._survey(deadline)
 
@@ -311,7 +311,7 @@ class SharedDigest:
     def of(self, memory: Memory, check: Callable[[], None]) -> int:
         """The sum of all parts; the other ranks compute theirs meanwhile. ``check`` is that of an ExpectedDigest."""
         deadline = self._ranks.deadline
-        order = Digest(key=self._key, timeout_s=max(deadline.remaining_s(), 0.001))
+        order = Digest(key=self._key, timeout_s=deadline.limit_s())
         posted = {rank: self._ranks.post(member, order) for rank, member in self._others.items()}
         parts = [self._own.of(memory, check)]
         for rank, number in posted.items():

@@ -84,7 +84,7 @@ class Group:
             work = dist.all_gather(received, sent, group=self._group, async_op=True)
             assert work is not None
             # Gloo cuts the limit to whole milliseconds; without one more it would end before the deadline does.
-            work.wait(deadline.remaining() + timedelta(milliseconds=2))
+            work.wait(deadline.limit() + timedelta(milliseconds=2))
             return [_content(bytes(tensor.cpu().numpy())) for tensor in received]
         except RuntimeError as error:
             hint = "Make a Publisher on every rank of the process group"
