@@ -13,6 +13,7 @@ import msgspec
 
 from weightcast.errors import ProtocolError, WeightcastError
 from weightcast.facts import Facts
+from weightcast.known import known
 from weightcast.layout import Layout
 from weightcast.manifest import Manifest
 
@@ -219,7 +220,7 @@ AnyMessage = (
     | RankAnswer
 )
 
-_decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage)
+_decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(known(AnyMessage))
 
 
 def encode(message: Message) -> bytes:

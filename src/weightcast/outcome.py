@@ -12,6 +12,7 @@ import msgspec
 
 from weightcast.errors import EngineError, Unsupported, WeightcastError, error_from_wire
 from weightcast.held import HeldTensor
+from weightcast.known import known
 
 
 class WorkerOutcome(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,7 +41,7 @@ class WorkerOutcome(msgspec.Struct, frozen=True, kw_only=True):
 def outcomes_from(answers: Sequence[Any]) -> list[WorkerOutcome]:
     """The records in an engine's answer; EngineError when it is something else."""
     try:
-        outcomes = msgspec.convert(list(answers), list[WorkerOutcome])
+        outcomes = msgspec.convert(list(answers), known(list[WorkerOutcome]))
     except msgspec.ValidationError as error:
         raise EngineError(
             f"the engine's workers answered something else: {error}",

@@ -26,6 +26,7 @@ CORE = {
     "deadline",
     "secret",
     "invalid",
+    "known",
     "replay",
     "held",
 }

@@ -23,6 +23,7 @@ import torch
 from weightcast.cuda.wait import wait_stream
 from weightcast.deadline import Deadline
 from weightcast.errors import DeadlineExceeded, PeerLost, TransportError, WeightcastError, error_from_wire
+from weightcast.known import known
 from weightcast.layout import image_layout
 from weightcast.manifest import Manifest, TensorSpec
 from weightcast.memory import Memory
@@ -65,7 +66,7 @@ def try_transport(name: str, *, nbytes: int = 16 * 2**20, timeout_s: float = 60.
     payload = torch.randint(0, 256, (nbytes,), dtype=torch.uint8).to(ours)
     expected = _sha256(payload)
     with _worker(deadline, theirs, shares_gpu=ours.type == "cuda" and ours == theirs) as worker:
-        reason = transport.refusal(local_facts(ours), msgspec.json.decode(worker.read(), type=Facts))
+        reason = transport.refusal(local_facts(ours), msgspec.json.decode(worker.read(), type=known(Facts)))
         if reason is not None:
             raise TransportError(f"{name}: {reason}")
         memory = transport.adopt(Memory([payload]))
@@ -76,7 +77,7 @@ def try_transport(name: str, *, nbytes: int = 16 * 2**20, timeout_s: float = 60.
                 worker.write(msgspec.json.encode(offer))
                 end.connect(deadline)
                 end.send(deadline)
-                answer = msgspec.json.decode(worker.read(), type=_Answer)
+                answer = msgspec.json.decode(worker.read(), type=known(_Answer))
             finally:
                 end.close()
         finally:
@@ -171,7 +172,7 @@ def main(requests: IO[bytes], answers: IO[bytes], device: torch.device) -> None:
         answers.flush()
 
     say(msgspec.json.encode(local_facts(device)))
-    request = msgspec.json.decode(requests.readline(), type=_Offer)
+    request = msgspec.json.decode(requests.readline(), type=known(_Offer))
     try:
         say(msgspec.json.encode(_receive(request, device)))
     except WeightcastError as error:

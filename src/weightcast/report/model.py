@@ -11,6 +11,7 @@ from typing import Literal
 import msgspec
 
 from weightcast.errors import InvalidInput
+from weightcast.known import known
 
 Outcome = Literal["committed", "aborted"]
 
@@ -132,7 +133,7 @@ class Report:
     def from_json(cls, text: str | bytes) -> Report:
         """Read ``to_json``'s form; raises InvalidInput that says which field is wrong. Unknown fields are ignored."""
         try:
-            return msgspec.json.decode(text, type=cls)
+            return msgspec.json.decode(text, type=known(cls))
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise InvalidInput(f"not a report: {error}", field="report") from None
 

@@ -11,6 +11,7 @@ from starlette.requests import Request
 
 from weightcast.errors import InvalidInput
 from weightcast.invalid import invalid_input
+from weightcast.known import known
 from weightcast.server.replies import RequestRefused
 
 StructT = TypeVar("StructT", bound=msgspec.Struct)
@@ -46,7 +47,7 @@ def decode(data: bytes, cls: type[StructT]) -> StructT:
     if not data.strip():
         raise InvalidInput("the request has no body; send a JSON object", field="body")
     try:
-        return msgspec.json.decode(data, type=cls)
+        return msgspec.json.decode(data, type=known(cls))
     except msgspec.ValidationError as error:
         raise invalid_input(error) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:

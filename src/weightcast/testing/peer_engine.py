@@ -18,6 +18,7 @@ import torch
 from weightcast.deadline import Deadline
 from weightcast.dtypes import dtype_of
 from weightcast.errors import EngineError, Unsupported, error_from_wire
+from weightcast.known import known
 from weightcast.layout import Layout
 from weightcast.manifest import Manifest
 from weightcast.memory import Memory
@@ -77,7 +78,7 @@ class EngineSide:
 
     def store(self, layout: bytes, mode: str, device: str) -> None:
         """Storages of a layout."""
-        model = StoredModel(msgspec.msgpack.decode(layout, type=Layout), device)
+        model = StoredModel(msgspec.msgpack.decode(layout, type=known(Layout)), device)
         self._engine = LocalEngine("peer", [model], mode=mode)  # type: ignore[list-item]
 
     def limit(self, device_nbytes: int) -> None:

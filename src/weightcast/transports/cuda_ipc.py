@@ -20,6 +20,7 @@ from weightcast.cuda import driver
 from weightcast.cuda.wait import new_event, new_stream, wait_device, wait_event, wait_queued
 from weightcast.deadline import Deadline
 from weightcast.errors import InvalidInput, ProtocolError, StateError, TransportError, Unsupported, WeightcastError
+from weightcast.known import known
 from weightcast.manifest import Manifest
 from weightcast.memory import Memory
 from weightcast.plan import Copy
@@ -114,7 +115,7 @@ class CudaIpcTransport(Transport):
 
     def worker_end(self, offer: bytes, copies: Sequence[Copy]) -> WorkerEnd:
         try:
-            decoded = msgspec.msgpack.decode(offer, type=CudaIpcOffer)
+            decoded = msgspec.msgpack.decode(offer, type=known(CudaIpcOffer))
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise ProtocolError(f"malformed cuda_ipc offer: {error}") from None
         _check_offer(decoded, copies)

@@ -25,6 +25,7 @@ from torch.distributed import ProcessGroupGloo, Work
 
 from weightcast.deadline import Deadline
 from weightcast.errors import DeadlineExceeded, InvalidInput, PeerLost, PlanMismatch, ProtocolError, TransportError
+from weightcast.known import known
 from weightcast.memory import Memory
 from weightcast.plan import Copy, plan_digest
 from weightcast.replay import Replay
@@ -76,7 +77,7 @@ class GlooTransport(Transport):
 
     def worker_end(self, offer: bytes, copies: Sequence[Copy]) -> WorkerEnd:
         try:
-            decoded = msgspec.msgpack.decode(offer, type=GlooOffer)
+            decoded = msgspec.msgpack.decode(offer, type=known(GlooOffer))
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise ProtocolError(f"malformed gloo offer: {error}") from None
         try:

@@ -26,6 +26,7 @@ from weightcast.errors import (
     TransportError,
     WeightcastError,
 )
+from weightcast.known import known
 from weightcast.memory import Memory
 from weightcast.plan import Copy
 from weightcast.transports.base import DEFAULT_BUCKET_NBYTES, Facts, TrainerEnd, Transport, WorkerEnd
@@ -118,7 +119,7 @@ class NcclTransport(Transport):
 
     def worker_end(self, offer: bytes, copies: Sequence[Copy]) -> WorkerEnd:
         try:
-            decoded = msgspec.msgpack.decode(offer, type=NcclOffer)
+            decoded = msgspec.msgpack.decode(offer, type=known(NcclOffer))
             check_bucket_nbytes(decoded.bucket_nbytes)
             if len(decoded.unique_id) != UNIQUE_ID_NBYTES:
                 raise ProtocolError(f"nccl offer: an id of {len(decoded.unique_id)} bytes")

@@ -21,6 +21,7 @@ from torch._C._distributed_c10d import Store
 
 from weightcast.deadline import Deadline
 from weightcast.errors import InvalidInput, PeerLost, ProtocolError, TransportError, WeightcastError
+from weightcast.known import known
 from weightcast.secret import same_secret
 from weightcast.transports.guard import EndGuard
 
@@ -74,7 +75,7 @@ class PairStore(Store):
             raise ProtocolError(f"a rendezvous frame of {nbytes} bytes")
         try:
             frame = _receive(self.connection, nbytes, self._deadline, self._guard)
-            return msgspec.msgpack.decode(frame, type=_Entry)
+            return msgspec.msgpack.decode(frame, type=known(_Entry))
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise ProtocolError(f"malformed rendezvous frame: {error}") from None
 

@@ -18,6 +18,7 @@ from weightcast.cpu.proven import ProvenReplay
 from weightcast.deadline import Deadline
 from weightcast.dtypes import itemsize_of
 from weightcast.errors import InvalidInput, ProtocolError, StateError, TransportError
+from weightcast.known import known
 from weightcast.manifest import Manifest, align
 from weightcast.memory import FileSpan, Memory
 from weightcast.plan import Copy, as_run, slices
@@ -121,7 +122,7 @@ class ShmTransport(Transport):
 
     def worker_end(self, offer: bytes, copies: Sequence[Copy]) -> WorkerEnd:
         try:
-            decoded = msgspec.msgpack.decode(offer, type=ShmOffer)
+            decoded = msgspec.msgpack.decode(offer, type=known(ShmOffer))
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise ProtocolError(f"malformed shm offer: {error}") from None
         _check_offer(decoded, copies)

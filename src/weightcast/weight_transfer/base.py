@@ -23,6 +23,7 @@ import msgspec
 
 from weightcast.errors import InvalidInput
 from weightcast.invalid import invalid_input
+from weightcast.known import known
 from weightcast.receiver.base import LiveModel
 from weightcast.weight_transfer.config import WeightTransferConfig
 
@@ -115,6 +116,6 @@ class WeightTransferEngine(ABC, Generic[InitT, UpdateT]):
 
 def _convert(data: Mapping[str, Any], cls: type[msgspec.Struct]) -> msgspec.Struct:
     try:
-        return msgspec.convert(dict(data), cls, strict=False)
+        return msgspec.convert(dict(data), known(cls), strict=False)
     except msgspec.ValidationError as error:
         raise invalid_input(error, what=cls.__name__) from None

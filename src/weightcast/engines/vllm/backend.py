@@ -22,6 +22,7 @@ from weightcast.engines.vllm.parallelism import worker_rank
 from weightcast.engines.vllm.versions import check_version
 from weightcast.errors import InvalidInput, StateError, WeightcastError
 from weightcast.invalid import invalid_input
+from weightcast.known import known
 from weightcast.manifest import Manifest, TensorSpec
 from weightcast.outcome import WorkerOutcome
 from weightcast.vllm_eras import CALL
@@ -218,7 +219,7 @@ def _record(outcome: WorkerOutcome) -> dict[str, Any]:
 def _manifest(payload: Mapping[str, Any]) -> Manifest:
     """The checkpoint that ``tensors`` describes."""
     try:
-        return Manifest.of(msgspec.convert(payload.get("tensors"), list[TensorSpec]))
+        return Manifest.of(msgspec.convert(payload.get("tensors"), known(list[TensorSpec])))
     except msgspec.ValidationError as error:
         raise invalid_input(error, what="tensors") from None
 

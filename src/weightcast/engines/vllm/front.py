@@ -18,6 +18,7 @@ import msgspec
 from weightcast.engines.base import EngineStatus, LiveDigests, PauseMode
 from weightcast.errors import EngineError, InvalidInput
 from weightcast.held import tensor_digests
+from weightcast.known import known
 from weightcast.manifest import Manifest
 from weightcast.outcome import WorkerOutcome, common_version, first_error, outcomes_from, require_all, why_unfit
 from weightcast.server.control import EngineCommitter, RoundAnswer, RoundOrder
@@ -239,7 +240,7 @@ class VllmControl(EngineCommitter):
 def check_init_info(init_info: Mapping[str, Any]) -> None:
     """Raise InvalidInput, with the field, for an init_info that no worker could use."""
     try:
-        msgspec.convert(dict(init_info), WeightcastInitInfo)
+        msgspec.convert(dict(init_info), known(WeightcastInitInfo))
     except msgspec.ValidationError as error:
         text = str(error)
         named = text.partition("field `")[2].partition("`")[0] or text.rpartition("`$.")[2].rstrip("`")

@@ -14,6 +14,7 @@ from weightcast.control.link import JoinInfo
 from weightcast.deadline import Deadline
 from weightcast.errors import InvalidInput, PeerLost, ProtocolError, RoundFailed, StateError, WeightcastError
 from weightcast.facts import Facts
+from weightcast.known import known
 from weightcast.layout import image_layout
 from weightcast.manifest import Manifest, TensorSpec
 from weightcast.messages import (
@@ -191,7 +192,7 @@ def join_infos(data: bytes) -> None:
     """What an engine is told to join is an address with a key, or an error."""
     with suppress(msgspec.DecodeError, InvalidInput, UnicodeDecodeError, RecursionError):
         # As the engine does it: the body's JSON first, then its fields.
-        info = msgspec.convert(msgspec.json.decode(data), JoinInfo)
+        info = msgspec.convert(msgspec.json.decode(data), known(JoinInfo))
         Deadline(info.timeout_s)
 
 

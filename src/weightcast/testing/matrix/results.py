@@ -8,6 +8,8 @@ from typing import Literal
 
 import msgspec
 
+from weightcast.known import known
+
 State = Literal["passed", "failed", "skipped", "hung"]
 
 
@@ -36,7 +38,7 @@ def read_results(path: Path) -> list[Result]:
     """The results in a file; none when there is no file."""
     if not path.exists():
         return []
-    return msgspec.json.decode(path.read_bytes(), type=list[Result])
+    return msgspec.json.decode(path.read_bytes(), type=known(list[Result]))
 
 
 def write_results(path: Path, results: Iterable[Result]) -> None:

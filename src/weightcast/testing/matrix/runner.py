@@ -17,6 +17,7 @@ from typing import IO
 
 import msgspec
 
+from weightcast.known import known
 from weightcast.testing.matrix.cells import Cell
 from weightcast.testing.matrix.results import Result
 from weightcast.testing.network import remove_networks_of
@@ -117,7 +118,7 @@ class _Player:
             said = self._tail()
             self.close()
             return _unplayed(cell, "failed", f"its process ended: {said}")
-        return msgspec.json.decode(line, type=Result)
+        return msgspec.json.decode(line, type=known(Result))
 
     def _tail(self) -> str:
         size = self._log.seek(0, os.SEEK_END)
@@ -138,4 +139,4 @@ class _Player:
 
 def _unplayed(cell: Cell, state: str, text: str) -> Result:
     fields = {"fault": cell.fault, "transport": cell.transport, "mode": cell.mode, "state": state, "text": text}
-    return msgspec.convert(fields, Result)
+    return msgspec.convert(fields, known(Result))

@@ -13,6 +13,7 @@ import traceback
 import msgspec
 
 from weightcast.errors import WeightcastError
+from weightcast.known import known
 from weightcast.testing.matrix.cells import Cell, cells
 from weightcast.testing.matrix.results import Result
 from weightcast.testing.network import obstacle
@@ -45,7 +46,7 @@ def _why_not(cell: Cell) -> str | None:
 
 def _result(cell: Cell, state: str, text: str, **numbers: float | None) -> Result:
     fields = {"fault": cell.fault, "transport": cell.transport, "mode": cell.mode, "state": state, "text": text}
-    return msgspec.convert({**fields, **numbers}, Result)
+    return msgspec.convert({**fields, **numbers}, known(Result))
 
 
 def main() -> None:

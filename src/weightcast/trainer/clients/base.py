@@ -12,6 +12,7 @@ import msgspec
 from weightcast.deadline import Deadline
 from weightcast.errors import AnswerLost as AnswerLost
 from weightcast.errors import EngineError
+from weightcast.known import known
 from weightcast.messages import Seconds
 
 PhaseName = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
@@ -36,7 +37,7 @@ class CommitReply:
 
     def __post_init__(self) -> None:
         try:
-            phases = msgspec.convert(self.phases, dict[PhaseName, Seconds])
+            phases = msgspec.convert(self.phases, known(dict[PhaseName, Seconds]))
         except msgspec.ValidationError as error:
             raise EngineError(f"the engine's answer to the commit makes no sense: {error}") from None
         object.__setattr__(self, "phases", phases)

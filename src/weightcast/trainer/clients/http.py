@@ -16,6 +16,7 @@ import msgspec
 
 from weightcast.deadline import Deadline
 from weightcast.errors import DeadlineExceeded, EngineError, PeerLost, WeightcastError, error_from_wire
+from weightcast.known import known
 from weightcast.manifest import Manifest
 from weightcast.messages import ErrorDetail
 from weightcast.trainer.clients import wire
@@ -120,6 +121,6 @@ class HttpEngineClient(EngineClient):
 def _detail(error: dict[str, Any]) -> ErrorDetail:
     """The error's parts; servers that are not weightcast's own give one text."""
     try:
-        return msgspec.convert(error["detail"], ErrorDetail)
+        return msgspec.convert(error["detail"], known(ErrorDetail))
     except (KeyError, msgspec.ValidationError):
         return ErrorDetail(message=error["message"])

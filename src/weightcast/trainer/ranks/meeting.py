@@ -15,6 +15,7 @@ import torch.distributed as dist
 from weightcast.control.link import JoinInfo
 from weightcast.deadline import Deadline
 from weightcast.errors import DeadlineExceeded, InvalidInput, PeerLost, ProtocolError
+from weightcast.known import known
 from weightcast.trainer.ranks.orders import ErrorForm, error_form, error_of
 from weightcast.transports.facts import host_identity
 
@@ -59,7 +60,7 @@ class Group:
         if error is not None:
             raise error
         try:
-            greetings = [msgspec.msgpack.decode(frame, type=_Greeting) for frame in frames]
+            greetings = [msgspec.msgpack.decode(frame, type=known(_Greeting)) for frame in frames]
         except (msgspec.DecodeError, UnicodeDecodeError) as problem:
             raise ProtocolError(
                 f"a trainer rank said something else: {problem}", hint="Use the same weightcast on all ranks"

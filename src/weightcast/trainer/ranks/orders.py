@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from weightcast.errors import ProtocolError, RoundFailed, WeightcastError, error_from_wire
+from weightcast.known import known
 from weightcast.layout import Layout
 from weightcast.manifest import Manifest
 from weightcast.plan import Copy
@@ -127,8 +128,8 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     value: int = 0
 
 
-_orders: msgspec.msgpack.Decoder[AnyOrder] = msgspec.msgpack.Decoder(AnyOrder)
-_answers: msgspec.msgpack.Decoder[Answer] = msgspec.msgpack.Decoder(Answer)
+_orders: msgspec.msgpack.Decoder[AnyOrder] = msgspec.msgpack.Decoder(known(AnyOrder))
+_answers: msgspec.msgpack.Decoder[Answer] = msgspec.msgpack.Decoder(known(Answer))
 
 
 def encode(body: Order | Answer) -> bytes:

@@ -14,6 +14,7 @@ import torch
 
 from weightcast.dtypes import itemsize_of
 from weightcast.errors import InvalidInput, StateError, Unsupported
+from weightcast.known import known
 from weightcast.layout import Layout, Placement, Region, contiguous_strides, image_layout
 from weightcast.manifest import Manifest, TensorSpec
 from weightcast.memory import FileSpan, Memory
@@ -58,7 +59,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
-            names = sorted(set(msgspec.json.decode(index.read_bytes(), type=_Index).weight_map.values()))
+            names = sorted(set(msgspec.json.decode(index.read_bytes(), type=known(_Index)).weight_map.values()))
         except (msgspec.DecodeError, UnicodeDecodeError, OSError) as error:
             raise InvalidInput(f"{index} is no index of a checkpoint: {error}", field="checkpoint") from None
         absent = [name for name in names if not (folder / name).is_file()]
@@ -80,9 +81,9 @@ def read_header(path: Path) -> tuple[dict[str, _Entry], int]:
         if not 2 <= header_nbytes <= min(MAX_HEADER_NBYTES, nbytes - 8):
             raise InvalidInput(f"{path} is not a safetensors file", field="checkpoint")
         try:
-            header: dict[str, Any] = msgspec.json.decode(file.read(header_nbytes), type=dict[str, Any])
+            header: dict[str, Any] = msgspec.json.decode(file.read(header_nbytes), type=known(dict[str, Any]))
             header.pop("__metadata__", None)
-            entries = msgspec.convert(header, dict[str, _Entry])
+            entries = msgspec.convert(header, known(dict[str, _Entry]))
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise InvalidInput(f"{path}: bad safetensors header: {error}", field="checkpoint") from None
     start = 8 + header_nbytes
