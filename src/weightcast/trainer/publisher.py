@@ -2,47 +2,29 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
 import torch
 import torch.distributed as dist
 
-from weightcast.control.coordinator import Coordinator
-from weightcast.control.link import JoinInfo
 from weightcast.deadline import Deadline
-from weightcast.digest import version_name, version_number
-from weightcast.errors import InvalidInput, ProtocolError, RoundFailed, StateError, Unsupported, WeightcastError
+from weightcast.errors import InvalidInput, StateError, Unsupported
 from weightcast.messages import ModeWish
 from weightcast.report.model import Report
 from weightcast.trainer.addresses import address_beside, address_towards
 from weightcast.trainer.clients import EngineClient, SyncEngine, make_client
-from weightcast.trainer.fleet import Fleet, FleetSettings
-from weightcast.trainer.links import EngineLink
+from weightcast.trainer.fleet import FleetSettings
+from weightcast.trainer.lead import Lead
 from weightcast.trainer.metrics import TrainerMetrics
-from weightcast.trainer.numbers import Numbers
 from weightcast.trainer.outcomes import Require
-from weightcast.trainer.presence import Presence, join_error, not_connected
-from weightcast.trainer.proof import ExpectedDigest
-from weightcast.trainer.ranks import Follower, Group, Ranks, check_complete
-from weightcast.trainer.ranks.leader import RANKS, SharedDigest
-from weightcast.trainer.records import Records
-from weightcast.trainer.rounds import Round
+from weightcast.trainer.ranks import Follower, Group, check_complete
 from weightcast.trainer.sources import SourceLike, make_source
-from weightcast.trainer.timeline import Timeline
 from weightcast.transports.facts import outward_address
-
-logger = logging.getLogger(__name__)
 
 SHARDED_HINT = "Make a Publisher on every rank of the trainer, with process_group="
 PAUSES = ("keep", "wait", "abort", "none")
-
-
-def _nothing() -> None:
-    """What is left to check of a source that has checked everything."""
 
 
 class Publisher:
@@ -102,8 +84,6 @@ class Publisher:
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         self._timeout_s, self._closed = timeout_s, False
-        self._follower: Follower | None = None
-        self._last_followed: Report | None = None
         group = None if process_group is None or dist.get_world_size(process_group) == 1 else Group(process_group)
         deadline = Deadline(timeout_s)
         try:
@@ -116,55 +96,56 @@ class Publisher:
                 group.meet(deadline, error)
             raise
         one_host = group.meet(deadline) if group is not None else True
+        self.metrics_port: int | None = None
+        self._part: Lead | Follower
         if group is not None and group.rank > 0:
             # Rank 0's control channel carries everything from here on.
             info = group.introduce(deadline, None)
-            self._follower = Follower(
+            self._part = Follower(
                 self._source,
                 info,
                 rank=group.rank,
                 size=group.size,
                 address=address or address_beside(info.address) if one_host else outward_address(),
             )
-            self.metrics_port = None
             return
-        self._token, self._pause, self._clear_cache = token, pause, clear_cache
-        self._require: Require = require
         try:
             clients = [make_client(engine, token=token) for engine in engines]
             names = [client.name for client in clients]
             if len(set(names)) < len(names):
                 raise InvalidInput(f"an engine is listed twice: {', '.join(sorted(names))}", field="engines")
-            links = [EngineLink(client) for client in clients]
-            self._records = Records(links, log=log)
-            self._address = address or (
-                address_towards({client.host for client in clients}) if one_host else outward_address()
+            towards = address_towards({client.host for client in clients}) if one_host else outward_address()
+            settings = FleetSettings(
+                transport=None if transport == "auto" else transport,
+                mode=mode,
+                shadows=shadows,
+                bucket_nbytes=bucket_nbytes,
+                takeover=takeover,
+                address=address or towards,
+                share=require == "all",
             )
-            self._coordinator = Coordinator(self._address, silence_s=silence_s)
+            self._part = lead = Lead(
+                self._source,
+                clients,
+                settings,
+                size=1 if group is None else group.size,
+                token=token,
+                pause=pause,
+                clear_cache=clear_cache,
+                require=require,
+                timeout_s=timeout_s,
+                silence_s=silence_s,
+                log=log,
+            )
         except Exception as error:
             if group is not None:
                 group.introduce(deadline, None, error)
             raise
-        settings = FleetSettings(
-            transport=None if transport == "auto" else transport,
-            mode=mode,
-            shadows=shadows,
-            bucket_nbytes=bucket_nbytes,
-            takeover=takeover,
-            address=self._address,
-            share=require == "all",
-        )
-        self._ranks = Ranks(self._source, self._coordinator, 1 if group is None else group.size)
-        self._fleet = Fleet(self._source, self._coordinator, settings, self._ranks)
-        self._fleet.engines = links
-        self._presence = Presence(self._fleet, require, timeout_s)
-        self._numbers = Numbers(self._fleet, self._records.last_number)
-        self._rounds = 0
-        self._was_connected = False
         try:
             if group is not None:
-                group.introduce(deadline, self._join_info())
-            self.metrics_port = self._records.metrics.serve(metrics_port) if metrics_port is not None else None
+                group.introduce(deadline, lead.join_info())
+            if metrics_port is not None:
+                self.metrics_port = lead.records.metrics.serve(metrics_port)
         except BaseException:
             self.close()
             raise
@@ -179,30 +160,7 @@ class Publisher:
         Raises the error of an engine that cannot be connected (require="live": when none can); the publisher stays usable, and
         ``publish`` tries again what is not connected.
         """
-        self._require_open()
-        deadline = Deadline(self._timeout_s if timeout_s is None else timeout_s)
-        if self._follower is not None:
-            self._follower.join("connect", deadline)
-            return
-        self._ranks.collectively("connect", deadline, lambda: self._connect(deadline))
-
-    def _connect(self, deadline: Deadline) -> None:
-        failures = self._presence.bring_up(self._fleet.engines, deadline)
-        if self._presence.is_too_little(failures):
-            raise join_error(failures)
-        self._was_connected = True
-        self._fleet.content(deadline)  # its tables and kernels are made here, and not in the first round
-        for error in failures.values():
-            logger.warning("not connected: %s", str(error))
-        current = self._numbers.current()
-        for engine in self._fleet.engines:
-            if engine.name not in failures:
-                try:
-                    self._catch_up(engine, current, deadline)
-                except RoundFailed as error:
-                    if self._require == "all":
-                        raise
-                    logger.warning("%s was not brought to what the others serve: %s", engine.name, str(error))
+        self._part.connect(self._begin(timeout_s))
 
     def add(self, engine: str | EngineClient | SyncEngine, timeout_s: float | None = None) -> Report | None:
         """Add an engine to the fleet and connect it; when that fails the fleet is as before.
@@ -210,41 +168,11 @@ class Publisher:
         If the source still holds the values of the version that the fleet serves, the engine is brought to it at once, beside the
         others, and the report says so. Otherwise (None) it gets the next version with all others.
         """
-        self._require_open()
-        deadline = Deadline(self._timeout_s if timeout_s is None else timeout_s)
-        if self._follower is not None:
-            return self._follower.join("add", deadline)
-        return self._ranks.collectively("add", deadline, lambda: self._add(engine, deadline))
-
-    def _add(self, engine: str | EngineClient | SyncEngine, deadline: Deadline) -> Report | None:
-        link = EngineLink(make_client(engine, token=self._token))
-        if any(other.name == link.name for other in self._fleet.engines):
-            raise StateError(f"{link.name} is in the fleet already")
-        current = self._numbers.current()
-        self._fleet.engines.append(link)
-        failures = self._presence.bring_up([link], deadline)
-        if failures:
-            self._remove(link.name)
-            raise join_error(failures)
-        try:
-            return self._catch_up(link, current, deadline)
-        except WeightcastError:
-            self._remove(link.name)
-            raise
+        return self._part.add(engine, self._begin(timeout_s))
 
     def remove(self, name: str) -> None:
         """Dismiss an engine; it goes on with what it serves."""
-        self._require_open()
-        deadline = Deadline(self._timeout_s)
-        if self._follower is not None:
-            self._follower.join("remove", deadline)
-        else:
-            self._ranks.collectively("remove", deadline, lambda: self._remove(name))
-
-    def _remove(self, name: str) -> None:
-        engine = self._fleet.find(name)
-        self._presence.forget(engine)
-        self._fleet.remove(engine)
+        self._part.remove(name, self._begin(None))
 
     def close(self) -> None:
         """Leave all engines and free memory, sockets and segments; idempotent. The source's tensors stay valid.
@@ -253,15 +181,8 @@ class Publisher:
         """
         if not self._closed:
             self._closed = True
-            if self._follower is not None:
-                self._follower.close()
-                self._source.close()
-                return
-            self._presence.close()
-            self._fleet.close()
-            self._coordinator.close()
+            self._part.close()
             self._source.close()
-            self._records.close()
 
     def __enter__(self) -> Publisher:
         return self
@@ -288,7 +209,7 @@ class Publisher:
             raise Unsupported(
                 "a state dict is copied by publish(), there is nothing to prepare", hint="Publish the module itself"
             )
-        for digest in self._digests():
+        for digest in list(self._part.expected.values()):
             digest.begin(self._source.memory)
 
     def publish(self, timeout_s: float | None = None) -> Report:
@@ -301,69 +222,38 @@ class Publisher:
         the round begins is PeerLost or DeadlineExceeded on all others, and nothing was changed. It ends at most two seconds after
         its deadline. Tensors of the source must not change while it runs.
         """
-        self._require_open()
-        deadline = Deadline(self._timeout_s if timeout_s is None else timeout_s)
+        deadline = self._begin(timeout_s)
         try:
-            if self._follower is None:
-                return self._ranks.collectively("publish", deadline, lambda: self._publish(deadline))
-            report = self._follower.join("publish", deadline)
+            return self._part.publish(deadline)
         finally:
             # What was prepared counts for one call, whatever came of it.
-            for digest in self._digests():
+            for digest in list(self._part.expected.values()):
                 digest.forget()
-        if report is None:
-            raise ProtocolError("trainer rank 0 ended a round without a report")
-        self._last_followed = report
-        return report
-
-    def _publish(self, deadline: Deadline) -> Report:
-        if not self._fleet.engines:
-            raise StateError("the fleet has no engine", hint="Give engines= or call add()")
-        timeline = Timeline()
-        with timeline.phase("prepare"):
-            absent = self._presence.bring_up(self._fleet.engines, deadline, self._presence.patience(deadline))
-            if self._presence.is_too_little(absent):
-                self._records.keep_unconnected(absent)
-                raise (
-                    not_connected(self._fleet, self._next_number(), absent)
-                    if self._was_connected
-                    else join_error(absent)
-                )
-            self._was_connected = True
-            if self._ranks.alone:
-                self._source.fill()
-                check = self._source.check
-            else:
-                self._ranks.refresh(deadline)
-                check = _nothing
-        engines = [engine for engine in self._fleet.engines if engine.name not in absent]
-        return self._round(engines, self._next_number(), deadline, timeline, absent, check)
 
     @property
     def versions(self) -> dict[str, str]:
         """What each engine serves, as last heard."""
-        return self._kept("versions").versions()
+        return self._lead("versions").records.versions()
 
     @property
     def members(self) -> dict[str, str]:
         """The state of each engine: "ready", "dirty", "unknown" (what it serves could not be asked), or why it is not connected."""
-        return self._kept("members").members()
+        return self._lead("members").records.members()
 
     @property
     def metrics(self) -> TrainerMetrics:
         """Prometheus metrics of this publisher: ``render()`` them, or have ``metrics_port=`` serve them."""
-        return self._kept("metrics").metrics
+        return self._lead("metrics").records.metrics
 
     @property
     def last_report(self) -> Report | None:
         """The report of the last round that was committed."""
-        return self._records.last if self._follower is None else self._last_followed
+        return self._part.last_report
 
     @property
     def control_address(self) -> str:
         """The endpoint engines connect back to."""
-        self._kept("control_address")
-        return f"tcp://{self._address}:{self._coordinator.port}"
+        return self._lead("control_address").control_address
 
     # -- pieces
 
@@ -371,82 +261,16 @@ class Publisher:
         if self._closed:
             raise StateError("the publisher is closed")
 
-    def _kept(self, what: str) -> Records:
-        """The records; only rank 0 of several has them."""
-        if self._follower is not None:
+    def _begin(self, timeout_s: float | None) -> Deadline:
+        """The deadline of a call that begins now."""
+        self._require_open()
+        return Deadline(self._timeout_s if timeout_s is None else timeout_s)
+
+    def _lead(self, what: str) -> Lead:
+        """The part that knows what is asked; only rank 0 of several has it."""
+        if isinstance(self._part, Follower):
             raise StateError(f"this rank knows no {what}", hint="Ask trainer rank 0")
-        return self._records
-
-    def _digests(self) -> list[ExpectedDigest | SharedDigest]:
-        """Those that rounds need of what this rank holds."""
-        kept = self._fleet.expected if self._follower is None else self._follower.expected
-        return list(kept.values())
-
-    def _join_info(self) -> JoinInfo:
-        """How the other ranks reach this one."""
-        return JoinInfo(
-            address=self.control_address,
-            public_key=self._coordinator.public_key,
-            ticket=self._ranks.ticket(),
-            engine=RANKS,
-            timeout_s=self._timeout_s,
-        )
-
-    def _round(
-        self,
-        engines: list[EngineLink],
-        number: int,
-        deadline: Deadline,
-        timeline: Timeline,
-        absent: dict[str, WeightcastError],
-        check: Callable[[], None] = _nothing,
-    ) -> Report:
-        self._rounds += 1
-        attempt = Round(
-            self._fleet,
-            engines,
-            self._source,
-            self._fleet.content(deadline),
-            self._coordinator,
-            number=number,
-            round=self._rounds,
-            base=engines[0].version,
-            pause=self._pause,
-            clear_cache=self._clear_cache,
-            deadline=deadline,
-            timeline=timeline,
-            require=self._require,
-            absent=absent,
-            check=check,
-        )
-        try:
-            return attempt.run()
-        finally:
-            if attempt.was_seen:
-                self._numbers.use(number)
-            self._records.keep(attempt.report())
-
-    def _next_number(self) -> int:
-        return self._numbers.next()
-
-    def _catch_up(self, engine: EngineLink, current: EngineLink | None, deadline: Deadline) -> Report | None:
-        """Bring one engine to what the fleet serves, if the source still has exactly that."""
-        if current is None:
-            return None
-        if not engine.dirty and (engine.version, engine.digest) == (current.version, current.digest):
-            return None
-        self._ranks.refresh(deadline)
-        number = version_number(current.version)
-        check = partial(deadline.check, "the digest of what the source holds")
-        digest = self._fleet.content(deadline).of(self._source.memory, check)
-        if number < self._next_number() - 1 or f"{digest:016x}" != current.digest:
-            return None
-        if version_name(number, self._ranks.manifest, digest) != current.version:
-            return None
-        failures = self._presence.bring_up([engine], deadline)  # alone: what it shares is of no use for this round
-        if failures:
-            raise failures[engine.name]
-        return self._round([engine], number, deadline, Timeline(), {})
+        return self._part
 
 
 def _check_choices(pause: str, mode: str, shadows: int, require: str) -> None:

@@ -76,7 +76,8 @@ class Follower:
         self._holder = Holder(source)
         self._manifest: Manifest = source.manifest
         self.expected: dict[str, ExpectedDigest] = {}
-        """Digests of what this rank holds, by key."""
+        """Digests that rounds need of what this rank holds, by key."""
+        self.last_report: Report | None = None
         self._ends: dict[int, _HeldEnd] = {}
         self._orders: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
         self._lost: str | None = None
@@ -145,7 +146,23 @@ class Follower:
     def _answer(self, message: RankOrder, answer: Answer) -> None:
         self._link.send(RankAnswer(number=message.number, body=encode(answer)))
 
-    # -- a collective call
+    # -- collective calls: those of Lead, which has the arguments
+
+    def connect(self, deadline: Deadline) -> None:
+        self.join("connect", deadline)
+
+    def add(self, engine: object, deadline: Deadline) -> Report | None:
+        return self.join("add", deadline)
+
+    def remove(self, name: str, deadline: Deadline) -> None:
+        self.join("remove", deadline)
+
+    def publish(self, deadline: Deadline) -> Report:
+        report = self.join("publish", deadline)
+        if report is None:
+            raise ProtocolError("trainer rank 0 ended a round without a report")
+        self.last_report = report
+        return report
 
     def join(self, what: str, deadline: Deadline) -> Report | None:
         """Take part in a call of all ranks until rank 0 says how it ended: its report, or its error.
