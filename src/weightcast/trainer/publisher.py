@@ -114,14 +114,14 @@ class Publisher:
             names = [client.name for client in clients]
             if len(set(names)) < len(names):
                 raise InvalidInput(f"an engine is listed twice: {', '.join(sorted(names))}", field="engines")
-            towards = address_towards({client.host for client in clients}) if one_host else outward_address()
             settings = FleetSettings(
                 transport=None if transport == "auto" else transport,
                 mode=mode,
                 shadows=shadows,
                 bucket_nbytes=bucket_nbytes,
                 takeover=takeover,
-                address=address or towards,
+                address=address
+                or (address_towards({client.host for client in clients}) if one_host else outward_address()),
                 share=require == "all",
             )
             self._part = lead = Lead(
