@@ -1,9 +1,10 @@
-"""What no module does: unpickle or run what comes in, or compare a secret byte by byte. Read from the syntax trees."""
+"""What no module does: unpickle or run what comes in, compare a secret byte by byte, or give msgspec a type that it does not know. Read
+from the syntax trees."""
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,8 @@ EXEMPT = {
     "trainer/clients/ray.py": "Ray pickles what goes between its own actors",
 }
 SECRETS = {"token", "ticket", "secret", "api_key", "password"}
+DECODERS = {"decode": 1, "convert": 1, "Decoder": 0}
+"""Functions of msgspec that take a type, and its place among their arguments."""
 LANGUAGE_TOKENS = {"engines", "demo", "testing"}
 """Packages in which a token is a piece of text."""
 
@@ -62,6 +65,12 @@ def aliases_of(tree: ast.AST) -> dict[str, str]:
     return found
 
 
+def full_name(node: ast.expr, aliases: Mapping[str, str]) -> str:
+    """``dotted``, with what an alias at its head stands for."""
+    head, _, rest = dotted(node).partition(".")
+    return f"{aliases.get(head, head)}.{rest}".rstrip(".")
+
+
 def unpickles(text: str) -> Iterator[str]:
     """Imports and calls that can turn bytes into objects of any class, or into code."""
     tree = ast.parse(text)
@@ -73,8 +82,7 @@ def unpickles(text: str) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
             names = [f"{node.module}.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.Attribute | ast.Name):
-            head, _, rest = dotted(node).partition(".")
-            names = [f"{aliases.get(head, head)}.{rest}".rstrip(".")]
+            names = [full_name(node, aliases)]
         for name in names:
             imports = not isinstance(node, ast.Attribute | ast.Name)
             if name.split(".")[0] in PICKLERS and (imports or "." in name):
@@ -108,6 +116,44 @@ def compares_a_secret(text: str) -> Iterator[str]:
             last = dotted(side).rpartition(".")[2].lower() if isinstance(side, ast.Attribute | ast.Name) else ""
             if last.lstrip("_") in SECRETS or last.endswith(("_token", "_secret", "_ticket")):
                 yield ast.unparse(node)
+
+
+def unknown_types(text: str) -> Iterator[str]:
+    """Types that go to msgspec as they are and not through ``known``."""
+    tree = ast.parse(text)
+    aliases = aliases_of(tree)
+    for node in ast.walk(tree):
+        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute | ast.Name)):
+            continue
+        name = full_name(node.func, aliases)
+        place = DECODERS.get(name.rpartition(".")[2])
+        if place is None or name.split(".")[0] != "msgspec":
+            continue
+        kinds = [*node.args[place : place + 1], *(word.value for word in node.keywords if word.arg == "type")]
+        for kind in kinds:
+            if not (isinstance(kind, ast.Call) and ast.unparse(kind.func) == "known"):
+                yield ast.unparse(node)
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_type_is_known_before_it_is_decoded(path: Path) -> None:
+    if path.name != "known.py":
+        assert not list(unknown_types(path.read_text()))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "msgspec.json.decode(data, type=Offer)",
+        "msgspec.msgpack.Decoder(Offer)",
+        "msgspec.convert(fields, dict[str, Entry])",
+        "msgspec.convert(fields, type=Entry, strict=False)",
+        "import msgspec as m\nm.json.decode(data, type=Offer)",
+        "from msgspec.msgpack import decode\ndecode(data, type=Offer)",
+    ],
+)
+def test_a_type_that_goes_to_msgspec_as_it_is_is_found(text: str) -> None:
+    assert list(unknown_types(text))
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))

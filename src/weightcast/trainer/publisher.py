@@ -209,7 +209,7 @@ class Publisher:
             raise Unsupported(
                 "a state dict is copied by publish(), there is nothing to prepare", hint="Publish the module itself"
             )
-        for digest in list(self._part.expected.values()):
+        for digest in self._part.expected.values():
             digest.begin(self._source.memory)
 
     def publish(self, timeout_s: float | None = None) -> Report:
@@ -227,7 +227,7 @@ class Publisher:
             return self._part.publish(deadline)
         finally:
             # What was prepared counts for one call, whatever came of it.
-            for digest in list(self._part.expected.values()):
+            for digest in self._part.expected.values():
                 digest.forget()
 
     @property

@@ -199,7 +199,8 @@ class _Group:
         comm, lanes = self._comm, self._lanes
         if lanes is None:
             raise StateError("the group was closed")
-        before, after = (rounds * len(self._buckets) for rounds in (self._num_rounds, self._num_rounds + 1))
+        before = self._num_rounds * len(self._buckets)
+        after = before + len(self._buckets)
         try:
             self._wait_for_workers(min(before + 1, after), deadline)
             self._broadcast(comm, lanes, deadline)
