@@ -8,11 +8,10 @@ took, and the ratio to torch._foreach_copy_.
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 
 import torch
-from common import Table, gpu_ms
+from common import Medians, Table, gpu_ms, reports_of
 from shapes import SHAPES, groups, layouts
 from torch import nn
 
@@ -67,14 +66,7 @@ def measure(
         start = time.perf_counter()
         publisher.connect()
         connect_s = time.perf_counter() - start
-        reports: list[Report] = []
-        for _ in range(rounds + 2):
-            policy.step()
-            if way == PREPARED:
-                publisher.prepare()
-            torch.cuda.synchronize()
-            reports.append(publisher.publish())
-            assert reports[-1].digests_match
+        reports = reports_of(publisher, policy.step, rounds, prepared=way == PREPARED)
         if name == "0.6B":
             check(engine, policy, name)
     label = f"{name} {str(policy.values[0].dtype)[6:]} {transport} {way}"
@@ -82,17 +74,10 @@ def measure(
 
 
 def report_rows(table: Table, label: str, reports: list[Report], connect_s: float, plain_ms: float) -> None:
-    """The first two rounds compile; they are left out."""
-    kept, nbytes = reports[2:], reports[-1].nbytes
-    total = statistics.median(r.total_s for r in kept) * 1e3
-    phases = {
-        name: round(statistics.median(r.phase_seconds().get(name, 0.0) for r in kept) * 1e3, 2)
-        for name in kept[0].phase_seconds()
-    }
-    worker = statistics.median(r.engines[0].workers[0].seconds for r in kept) * 1e3
-    best = min(r.total_s for r in kept) * 1e3
+    (total, phases, worker), nbytes = Medians.of(reports), reports[-1].nbytes
+    best = min(r.total_s for r in reports) * 1e3
     note = f"x{total / plain_ms:.2f} of foreach; " if plain_ms else ""
-    first = kept[0].engines[0].workers[0]
+    first = reports[0].engines[0].workers[0]
     place = f"{first.shadow_nbytes / 1e9:.1f} GB in {first.shadow}" if first.shadow_nbytes else "no shadow"
     table.add(
         f"publish() {label}", total, nbytes, f"{note}min {best:.2f}; {phases}; connect {connect_s:.2f} s; {place}"

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Table, end_cleanly_when_terminated, gpu_ms
+from common import Medians, Table, end_cleanly_when_terminated, gpu_ms, reports_of
 from shapes import SHAPES, Shape
 from torch import nn
 
@@ -155,25 +155,12 @@ def ours(table: Table, llm: Any, trainer: Trainer, name: str, plain_ms: float, r
         publisher.connect()
         connect_s = time.perf_counter() - start
         for prepared in (False, True):
-            reports = []
-            for _ in range(rounds + 2):
-                trainer.step()
-                if prepared:
-                    publisher.prepare()
-                torch.cuda.synchronize()
-                reports.append(publisher.publish())
-                assert reports[-1].digests_match
-            kept = reports[2:]
-            total = statistics.median(r.total_s for r in kept) * 1e3
-            phases = {
-                k: round(statistics.median(r.phase_seconds()[k] for r in kept) * 1e3, 2)
-                for k in kept[0].phase_seconds()
-            }
-            transport = kept[0].engines[0].workers[0].transport
+            reports = reports_of(publisher, trainer.step, rounds, prepared=prepared)
+            total, phases, worker = Medians.of(reports)
+            transport = reports[0].engines[0].workers[0].transport
             note = f"x{total / plain_ms:.2f} of foreach; {transport}; {phases}; connect {connect_s:.2f} s"
             label = f"{name}: weightcast publish()" + ", prepared" * prepared
             table.add(label, total, trainer.nbytes, note)
-        worker = statistics.median(r.engines[0].workers[0].seconds for r in kept) * 1e3
         table.add(f"{name}: weightcast copy and digest", worker, trainer.nbytes, f"x{worker / plain_ms:.2f} of foreach")
         print(name, "layout:", llm.collective_rpc("bench_layout"), flush=True)
 

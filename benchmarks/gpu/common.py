@@ -10,11 +10,13 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 
+from weightcast import Publisher
 from weightcast.memory import Memory
+from weightcast.report.model import Report
 
 
 def end_cleanly_when_terminated() -> None:
@@ -58,6 +60,39 @@ def wall_ms(call: Callable[[], object], repeats: int = 7, warmup: int = 2) -> fl
         call()
         times.append((time.perf_counter() - start) * 1e3)
     return statistics.median(times)
+
+
+def reports_of(
+    publisher: Publisher, step: Callable[[], object], rounds: int, *, prepared: bool = False
+) -> list[Report]:
+    """What so many rounds did, each after a step and on an idle GPU; two before them, which compile, are left out. ``prepared``: the
+    trainer's digest is begun before the round."""
+    reports = []
+    for _ in range(rounds + 2):
+        step()
+        if prepared:
+            publisher.prepare()
+        torch.cuda.synchronize()
+        reports.append(publisher.publish())
+        assert reports[-1].digests_match
+    return reports[2:]
+
+
+class Medians(NamedTuple):
+    """Of some rounds, in milliseconds: the whole call, its phases by name, and the copy in the first engine's first worker."""
+
+    total_ms: float
+    phases_ms: dict[str, float]
+    copy_ms: float
+
+    @classmethod
+    def of(cls, reports: Sequence[Report]) -> Medians:
+        phases = [report.phase_seconds() for report in reports]
+        return cls(
+            statistics.median(report.total_s for report in reports) * 1e3,
+            {name: round(statistics.median(each.get(name, 0.0) for each in phases) * 1e3, 2) for name in phases[0]},
+            statistics.median(report.engines[0].workers[0].seconds for report in reports) * 1e3,
+        )
 
 
 class Table:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import pytest
 import torch
+from queued import queued_digests
 from torch import nn
 
 from weightcast import Publisher
 from weightcast.deadline import Deadline
 from weightcast.digest import LayoutDigest
 from weightcast.errors import DigestMismatch, RoundFailed, StateError, Unsupported
-from weightcast.memory import Memory
 from weightcast.receiver import staging
 from weightcast.testing.local_engine import DictModel
 from weightcast.testing.peer_engine import PeerEngine
@@ -126,25 +126,18 @@ def test_master_weights_are_cast_on_the_way(engine: PeerEngine, transport: str) 
 
 
 @pytest.fixture
-def queued(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """One entry for each digest that this process, the trainer, has queued."""
+def queued() -> Iterator[list[LayoutDigest]]:
+    """The digests that this process, the trainer, has queued."""
     if DEVICE != "cuda":
         pytest.skip("a CPU queues nothing")
-    found: list[int] = []
-    start = LayoutDigest.start
-
-    def counted(digest: LayoutDigest, memory: Memory, check: Callable[[], None] = lambda: None) -> Callable[[], int]:
-        found.append(memory.number)
-        return start(digest, memory, check)
-
-    monkeypatch.setattr(LayoutDigest, "start", counted)
-    return found
+    with queued_digests() as found:
+        yield found
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float32])
 @pytest.mark.parametrize("mode", ["in_place", "staged"])
 def test_a_prepared_round_uses_the_digest_that_was_begun(
-    engine: PeerEngine, queued: list[int], mode: str, dtype: torch.dtype | None
+    engine: PeerEngine, queued: list[LayoutDigest], mode: str, dtype: torch.dtype | None
 ) -> None:
     """``dtype``: that of masters, which are cast on their way."""
     shapes = SHAPES if dtype is None else {name: value for name, value in SHAPES.items() if value[1] == "bfloat16"}
@@ -176,7 +169,7 @@ def test_a_prepared_round_uses_the_digest_that_was_begun(
         assert engine.peer.call("contents") == contents(policy, dtypes)
 
 
-def test_values_that_change_after_prepare_end_the_round(engine: PeerEngine, queued: list[int]) -> None:
+def test_values_that_change_after_prepare_end_the_round(engine: PeerEngine, queued: list[LayoutDigest]) -> None:
     engine.build(SHAPES, mode="staged", device=DEVICE)
     policy = Policy()
     with Publisher(policy, [engine], timeout_s=30) as publisher:
@@ -194,7 +187,7 @@ def test_values_that_change_after_prepare_end_the_round(engine: PeerEngine, queu
 
 
 def test_what_was_prepared_is_forgotten_with_the_call_that_failed(
-    engine: PeerEngine, queued: list[int], monkeypatch: pytest.MonkeyPatch
+    engine: PeerEngine, queued: list[LayoutDigest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine.build(SHAPES, mode="staged", device=DEVICE)
     policy = Policy()

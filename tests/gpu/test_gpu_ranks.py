@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
+from queued import queued_digests
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from weightcast import Publisher
-from weightcast.digest import LayoutDigest
 from weightcast.errors import WeightcastError
 from weightcast.report.model import Report
 from weightcast.testing.peer_engine import PeerEngine
@@ -82,13 +80,7 @@ class TrainerRank:
 
     def publish_prepared(self, seed: int) -> tuple[Report, int, int]:
         """The same after ``prepare``; also how many digests either of them has queued."""
-        start, queued = LayoutDigest.start, []
-
-        def counted(*args: Any) -> Callable[[], int]:
-            queued.append(1)
-            return start(*args)
-
-        with mock.patch.object(LayoutDigest, "start", counted):
+        with queued_digests() as queued:
             self.write(seed)
             self.publisher.prepare()
             began = len(queued)
