@@ -17,7 +17,7 @@ from weightcast.known import known
 from weightcast.layout import Layout
 from weightcast.manifest import Manifest
 
-PROTOCOL = 2
+PROTOCOL = 3
 MAX_FRAME_NBYTES = 256 * 2**20
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
