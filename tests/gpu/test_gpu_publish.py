@@ -16,7 +16,7 @@ from weightcast import Publisher
 from weightcast.deadline import Deadline
 from weightcast.digest import LayoutDigest
 from weightcast.errors import DigestMismatch, RoundFailed, StateError, Unsupported
-from weightcast.receiver import staging
+from weightcast.receiver.place import CHECK_HEADROOM, free_nbytes
 from weightcast.testing.local_engine import DictModel
 from weightcast.testing.peer_engine import PeerEngine
 from weightcast.trainer.sources import ModuleSource
@@ -238,7 +238,7 @@ def test_a_shadow_that_has_no_room_on_the_gpu_lies_in_the_hosts_memory(
         pytest.skip("page-locked memory needs a GPU")
     nbytes = shadow_nbytes()
     place = "host memory" if missing else f"{DEVICE}:0"
-    engine.peer.call("limit", math.ceil(nbytes * staging.CHECK_HEADROOM) - missing)
+    engine.peer.call("limit", math.ceil(nbytes * CHECK_HEADROOM) - missing)
     engine.build(SHAPES, mode="staged", device=DEVICE, relocatable=True)
     policy = Policy()
     with (
@@ -264,7 +264,7 @@ def test_the_next_trainer_finds_the_room_that_the_last_ones_shadow_took() -> Non
     kept = torch.cuda.memory_reserved(device)
     del last
     assert torch.cuda.memory_reserved(device) == kept
-    assert staging.free_nbytes(device) > 0
+    assert free_nbytes(device) > 0
     # Counted by what this process holds: others use the GPU, too.
     assert torch.cuda.memory_reserved(device) <= kept - nbytes
 

@@ -11,7 +11,7 @@ import torch
 from weightcast import Publisher
 from weightcast.digest import LayoutDigest
 from weightcast.errors import InvalidInput, RoundFailed, ShadowError
-from weightcast.receiver import staging
+from weightcast.receiver import place, shadow
 from weightcast.room import host_room_nbytes
 from weightcast.testing.local_engine import DictModel, LocalEngine
 from weightcast.transports import shm
@@ -68,7 +68,7 @@ def test_the_first_round_compiles_nothing_that_the_engine_waits_for(
     with Publisher(tensors, [engine], transport="shm", timeout_s=20, shadows=shadows) as publisher:
         publisher.connect()
         assert engine.models[0].holds(before)
-        for made in (staging.Exchange, staging.Landing, shm.Replay, shm.ProvenReplay):
+        for made in (shadow.Exchange, shadow.Landing, shm.Replay, shm.ProvenReplay):
             complaint = f"{made.__name__} was compiled in a round"
             monkeypatch.setattr(made, "__init__", lambda *_, complaint=complaint: pytest.fail(complaint))
         if mode == "in_place":
@@ -109,11 +109,11 @@ def large_storages() -> set[int]:
 def test_little_room_means_one_copy_and_none_means_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     model = DictModel(fresh(), relocatable=False)
     nbytes = model.memory().nbytes
-    monkeypatch.setattr(staging, "free_nbytes", lambda device: int(1.5 * nbytes))
-    assert staging.choose_place(model, 0, 2, host=True).copies == 1
-    monkeypatch.setattr(staging, "free_nbytes", lambda device: nbytes)
+    monkeypatch.setattr(place, "free_nbytes", lambda device: int(1.5 * nbytes))
+    assert place.choose_place(model, (), 2, host=True).copies == 1
+    monkeypatch.setattr(place, "free_nbytes", lambda device: nbytes)
     with pytest.raises(ShadowError):
-        staging.choose_place(model, 0, 2, host=True)
+        place.choose_place(model, (), 2, host=True)
     engine = LocalEngine("a", [model])
     tensors = fresh()
     with Publisher(tensors, [engine], timeout_s=20) as publisher:
@@ -209,6 +209,6 @@ def test_room_ends_at_the_nearest_limit(tmp_path: Path, groups: str, files: dict
 def test_a_system_that_does_not_tell_stages_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert host_room_nbytes(proc=tmp_path / "proc", cgroup=tmp_path / "cgroup") is None
     assert (host_room_nbytes() or 0) > 0
-    monkeypatch.setattr(staging, "host_room_nbytes", lambda: None)
+    monkeypatch.setattr(place, "host_room_nbytes", lambda: None)
     with pytest.raises(ShadowError, match="cannot tell"):
-        staging.free_nbytes(torch.device("cpu"))
+        place.free_nbytes(torch.device("cpu"))

@@ -11,8 +11,8 @@ from weightcast.digest import version_number
 from weightcast.errors import DigestMismatch, LoadError, StateError, WeightcastError
 from weightcast.messages import Committed
 from weightcast.receiver.base import LiveModel
+from weightcast.receiver.loader_area import LoadedTensors
 from weightcast.receiver.session import Identity, Session
-from weightcast.receiver.staging import LoadedTensors
 from weightcast.round import Approval, Phase, RoundId, WorkerRound
 from weightcast.transports.facts import local_facts
 
@@ -117,7 +117,10 @@ class Receiver:
         self.version, self.content, self.dirty = approval.version, approval.content, False
         self.num_commits += 1
         self._round.committed(id)
-        self._prove(session, id, nbytes, transfer_s, apply_s)
+        try:
+            self._prove(session, id, nbytes, transfer_s, apply_s)
+        except Exception as error:  # noqa: BLE001 - the commit has happened: the trainer hears that it was not proven
+            session.send_failure(id, "commit", error)
 
     def rollback(self, id: RoundId) -> None:
         """Return to the version before a staged round if that was committed, and see to it that it never will be otherwise.
@@ -163,25 +166,26 @@ class Receiver:
     # -- making a round live
 
     def _apply_staged(self, session: Session, deadline: Deadline) -> None:
+        """Live values may be those of the round, or of no version, once this raises and ``dirty`` is set; ``commit`` clears it
+        with the last step, when it says which version is live."""
         target = session.target
-        was_dirty, has_loader = self.dirty, bool(session.layout.through_loader)
+        was_dirty = self.dirty
         try:
             target.swap()
             target.settle(deadline)
         except Exception:
             self.dirty = True  # some values may have changed places and others not
             raise
-        if not has_loader:
+        if target.area is None:
             return
         self.dirty = True
         try:
-            self._model.load_weights(target.loader_tensors())
+            self._model.load_weights(target.area.tensors())
         except Exception:
             target.swap()
             self._load_previous(session, self.version)
             self.dirty = was_dirty
             raise
-        self.dirty = False
         target.keep_loader_tensors()
 
     def _load_previous(self, session: Session, version: str) -> None:
@@ -191,7 +195,8 @@ class Receiver:
         """
         if not session.layout.through_loader:
             return
-        previous = session.target.previous_loader_tensors()
+        area = session.target.area
+        previous = None if area is None else area.live_tensors()
         if previous is not None:
             self._model.load_weights(previous)
         elif version == INITIAL_VERSION:
@@ -214,8 +219,8 @@ class Receiver:
         session.proven_digest = session.digest_of(memory) if digest is None else digest
         self._check_digest(session, approval)
         self._model.refresh()
-        if session.layout.through_loader:
-            self._model.load_weights(session.target.loader_tensors())
+        if session.target.area is not None:
+            self._model.load_weights(session.target.area.tensors())
         return nbytes, transfer_s
 
     @staticmethod

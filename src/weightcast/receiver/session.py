@@ -50,7 +50,9 @@ from weightcast.messages import (
 )
 from weightcast.plan import compile_plan, plan_digest
 from weightcast.receiver.base import LiveModel
-from weightcast.receiver.staging import LoadedTensors, Target, choose_place, with_staging
+from weightcast.receiver.loader_area import LoadedTensors, area_sizes, with_area
+from weightcast.receiver.place import choose_place
+from weightcast.receiver.staging import Target
 from weightcast.report.logs import about
 from weightcast.round import Approval, Phase, RoundId, WorkerRound
 from weightcast.transports.base import WorkerEnd
@@ -153,7 +155,7 @@ class Session:
         self._silence_s = answer.silence_s
         layout = self._model.layout(self.manifest)
         layout.check(self.manifest)
-        self.layout: Layout = with_staging(layout, self.manifest)
+        self.layout: Layout = with_area(layout, self.manifest)
         self.mode, self.target = self._make_target(answer.mode, answer.shadows)
         self._digest = LayoutDigest(self.manifest, self.layout, gaps_are_zero=self.target.memory().is_arena)
         shadow_nbytes, place = self.target.shadow_nbytes, self.target.place
@@ -165,9 +167,9 @@ class Session:
         """The engine's own wish counts before the trainer's; "auto" stages where a second copy fits on the device."""
         wish = self._mode_wish if self._mode_wish != "auto" else trainer_wish
         if wish != "in_place":
-            area_nbytes = self.layout.storage_nbytes[-1] if self.layout.through_loader else 0
+            areas = area_sizes(self.layout, self._loaded)
             try:
-                place = choose_place(self._model, area_nbytes, copies, host=wish == "staged")
+                place = choose_place(self._model, areas, copies, host=wish == "staged")
                 return "staged", Target(self._model, self.manifest, self.layout, place=place, loaded=self._loaded)
             except WeightcastError as error:
                 if wish == "staged":

@@ -34,9 +34,10 @@ from weightcast.control.pump import Pump
 from weightcast.deadline import Deadline
 from weightcast.errors import InvalidInput
 from weightcast.memory import Memory
-from weightcast.receiver import staging
+from weightcast.receiver.place import Place
 from weightcast.receiver.receiver import Receiver
 from weightcast.receiver.session import Session
+from weightcast.receiver.shadow import Shadow
 from weightcast.replay import Replay
 from weightcast.round import RoundId
 
@@ -120,13 +121,13 @@ class Faults:
             self._hook_gpu_copies()
         self._hook_setup()
         self._hook_commit()
-        shadow_of = staging.Target._shadow_of
+        copy_of = Shadow._copy_of
 
-        def allocated(target: staging.Target, live: Memory) -> Memory:
+        def allocated(shadow: Shadow, live: Memory, place: Place) -> Memory:
             self.hit("shadow")
-            return shadow_of(target, live)
+            return copy_of(shadow, live, place)
 
-        staging.Target._shadow_of = allocated  # type: ignore[method-assign, assignment]
+        Shadow._copy_of = allocated  # type: ignore[method-assign, assignment]
 
     def _hook_receive(self) -> None:
         receive, run, inside = Session.receive, Replay.run, self._inside

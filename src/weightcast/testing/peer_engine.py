@@ -22,7 +22,7 @@ from weightcast.known import known
 from weightcast.layout import Layout
 from weightcast.manifest import Manifest
 from weightcast.memory import Memory
-from weightcast.receiver import staging
+from weightcast.receiver import place
 from weightcast.receiver.base import LiveModel
 from weightcast.testing.local_engine import DictModel, LocalEngine
 from weightcast.testing.ranks import Peer, RankFailed
@@ -83,8 +83,8 @@ class EngineSide:
 
     def limit(self, device_nbytes: int) -> None:
         """Pretend that a GPU has so much free memory from now on."""
-        real = staging.free_nbytes
-        staging.free_nbytes = lambda device: device_nbytes if device.type == "cuda" else real(device)
+        real = place.free_nbytes
+        place.free_nbytes = lambda device: device_nbytes if device.type == "cuda" else real(device)
 
     def make(self, method: str, *args: Any) -> Any:
         """A call of the engine; ``args`` end with a timeout."""

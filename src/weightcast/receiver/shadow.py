@@ -1,0 +1,101 @@
+"""The shadow: staged copies of the live parameters, and how a commit makes one of them live."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import torch
+
+from weightcast.layout import Placement
+from weightcast.manifest import Manifest
+from weightcast.memory import Memory
+from weightcast.receiver.base import LiveModel
+from weightcast.receiver.exchange import Exchange, Landing
+from weightcast.receiver.place import Place, new_storage
+
+
+class Shadow:
+    """One copy of the live storages, or two that take turns. ``memory`` is where the next round's bytes go.
+
+    Where parameters may be rebound and the copy lies on their device, ``swap`` rebinds them; elsewhere it moves bytes.
+    """
+
+    def __init__(self, model: LiveModel, manifest: Manifest, landings: Sequence[Placement], place: Place) -> None:
+        self._model, self._manifest, self._landings = model, manifest, landings
+        self.moves = model.relocatable and place.device == model.device
+        """True: a swap makes the very storages live that were staged, so their digest is that of what is live."""
+        self._copies = [self._copy_of(model.memory(), place) for _ in range(place.copies)]
+        self._ways: dict[tuple[int, int], Exchange | Landing] = {}
+        self._compiling = threading.Lock()
+        self._landed: Landing | None = None
+
+    @property
+    def memory(self) -> Memory:
+        """Where the next round's bytes go; after a swap what was live, or the other one of two."""
+        return self._copies[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all copies."""
+        return sum(copy.nbytes for copy in self._copies)
+
+    def compile(self) -> None:
+        """Have ready what ``swap`` runs, beside the running engine: the first one would compile it while the engine waits."""
+        if not self.moves:
+            live = self._model.memory()
+            for copy in tuple(self._copies):
+                self._way(live, copy).prepare()
+
+    def prepare(self) -> None:
+        """All bytes are staged: have the model get ready for ``swap``, beside the running engine."""
+        if self.moves:
+            self._model.prepare(self.memory)
+
+    def swap(self) -> None:
+        """Make the staged bytes live and keep what was: in the shadow afterwards, or in the other one of two.
+
+        Twice is nothing. On a GPU the work is queued on the current stream.
+        """
+        live, staged = self._model.memory(), self.memory
+        if self.moves:
+            self._model.rebind(staged)
+            self._copies = [live]
+            return
+        way = self._way(live, staged)
+        way.run()
+        if isinstance(way, Landing):
+            self._landed = way
+            self._copies.reverse()
+
+    def landed_digest(self) -> int | None:
+        """The digest of what the last swap made live, where it was taken on the way; otherwise None."""
+        return None if self._landed is None else self._landed.total()
+
+    def close(self) -> None:
+        """Give up all copies; nothing can be asked for afterwards."""
+        self._copies.clear()
+        self._ways.clear()
+        self._landed = None
+
+    def _way(self, live: Memory, staged: Memory) -> Exchange | Landing:
+        """What makes a copy live, compiled once: by ``compile`` on another thread than the engine's, or by ``swap``."""
+        key = (live.number, staged.number)
+        with self._compiling:
+            if key not in self._ways:
+                if len(self._copies) > 1:
+                    self._ways[key] = Landing(live, staged, self._landings, self._manifest)
+                else:
+                    self._ways[key] = Exchange(live, staged, self._landings)
+            return self._ways[key]
+
+    def _copy_of(self, live: Memory, place: Place) -> Memory:
+        # A copy, not empty memory: bytes that no landing covers must be right after a swap by rebinding.
+        storages = [new_storage(s.numel(), place, self._model).copy_(s) for s in live.storages]
+        return combined(storages, self._model, is_arena=live.is_arena)
+
+
+def combined(storages: Sequence[torch.Tensor], model: LiveModel, *, is_arena: bool) -> Memory:
+    """A memory of storages that lie at the model's device or in the host's page-locked memory."""
+    on_host = model.device.type == "cuda" and any(not storage.is_cuda for storage in storages)
+    return Memory(storages, is_arena=is_arena, gpu=model.device if on_host else None)
