@@ -1,4 +1,4 @@
-"""Every error weightcast raises.
+"""Every error weightcast raises, and the one form in which an error travels.
 
     WeightcastError
     ├── InvalidInput          bad value from a caller; nothing changed                    (HTTP 422)
@@ -19,13 +19,18 @@
     └── RoundFailed           publish() did not reach n+1; says who serves what
 
 Each carries where it happened (engine, worker, phase, round) as far as known, and a hint: what to do about it. Who raises
-an error and knows no better leaves the hint to its class.
+an error and knows no better leaves the hint to its class. An error that travels to another process does so as an ErrorForm.
 """
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
+
+import msgspec
+
+from weightcast.quoted import NAME_CHARACTERS, TEXT_CHARACTERS, quoted, quoted_lines
 
 
 class WeightcastError(Exception):
@@ -51,6 +56,8 @@ class WeightcastError(Exception):
         self.phase = phase
         self.round = round
         self.hint = hint or self.default_hint
+        self.remote_trace = ""
+        """The traceback in the process that reported the error, where that was an exception of another library's."""
 
     def at(
         self,
@@ -130,7 +137,7 @@ class PlanMismatch(WeightcastError):
 
 
 class LoadError(WeightcastError):
-    """The engine's own weight loader raised; its traceback is in the message."""
+    """The engine's own weight loader raised."""
 
     http_status = 422
     default_hint = "See what the engine's loader says of that tensor; the engine's log has the traceback"
@@ -220,9 +227,75 @@ class RoundFailed(WeightcastError):
         return "\n".join(lines)
 
 
+class ErrorForm(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An error as it travels: the one form of all messages, HTTP answers, workers' outcomes and remote calls.
+
+    Texts are cut and cleaned when a form is made, on the sender's side and on the receiver's: a peer's text never reaches a log or
+    a terminal as the peer wrote it. ``trace`` is the traceback of an exception that is not weightcast's own.
+    """
+
+    kind: str
+    message: str
+    engine: str | None = None
+    worker: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    phase: str | None = None
+    round: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    field: str | None = None
+    hint: str | None = None
+    trace: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("message", "hint", "kind", "engine", "phase", "field"):
+            text = getattr(self, name)
+            if text is not None:
+                limit = TEXT_CHARACTERS if name in ("message", "hint") else NAME_CHARACTERS
+                msgspec.structs.force_setattr(self, name, quoted(text, limit))
+        msgspec.structs.force_setattr(self, "trace", quoted_lines(self.trace))
+
+    @classmethod
+    def of(cls, error: BaseException, *, otherwise: type[WeightcastError] = WeightcastError) -> ErrorForm:
+        """The form of any error. One that is not weightcast's own travels as an ``otherwise`` with its class in the text."""
+        if not isinstance(error, WeightcastError):
+            return cls(kind=otherwise.__name__, message=f"{type(error).__name__}: {error}", trace=_trace(error))
+        field = getattr(error, "field", None)
+        return cls(
+            kind=type(error).__name__,
+            message=error.message,
+            engine=error.engine,
+            worker=error.worker,
+            phase=error.phase,
+            round=error.round,
+            field=field if isinstance(field, str) else None,
+            hint=error.hint,
+            trace=error.remote_trace or _trace(error.__cause__),
+        )
+
+    def error(
+        self, *, engine: str | None = None, worker: int | None = None, phase: str | None = None
+    ) -> WeightcastError:
+        """The error to raise; an unknown ``kind`` becomes a plain WeightcastError. The arguments are what the receiver knows for
+        itself: they win over what the peer says. Without a hint of the peer's the error has that of its class."""
+        error = _BY_NAME.get(self.kind, WeightcastError)(self.message, hint=self.hint)
+        if isinstance(error, InvalidInput):
+            error.field = self.field
+        error.at(engine=engine, worker=worker, phase=phase)
+        error.at(engine=self.engine, worker=self.worker, phase=self.phase, round=self.round)
+        if self.trace:
+            error.remote_trace = self.trace
+            error.add_note(f"Traceback of the process that reported it:\n{self.trace}")
+        return error
+
+
+def _trace(error: BaseException | None) -> str:
+    """The traceback of an exception that no class of weightcast's explains; empty for one that is."""
+    if error is None or isinstance(error, WeightcastError):
+        return ""
+    return "".join(traceback.format_exception(error))
+
+
 _BY_NAME = {
-    cls.__name__: cls
-    for cls in (
+    kind.__name__: kind
+    for kind in (
         InvalidInput,
         StateError,
         AuthError,
@@ -240,10 +313,3 @@ _BY_NAME = {
         EngineError,
     )
 }
-
-
-def error_from_wire(kind: str, message: str, *, hint: str | None = None, **where: object) -> WeightcastError:
-    """Rebuild an error that a peer reported by class name; an unknown name becomes a plain WeightcastError. Without a
-    ``hint`` of the peer's it has that of its class."""
-    error = _BY_NAME.get(kind, WeightcastError)(message, hint=hint)
-    return error.at(**where)  # type: ignore[arg-type]

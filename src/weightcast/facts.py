@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from weightcast.quoted import quote_fields
+
 
 class Facts(msgspec.Struct, frozen=True, kw_only=True):
     """Filled in by transports.facts; travels in a worker's first message."""
@@ -25,3 +27,6 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     """Names this process could load and use."""
     address: str = "127.0.0.1"
     """Where other hosts reach this process."""
+
+    def __post_init__(self) -> None:
+        quote_fields(self)

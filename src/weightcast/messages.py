@@ -11,11 +11,12 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from weightcast.errors import ProtocolError, WeightcastError
+from weightcast.errors import ErrorForm, ProtocolError, WeightcastError
 from weightcast.facts import Facts
 from weightcast.known import known
 from weightcast.layout import Layout
 from weightcast.manifest import Manifest
+from weightcast.quoted import quote_fields, quoted
 
 PROTOCOL = 3
 MAX_FRAME_NBYTES = 256 * 2**20
@@ -29,17 +30,11 @@ Mode = Literal["staged", "in_place"]
 ModeWish = Literal["auto", "staged", "in_place"]
 
 
-class ErrorDetail(msgspec.Struct, frozen=True, kw_only=True):
-    """An error's parts in an HTTP answer to a trainer; its class and status are beside it."""
-
-    message: str
-    worker: Count | None = None
-    phase: str | None = None
-    hint: str = ""
-
-
 class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type"):
-    """Base of all messages."""
+    """Base of all messages. Their texts are cut and cleaned when a message is made or decoded."""
+
+    def __post_init__(self) -> None:
+        quote_fields(self)
 
 
 class Heartbeat(Message, frozen=True, kw_only=True, tag="heartbeat"):
@@ -53,11 +48,9 @@ class Bye(Message, frozen=True, kw_only=True, tag="bye"):
 
 
 class Refused(Message, frozen=True, kw_only=True, tag="refused"):
-    """Coordinator: you cannot join, or what you sent cannot be used. ``hint`` (may be empty) says what to do."""
+    """Coordinator: you cannot join, or what you sent cannot be used."""
 
-    kind: str
-    message: str
-    hint: str
+    error: ErrorForm
 
 
 class Hello(Message, frozen=True, kw_only=True, tag="hello"):
@@ -171,15 +164,11 @@ class Abort(Message, frozen=True, kw_only=True, tag="abort"):
 
 
 class Failed(Message, frozen=True, kw_only=True, tag="failed"):
-    """Worker: a phase failed; ``dirty`` says whether live weights belong to no version now, ``hint`` (may be empty) what to
-    do."""
+    """Worker: a phase failed; ``dirty`` says whether live weights belong to no version now."""
 
     epoch: Count
     round: Count
-    phase: str
-    kind: str
-    message: str
-    hint: str
+    error: ErrorForm
     dirty: bool
 
 
@@ -242,4 +231,4 @@ def decode(frame: bytes) -> AnyMessage:
         ValueError,
         RecursionError,
     ) as error:  # ValueError: text that is not UTF-8
-        raise ProtocolError(f"malformed message: {error}") from None
+        raise ProtocolError(f"malformed message: {quoted(str(error), 300)}") from None

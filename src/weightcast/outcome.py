@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from weightcast.errors import EngineError, Unsupported, WeightcastError, error_from_wire
+from weightcast.errors import EngineError, ErrorForm, Unsupported, WeightcastError
 from weightcast.held import HeldTensor
 from weightcast.known import known
 
@@ -22,9 +22,7 @@ class WorkerOutcome(msgspec.Struct, frozen=True, kw_only=True):
     weight_version: str
     digest: str
     dirty: bool
-    error_kind: str = ""
-    error: str = ""
-    hint: str = ""
+    error: ErrorForm | None = None
     apply_s: float = 0.0
     checksums: dict[str, str] = {}
     tensors: dict[str, HeldTensor] = {}
@@ -33,9 +31,7 @@ class WorkerOutcome(msgspec.Struct, frozen=True, kw_only=True):
 
     def raised(self) -> WeightcastError | None:
         """The error as it was raised in the worker."""
-        if not self.error_kind:
-            return None
-        return error_from_wire(self.error_kind, self.error, hint=self.hint, worker=self.rank)
+        return None if self.error is None else self.error.error(worker=self.rank)
 
 
 def outcomes_from(answers: Sequence[Any]) -> list[WorkerOutcome]:

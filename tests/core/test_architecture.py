@@ -29,6 +29,7 @@ CORE = {
     "known",
     "replay",
     "held",
+    "quoted",
 }
 PURE_LIBRARIES = {"torch", "msgspec", "weightcast"} | set(sys.stdlib_module_names)
 FORBIDDEN_IN_CORE = {"socket", "http", "asyncio", "multiprocessing", "subprocess", "pickle", "zmq", "httpx"}

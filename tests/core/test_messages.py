@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from weightcast.errors import ProtocolError
+from weightcast.errors import ErrorForm, ProtocolError
 from weightcast.facts import Facts
 from weightcast.layout import image_layout
 from weightcast.manifest import Manifest, TensorSpec
@@ -44,7 +44,7 @@ FACTS = Facts(host="h", pid=1, device="cpu")
 EXAMPLES: list[Message] = [
     Heartbeat(),
     Bye(reason="done"),
-    Refused(kind="AuthError", message="no", hint=""),
+    Refused(error=ErrorForm(kind="AuthError", message="no")),
     Hello(ticket="t", engine="e", rank=0, world_size=2, facts=FACTS, version="3-ab", digest="", dirty=False, highest=3),
     Welcome(session="s", manifest=MANIFEST, mode="auto", shadows=1, heartbeat_s=0.5, silence_s=5.0),
     Landings(layout=LAYOUT, mode="staged", shadow_nbytes=512, shadow="cpu"),
@@ -55,7 +55,7 @@ EXAMPLES: list[Message] = [
     Verified(epoch=1, round=2, version="4-cd", content="ff", digest=2**63),
     Committed(epoch=1, round=2, digest=1, nbytes=0, transfer_s=0.0, apply_s=0.1, digest_s=0.1),
     Abort(epoch=1, round=2, reason="r"),
-    Failed(epoch=1, round=2, phase="transfer", kind="PeerLost", message="m", hint="h", dirty=True),
+    Failed(epoch=1, round=2, error=ErrorForm(kind="PeerLost", message="m", hint="h", phase="transfer"), dirty=True),
     RankOrder(call=3, number=17, body=b"\x81\xff"),
     RankAnswer(number=17, body=b"\x00"),
 ]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from weightcast import Publisher
 from weightcast.control import ControlLink, Coordinator
 from weightcast.deadline import Deadline
-from weightcast.errors import WeightcastError
+from weightcast.errors import ErrorForm, WeightcastError
 from weightcast.layout import image_layout
 from weightcast.manifest import Manifest, TensorSpec
 from weightcast.messages import (
@@ -98,7 +98,7 @@ MESSAGES: st.SearchStrategy[Message] = st.one_of(
         ).map(tuple),
         timeout_s=TIMES,
     ),
-    st.builds(Refused, kind=TEXT, message=TEXT),
+    st.builds(Refused, error=st.builds(ErrorForm, kind=TEXT, message=TEXT)),
     st.builds(
         Welcome,
         session=TEXT,
@@ -164,6 +164,7 @@ def test_a_trainer_that_says_anything_in_any_order_changes_nothing(engine: Local
 
 
 FAILURES = st.sampled_from(["PeerLost", "LoadError", "RoundFailed", "KeyError", ""])
+ERRORS = st.builds(ErrorForm, kind=FAILURES, message=TEXT, phase=TEXT, hint=TEXT, worker=st.none() | st.integers(0, 9))
 ANY_NUMBER = st.integers(-1, 3) | st.sampled_from([2**63, 2**64 - 1])
 ANY_TIME = st.sampled_from([0.0, 0.1, -1.0, float("nan"), float("inf"), 1e300])
 LIES: st.SearchStrategy[Message | bytes] = st.one_of(
@@ -199,13 +200,10 @@ LIES: st.SearchStrategy[Message | bytes] = st.one_of(
         Failed,
         epoch=ANY_NUMBER,
         round=ANY_NUMBER,
-        phase=TEXT,
-        kind=FAILURES,
-        message=TEXT,
-        hint=TEXT,
+        error=ERRORS,
         dirty=st.booleans(),
     ),
-    st.builds(Refused, kind=FAILURES, message=TEXT, hint=TEXT),
+    st.builds(Refused, error=ERRORS),
     st.builds(RankAnswer, number=ANY_NUMBER, body=st.binary(max_size=4)),
     st.builds(RankOrder, call=ANY_NUMBER, number=ANY_NUMBER, body=st.binary(max_size=4)),
     st.builds(Bye, reason=TEXT),

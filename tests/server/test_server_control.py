@@ -12,7 +12,7 @@ import pytest
 from server_helpers import BASE_URL, client_for
 from starlette.applications import Starlette
 
-from weightcast.errors import DigestMismatch, EngineError, PlanMismatch, error_from_wire
+from weightcast.errors import DigestMismatch, EngineError, ErrorForm, PlanMismatch
 from weightcast.server import EngineCommitter, ServerConfig, TokenAuth, control_router
 from weightcast.testing.scripted_engine import ScriptedEngine
 
@@ -115,7 +115,7 @@ async def test_after_a_failure_the_next_commit_works(
     engine.fail(method, failure)
     error = (await post(http, "commit", order(), status=status))["error"]
     if not isinstance(failure, KeyError):
-        assert type(error_from_wire(error["type"], error["message"])) is type(failure)
+        assert type(ErrorForm(kind=error["type"], message=error["message"]).error()) is type(failure)
     assert not await engine.is_paused()
     body = order()
     assert (await post(http, "commit", body))["version"] == body["version"] == engine.version

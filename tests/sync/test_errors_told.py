@@ -18,12 +18,12 @@ from weightcast.errors import (
     AnswerLost,
     DeadlineExceeded,
     EngineError,
+    ErrorForm,
     LoadError,
     PeerLost,
     RoundFailed,
     ShadowError,
     WeightcastError,
-    error_from_wire,
 )
 from weightcast.receiver.session import Session
 from weightcast.server.replies import error_response
@@ -90,10 +90,10 @@ def test_every_error_says_what_to_do_and_a_better_hint_counts_first(kind: type[W
     assert better.hint == "Do this"
     assert str(better) == "it broke. Do this"
     if kind is not RoundFailed:
-        again = error_from_wire(kind.__name__, "it broke", hint="Do this")
+        again = ErrorForm(kind=kind.__name__, message="it broke", hint="Do this").error()
         assert type(again) is kind
         assert again.hint == "Do this"
-        assert str(error_from_wire(kind.__name__, str(kind("it broke")))) == str(kind("it broke"))
+        assert str(ErrorForm(kind=kind.__name__, message=str(kind("it broke"))).error()) == str(kind("it broke"))
 
 
 def test_a_worker_that_fails_is_named_with_its_own_hint(engine: LocalEngine, monkeypatch: pytest.MonkeyPatch) -> None:

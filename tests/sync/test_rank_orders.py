@@ -20,8 +20,6 @@ from weightcast.trainer.ranks.orders import (
     decode_answer,
     decode_order,
     encode,
-    error_form,
-    error_of,
 )
 
 
@@ -51,10 +49,9 @@ def test_an_error_is_raised_elsewhere_as_it_was() -> None:
         dirty=("b",),
         hint="Call again",
     )
-    sent = decode_order(encode(Finish(error=error_form(error))))
+    sent = decode_order(encode(Finish.failed(error)))
     assert isinstance(sent, Finish)
-    assert sent.error is not None
-    heard = error_of(sent.error)
+    heard = sent.raised()
     assert isinstance(heard, RoundFailed)
     assert str(heard) == str(error)
     assert {name: type(cause) for name, cause in heard.causes.items()} == {
@@ -65,7 +62,7 @@ def test_an_error_is_raised_elsewhere_as_it_was() -> None:
 
 
 def test_a_foreign_error_keeps_its_name_in_the_text() -> None:
-    assert "KeyError: 'w'" in str(error_of(error_form(KeyError("w"))))
+    assert "KeyError: 'w'" in str(Finish.failed(KeyError("w")).raised())
 
 
 @settings(max_examples=200, deadline=None)

@@ -25,28 +25,30 @@ def test_every_call_has_an_answer_and_none_raises(model: Path) -> None:
             return dict(answer)
 
         for wrong in (("init", ["x"]), ("init", "x"), ("init", {}), ("update", 7), ("no such call", {})):
-            assert call(*wrong)["error_kind"] == "InvalidInput", wrong
-        assert call("shutdown")["error_kind"] == "", "leaving when nobody was joined is no error"
+            assert call(*wrong)["error"]["kind"] == "InvalidInput", wrong
+        assert call("shutdown")["error"] is None, "leaving when nobody was joined is no error"
         assert call("hold", {"held": True})["held"]
         assert call("status")["held"]
         assert not call("hold", {"held": False})["held"]
         norm = random_state_dict(model)["model.norm.weight"]
         only = {"tensors": [{"name": "model.norm.weight", "dtype": "bfloat16", "shape": list(norm.shape)}]}
-        assert call("update", 7)["error_kind"] == "InvalidInput"
+        assert call("update", 7)["error"]["kind"] == "InvalidInput"
         for question, kind in (
             (("checksums", {}), ""),
             (("digests", {}), "InvalidInput"),
             (("digests", {"tensors": [{"name": 1}]}), "InvalidInput"),
             (("digests", only), "PlanMismatch"),
         ):
-            assert call(*question)["error_kind"] == kind, question
-            assert call("status")["error_kind"] == "InvalidInput", "asking does not hide what became of the last update"
+            assert call(*question)["error"]["kind"] == kind, question
+            assert call("status")["error"]["kind"] == "InvalidInput", (
+                "asking does not hide what became of the last update"
+            )
         call("shutdown")
         worker = llm.llm_engine.model_executor.driver_worker.worker
         backend, worker.weight_transfer_engine = worker.weight_transfer_engine, None
-        assert call("status")["error_kind"] == "StateError"
+        assert call("status")["error"]["kind"] == "StateError"
         worker.weight_transfer_engine = backend
-        assert call("status")["error_kind"] == ""
+        assert call("status")["error"] is None
 
         loaded = worker.get_model()
         loaded._do_torchao_reload = True

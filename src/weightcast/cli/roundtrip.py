@@ -22,7 +22,7 @@ import torch
 
 from weightcast.cuda.wait import wait_stream
 from weightcast.deadline import Deadline
-from weightcast.errors import DeadlineExceeded, PeerLost, TransportError, WeightcastError, error_from_wire
+from weightcast.errors import DeadlineExceeded, ErrorForm, PeerLost, TransportError, WeightcastError
 from weightcast.known import known
 from weightcast.layout import image_layout
 from weightcast.manifest import Manifest, TensorSpec
@@ -51,8 +51,7 @@ class _Offer(msgspec.Struct, frozen=True, kw_only=True):
 class _Answer(msgspec.Struct, frozen=True, kw_only=True):
     sha256: str = ""
     seconds: float = 0.0
-    error: str = ""
-    message: str = ""
+    error: ErrorForm | None = None
 
 
 def try_transport(name: str, *, nbytes: int = 16 * 2**20, timeout_s: float = 60.0) -> RoundTrip:
@@ -82,8 +81,8 @@ def try_transport(name: str, *, nbytes: int = 16 * 2**20, timeout_s: float = 60.
                 end.close()
         finally:
             transport.release(memory)
-    if answer.error:
-        raise error_from_wire(answer.error, answer.message)
+    if answer.error is not None:
+        raise answer.error.error()
     if answer.sha256 != expected:
         raise TransportError(f"{name} delivered other bytes than were sent")
     return RoundTrip(nbytes=nbytes, seconds=answer.seconds)
@@ -176,7 +175,7 @@ def main(requests: IO[bytes], answers: IO[bytes], device: torch.device) -> None:
     try:
         say(msgspec.json.encode(_receive(request, device)))
     except WeightcastError as error:
-        say(msgspec.json.encode(_Answer(error=type(error).__name__, message=str(error))))
+        say(msgspec.json.encode(_Answer(error=ErrorForm.of(error))))
     requests.readline()  # Stay until the trainer has closed its side.
 
 

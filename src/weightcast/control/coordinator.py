@@ -16,11 +16,11 @@ from weightcast.deadline import Deadline
 from weightcast.errors import (
     AuthError,
     DeadlineExceeded,
+    ErrorForm,
     InvalidInput,
     PeerLost,
     ProtocolError,
     WeightcastError,
-    error_from_wire,
 )
 from weightcast.messages import AnyMessage, Bye, Failed, Heartbeat, Hello, Message, Refused, decode, encode
 from weightcast.secret import same_secret
@@ -179,8 +179,7 @@ class Coordinator:
                 for i, message in enumerate(member.inbox):
                     if isinstance(message, Refused) or (isinstance(message, Failed) and matches(message)):
                         del member.inbox[i]
-                        said = error_from_wire(message.kind, message.message, hint=message.hint)
-                        raise said.at(engine=member.engine, worker=member.rank, phase=getattr(message, "phase", phase))
+                        raise message.error.error(engine=member.engine, worker=member.rank).at(phase=phase)
                     if isinstance(message, wanted) and matches(message):
                         del member.inbox[i]
                         return message
@@ -262,7 +261,7 @@ class Coordinator:
                 member = self._admit(identity, message)
             except AuthError as error:
                 logger.warning("control channel: refused engine %r rank %d: %s", message.engine, message.rank, error)
-                self._pump.send(identity, encode(_refusal(error)))
+                self._pump.send(identity, encode(Refused(error=ErrorForm.of(error))))
                 return
             self._members[identity] = member
             self._changed.notify_all()
@@ -288,7 +287,3 @@ class Coordinator:
         for member in members:
             if now - member.last_sent >= self.heartbeat_s:
                 self.send(member, Heartbeat())
-
-
-def _refusal(error: AuthError) -> Refused:
-    return Refused(kind=type(error).__name__, message=error.message, hint=error.hint or "")

@@ -15,19 +15,21 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import msgspec
+
 from weightcast.control.link import ControlLink, JoinInfo
 from weightcast.cuda.wait import own_stream, wait_stream
 from weightcast.deadline import Deadline
 from weightcast.digest import LayoutDigest, combine
 from weightcast.errors import (
     DeadlineExceeded,
+    ErrorForm,
     PeerLost,
     PlanMismatch,
     ProtocolError,
     StateError,
     TransportError,
     WeightcastError,
-    error_from_wire,
 )
 from weightcast.facts import Facts
 from weightcast.layout import Layout
@@ -147,7 +149,7 @@ class Session:
         if isinstance(answer, str):
             raise PeerLost(answer, phase="join")
         if isinstance(answer, Refused):
-            raise error_from_wire(answer.kind, answer.message, hint=answer.hint, phase="join")
+            raise answer.error.error(phase="join")
         if not isinstance(answer, Welcome):
             raise ProtocolError(f"expected a welcome, got {type(answer).__name__}", phase="join")
         self.manifest = answer.manifest
@@ -381,19 +383,12 @@ class Session:
 
     def send_failure(self, id: RoundId, phase: str, error: BaseException, *, dirty: bool = False) -> None:
         """Tell the trainer by name; errors that are not weightcast's own travel with their class in the text."""
-        if isinstance(error, WeightcastError):
-            kind, text, hint = type(error).__name__, error.message, error.hint or ""
-        else:
-            kind, text, hint = (
-                "TransportError",
-                f"{type(error).__name__}: {error}",
-                "The engine's log has the traceback",
-            )
+        form = msgspec.structs.replace(ErrorForm.of(error, otherwise=TransportError), phase=phase)
         level = logging.INFO if isinstance(error, WeightcastError) else logging.ERROR
         where = about(epoch=id.epoch, round=id.round, phase=phase)
         trace = level >= logging.ERROR
-        logger.log(level, "round %s failed in %s: %s", id, phase, text, exc_info=trace, extra=where)
-        self.send(Failed(epoch=id.epoch, round=id.round, phase=phase, kind=kind, message=text, hint=hint, dirty=dirty))
+        logger.log(level, "round %s failed in %s: %s", id, phase, form.message, exc_info=trace, extra=where)
+        self.send(Failed(epoch=id.epoch, round=id.round, error=form, dirty=dirty))
 
     def _close_ends(self) -> bool:
         """Close all ends once nobody is inside one; False when somebody stays, and they stay open."""

@@ -25,11 +25,17 @@ _ERROR = {
                 "detail": {
                     "type": "object",
                     "description": "the error's parts, of calls that change weights",
+                    "required": ["kind", "message"],
                     "properties": {
+                        "kind": {"type": "string", "description": "class name in weightcast.errors"},
                         "message": {"type": "string"},
+                        "engine": {"type": ["string", "null"]},
                         "worker": {"type": ["integer", "null"]},
                         "phase": {"type": ["string", "null"]},
-                        "hint": {"type": "string"},
+                        "round": {"type": ["integer", "null"]},
+                        "field": {"type": ["string", "null"]},
+                        "hint": {"type": ["string", "null"]},
+                        "trace": {"type": "string", "description": "traceback of an error of another library's"},
                     },
                 },
             },

@@ -11,8 +11,7 @@ from typing import Any
 import msgspec
 from starlette.responses import Response
 
-from weightcast.errors import EngineError, InvalidInput, WeightcastError
-from weightcast.messages import ErrorDetail
+from weightcast.errors import EngineError, ErrorForm, InvalidInput, WeightcastError
 
 CLIENT_GONE = 499
 FAILED_DEPENDENCY = 424
@@ -69,7 +68,5 @@ def error_response(error: WeightcastError, *, changes_weights: bool = False) -> 
     body = error_body(error, status)
     if changes_weights:
         # Trainers raise the error again; in ``message`` its parts cannot be told apart.
-        body["error"]["detail"] = ErrorDetail(
-            message=error.message, worker=error.worker, phase=error.phase, hint=error.hint or ""
-        )
+        body["error"]["detail"] = ErrorForm.of(error)
     return json_response(body, status, headers)

@@ -17,7 +17,7 @@ import torch
 
 from weightcast.deadline import Deadline
 from weightcast.dtypes import dtype_of
-from weightcast.errors import EngineError, Unsupported, error_from_wire
+from weightcast.errors import EngineError, ErrorForm, Unsupported
 from weightcast.known import known
 from weightcast.layout import Layout
 from weightcast.manifest import Manifest
@@ -164,7 +164,7 @@ class PeerEngine(EngineClient):
             return self.peer.call("make", method, *args, left_s, timeout_s=left_s + 2)
         except RankFailed as error:
             text = str(error)
-            raise error_from_wire(error.kind, text) if error.kind else EngineError(text) from None
+            raise ErrorForm(kind=error.kind, message=text).error() if error.kind else EngineError(text) from None
 
     def __enter__(self) -> PeerEngine:
         return self

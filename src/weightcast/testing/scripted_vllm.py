@@ -48,7 +48,7 @@ class ScriptedWorker:
             self.held = bool(payload["held"])
         return {
             "rank": self.rank, "weight_version": self.version, "digest": "", "dirty": self.dirty, "held": self.held,
-            "error_kind": self.error, "error": f"{name} failed" if self.error else "",
+            "error": {"kind": self.error, "message": f"{name} failed"} if self.error else None,
         }  # fmt: skip
 
     def _carry_out(self, name: str, payload: Mapping[str, Any]) -> str:

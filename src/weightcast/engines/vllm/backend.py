@@ -20,7 +20,7 @@ import vllm
 from weightcast.engines.vllm.model import VllmModel
 from weightcast.engines.vllm.parallelism import worker_rank
 from weightcast.engines.vllm.versions import check_version
-from weightcast.errors import InvalidInput, StateError, WeightcastError
+from weightcast.errors import ErrorForm, InvalidInput, StateError, WeightcastError
 from weightcast.invalid import invalid_input
 from weightcast.known import known
 from weightcast.manifest import Manifest, TensorSpec
@@ -153,9 +153,7 @@ class VllmBackend(VllmEngine):  # type: ignore[misc]
             weight_version=engine.weight_version if engine is not None else "default",
             digest=engine.digest if engine is not None else "",
             dirty=engine is not None and engine.dirty,
-            error_kind=type(error).__name__ if error is not None else "",
-            error=error.message if error is not None else "",
-            hint=(error.hint or "") if error is not None else "",
+            error=None if error is None else ErrorForm.of(error),
             apply_s=self._apply_s,
             held=self._held,
         )
@@ -174,7 +172,7 @@ class VllmBackend(VllmEngine):  # type: ignore[misc]
             logger.warning("weight transfer: %s", error)
         except Exception as error:
             logger.exception("weight transfer failed")
-            self._error = WeightcastError(f"{type(error).__name__}: {error}")
+            self._error = ErrorForm.of(error).error()
         self._apply_s = time.perf_counter() - start
 
     def _made(self) -> WeightcastEngine:
@@ -206,7 +204,7 @@ def _no_backend(worker: Any) -> dict[str, Any]:
     return _record(
         WorkerOutcome(
             rank=int(getattr(worker, "rank", 0)), weight_version="default", digest="", dirty=False,
-            error_kind=type(error).__name__, error=error.message,
+            error=ErrorForm.of(error),
         )
     )  # fmt: skip
 

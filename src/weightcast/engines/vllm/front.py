@@ -54,7 +54,7 @@ class VllmFront:
         self._round = []
         outcomes = await self._call("update", update_info)
         error = first_error(outcomes)
-        if error is not None and update_info.get("action") == "commit" and any(not o.error_kind for o in outcomes):
+        if error is not None and update_info.get("action") == "commit" and any(o.error is None for o in outcomes):
             outcomes = await self._call("update", {**_without_version(update_info), "action": "rollback"})
         self._round = outcomes
         if error is not None:

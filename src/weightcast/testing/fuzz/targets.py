@@ -12,7 +12,7 @@ import msgspec
 
 from weightcast.control.link import JoinInfo
 from weightcast.deadline import Deadline
-from weightcast.errors import InvalidInput, PeerLost, ProtocolError, RoundFailed, StateError, WeightcastError
+from weightcast.errors import ErrorForm, InvalidInput, PeerLost, ProtocolError, RoundFailed, StateError, WeightcastError
 from weightcast.facts import Facts
 from weightcast.known import known
 from weightcast.layout import image_layout
@@ -59,8 +59,6 @@ from weightcast.trainer.ranks.orders import (
     Survey,
     decode_answer,
     decode_order,
-    error_form,
-    error_of,
 )
 from weightcast.trainer.ranks.orders import encode as encode_body
 from weightcast.transports.gloo import GlooOffer
@@ -149,7 +147,7 @@ def ranks(data: bytes) -> None:
             raise AssertionError(f"{body} is heard as another one when it is sent again")
         form = getattr(body, "error", None)
         if form is not None:
-            str(error_of(form))
+            str(form.error())
 
 
 def answers(data: bytes) -> None:
@@ -267,8 +265,8 @@ def seeds(target: str) -> list[bytes]:
             encode_body(Enter(what="publish", timeout_s=1.5)),
             encode_body(Survey()),
             encode_body(Pair(pairs=(1,), transport="shm", copies=(), bucket_nbytes=4096)),
-            encode_body(Finish(error=error_form(failed))),
-            encode_body(RankReply(error=error_form(failed))),
+            encode_body(Finish.failed(failed)),
+            encode_body(RankReply(error=ErrorForm.of(failed))),
             encode_body(RankReply(manifest=MANIFEST, layout=LAYOUT, offers=(b"x",), value=2**63)),
         ]
     if target == "answers":
@@ -276,7 +274,7 @@ def seeds(target: str) -> list[bytes]:
             b'\x00{"world_size": 2}',
             b'\x00{"phases": {"pause": 0.1, "apply": 1e-3, "resume": 0}}',
             b'\x00{"weight_version": "3-ab", "digest": "ff", "dirty": false, "ready": true}',
-            b'\x01{"error": {"type": "StateError", "message": "m", "detail": {"message": "m", "worker": 1, "hint": "h"}}}',
+            b'\x01{"error": {"type": "StateError", "message": "m", "detail": {"kind": "StateError", "message": "m"}}}',
             b"\x02not json",
             b"\x00" + b"[" * 5000,
         ]
@@ -311,7 +309,7 @@ def messages() -> list[Message]:
     return [
         Heartbeat(),
         Bye(reason="done"),
-        Refused(kind="AuthError", message="no", hint=""),
+        Refused(error=ErrorForm(kind="AuthError", message="no")),
         Hello(
             ticket="t", engine="e", rank=0, world_size=2, facts=facts, version="3-ab", digest="", dirty=False, highest=3
         ),
@@ -324,7 +322,7 @@ def messages() -> list[Message]:
         Verified(epoch=1, round=2, version="4-cd", content="ff", digest=2**63),
         Committed(epoch=1, round=2, digest=1, nbytes=0, transfer_s=0.0, apply_s=0.1, digest_s=0.1),
         Abort(epoch=1, round=2, reason="r"),
-        Failed(epoch=1, round=2, phase="transfer", kind="PeerLost", message="m", hint="h", dirty=True),
+        Failed(epoch=1, round=2, error=ErrorForm(kind="PeerLost", message="m", hint="h", phase="transfer"), dirty=True),
         RankOrder(call=3, number=17, body=b"\x81\xff"),
         RankAnswer(number=17, body=b"\x00"),
     ]

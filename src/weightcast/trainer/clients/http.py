@@ -15,10 +15,9 @@ import httpcore
 import msgspec
 
 from weightcast.deadline import Deadline
-from weightcast.errors import DeadlineExceeded, EngineError, PeerLost, WeightcastError, error_from_wire
+from weightcast.errors import DeadlineExceeded, EngineError, ErrorForm, PeerLost, WeightcastError
 from weightcast.known import known
 from weightcast.manifest import Manifest
-from weightcast.messages import ErrorDetail
 from weightcast.trainer.clients import wire
 from weightcast.trainer.clients.base import AnswerLost, CommitOrder, CommitReply, EngineClient
 from weightcast.trainer.clients.urls import host_of
@@ -107,9 +106,7 @@ class HttpEngineClient(EngineClient):
     def _error(self, method: str, path: str, response: httpcore.Response) -> WeightcastError:
         error = wire.json_object(response.content).get("error")
         if isinstance(error, dict) and isinstance(error.get("message"), str):
-            detail = _detail(error)
-            raised = error_from_wire(str(error.get("type")), detail.message, hint=detail.hint)
-            return raised.at(engine=self.name, worker=detail.worker, phase=detail.phase)
+            return _form(error).error(engine=self.name)
         return self._no_engine(
             f"{method} {path} answered {response.status}", _NO_ROUTES if response.status == 404 else None
         )
@@ -118,9 +115,9 @@ class HttpEngineClient(EngineClient):
         return EngineError(message, engine=self.name, hint=hint)
 
 
-def _detail(error: dict[str, Any]) -> ErrorDetail:
-    """The error's parts; servers that are not weightcast's own give one text."""
+def _form(error: dict[str, Any]) -> ErrorForm:
+    """The error's form; servers that are not weightcast's own give one text and a class."""
     try:
-        return msgspec.convert(error["detail"], known(ErrorDetail))
+        return msgspec.convert(error["detail"], known(ErrorForm))
     except (KeyError, msgspec.ValidationError):
-        return ErrorDetail(message=error["message"])
+        return ErrorForm(kind=str(error.get("type")), message=error["message"])

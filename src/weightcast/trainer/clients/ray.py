@@ -10,8 +10,11 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
+
 from weightcast.deadline import Deadline
-from weightcast.errors import DeadlineExceeded, EngineError, PeerLost, WeightcastError, error_from_wire
+from weightcast.errors import DeadlineExceeded, EngineError, ErrorForm, PeerLost
+from weightcast.known import known
 from weightcast.trainer.clients.base import CommitOrder, CommitReply, EngineClient
 
 _numbers = itertools.count()
@@ -31,10 +34,8 @@ class PublishedTo:
             if self._client is None:
                 self._client = make_client(self.llm)
             return {"value": getattr(self._client, method)(*arguments, Deadline(timeout_s))}
-        except WeightcastError as error:
-            return {"error": type(error).__name__, "message": error.message, "hint": error.hint, "worker": error.worker}
         except Exception as error:  # noqa: BLE001
-            return {"error": EngineError.__name__, "message": f"{type(error).__name__}: {error}"}
+            return {"error": msgspec.to_builtins(ErrorForm.of(error, otherwise=EngineError))}
 
 
 class RayEngineClient(EngineClient):
@@ -82,6 +83,5 @@ class RayEngineClient(EngineClient):
         except ray.exceptions.RayActorError as error:
             raise PeerLost(f"{method}: the actor is gone: {error}", engine=self.name) from error
         if "error" in answer:
-            raised = error_from_wire(answer["error"], answer["message"], hint=answer.get("hint"))
-            raise raised.at(engine=self.name, worker=answer.get("worker"))
+            raise msgspec.convert(answer["error"], known(ErrorForm)).error(engine=self.name)
         return answer["value"]

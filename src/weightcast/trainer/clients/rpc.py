@@ -115,7 +115,7 @@ class RpcEngineClient(EngineClient):
         outcomes = self._ask("update", {**payload, **version, "action": action}, deadline)
         error = first_error(outcomes)
         if error is not None:
-            if action == "commit" and any(not outcome.error_kind for outcome in outcomes):
+            if action == "commit" and any(outcome.error is None for outcome in outcomes):
                 self._ask("update", {**payload, "action": "rollback"}, deadline)
             raise error.at(engine=self.name)
         return outcomes

@@ -19,12 +19,12 @@ from weightcast.cuda.wait import own_stream
 from weightcast.deadline import Deadline
 from weightcast.errors import (
     DeadlineExceeded,
+    ErrorForm,
     PeerLost,
     ProtocolError,
     StateError,
     TransportError,
     WeightcastError,
-    error_from_wire,
 )
 from weightcast.manifest import Manifest
 from weightcast.messages import AnyMessage, Hello, RankAnswer, RankOrder, Refused, Welcome
@@ -50,8 +50,6 @@ from weightcast.trainer.ranks.orders import (
     Survey,
     decode_order,
     encode,
-    error_form,
-    error_of,
 )
 from weightcast.trainer.sources.base import Source
 from weightcast.transports.base import TrainerEnd
@@ -120,7 +118,7 @@ class Follower:
             case RankOrder():
                 self._note(message)
             case Refused():
-                self._refused = error_from_wire(message.kind, message.message, hint=message.hint, phase="join")
+                self._refused = message.error.error().at(phase="join")
                 self._orders.put(None)
             case Welcome():
                 pass
@@ -131,11 +129,11 @@ class Follower:
         try:
             order = decode_order(message.body)
         except ProtocolError as error:
-            self._answer(message, Answer(error=error_form(error)))
+            self._answer(message, Answer(error=ErrorForm.of(error)))
             return
         if message.call <= self._left and not isinstance(order, Abort | Release | Finish):
             late = StateError("this rank has left the call, as rank 0 did not come in time")
-            self._answer(message, Answer(error=error_form(late)))
+            self._answer(message, Answer(error=ErrorForm.of(late)))
             return
         self._orders.put((message, order))
 
@@ -185,11 +183,11 @@ class Follower:
             elif message.call < self._call:
                 if not isinstance(order, Finish):
                     late = StateError("this rank has left the call already")
-                    self._answer(message, Answer(error=error_form(late)))
+                    self._answer(message, Answer(error=ErrorForm.of(late)))
             elif isinstance(order, Finish):
                 self._call = message.call
-                if order.error is not None:
-                    raise error_of(order.error)
+                if (failure := order.raised()) is not None:
+                    raise failure
                 return Report.from_json(order.report) if order.report else None
             else:
                 # A call that rank 0 made without this rank failed there.
@@ -227,7 +225,7 @@ class Follower:
         try:
             answer = work()
         except Exception as error:  # noqa: BLE001 - see above
-            answer = Answer(error=error_form(error))
+            answer = Answer(error=ErrorForm.of(error))
         self._answer(message, answer)
 
     # -- orders

@@ -41,8 +41,6 @@ from weightcast.trainer.ranks.orders import (
     Survey,
     decode_answer,
     encode,
-    error_form,
-    error_of,
 )
 from weightcast.trainer.sources.base import Source
 from weightcast.transports.facts import local_facts
@@ -101,7 +99,7 @@ class Ranks:
             self._enter(what, deadline)
             result = work()
         except BaseException as error:
-            self._finish(Finish(error=error_form(error)))
+            self._finish(Finish.failed(error))
             raise
         self._finish(Finish(report=result.to_json() if isinstance(result, Report) else ""))
         return result
@@ -192,7 +190,7 @@ class Ranks:
         assert isinstance(message, RankAnswer)
         answer = decode_answer(message.body)
         if answer.error is not None:
-            error = error_of(answer.error).at(phase=phase)
+            error = answer.error.error().at(phase=phase)
             error.message = f"trainer rank {rank}: {error.message}"
             raise error
         return answer

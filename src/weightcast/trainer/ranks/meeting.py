@@ -14,9 +14,8 @@ import torch.distributed as dist
 
 from weightcast.control.link import JoinInfo
 from weightcast.deadline import Deadline
-from weightcast.errors import DeadlineExceeded, InvalidInput, PeerLost, ProtocolError
+from weightcast.errors import DeadlineExceeded, ErrorForm, InvalidInput, PeerLost, ProtocolError
 from weightcast.known import known
-from weightcast.trainer.ranks.orders import ErrorForm, error_form, error_of
 from weightcast.transports.facts import host_identity
 
 FRAME_NBYTES = 8192
@@ -67,7 +66,7 @@ class Group:
             ) from None
         for rank, greeting in enumerate(greetings):
             if greeting.error is not None:
-                told = error_of(greeting.error)
+                told = greeting.error.error()
                 told.message = f"trainer rank {rank}: {told.message}"
                 raise told
         return greetings
@@ -108,6 +107,6 @@ def _shortened(error: Exception | None) -> ErrorForm | None:
     """The error in a form that fits in a greeting."""
     if error is None:
         return None
-    form = error_form(error)
+    form = ErrorForm.of(error)
     hint = None if form.hint is None else form.hint[:_TEXT_CHARACTERS]
     return ErrorForm(kind=form.kind, message=form.message[:_TEXT_CHARACTERS], hint=hint)

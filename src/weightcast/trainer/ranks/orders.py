@@ -4,26 +4,11 @@ from __future__ import annotations
 
 import msgspec
 
-from weightcast.errors import ProtocolError, RoundFailed, WeightcastError, error_from_wire
+from weightcast.errors import ErrorForm, ProtocolError, RoundFailed, WeightcastError
 from weightcast.known import known
 from weightcast.layout import Layout
 from weightcast.manifest import Manifest
 from weightcast.plan import Copy
-
-
-class ErrorForm(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """An error as it travels."""
-
-    kind: str
-    message: str
-    engine: str | None = None
-    worker: int | None = None
-    phase: str | None = None
-    round: int | None = None
-    hint: str | None = None
-    causes: dict[str, ErrorForm] = {}
-    serving: dict[str, str] = {}
-    dirty: tuple[str, ...] = ()
 
 
 class Order(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="do"):
@@ -108,10 +93,41 @@ class Release(Order, frozen=True, kw_only=True, tag="release"):
 
 
 class Finish(Order, frozen=True, kw_only=True, tag="finish"):
-    """The collective call is over: return this report (JSON, empty for none), or raise this error. Not answered."""
+    """The collective call is over: return this report (JSON, empty for none), or raise this error. Not answered.
+
+    ``causes``, ``serving`` and ``dirty`` are those of a RoundFailed.
+    """
 
     report: str = ""
     error: ErrorForm | None = None
+    causes: dict[str, ErrorForm] = {}
+    serving: dict[str, str] = {}
+    dirty: tuple[str, ...] = ()
+
+    @classmethod
+    def failed(cls, error: BaseException) -> Finish:
+        """The end of a call that raised ``error``."""
+        form = ErrorForm.of(error)
+        if not isinstance(error, RoundFailed):
+            return cls(error=form)
+        causes = {name: ErrorForm.of(cause) for name, cause in error.causes.items()}
+        return cls(error=form, causes=causes, serving=error.serving, dirty=error.dirty)
+
+    def raised(self) -> WeightcastError | None:
+        """The error that the call raised on rank 0, if it raised one."""
+        form = self.error
+        if form is None or form.kind != RoundFailed.__name__:
+            return None if form is None else form.error()
+        causes = {name: cause.error() for name, cause in self.causes.items()}
+        return RoundFailed(
+            form.message,
+            round=form.round,
+            phase=form.phase,
+            causes=causes,
+            serving=self.serving,
+            dirty=self.dirty,
+            hint=form.hint,
+        )
 
 
 AnyOrder = Enter | Survey | Agree | Adopt | Expect | Pair | Connect | Send | Refresh | Digest | Abort | Release | Finish
@@ -150,33 +166,3 @@ def decode_answer(body: bytes) -> Answer:
         return _answers.decode(body)
     except (msgspec.DecodeError, WeightcastError, ValueError, RecursionError) as error:
         raise ProtocolError(f"malformed answer of a trainer rank: {error}") from None
-
-
-def error_form(error: BaseException) -> ErrorForm:
-    """Any error so that another rank can raise it; one that is not weightcast's own keeps its class in the text."""
-    if not isinstance(error, WeightcastError):
-        return ErrorForm(kind="WeightcastError", message=f"{type(error).__name__}: {error}")
-    failed = error if isinstance(error, RoundFailed) else None
-    return ErrorForm(
-        kind=type(error).__name__,
-        message=error.message,
-        engine=error.engine,
-        worker=error.worker,
-        phase=error.phase,
-        round=error.round,
-        hint=error.hint,
-        causes={name: error_form(cause) for name, cause in failed.causes.items()} if failed else {},
-        serving=failed.serving if failed else {},
-        dirty=failed.dirty if failed else (),
-    )
-
-
-def error_of(form: ErrorForm) -> WeightcastError:
-    """The error that ``error_form`` was made from."""
-    if form.kind == "RoundFailed":
-        causes = {name: error_of(cause) for name, cause in form.causes.items()}
-        error: WeightcastError = RoundFailed(form.message, causes=causes, serving=form.serving, dirty=form.dirty)
-    else:
-        error = error_from_wire(form.kind, form.message)
-    error.hint = form.hint or error.hint
-    return error.at(engine=form.engine, worker=form.worker, phase=form.phase, round=form.round)
