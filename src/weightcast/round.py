@@ -111,7 +111,7 @@ class WorkerRound:
         stale, aborted, expired or approved as another version than the (non-empty) one given; DeadlineExceeded when the
         approval stays out.
         """
-        with self._changed:
+        with deadline.waking(self._wake), self._changed:
             while True:
                 if id < self._id:
                     raise StateError(f"round {id} is not the present one ({self._id})")
@@ -120,8 +120,13 @@ class WorkerRound:
                     if self._phase is Phase.VERIFIED and self._approval is not None:
                         self._to(Phase.COMMITTING)
                         return self._approval
-                if not self._changed.wait(deadline.remaining_s()) and deadline.passed:
+                if deadline.passed:
                     raise DeadlineExceeded(f"no approval of round {id} in {deadline.timeout_s:g} s")
+                self._changed.wait(deadline.remaining_s())
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
 
     def _check_claimable(self, id: RoundId, version: str) -> None:
         if self._phase not in _UNCLAIMED:

@@ -48,7 +48,8 @@ class Rejoiner:
                 continue
             if before is not None:
                 self._outcome(engine)  # how that one ended is no answer to this call
-            made = _Attempt(self._pool.submit(self._admit, engine, deadline), deadline)
+            own = deadline.part()  # called off alone
+            made = _Attempt(self._pool.submit(self._admit, engine, own), own)
             self._attempts[engine.name] = made
             if patience is None or engine.name not in self._sluggish:
                 waiting.append(made.future)
@@ -78,12 +79,12 @@ class Rejoiner:
         """End an attempt, if one runs, and wait for its end: a fraction of a second."""
         attempt = self._attempts.pop(engine.name, None)
         if attempt is not None:
-            attempt.deadline.at = 0.0
+            attempt.deadline.cancel()
             wait([attempt.future])
 
     def close(self) -> None:
         """End all attempts; idempotent."""
         for attempt in self._attempts.values():
-            attempt.deadline.at = 0.0
+            attempt.deadline.cancel()
         self._attempts.clear()
         self._pool.shutdown(wait=True, cancel_futures=True)

@@ -120,12 +120,16 @@ class _Pair:
             return cast(Work, self._live().recv([buffer], 1 - self._rank, tag))
 
     def wait(self, work: Work, deadline: Deadline, what: str) -> None:
-        with self._errors(deadline, what):
+        with self._errors(deadline, what), deadline.waking(self._break):
             # Gloo cuts the limit to whole milliseconds; without one more it would end before the deadline does.
             work.wait(deadline.limit() + timedelta(milliseconds=2))
 
     def abort(self) -> None:
         self.guard.abort()
+        self._break()
+
+    def _break(self) -> None:
+        """End every wait, here and at the peer."""
         group = self._group
         if group is None:
             return

@@ -89,7 +89,7 @@ class Together:
             while self._generation == generation:
                 self._refuse(member)
                 check()
-                if not self._working or deadline.at + GRACE_S < time.monotonic():
+                if not self._working or deadline.cancelled or deadline.at + GRACE_S < time.monotonic():
                     deadline.check(f"{what}: waiting for the other workers of the group")
                 self._changed.wait(min(_STEP_S, deadline.limit_s()))
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from weightcast.deadline import Deadline
+from weightcast.deadline import Deadline, result_within
 from weightcast.errors import DeadlineExceeded
 
 T = TypeVar("T")
@@ -34,17 +34,16 @@ class Helper:
                 self._thread.start()
         future: Future[T] = Future()
         self._calls.put((future, work))
-        try:
-            return future.result(deadline.limit_s())
-        except TimeoutError:
-            if future.done():
-                raise
+
+        def late() -> DeadlineExceeded:
             began = not future.cancel()
-            raise DeadlineExceeded(
+            return DeadlineExceeded(
                 f"the engine took longer than {deadline.timeout_s:g} s",
                 engine=self._engine,
                 hint=None if began else "It was not asked: it has not answered the call before",
-            ) from None
+            )
+
+        return result_within(future, deadline, late)
 
     def close(self) -> None:
         """Let the thread end after the call that it is in, if any."""

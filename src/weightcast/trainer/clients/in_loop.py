@@ -8,7 +8,7 @@ import time
 from collections.abc import Coroutine, Mapping
 from typing import Any
 
-from weightcast.deadline import Deadline
+from weightcast.deadline import Deadline, result_within
 from weightcast.errors import DeadlineExceeded, StateError
 from weightcast.trainer.clients.base import CommitOrder, CommitReply, EngineClient
 
@@ -30,17 +30,16 @@ class LoopCalls:
                 hint="await asyncio.to_thread(publisher.publish)",
             )
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
-        try:
-            return future.result(deadline.limit_s())
-        except TimeoutError:
-            if future.done():
-                raise
+
+        def late() -> DeadlineExceeded:
             future.cancel()
-            raise DeadlineExceeded(
+            return DeadlineExceeded(
                 f"the engine took longer than {deadline.timeout_s:g} s",
                 engine=self._name,
                 hint="A publisher on the engine's own event loop blocks it: await asyncio.to_thread(publisher.publish)",
-            ) from None
+            )
+
+        return result_within(future, deadline, late)
 
 
 class AsyncEngineClient(EngineClient):

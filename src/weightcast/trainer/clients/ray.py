@@ -17,6 +17,7 @@ from weightcast.errors import DeadlineExceeded, EngineError, ErrorForm, PeerLost
 from weightcast.known import known
 from weightcast.trainer.clients.base import CommitOrder, CommitReply, EngineClient
 
+STEP_S = 0.2
 _numbers = itertools.count()
 
 
@@ -71,9 +72,12 @@ class RayEngineClient(EngineClient):
     def _call(self, method: str, deadline: Deadline, *arguments: Any) -> Any:
         import ray
 
-        left_s = deadline.limit_s()
+        call = self._actor.weightcast_call.remote(method, arguments, deadline.limit_s())
         try:
-            answer = ray.get(self._actor.weightcast_call.remote(method, arguments, left_s), timeout=left_s)
+            # In steps: a deadline may be cancelled meanwhile.
+            while not ray.wait([call], timeout=min(STEP_S, deadline.limit_s()))[0] and not deadline.passed:
+                continue
+            answer = ray.get(call, timeout=0)
         except ray.exceptions.GetTimeoutError:
             raise DeadlineExceeded(
                 f"{method} took longer than {deadline.timeout_s:g} s",

@@ -1,7 +1,7 @@
 """One HTTP call with one deadline for all of it, from the first look at the host's name.
 
 HTTP libraries limit each wait by itself, so a server that accepts, stalls and drips bytes holds its caller for any time. Here
-every wait is cut into short ones and ends when the call's deadline does, also when another thread moves that deadline.
+every wait is cut into short ones and ends when the call's deadline does, also when another thread cancels that deadline.
 """
 
 from __future__ import annotations
