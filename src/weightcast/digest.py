@@ -367,7 +367,8 @@ def _join(runs: Sequence[DigestRun], *, across_padding: bool) -> list[DigestRun]
         last = joined[-1] if joined else None
         if last is not None and last.storage == run.storage:
             gap = run.offset - last.offset - last.nbytes
-            padding = ALIGNMENT - 1 if across_padding and last.is_whole else 0
+            # So near to the end of a tensor only the start of the next one is aligned.
+            padding = ALIGNMENT - 1 if across_padding and last.is_whole and run.offset % ALIGNMENT == 0 else 0
             if 0 <= gap <= padding and gap == run.position - last.position - last.nbytes:
                 nbytes = run.offset + run.nbytes - last.offset
                 joined[-1] = DigestRun(last.storage, last.offset, last.position, nbytes, run.is_whole)

@@ -14,7 +14,7 @@ import msgspec
 
 from weightcast.dtypes import dtype_of, itemsize_of
 from weightcast.errors import InvalidInput
-from weightcast.manifest import Manifest, TensorSpec, align
+from weightcast.manifest import ALIGNMENT, Manifest, TensorSpec, align
 
 
 class Region(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,6 +92,22 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
             return self.offset * itemsize_of(self.dtype)
         last = self.offset + sum((n - 1) * s for n, s in zip(self.region.sizes, self.strides, strict=True))
         return (last + 1) * itemsize_of(self.dtype)
+
+
+def is_padded(placements: Iterable[Placement]) -> bool:
+    """Whether each placement is contiguous and starts at a multiple of ALIGNMENT: fewer bytes than that between the end of one and
+    the start of another belong to nobody then."""
+    return all(
+        placement.offset * itemsize_of(placement.dtype) % ALIGNMENT == 0
+        and all(
+            size == 1 or have == want
+            for size, have, want in zip(
+                placement.region.sizes, placement.strides, contiguous_strides(placement.region.sizes), strict=True
+            )
+        )
+        for placement in placements
+        if placement.region.numel
+    )
 
 
 class Layout(msgspec.Struct, frozen=True, kw_only=True):

@@ -24,7 +24,8 @@ class FileSpan(NamedTuple):
 class Memory:
     """Numbered storages (1-D uint8 tensors). ``number`` is unique in the process: compiled copies are cached by it.
 
-    ``is_arena``: the bytes between placements are zero and belong to nobody, so copies and digests may run across them.
+    ``is_arena``: all placements are padded (see layout.is_padded) and the bytes between them are zero, so copies and digests may run
+    from the end of one across the padding to the start of the next.
     ``files``: per storage the span of a file that it is a read-only map of, or None; a transport may read the file instead.
     ``gpu``: the storages are page-locked host memory that this GPU's kernels read and write.
     """

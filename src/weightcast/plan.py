@@ -261,7 +261,8 @@ def merge(copies: Iterable[Copy], *, across_padding: bool = False) -> tuple[list
         last = merged[-1] if merged else None
         if last is not None and (last.src_storage, last.dst_storage) == (run.src_storage, run.dst_storage):
             gap = run.src_offset - last.src_offset - last.nbytes
-            padding = ALIGNMENT - 1 if across_padding and last.is_whole else 0
+            starts = run.src_offset % ALIGNMENT == run.dst_offset % ALIGNMENT == 0
+            padding = ALIGNMENT - 1 if across_padding and last.is_whole and starts else 0
             if 0 <= gap <= padding and gap == run.dst_offset - last.dst_offset - last.nbytes:
                 nbytes = run.src_offset + run.nbytes - last.src_offset
                 merged[-1] = msgspec.structs.replace(last, nbytes=nbytes, is_whole=run.is_whole)

@@ -140,6 +140,32 @@ def test_an_arena_is_one_run_and_equals_the_sum_of_its_tensors() -> None:
     assert LayoutDigest(manifest, layout).of(memory) == total % 2**64
 
 
+def test_padding_is_crossed_only_to_the_start_of_a_tensor() -> None:
+    """The second half of a small tensor is as near to the tensor before it as an arena's padding is long."""
+    specs = [
+        TensorSpec(name="before", dtype="float32", shape=(5, 4)),
+        TensorSpec(name="cut", dtype="float32", shape=(32,)),
+    ]
+    manifest = Manifest.of(specs)
+    layout = image_layout(manifest)
+    memory = Memory([torch.zeros(manifest.image_nbytes, dtype=torch.uint8)], is_arena=True)
+    values = {spec.name: torch.randn(spec.shape) for spec in specs}
+    for spec, placement in zip(specs, layout.placements, strict=True):
+        memory.view(0, spec.dtype, placement.offset, spec.shape, placement.strides).copy_(values[spec.name])
+    before, cut = layout.placements
+    for start in (0, 8, 16):
+        half = Placement(
+            region=Region(name="cut", offsets=(start,), sizes=(16,)), dtype="float32", storage=0, offset=cut.offset + start,
+            strides=(1,),
+        )  # fmt: skip
+        held = Layout(placements=(before, half), storage_nbytes=layout.storage_nbytes)
+        position = manifest.positions["cut"] + start * 4
+        expected = combine(
+            [digest_tensor(values["before"]), digest_tensor(values["cut"][start : start + 16], position)]
+        )
+        assert LayoutDigest(manifest, held, gaps_are_zero=True).of(memory) == expected
+
+
 @settings(max_examples=80, deadline=None)
 @given(
     dtype=st.sampled_from(DTYPE_NAMES),

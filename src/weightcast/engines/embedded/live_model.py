@@ -17,7 +17,7 @@ from weightcast.dtypes import itemsize_of, name_of
 from weightcast.engines.embedded.conversion import CheckpointLoader
 from weightcast.errors import InvalidInput, PlanMismatch, Unsupported
 from weightcast.held import TensorDigest, held_tensors, tensor_digests
-from weightcast.layout import Layout, contiguous_strides
+from weightcast.layout import Layout, contiguous_strides, is_padded
 from weightcast.manifest import Manifest, align
 from weightcast.memory import Memory
 from weightcast.receiver.base import LiveModel
@@ -47,6 +47,8 @@ class EmbeddedModel(LiveModel):
 
     relocatable = True
 
+    _memory: Memory
+
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.device = next(model.parameters()).device
@@ -74,7 +76,11 @@ class EmbeddedModel(LiveModel):
             logger.warning("%s and %s share their bytes in this model; %s wins", earlier, later, later)
         for name, reason in recording.reasons.items():
             logger.info("%s goes through the loader: %s", name, reason)
-        return self._in_order(recording.layout, manifest)
+        layout = self._in_order(recording.layout, manifest)
+        if not is_padded(layout.placements):
+            # Pieces of fused parameters lie side by side.
+            self._memory = Memory(self._memory.storages)
+        return layout
 
     def rebind(self, memory: Memory) -> None:
         """Point all parameters at another arena of the same size and device."""

@@ -11,7 +11,7 @@ them): only their data are exchanged. And what was live is kept with its mirror,
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
@@ -22,7 +22,7 @@ from weightcast.dtypes import itemsize_of, name_of
 from weightcast.engines.vllm import api
 from weightcast.engines.vllm.formats import LayerTensors
 from weightcast.errors import StateError
-from weightcast.layout import Placement
+from weightcast.layout import Placement, is_padded
 from weightcast.manifest import Manifest, align
 from weightcast.memory import Memory, bytes_of
 
@@ -39,14 +39,15 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Slots:
-    """A mirror's form: the tensors of each layer, and how large it is."""
+    """A mirror's form: the tensors of each layer, how large it is, and whether its landings are padded (see layout.is_padded)."""
 
     layers: dict[str, dict[str, Slot]]
     nbytes: int
+    is_padded: bool = False
 
     def new_memory(self) -> Memory:
         """A mirror's memory, zero like the padding that no checkpoint fills."""
-        return Memory([torch.zeros(self.nbytes, dtype=torch.uint8)] if self.nbytes else [], is_arena=True)
+        return Memory([torch.zeros(self.nbytes, dtype=torch.uint8)] if self.nbytes else [], is_arena=self.is_padded)
 
 
 @dataclass(slots=True)
@@ -174,7 +175,8 @@ def plan_mirror(
     ``numbers``: the number of the storage that each tensor of the layers was recorded in, by address.
     """
     slots = _slots_for(layers, numbers, landings, manifest)
-    return slots, landings_in(slots, layers, numbers, landings)
+    moved = landings_in(slots, layers, numbers, landings)
+    return replace(slots, is_padded=is_padded(moved)), moved
 
 
 def landings_in(

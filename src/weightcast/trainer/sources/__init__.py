@@ -10,7 +10,8 @@ from torch import nn
 
 from weightcast.errors import InvalidInput
 from weightcast.trainer.sources.base import Source
-from weightcast.trainer.sources.module import ModuleSource, checkpoint_tensors
+from weightcast.trainer.sources.conversions import checkpoint_tensors, read_module
+from weightcast.trainer.sources.module import ModuleSource
 from weightcast.trainer.sources.safetensors import SafetensorsSource
 from weightcast.trainer.sources.sharded import ShardedSource
 from weightcast.trainer.sources.shards import is_distributed
@@ -31,10 +32,10 @@ def make_source(source: SourceLike, *, dtype: torch.dtype | None = None) -> Sour
     if isinstance(source, Source):
         return source
     if isinstance(source, nn.Module):
-        tensors = checkpoint_tensors(source)
-        if any(map(is_distributed, tensors.values())):
-            return ShardedSource(tensors, dtype=dtype, module=source)
-        return ModuleSource(source, dtype=dtype, names=tensors)
+        content = read_module(source)
+        if any(map(is_distributed, content.tensors.values())):
+            return ShardedSource(content, dtype=dtype, module=source)
+        return ModuleSource(source, dtype=dtype, names=content)
     if isinstance(source, Mapping):
         if any(map(is_distributed, source.values())):
             return ShardedSource(source, dtype=dtype)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -12,37 +11,12 @@ from torch import nn
 
 from weightcast.dtypes import dtype_of, name_of
 from weightcast.errors import InvalidInput, StateError, Unsupported
-from weightcast.layout import Layout, Placement, Region
+from weightcast.layout import Layout, Placement, is_padded
 from weightcast.manifest import Manifest, TensorSpec, align
-from weightcast.memory import Memory, bytes_of
+from weightcast.memory import Memory
 from weightcast.trainer.sources.base import Source, device_of, wait_for_stream
-from weightcast.trainer.sources.shards import is_distributed, local_of
-
-
-def checkpoint_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Checkpoint names to tensors that share memory with the module.
-
-    For a transformers model the names are those of its Hugging Face checkpoints: what it fused while loading (experts)
-    is shown as views of the fused parameters. Raises Unsupported where a checkpoint tensor is not a view of anything.
-    """
-    state: dict[str, torch.Tensor] = {
-        name: value for name, value in module.state_dict().items() if isinstance(value, torch.Tensor)
-    }
-    modeling = sys.modules.get("transformers.modeling_utils")
-    if modeling is None or not isinstance(module, modeling.PreTrainedModel):
-        return state
-    from transformers.core_model_loading import revert_weight_conversion
-
-    known = {local_of(value).untyped_storage().data_ptr() for value in state.values()}
-    reverted: dict[str, torch.Tensor] = revert_weight_conversion(module, dict(state))
-    for name, value in reverted.items():
-        local = local_of(value)
-        if local.numel() and local.untyped_storage().data_ptr() not in known:
-            raise Unsupported(
-                f"checkpoint tensor {name!r} is computed from the module's parameters, not a view of one",
-                hint="Publish a state dict in checkpoint form instead",
-            )
-    return reverted
+from weightcast.trainer.sources.conversions import Content, placed, read_module
+from weightcast.trainer.sources.shards import is_distributed, part_of
 
 
 class ModuleSource(Source):
@@ -58,31 +32,23 @@ class ModuleSource(Source):
         module: nn.Module,
         *,
         dtype: torch.dtype | None = None,
-        names: Mapping[str, torch.Tensor] | None = None,
+        names: Mapping[str, torch.Tensor] | Content | None = None,
     ) -> None:
         self._module = module
-        tensors = dict(names) if names is not None else checkpoint_tensors(module)
-        if not tensors:
+        content = (
+            names if isinstance(names, Content) else read_module(module) if names is None else Content.plain(names)
+        )
+        tensors, forms = content.tensors, content.forms
+        if not forms:
             raise InvalidInput("the module has no parameters", field="source")
         check_kinds(tensors)
         self.device = device_of(list(tensors.values()))
         self.manifest = Manifest.of(
-            TensorSpec(name=name, dtype=published_dtype(value.dtype, dtype), shape=tuple(value.shape))
-            for name, value in tensors.items()
+            TensorSpec(name=form.name, dtype=published_dtype(form.dtype, dtype), shape=form.shape) for form in forms
         )
-        storages: dict[int, torch.Tensor] = {}
-        numbers: dict[int, int] = {}
-        placements = []
-        for name, value in tensors.items():
-            key = value.untyped_storage().data_ptr() if value.numel() else 0
-            if key not in numbers:
-                numbers[key] = len(storages)
-                storages[len(storages)] = bytes_of(value)
-            placements.append(_placement(self.manifest[name], value, numbers[key]))
-        self.memory = Memory(list(storages.values()))
-        self.layout = Layout(
-            placements=tuple(placements), storage_nbytes=tuple(s.numel() for s in self.memory.storages)
-        )
+        placements, storages, numbers = placed(forms, {name: part_of(name, value) for name, value in tensors.items()})
+        self.memory = Memory(storages)
+        self.layout = Layout(placements=placements, storage_nbytes=tuple(s.numel() for s in storages))
         self._bound = self._find_bound(numbers)
         self._refuse_strangers(tensors, numbers)
         self._values = [value for value, _ in self._bound]
@@ -141,7 +107,7 @@ class ModuleSource(Source):
                     strides=placement.strides,
                 )
             )
-        memory = Memory([arena], is_arena=self._is_covered())
+        memory = Memory([arena], is_arena=self._is_covered() and is_padded(placements))
         self._move([(arena, start) for start in starts])
         self._bound = [(value, 0) for value, _ in self._bound]
         self.memory = memory
@@ -250,13 +216,3 @@ def check_dense(tensors: Mapping[str, torch.Tensor]) -> None:
     for name, value in tensors.items():
         if value.is_meta or value.is_sparse or value.is_quantized or value.layout is not torch.strided:
             raise Unsupported(f"{name!r} is not a plain dense tensor ({value.layout}, {value.device})")
-
-
-def _placement(spec: TensorSpec, value: torch.Tensor, storage: int) -> Placement:
-    return Placement(
-        region=Region.whole(spec),
-        dtype=name_of(value.dtype),
-        storage=storage,
-        offset=int(value.storage_offset()) if value.numel() else 0,
-        strides=tuple(value.stride()),
-    )

@@ -11,8 +11,9 @@ from weightcast.dtypes import name_of
 from weightcast.errors import InvalidInput
 from weightcast.layout import Layout, Placement, Region, contiguous_strides
 from weightcast.manifest import Manifest, TensorSpec, align
-from weightcast.memory import Memory, bytes_of
+from weightcast.memory import Memory
 from weightcast.trainer.sources.base import Source, device_of, wait_for_stream
+from weightcast.trainer.sources.conversions import Content, placed
 from weightcast.trainer.sources.forms import Forms
 from weightcast.trainer.sources.module import Slots, check_dense, published_dtype, refuse_moved
 from weightcast.trainer.sources.shards import Part, is_distributed, local_of, part_of, shard_of
@@ -28,45 +29,38 @@ class ShardedSource(Source):
     """
 
     def __init__(
-        self, tensors: Mapping[str, torch.Tensor], *, dtype: torch.dtype | None = None, module: nn.Module | None = None
+        self,
+        tensors: Mapping[str, torch.Tensor] | Content,
+        *,
+        dtype: torch.dtype | None = None,
+        module: nn.Module | None = None,
     ) -> None:
-        if not tensors:
+        content = tensors if isinstance(tensors, Content) else Content.plain(tensors)
+        if not content.forms:
             raise InvalidInput("there is nothing to publish", field="source")
-        self._tensors = tensors
-        parts = {name: part_of(name, value) for name, value in tensors.items()}
+        parts = {name: part_of(name, value) for name, value in content.tensors.items()}
         check_dense({name: part.values for name, part in parts.items()})
         self.device = device_of([part.values for part in parts.values()])
         self.manifest = Manifest.of(
-            TensorSpec(name=name, dtype=published_dtype(part.values.dtype, dtype), shape=part.shape)
-            for name, part in parts.items()
+            TensorSpec(name=form.name, dtype=published_dtype(form.dtype, dtype), shape=form.shape)
+            for form in content.forms
         )
-        held = {name: part for name, part in parts.items() if _is_held(part)}
-        self._held_at = [i for i, part in enumerate(parts.values()) if _is_held(part)]
         self._views: list[torch.Tensor] = []
+        self._own: tuple[torch.Tensor, ...] = ()
         self.is_copied = module is None
         self._owners: _Owners | None = None
         if module is None:
-            self._forms = Forms(tensors)
+            held = {name: part for name, part in parts.items() if _is_held(part)}
+            self._held_at = [i for i, part in enumerate(parts.values()) if _is_held(part)]
+            self._tensors = content.tensors
+            self._forms = Forms(content.tensors)
             self._make_arena(held)
         else:
-            self._read_in_place(held)
+            placements, storages, _ = placed(content.forms, parts)
+            self.layout = Layout(placements=placements, storage_nbytes=tuple(s.numel() for s in storages))
+            self.memory = Memory(storages)
             self._owners = _Owners(module, self.memory)
-            self._locals = [part.values for part in held.values()]
-
-    def _read_in_place(self, held: Mapping[str, Part]) -> None:
-        numbers: dict[int, int] = {}
-        storages: list[torch.Tensor] = []
-        placements = []
-        for name, part in held.items():
-            values = part.values
-            key = values.untyped_storage().data_ptr() if values.numel() else 0
-            if key not in numbers:
-                numbers[key] = len(storages)
-                storages.append(bytes_of(values))
-            offset = int(values.storage_offset()) if values.numel() else 0
-            placements.append(_placement(name, part, numbers[key], offset, tuple(values.stride())))
-        self.layout = Layout(placements=tuple(placements), storage_nbytes=tuple(s.numel() for s in storages))
-        self.memory = Memory(storages)
+            self._own = self.memory.storages
 
     def _make_arena(self, held: Mapping[str, Part]) -> None:
         placements, end = [], 0
@@ -83,19 +77,22 @@ class ShardedSource(Source):
             raise InvalidInput("the new memory has other storages than the old one")
         self.memory = memory
         self.is_copied = True
+        if self._owners is not None:
+            self._views = list(memory.storages)
+            return
         self._views = [
             memory.view(p.storage, p.dtype, p.offset, p.region.sizes, p.strides) for p in self.layout.placements
         ]
 
     def close(self) -> None:
         super().close()
-        self._views = []
+        self._views, self._own = [], ()
 
     @torch.no_grad()
     def refresh(self) -> None:
         if self._owners is not None:
             self._owners.check()
-            values = self._locals
+            values = list(self._own)
         else:
             now = self._forms.locals_of(self._tensors)
             values = list(map(now.__getitem__, self._held_at))
