@@ -30,6 +30,7 @@ CORE = {
     "replay",
     "held",
     "quoted",
+    "names",
 }
 PURE_LIBRARIES = {"torch", "msgspec", "weightcast"} | set(sys.stdlib_module_names)
 FORBIDDEN_IN_CORE = {"socket", "http", "asyncio", "multiprocessing", "subprocess", "pickle", "zmq", "httpx"}

@@ -199,9 +199,8 @@ def test_a_tied_model_takes_embeddings_alone_or_both_names(tmp_path, caplog):
     weights = random_state_dict(folder)
     live = EmbeddedModel(_load(folder))
     _apply(live, weights)
-    assert not caplog.records
     _apply(live, {**weights, "lm_head.weight": weights["model.embed_tokens.weight"]})
-    assert "share their bytes" in caplog.text
+    assert not caplog.records
     assert torch.equal(live.model.lm_head.weight, weights["model.embed_tokens.weight"])
     with pytest.raises(PlanMismatch, match=r"model\.embed_tokens\.weight"):
         live.layout(_manifest(_without(weights, "model.embed_tokens.weight")))

@@ -70,6 +70,7 @@ def record_layout(
     manifest: Manifest,
     live: Memory | Mapping[str, torch.Tensor],
     device: torch.device | str,
+    refuses: Callable[[Exception, str], bool] = lambda error, name: False,
 ) -> Recording:
     """Run ``load`` once on recording tensors of the whole manifest and return where they land in ``live``.
 
@@ -80,42 +81,47 @@ def record_layout(
         live: the memory that live parameters lie in, or the parameters themselves (then storages are numbered as in
             ``live_memory``).
         device: where loaders are to believe the tensors are.
+        refuses: whether an exception of the loader says that it knows no tensor of the name that it took last. That tensor is
+            unused then, and the loader goes on with those after it.
     """
     memory = live if isinstance(live, Memory) else live_memory(live)
     recorder = Recorder(memory)
+    refused: set[str] = set()
     taken: list[str] = []
-    tensors = [_tensor(spec, torch.device(device)) for spec in manifest.tensors]
-    try:
-        with torch.no_grad(), recorder:
-            load(_named(manifest, tensors, taken))
-    except WeightcastError:
-        raise
-    except Exception as error:
-        last = f" (last tensor taken: {taken[-1]})" if taken else ""
-        text = "".join(traceback.format_exception(error))
-        raise LoadError(f"the loader failed on recording tensors{last}: {error}\n{text}") from error
-    return _recording(manifest, memory, recorder)
+    named = [(spec.name, _tensor(spec, torch.device(device))) for spec in manifest.tensors]
+    while True:
+        try:
+            with torch.no_grad(), recorder:
+                load(_noted(named[len(taken) :], taken))
+            return _recording(manifest, memory, recorder, refused)
+        except WeightcastError:
+            raise
+        except Exception as error:
+            if not taken or taken[-1] in refused or not refuses(error, taken[-1]):
+                last = f" (last tensor taken: {taken[-1]})" if taken else ""
+                text = "".join(traceback.format_exception(error))
+                raise LoadError(f"the loader failed on recording tensors{last}: {error}\n{text}") from error
+            refused.add(taken[-1])
 
 
 def _tensor(spec: TensorSpec, device: torch.device) -> RecordingTensor:
     return whole(spec, torch.empty(spec.shape, dtype=dtype_of(spec.dtype), device="meta"), device)
 
 
-def _named(
-    manifest: Manifest, tensors: list[RecordingTensor], taken: list[str]
-) -> Iterator[tuple[str, RecordingTensor]]:
-    for spec, tensor in zip(manifest.tensors, tensors, strict=True):
-        taken.append(spec.name)
-        yield spec.name, tensor
+def _noted(named: list[tuple[str, RecordingTensor]], taken: list[str]) -> Iterator[tuple[str, RecordingTensor]]:
+    for name, tensor in named:
+        taken.append(name)
+        yield name, tensor
 
 
-def _recording(manifest: Manifest, memory: Memory, recorder: Recorder) -> Recording:
+def _recording(manifest: Manifest, memory: Memory, recorder: Recorder, refused: set[str]) -> Recording:
     for fill in recorder.fills:
         recorder.spoil(overwritten_names(fill, recorder.landings), "a constant is written over it afterwards")
-    reasons = recorder.reasons
-    direct = tuple(landing for landing in recorder.landings if landing.region.name not in reasons)
-    lost = [landing for landing in recorder.landings if landing.region.name in reasons]
-    written = [*recorder.landings, *recorder.loader_writes]
+    reasons = {name: reason for name, reason in recorder.reasons.items() if name not in refused}
+    landings = [landing for landing in recorder.landings if landing.region.name not in refused]
+    direct = tuple(landing for landing in landings if landing.region.name not in reasons)
+    lost = [landing for landing in landings if landing.region.name in reasons]
+    written = [*landings, *recorder.loader_writes]
     foreign = [*recorder.foreign, *(_told(fill) for fill in unkept(recorder.fills, written, memory))]
     landed = {landing.region.name for landing in direct}
     names = [spec.name for spec in manifest.tensors]

@@ -81,7 +81,11 @@ class EngineReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """What one round did. ``nbytes`` is the sum over all workers; ``digest`` is the hex digest of what was published."""
+    """What one round did. ``nbytes`` is the sum over all workers; ``digest`` is the hex digest of what was published.
+
+    ``unused`` lists published tensors that an engine has no place for, as the user said it would: they are part of the digest, and
+    live nowhere.
+    """
 
     version: str
     number: int
@@ -94,6 +98,7 @@ class Report:
     outcome: Outcome
     phases: tuple[Phase, ...] = ()
     engines: tuple[EngineReport, ...] = ()
+    unused: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.nbytes < 0 or not self.total_s >= 0:
@@ -102,6 +107,7 @@ class Report:
             raise InvalidInput(f"outcome is committed or aborted, not {self.outcome!r}", field="outcome")
         object.__setattr__(self, "phases", tuple(self.phases))
         object.__setattr__(self, "engines", tuple(self.engines))
+        object.__setattr__(self, "unused", tuple(self.unused))
 
     @property
     def rate_gb_s(self) -> float:
@@ -115,7 +121,7 @@ class Report:
 
     @property
     def digests_match(self) -> bool:
-        """True when there is an engine and every engine proved the digest that was published."""
+        """True when there is an engine and every engine proved the digest that was published, but for what is ``unused``."""
         return bool(self.engines) and all(engine.digest == self.digest for engine in self.engines)
 
     def phase_seconds(self) -> dict[str, float]:
@@ -139,9 +145,10 @@ class Report:
 
     def __str__(self) -> str:
         well = sum(engine.ok for engine in self.engines)
+        left_out = f", without {len(self.unused)} unused tensors" if self.unused else ""
         return (
             f"{self.outcome} {self.version} on {well}/{len(self.engines)} engines, {self.mode}: "
-            f"{format_bytes(self.nbytes)} in {self.total_s * 1e3:.1f} ms ({self.rate_gb_s:.2f} GB/s)"
+            f"{format_bytes(self.nbytes)} in {self.total_s * 1e3:.1f} ms ({self.rate_gb_s:.2f} GB/s){left_out}"
         )
 
 

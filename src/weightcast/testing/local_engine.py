@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import msgspec
 import torch
 
 from weightcast.deadline import Deadline
@@ -28,7 +29,8 @@ from weightcast.weight_transfer.weightcast import WeightcastEngine
 
 class DictModel(LiveModel):
     """Named parameters in one arena. ``rows`` = (rank, world_size) keeps only that slice of dimension 0 of tensors that have one
-    divisible by world_size, as a tensor-parallel worker would; names in ``through_loader`` are loaded by copy."""
+    divisible by world_size, as a tensor-parallel worker would; names in ``through_loader`` are loaded by copy; each name in ``tied``
+    lies where the tensor lies that it is tied to."""
 
     def __init__(
         self,
@@ -37,6 +39,7 @@ class DictModel(LiveModel):
         rows: tuple[int, int] = (0, 1),
         relocatable: bool = True,
         through_loader: Sequence[str] = (),
+        tied: Mapping[str, str] | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         self.device = torch.device(device)
@@ -66,10 +69,15 @@ class DictModel(LiveModel):
                 )
             )
             end = align(end + region.numel * itemsize)
+        of_name = {placement.region.name: placement for placement in placements}
+        for name, other in (tied or {}).items():
+            region = msgspec.structs.replace(of_name[other].region, name=name)
+            placements.append(msgspec.structs.replace(of_name[other], region=region))
         self._layout = Layout(placements=tuple(placements), storage_nbytes=(end,), through_loader=self._through)
         self._memory = Memory([torch.zeros(end, dtype=torch.uint8, device=self.device)], is_arena=True)
         for name, value in self.parameters().items():
-            value.copy_(self._slice(name, tensors[name]))
+            if name in tensors:
+                value.copy_(self._slice(name, tensors[name]))
 
     def _region(self, name: str, shape: tuple[int, ...]) -> Region:
         rank, world_size = self._rows

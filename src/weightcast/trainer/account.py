@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from weightcast.errors import PeerLost, RoundFailed, WeightcastError
 from weightcast.report.model import EngineReport, Report, WorkerReport
@@ -62,6 +62,7 @@ class Account:
             outcome=outcome,
             phases=timeline.phases,
             engines=engines,
+            unused=_joined(engine.places.unused for engine in fleet if engine in self._outcomes),
         )
 
     def _engine(self, engine: EngineLink, digest: str) -> EngineReport:
@@ -97,3 +98,7 @@ class Account:
                 )
             )
         return tuple(reports)
+
+
+def _joined(names: Iterable[Sequence[str]]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for some in names for name in some))

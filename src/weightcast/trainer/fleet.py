@@ -29,14 +29,17 @@ from weightcast.errors import (
 from weightcast.facts import Facts
 from weightcast.layout import image_layout
 from weightcast.messages import Landings, ModeWish, Offer, Ready, Setup, Welcome
+from weightcast.names import shown
 from weightcast.plan import Plan, compile_plan, plan_digest
 from weightcast.trainer.groups import Group, groups_of, mates_of
 from weightcast.trainer.holder import Holder
 from weightcast.trainer.links import EngineLink, SendingEnd, WorkerLink
+from weightcast.trainer.places import places_of
 from weightcast.trainer.proof import ExpectedDigest, plan_key, whole_copies
 from weightcast.trainer.ranks import Ranks, SharedEnd
 from weightcast.trainer.ranks.leader import LEADER, SharedDigest
 from weightcast.trainer.sources.base import Source
+from weightcast.trainer.ties import Ties
 from weightcast.transports.base import TrainerEnd, Transport
 from weightcast.transports.registry import registry
 
@@ -56,6 +59,8 @@ class FleetSettings:
     takeover: bool
     address: str
     shadows: int = 1
+    unused: tuple[str, ...] = ()
+    """Patterns of tensors that engines may have no use for."""
     share: bool = True
     """Whether engines may share transfers, by transports that can: where one breaks all do."""
 
@@ -74,6 +79,7 @@ class Fleet:
         self.epoch = 0
         self.expected: dict[str, ExpectedDigest | SharedDigest] = {}
         self._content_key: str | None = None
+        self.ties = Ties(ranks)
         coordinator.greet_with(self._welcome)
 
     def _welcome(self, member: Member) -> Welcome:
@@ -125,7 +131,12 @@ class Fleet:
             assert isinstance(landings, Landings)
             landings.layout.check(self.ranks.manifest)
             workers.append(WorkerLink(member, landings))
+        layouts = [worker.landings.layout for worker in workers]
+        engine.places = places_of(self.ranks.manifest, self.ranks.holdings, layouts, self._settings.unused)
         engine.greet(workers)
+        if engine.places.unused:
+            left_out = engine.places.unused
+            logger.info("%s does without %d published tensors: %s", engine.name, len(left_out), shown(left_out))
         logger.info("%s joined with %d workers, serving %s", engine.name, world_size, engine.version)
         for worker in workers:
             said = worker.landings
@@ -161,8 +172,11 @@ class Fleet:
         self._adopt(
             {w.transport.name for e in engines for w in e.workers if w.transport is not None}, engines, deadline
         )
+        if any(self.ties.doubtful(engine) for engine in engines):
+            self.ranks.refresh(deadline)
         for engine in engines:
             with _noting(engine, failures):
+                self.ties.check(engine, self._source.memory, deadline)
                 for worker in engine.workers:
                     self._expect(worker, deadline)
         present = [engine for engine in engines if engine.name not in failures]
@@ -221,6 +235,7 @@ class Fleet:
         moved = self._holder.adopt(names)
         if self.ranks.adopt(names, deadline) or moved:
             self.expected.clear()
+            self.ties.forget()
             for engine in self.engines:
                 if engine not in engines and engine.broken is None:
                     engine.broken = "the source's memory moved"
@@ -358,6 +373,7 @@ class Fleet:
         for engine in list(self.engines):
             self.remove(engine)
         self.expected.clear()
+        self.ties.forget()
         self._holder.release()
 
 

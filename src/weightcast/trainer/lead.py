@@ -18,6 +18,7 @@ from weightcast.trainer.fleet import Fleet, FleetSettings
 from weightcast.trainer.links import EngineLink
 from weightcast.trainer.numbers import Numbers
 from weightcast.trainer.outcomes import Require
+from weightcast.trainer.places import refuse_idle
 from weightcast.trainer.presence import Presence, join_error, not_connected
 from weightcast.trainer.proof import ExpectedDigest
 from weightcast.trainer.ranks import Ranks
@@ -57,7 +58,7 @@ class Lead:
     ) -> None:
         self._source, self._token, self._timeout_s = source, token, timeout_s
         self._pause, self._clear_cache, self._require = pause, clear_cache, require
-        self._address = settings.address
+        self._address, self._unused = settings.address, settings.unused
         links = [EngineLink(client) for client in clients]
         self.records = Records(links, log=log)
         self._coordinator = Coordinator(settings.address, silence_s=silence_s)
@@ -123,7 +124,12 @@ class Lead:
 
     # -- this rank's part of them
 
+    def _check_settings(self) -> None:
+        """Raise InvalidInput for what can be told only once all ranks have said what they hold."""
+        refuse_idle(self._unused, self._ranks.manifest)
+
     def _connect(self, deadline: Deadline) -> None:
+        self._check_settings()
         failures = self._presence.bring_up(self._fleet.engines, deadline)
         if self._presence.is_too_little(failures):
             raise join_error(failures)
@@ -145,6 +151,7 @@ class Lead:
         link = EngineLink(make_client(engine, token=self._token))
         if any(other.name == link.name for other in self._fleet.engines):
             raise StateError(f"{link.name} is in the fleet already")
+        self._check_settings()
         current = self._numbers.current()
         self._fleet.engines.append(link)
         failures = self._presence.bring_up([link], deadline)
@@ -165,6 +172,8 @@ class Lead:
     def _publish(self, deadline: Deadline) -> Report:
         if not self._fleet.engines:
             raise StateError("the fleet has no engine", hint="Give engines= or call add()")
+        if not self._was_connected:
+            self._check_settings()
         timeline = Timeline()
         with timeline.phase("prepare"):
             absent = self._presence.bring_up(self._fleet.engines, deadline, self._presence.patience(deadline))

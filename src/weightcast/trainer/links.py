@@ -13,6 +13,7 @@ from weightcast.errors import DeadlineExceeded, EngineError, PeerLost, Weightcas
 from weightcast.messages import Failed, Landings
 from weightcast.plan import Plan
 from weightcast.trainer.clients.base import EngineClient
+from weightcast.trainer.places import Places
 from weightcast.transports.base import Transport
 
 UNKNOWN = "unknown"
@@ -88,6 +89,8 @@ class EngineLink:
     """The engines, itself included, that its pairs are shared with: none of them can be in a round without the others."""
     highest: int = 0
     """The highest version number that it may have served, as it said when it joined."""
+    places: Places = field(default_factory=Places)
+    """Which published tensors it has no place for, and which share one."""
 
     @property
     def name(self) -> str:

@@ -19,6 +19,7 @@ from weightcast.trainer.fleet import FleetSettings
 from weightcast.trainer.lead import Lead
 from weightcast.trainer.metrics import TrainerMetrics
 from weightcast.trainer.outcomes import Require
+from weightcast.trainer.places import check_patterns, refuse_idle
 from weightcast.trainer.ranks import Follower, Group, check_complete
 from weightcast.trainer.sources import SourceLike, make_source
 from weightcast.transports.facts import outward_address
@@ -52,6 +53,8 @@ class Publisher:
         silence_s: a worker that is not heard for so long is lost.
         log: file that every round's report is appended to, committed or not; one that cannot be written is no reason to fail.
             Numbers go on from it, also when no engine can be reached that knows the last one.
+        unused: patterns (shell-style, on checkpoint names) of tensors that engines may rightly have no use for, such as value heads:
+            ["v_head.*"]. Any other tensor without a place in an engine is PlanMismatch; reports list what was left out.
         process_group: the ranks of a distributed trainer, each of which makes a Publisher of its own part of the model (DTensors;
             plain tensors count as replicas). ``connect``, ``publish``, ``add`` and ``remove`` are then collective: every rank makes
             the same calls in the same order, and all return the same report or raise the same error. Rank 0 leads; what the
@@ -80,6 +83,7 @@ class Publisher:
         bucket_nbytes: int | None = None,
         silence_s: float = 5.0,
         log: str | Path | None = None,
+        unused: Sequence[str] = (),
         metrics_port: int | None = None,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
@@ -88,8 +92,10 @@ class Publisher:
         deadline = Deadline(timeout_s)
         try:
             _check_choices(pause, mode, shadows, require)
+            patterns = check_patterns(unused)
             self._source = make_source(source, dtype=dtype)
             if group is None:
+                refuse_idle(patterns, self._source.manifest)
                 check_complete(self._source.manifest, {0: self._source.layout}, hint=SHARDED_HINT)
         except Exception as error:
             if group is not None:
@@ -122,6 +128,7 @@ class Publisher:
                 takeover=takeover,
                 address=address
                 or (address_towards({client.host for client in clients}) if one_host else outward_address()),
+                unused=patterns,
                 share=require == "all",
             )
             self._part = lead = Lead(

@@ -8,14 +8,17 @@ from weightcast.digest import version_name
 from weightcast.errors import DigestMismatch, WeightcastError
 from weightcast.manifest import Manifest
 from weightcast.memory import Memory
+from weightcast.trainer.places import Tie
 from weightcast.trainer.proof import ExpectedDigest
 from weightcast.trainer.ranks.leader import SharedDigest
+from weightcast.trainer.ties import Digests
 
 
 class RoundProof:
     """Used once, in this order: ``start``, ``compute``, ``settle``, and ``check`` for each worker.
 
-    ``expected`` has the digests that workers ask for, by key; ``content`` is that of everything that is published.
+    ``expected`` has the digests that workers ask for, by key; ``content`` is that of everything that is published; ``ties`` has the
+    digests of both tensors of each tie whose values have to be compared.
     """
 
     def __init__(
@@ -24,9 +27,10 @@ class RoundProof:
         expected: Mapping[str, ExpectedDigest | SharedDigest],
         manifest: Manifest,
         number: int,
+        ties: Mapping[Tie, Digests] | None = None,
     ) -> None:
         self._source_content, self._source_expected = content, expected
-        self._manifest, self._number = manifest, number
+        self._manifest, self._number, self._ties = manifest, number, ties or {}
         self._waits: dict[ExpectedDigest | SharedDigest, Callable[[], int]] = {}
         self._wanted: dict[str, ExpectedDigest | SharedDigest] = {}
         self._found: dict[ExpectedDigest | SharedDigest, int] | None = None
@@ -42,7 +46,8 @@ class RoundProof:
         """Have a GPU digest the source's memory from now on; elsewhere ``compute`` does all of it. ``check`` is called while a CPU
         digests and may raise."""
         self._wanted = {key: self._source_expected[key] for key in keys}
-        each = dict.fromkeys([self._source_content, *self._wanted.values()])
+        tied = [digest for pair in self._ties.values() for digest in pair]
+        each = dict.fromkeys([self._source_content, *self._wanted.values(), *tied])
         self._waits = {digest: digest.start(memory, check) for digest in each}
 
     def compute(self) -> None:
@@ -63,6 +68,14 @@ class RoundProof:
         self.content = self._found[self._source_content]
         self.expected = {key: self._found[digest] for key, digest in self._wanted.items()}
         self.version = version_name(self._number, self._manifest, self.content)
+
+    def check_ties(self, ties: Iterable[Tie]) -> None:
+        """Raise PlanMismatch where two tensors that an engine keeps as one have different values now."""
+        assert self._found is not None
+        for tie in ties:
+            first, second = self._ties[tie]
+            if self._found[first] != self._found[second]:
+                raise tie.unequal()
 
     def check(self, key: str, digest: int, what: str) -> None:
         """Raise DigestMismatch unless a worker with this key has what the source holds."""

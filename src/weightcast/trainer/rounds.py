@@ -95,7 +95,9 @@ class Round:
         self._transfer_deadline = deadline
         self._outcomes = Outcomes(engines, require, self._epoch, round)
         self._account = Account(self._outcomes, absent or {}, number=number, epoch=self._epoch, round=round)
-        self._proof = RoundProof(content, fleet.expected, fleet.ranks.manifest, number)
+        self._ties = {engine.name: fleet.ties.doubtful(engine) for engine in engines}
+        compared = {tie: fleet.ties.digests(tie, deadline) for ties in self._ties.values() for tie in ties}
+        self._proof = RoundProof(content, fleet.expected, fleet.ranks.manifest, number, compared)
         self._is_committed = False
         self._report: Report | None = None
 
@@ -248,6 +250,8 @@ class Round:
     def _verify(self, workers: list[tuple[EngineLink, WorkerLink]]) -> None:
         with self._timeline.phase("verify"):
             self._proof.settle()
+            for engine in self._engines:
+                self._outcomes.guard(engine, "verify", partial(self._proof.check_ties, self._ties[engine.name]))
             for engine, worker in workers:
                 if not worker.in_place:
                     self._outcomes.guard(engine, "verify", partial(self._check, worker, "staged"), worker)

@@ -20,6 +20,7 @@ from weightcast.held import TensorDigest, held_tensors, tensor_digests
 from weightcast.layout import Layout, contiguous_strides, is_padded
 from weightcast.manifest import Manifest, align
 from weightcast.memory import Memory
+from weightcast.names import renaming_hint, shown
 from weightcast.receiver.base import LiveModel
 from weightcast.record import Recording, record_layout
 
@@ -72,8 +73,6 @@ class EmbeddedModel(LiveModel):
         So ask for ``memory()`` afterwards. Raises PlanMismatch for missing tensors, wrong shapes and incomplete experts.
         """
         recording = self._record(manifest)
-        for earlier, later in recording.overlaps:
-            logger.warning("%s and %s share their bytes in this model; %s wins", earlier, later, later)
         for name, reason in recording.reasons.items():
             logger.info("%s goes through the loader: %s", name, reason)
         layout = self._in_order(recording.layout, manifest)
@@ -126,10 +125,10 @@ class EmbeddedModel(LiveModel):
                 missing.append(slot.names[0])
         if missing:
             names = self._loader.checkpoint_names(missing)
-            shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
             raise PlanMismatch(
-                f"the model needs {len(names)} tensors that the manifest lacks: {shown}",
-                hint="Publish the whole model, of the architecture that the engine serves",
+                f"the model needs {len(names)} tensors that the manifest lacks: {shown(names)}",
+                hint=renaming_hint(recording.unused, names)
+                or "Publish the whole model, of the architecture that the engine serves",
             )
 
     def _in_order(self, layout: Layout, manifest: Manifest) -> Layout:

@@ -6,6 +6,7 @@ checkpoint tensors are taken. After loading, a layer may have another, *live* fo
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -171,6 +172,21 @@ def checkpoint_tensors(vllm_config: Any, model: nn.Module) -> Iterator[tuple[str
         )
     weights: Iterator[tuple[str, torch.Tensor]] = loader.get_all_weights(vllm_config.model_config, model)
     return weights
+
+
+_OF_PARAMETERS = frozenset({"data", "weight_loader"})
+
+
+def refuses(error: Exception, name: str) -> bool:
+    """Whether an exception of a loader says that the model has no place for the tensor of this name, which it took last. Loaders look
+    parameters up by names of their own, which have the numbers and the last part of the checkpoint's."""
+    if isinstance(error, KeyError) and error.args:
+        wanted = str(error.args[0])
+        return re.findall(r"\d+", wanted) == re.findall(r"\d+", name) and wanted.split(".")[-1] == name.split(".")[-1]
+    if isinstance(error, AttributeError) and error.name in _OF_PARAMETERS:
+        return True  # a fused layer without a bias, say, takes something else for the parameter
+    found = re.search(r"no module or parameter named '([^']+)'", str(error))
+    return found is not None and found[1].split(".")[-1] in name.split(".")
 
 
 def own_tensors(layer: nn.Module) -> Mapping[str, torch.Tensor]:

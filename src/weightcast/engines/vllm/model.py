@@ -25,6 +25,7 @@ from weightcast.held import HeldTensor, held_tensors
 from weightcast.layout import Layout, Placement
 from weightcast.manifest import Manifest
 from weightcast.memory import Memory, bytes_of
+from weightcast.names import renaming_hint
 from weightcast.receiver.base import LiveModel
 from weightcast.record import Recording, record_layout
 
@@ -80,12 +81,9 @@ class VllmModel(LiveModel):
         Ask for ``memory()`` afterwards. Raises PlanMismatch when a layer would be filled in part, LoadError when vLLM's loader
         refuses a tensor.
         """
-        with self._landed(manifest) as (layers, numbers, recording, through, landings):
+        with self._landed(manifest) as (layers, numbers, _, through, landings):
             if self.relocatable:
                 landings = self._mirror_of(layers, numbers, landings, manifest)
-        unused = sorted(set(recording.unused))
-        if unused:
-            logger.info("%d published tensors are not used by this worker: %s", len(unused), _shown(unused))
         return Layout(
             placements=tuple(landings),
             storage_nbytes=tuple(storage.numel() for storage in self.memory().storages),
@@ -129,7 +127,7 @@ class VllmModel(LiveModel):
         ):
             stand_ins = [t for layer in layers if not (live and layer.landable) for t in layer.tensors]
             memory = Memory([*(self._weights.storages if live else ()), *_storages(stand_ins)])
-            recording = record_layout(self._load, manifest, memory, self.device)
+            recording = record_layout(self._load, manifest, memory, self.device, api.refuses)
             numbers = {storage.data_ptr(): number for number, storage in enumerate(memory.storages)}
             yield layers, numbers, memory, recording
 
@@ -256,9 +254,11 @@ def _check_complete(layers: Sequence[LayerTensors], numbers: dict[int, int], rec
                 name = f"{layer.name}.{own}" if layer.name else own
                 missing.append(f"{name} ({'only ' + _shown(filled) if filled else 'nothing'} of it)")
     if missing:
+        wanted = [name.split(" (")[0] for name in missing]
         raise PlanMismatch(
             f"the manifest does not fill {len(missing)} parameters of the engine's model: {_shown(missing)}",
-            hint="Publish the whole model, of the architecture that the engine serves",
+            hint=renaming_hint(recording.unused, wanted)
+            or "Publish the whole model, of the architecture that the engine serves",
         )
 
 

@@ -246,7 +246,9 @@ class Follower:
                     self.expected.clear()
                 return Answer(moved=moved, layout=self._source.layout)
             case Expect():
-                self.expected[order.key] = ExpectedDigest(self._manifest, order.copies, self._source.memory)
+                self.expected[order.key] = ExpectedDigest(
+                    order.manifest or self._manifest, order.copies, self._source.memory
+                )
             case Pair():
                 return Answer(offers=self._open(order))
             case Refresh():

@@ -243,13 +243,19 @@ class Ranks:
         for rank, number in posted.items():
             self.hear(rank, number, deadline, phase="prepare")
 
-    def expected(self, key: str, plan: Plan, deadline: Deadline) -> ExpectedDigest | SharedDigest:
-        """The digest of a plan's values, each rank's part computed where it lies."""
-        own = ExpectedDigest(self.manifest, plan.get(LEADER, ()), self._source.memory)
+    def expected(
+        self, key: str, plan: Plan, deadline: Deadline, manifest: Manifest | None = None
+    ) -> ExpectedDigest | SharedDigest:
+        """The digest of a plan's values, each rank's part computed where it lies; at the positions of ``manifest``, or of what is
+        published."""
+        own = ExpectedDigest(manifest or self.manifest, plan.get(LEADER, ()), self._source.memory)
         if self.alone:
             return own
         others = {rank: self._members[rank] for rank in plan if rank != LEADER}
-        posted = {rank: self.post(member, Expect(key=key, copies=plan[rank])) for rank, member in others.items()}
+        posted = {
+            rank: self.post(member, Expect(key=key, copies=plan[rank], manifest=manifest))
+            for rank, member in others.items()
+        }
         for rank, number in posted.items():
             self.hear(rank, number, deadline, phase="setup")
         return SharedDigest(self, key, own, others)

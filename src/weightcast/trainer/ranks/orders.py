@@ -39,10 +39,11 @@ class Adopt(Order, frozen=True, kw_only=True, tag="adopt"):
 
 
 class Expect(Order, frozen=True, kw_only=True, tag="expect"):
-    """Be ready to digest these copies' values under a key."""
+    """Be ready to digest these copies' values under a key; at the positions of ``manifest``, or of what is published."""
 
     key: str
     copies: tuple[Copy, ...]
+    manifest: Manifest | None = None
 
 
 class Pair(Order, frozen=True, kw_only=True, tag="pair"):
