@@ -44,6 +44,7 @@ FORBIDDEN = {
     "cuda": {"engines", "server", "cli", "demo", "trainer", "receiver", "control", "transports"},
     "cpu": {"engines", "server", "cli", "demo", "trainer", "receiver", "control", "transports", "cuda"},
     "control": {"engines", "server", "cli", "demo", "trainer", "receiver", "transports"},
+    "commit": {"engines", "server", "cli", "demo", "trainer", "receiver", "control", "transports"},
     "record": {"engines", "server", "cli", "demo", "trainer", "receiver", "control", "transports"},
     "report": {"engines", "server", "cli", "demo", "trainer", "receiver", "control", "transports"},
     "vllm_eras": {"engines", "server", "cli", "demo", "trainer", "receiver", "control", "transports"},
@@ -83,6 +84,15 @@ def test_packages_keep_their_distance(package: str) -> None:
             parts = imported.split(".")
             if parts[0] == "weightcast" and len(parts) > 1:
                 assert parts[1] not in FORBIDDEN[package], f"{path.relative_to(ROOT)} imports {imported}"
+
+
+@pytest.mark.parametrize("name", ["order", "machine"])
+def test_the_order_of_a_commit_is_pure(name: str) -> None:
+    for imported in imports_of(ROOT / "commit" / f"{name}.py"):
+        parts = imported.split(".")
+        assert parts[0] in PURE_LIBRARIES - FORBIDDEN_IN_CORE, f"{name} imports {imported}"
+        if parts[0] == "weightcast" and len(parts) > 1:
+            assert parts[1] in CORE | {"commit", "outcome"}, f"{name} imports {imported}"
 
 
 def test_only_the_vllm_adapter_imports_vllm() -> None:

@@ -118,15 +118,19 @@ def test_a_pause_of_the_owner_stays_and_its_cache_is_forgotten(loop: asyncio.Abs
     asyncio.run_coroutine_threadsafe(engine.pause_generation(mode="keep", clear_cache=False), loop).result(5)
     commit(AsyncVllmClient(engine, loop), 1)
     assert engine.paused
-    assert "forget running=True" in engine.calls
+    assert "pause keep clear=True" in engine.calls
 
 
-def test_a_cache_that_vllm_keeps_fails_the_round(loop: asyncio.AbstractEventLoop) -> None:
+@pytest.mark.parametrize(("pause", "told"), [("keep", "Failed to reset"), ("none", "former weights")])
+def test_a_cache_that_vllm_keeps_fails_the_round(loop: asyncio.AbstractEventLoop, pause: str, told: str) -> None:
     engine = ScriptedVllm()
+    client = AsyncVllmClient(engine, loop)
+    commit(client, 1)
     engine.keeps_cache = True
-    with pytest.raises(EngineError, match="former weights"):
-        commit(AsyncVllmClient(engine, loop), 1)
+    with pytest.raises(EngineError, match=told):
+        commit(client, 2, pause=pause)
     assert not engine.paused
+    assert engine.versions == ["1-x"], "nothing is computed with new weights and keys of the old ones"
 
 
 @pytest.mark.parametrize("step", ["pause", "commit", "forget", "status"])
@@ -141,7 +145,7 @@ def test_an_overrun_at_any_step_freezes_nothing(loop: asyncio.AbstractEventLoop,
         engine.workers[0].fails["commit"] = Failure()
     start = time.monotonic()
     with pytest.raises(WeightcastError):
-        commit(client, 2, 0.2, pause="wait")
+        commit(client, 2, 0.2, pause="none" if step == "forget" else "wait")
     assert time.monotonic() - start < 0.2 + 2
     engine.seconds.clear()
     client.rollback(1, 2, Deadline(SOON))
@@ -241,6 +245,7 @@ class HangingEngine:
     def __init__(self) -> None:
         self.lets_go = threading.Event()
         self.calls: list[str] = []
+        self.paused = False
 
     def _call(self, name: str) -> None:
         self.calls.append(name)
@@ -269,7 +274,16 @@ class HangingEngine:
         self._call("status")
         return SimpleNamespace(weight_version="1-x", digest=None, dirty=False, ready=True)
 
-    def reset_prefix_cache(self) -> bool:
+    def is_paused(self) -> bool:
+        return self.paused
+
+    def pause_generation(self, mode: object, clear_cache: bool, /) -> None:
+        self.paused = True
+
+    def resume_generation(self) -> None:
+        self.paused = False
+
+    def reset_prefix_cache(self, reset_running_requests: bool = False) -> bool:
         self._call("reset")
         return True
 
@@ -291,5 +305,6 @@ def test_an_engine_of_this_process_that_hangs_ends_by_the_deadline() -> None:
     assert engine.calls == ["start"], "what was not begun in time is not done later"
     engine.lets_go.set()
     assert client.status(Deadline(SOON))["weight_version"] == "1-x"
-    assert engine.calls == ["start", "update", "finish", "reset", "status"]
+    assert engine.calls == ["start", "update", "finish", "status", "status"]
+    assert not engine.paused
     client.close()

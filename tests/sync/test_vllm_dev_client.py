@@ -37,9 +37,12 @@ class DevServer:
                 self._answer(json.loads(self.rfile.read(length)) if length else {})
 
             def _answer(self, body: dict[str, Any]) -> None:
-                answer = json.dumps(routes.route(self.path, body)).encode()
                 try:
-                    self.send_response(200)
+                    status, answer = 200, json.dumps(routes.route(self.path, body)).encode()
+                except RuntimeError as error:
+                    status, answer = 500, str(error).encode()
+                try:
+                    self.send_response(status)
                     self.send_header("Content-Length", str(len(answer)))
                     self.end_headers()
                     self.wfile.write(answer)
@@ -114,10 +117,10 @@ def test_a_round_without_a_time_limit_of_vllms(server: DevServer) -> None:
     engine = server.engine
     assert (engine.versions, engine.label, engine.paused) == (["1-x", "1-x"], "1-x", False)
     assert all("timeout" not in body for body in server.bodies)
-    assert "forget running=True" in engine.calls
+    assert "pause keep clear=True" in engine.calls
 
 
-@pytest.mark.parametrize("step", ["pause", "commit", "forget"])
+@pytest.mark.parametrize("step", ["pause", "commit", "resume"])
 def test_an_overrun_freezes_nothing(server: DevServer, step: str) -> None:
     client = VllmDevClient(server.url)
     commit(client, 1)
@@ -144,6 +147,6 @@ def test_a_dirty_server_is_healed_by_another_trainer(server: DevServer) -> None:
 
 def test_a_cache_that_the_server_keeps_fails_the_round(server: DevServer) -> None:
     server.engine.keeps_cache = True
-    with pytest.raises(EngineError, match="former weights"):
+    with pytest.raises(EngineError, match="Failed to reset"):
         commit(VllmDevClient(server.url), 1)
     assert not server.engine.paused

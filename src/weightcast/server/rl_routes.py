@@ -15,12 +15,13 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from weightcast.commit.shells import within
 from weightcast.deadline import Deadline
 from weightcast.engines.base import PauseMode
 from weightcast.errors import InvalidInput, StateError, Unsupported
 from weightcast.server.body import StructT, inside, query_flag, read_struct
 from weightcast.server.context import ServerContext
-from weightcast.server.control import pause_within, within
+from weightcast.server.control import pause_within
 from weightcast.server.operation import Operation, QueryParam
 from weightcast.server.replies import json_response
 from weightcast.server.rl_schemas import (

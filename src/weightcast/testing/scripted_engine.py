@@ -169,9 +169,7 @@ class ScriptedEngine:
         self._record("init_weight_transfer_engine", dict(init_info))
         if not init_info:
             raise InvalidInput("init_info is empty", field="init_info")
-        if self._round_open:
-            raise StateError("a weight update is open", hint="Finish it first")
-        self._initialised = True
+        self._initialised, self._round_open = True, False
 
     async def start_weight_update(self) -> None:
         self._record("start_weight_update", None)

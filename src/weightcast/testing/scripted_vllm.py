@@ -117,6 +117,8 @@ class ScriptedVllm:
 
     async def _pause(self, *, mode: str, clear_cache: bool) -> None:
         await self._ask_all(f"pause {mode} clear={clear_cache}")
+        if clear_cache and self.keeps_cache:
+            raise RuntimeError("Failed to reset the KV connector cache.")
 
     async def _nothing(self) -> None:
         return

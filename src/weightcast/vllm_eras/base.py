@@ -66,6 +66,12 @@ class ServedEngine(ABC):
     async def resume(self) -> None:
         await self.client.resume_generation()
 
+    def gone(self) -> str:
+        """Why the engine answers nothing any more: one of its processes died. Empty while vLLM does not say so."""
+        if not getattr(self.client, "errored", False):
+            return ""
+        return f"vLLM's engine is dead: {getattr(self.client, 'dead_error', 'a process of it ended')}"
+
     async def forget_cache(self, running_too: bool = True) -> None:
         """Drop cached keys and values, those of running requests as well, which recompute them; EngineError when refused."""
         if not await self.client.reset_prefix_cache(reset_running_requests=running_too):

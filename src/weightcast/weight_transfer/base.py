@@ -76,7 +76,7 @@ class WeightTransferEngine(ABC, Generic[InitT, UpdateT]):
 
     @abstractmethod
     def init_transfer_engine(self, init_info: InitT) -> None:
-        """Join a trainer. May be called again: the former trainer is then left."""
+        """Join a trainer. May be called again: the former trainer is then left, and an update that it left open is closed."""
 
     @abstractmethod
     def start_weight_update(self) -> None:

@@ -112,12 +112,10 @@ class VllmNcclEngine(WeightTransferEngine[VllmNcclInitInfo, VllmNcclUpdateInfo])
         self._failed = False
 
     def init_transfer_engine(self, init_info: VllmNcclInitInfo) -> None:
-        if self._open:
-            raise StateError("a weight update is open", hint="Finish it first")
         rank = init_info.rank_offset + self.worker.rank
         if rank >= init_info.world_size:
             raise InvalidInput(f"rank {rank} in a world of {init_info.world_size}", field="world_size")
-        self.shutdown()
+        self.shutdown()  # an update that the former trainer left open is closed with that
         deadline = Deadline(TIMEOUT_S)
         unique_id = init_info.unique_id()
         if unique_id is None:

@@ -79,11 +79,15 @@ class WeightcastEngine(WeightTransferEngine[WeightcastInitInfo, WeightcastUpdate
         self._label: str | None = None
 
     def init_transfer_engine(self, init_info: WeightcastInitInfo) -> None:
-        if self._open:
-            raise StateError("a weight update is open", hint="Finish it first")
+        """Join a trainer. An update that is open between two calls is closed: whoever opened it is gone, or was taken over."""
         if init_info.world_size is not None:
             self.worker = WorkerRank(rank=self.worker.rank, world_size=init_info.world_size)
         self.receiver.join(init_info.join_info(), self.worker.world_size)
+        self.close_update()
+
+    def close_update(self) -> None:
+        """Close an update that somebody left open; idempotent. What it carried out stays."""
+        self._open = False
 
     def start_weight_update(self) -> None:
         if not self.receiver.has_session:

@@ -138,8 +138,11 @@ class VllmBackend(VllmEngine):  # type: ignore[misc]
         self._carry_out(join)
 
     def _round(self, payload: Mapping[str, Any]) -> None:
-        """All of an update in one call, so that no step can come in between."""
+        """All of an update in one call, so that no step can come in between. One that a client of vLLM's own routes left open is
+        closed first."""
         start = time.perf_counter()
+        if self._engine is not None:
+            self._engine.close_update()
         self.start_weight_update()
         if self._error is None:
             self.update_weights(payload)

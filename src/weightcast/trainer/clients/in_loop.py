@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import time
 from collections.abc import Coroutine, Mapping
+from dataclasses import replace
 from typing import Any
 
-from weightcast.deadline import Deadline, result_within
-from weightcast.errors import DeadlineExceeded, StateError
-from weightcast.trainer.clients.base import CommitOrder, CommitReply, EngineClient
+from weightcast.commit.engines import AsyncEnginePort
+from weightcast.commit.order import RoundAnswer, RoundOrder
+from weightcast.commit.shells import AsyncCommitter
+from weightcast.deadline import LEAST_S, Deadline, result_within
+from weightcast.errors import DeadlineExceeded, StateError, WeightcastError
+from weightcast.trainer.clients.base import CommitOrder, CommitReply, EngineClient, round_order, way_back
 
 _numbers = itertools.count()
+
+
+EARLIER_S = 0.02
+"""An order ends by itself before the wait for it does: its error says more."""
 
 
 class LoopCalls:
@@ -41,6 +48,16 @@ class LoopCalls:
 
         return result_within(future, deadline, late)
 
+    def carry_out(self, committer: AsyncCommitter, order: RoundOrder, deadline: Deadline) -> RoundAnswer:
+        """Wait for an order. One that began runs to its end on the loop, whoever still waits for it."""
+        order = replace(order, timeout_s=max(order.timeout_s - EARLIER_S, LEAST_S))
+        try:
+            answer: RoundAnswer = self.run(committer.carry_out(order), deadline)
+        except WeightcastError as error:
+            error.at(engine=self._name)
+            raise
+        return answer
+
 
 class AsyncEngineClient(EngineClient):
     """weightcast's ``AsyncLLM``, or any engine with vLLM's names for pausing and weight transfer."""
@@ -52,6 +69,7 @@ class AsyncEngineClient(EngineClient):
         self._engine = engine
         self.name = f"async-{next(_numbers)}"
         self._calls = LoopCalls(loop, self.name)
+        self._committer = AsyncCommitter(AsyncEnginePort(engine, wrapped=True))
 
     def world_size(self, deadline: Deadline) -> int:
         return int(self._calls.run(self._engine.get_world_size(), deadline))
@@ -60,10 +78,10 @@ class AsyncEngineClient(EngineClient):
         self._calls.run(self._engine.init_weight_transfer_engine({"init_info": dict(init_info)}), deadline)
 
     def commit(self, order: CommitOrder, deadline: Deadline) -> CommitReply:
-        return self._round("commit", order, deadline)
+        return CommitReply(phases=self._calls.carry_out(self._committer, round_order(order, deadline), deadline).phases)
 
     def rollback(self, epoch: int, round: int, deadline: Deadline) -> None:
-        self._round("rollback", CommitOrder(epoch=epoch, round=round, version=""), deadline)
+        self._calls.carry_out(self._committer, way_back(epoch, round, deadline), deadline)
 
     def status(self, deadline: Deadline) -> Mapping[str, Any]:
         status = self._calls.run(self._engine.status(), deadline)
@@ -76,38 +94,6 @@ class AsyncEngineClient(EngineClient):
 
     def shutdown(self, deadline: Deadline) -> None:
         self._calls.run(self._engine.shutdown_weight_transfer_engine(), deadline)
-
-    def _round(self, action: str, order: CommitOrder, deadline: Deadline) -> CommitReply:
-        """Pause, update, resume. An engine with weights of no version refuses to step by itself."""
-        start = time.perf_counter()
-        run, engine = self._calls.run, self._engine
-        pauses = order.pause != "none" and not run(engine.is_paused(), deadline)
-        if pauses:
-            run(engine.pause_generation(order.pause, order.clear_cache), deadline)
-        at_rest = time.perf_counter()
-        try:
-            self._update(action, order, deadline)
-            if order.clear_cache and not pauses:
-                run(engine.reset_prefix_cache(reset_running_requests=True), deadline)
-            applied = time.perf_counter()
-        finally:
-            if pauses:
-                run(engine.resume_generation(), _at_least(deadline))
-        end = time.perf_counter()
-        return CommitReply(phases={"pause": at_rest - start, "apply": applied - at_rest, "resume": end - applied})
-
-    def _update(self, action: str, order: CommitOrder, deadline: Deadline) -> None:
-        run, engine = self._calls.run, self._engine
-        left_s = deadline.limit_s()
-        info = {"epoch": order.epoch, "round": order.round, "action": action, "timeout_s": left_s}
-        run(engine.start_weight_update(), deadline)
-        run(engine.update_weights({"update_info": info}), deadline)
-        run(engine.finish_weight_update(order.version or None), deadline)
-
-
-def _at_least(deadline: Deadline) -> Deadline:
-    """Resuming is owed to the engine's users also when the round's time is up."""
-    return Deadline(max(deadline.remaining_s(), 1.0))
 
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:

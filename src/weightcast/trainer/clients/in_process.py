@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from weightcast.commit.engines import EnginePort, ServedWeights
+from weightcast.commit.order import RoundAnswer, RoundOrder
+from weightcast.commit.shells import Committer
 from weightcast.deadline import Deadline
-from weightcast.trainer.clients.base import CommitOrder, CommitReply, EngineClient
+from weightcast.errors import WeightcastError
+from weightcast.trainer.clients.base import CommitOrder, CommitReply, EngineClient, round_order, way_back
 from weightcast.trainer.clients.helper import Helper
 
 _numbers = itertools.count()
-
-
-class ServedWeights(Protocol):
-    """What an engine says of itself: engines.base.EngineStatus, or anything with these."""
-
-    @property
-    def weight_version(self) -> str: ...
-    @property
-    def digest(self) -> str | None: ...
-    @property
-    def dirty(self) -> bool: ...
-    @property
-    def ready(self) -> bool: ...
 
 
 class SyncEngine(Protocol):
@@ -38,11 +28,17 @@ class SyncEngine(Protocol):
     def finish_weight_update(self, weight_version: str | None = None) -> None: ...
     def shutdown_weight_transfer_engine(self) -> None: ...
     def status(self) -> ServedWeights: ...
-    def reset_prefix_cache(self) -> bool: ...
+    def is_paused(self) -> bool: ...
+    def pause_generation(self, mode: Any, clear_cache: bool, /) -> None: ...
+    def resume_generation(self) -> None: ...
+    def reset_prefix_cache(self, reset_running_requests: bool = False) -> bool: ...
 
 
 class InProcessEngineClient(EngineClient):
-    """Drives an LLM object, from a thread of the client's own: an engine that hangs must not take the trainer with it."""
+    """Drives an LLM object, from a thread of the client's own: an engine that hangs must not take the trainer with it.
+
+    A pause has a second thread: where it takes too long, the first one takes it back.
+    """
 
     kind = "in-process"
     host = "127.0.0.1"
@@ -51,6 +47,8 @@ class InProcessEngineClient(EngineClient):
         self._engine = engine
         self.name = f"in-process-{next(_numbers)}"
         self._helper = Helper(self.name)
+        self._pauser = Helper(f"{self.name}-pause")
+        self._committer = Committer(EnginePort(engine, self._pauser.run))
 
     def world_size(self, deadline: Deadline) -> int:
         return self._helper.run(self._engine.get_world_size, deadline)
@@ -60,31 +58,10 @@ class InProcessEngineClient(EngineClient):
         self._helper.run(lambda: self._engine.init_weight_transfer_engine(info), deadline)
 
     def commit(self, order: CommitOrder, deadline: Deadline) -> CommitReply:
-        start = time.perf_counter()
-        self._update("commit", order, deadline)
-        return CommitReply(phases={"apply": time.perf_counter() - start})
+        return CommitReply(phases=self._carry_out(round_order(order, deadline), deadline).phases)
 
     def rollback(self, epoch: int, round: int, deadline: Deadline) -> None:
-        self._update("rollback", CommitOrder(epoch=epoch, round=round, version=""), deadline)
-
-    def _update(self, action: str, order: CommitOrder, deadline: Deadline) -> None:
-        """In one piece: an update that was begun is finished, too, whoever still waits for it."""
-
-        def work() -> None:
-            deadline.check("the engine's turn")
-            self._engine.start_weight_update()
-            info = {
-                "epoch": order.epoch,
-                "round": order.round,
-                "action": action,
-                "timeout_s": deadline.limit_s(),
-            }
-            self._engine.update_weights({"update_info": info})
-            self._engine.finish_weight_update(order.version or None)
-            if order.clear_cache:
-                self._engine.reset_prefix_cache()
-
-        self._helper.run(work, deadline)
+        self._carry_out(way_back(epoch, round, deadline), deadline)
 
     def status(self, deadline: Deadline) -> Mapping[str, Any]:
         status = self._helper.run(self._engine.status, deadline)
@@ -100,3 +77,12 @@ class InProcessEngineClient(EngineClient):
 
     def close(self) -> None:
         self._helper.close()
+        self._pauser.close()
+
+    def _carry_out(self, order: RoundOrder, deadline: Deadline) -> RoundAnswer:
+        """An order that began is carried out to its end, whoever still waits for it."""
+        try:
+            return self._helper.run(lambda: self._committer.carry_out(order, deadline), deadline)
+        except WeightcastError as error:
+            error.at(engine=self.name)
+            raise

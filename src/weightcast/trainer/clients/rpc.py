@@ -1,37 +1,33 @@
 """RpcEngineClient: an engine whose workers are reached by one remote call (vLLM's collective_rpc) and never raise.
 
-Load-bearing: a version is named only after every worker said that it serves it, and when one could not, the others are taken
-back before the engine goes on. An engine whose weights are of no version, or of several, is held, and its workers keep in mind
-that weightcast held it: the next update that succeeds lets it go on, whoever publishes it. A pause of the engine's owner is left
-as it was. What this client paused it lets go on with time of its own, because the round's may be what has run out; when it
-cannot, the next call that reaches the engine does.
+An engine whose weights are of no version, or of several, is held, and its workers keep in mind that weightcast held it: the next
+update that succeeds lets it go on, whoever publishes it. The order of things is commit.machine's.
 """
 
 from __future__ import annotations
 
-import logging
-import time
 from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
+from weightcast.commit.order import RoundAnswer, RoundOrder, Serving, Standing
+from weightcast.commit.shells import Committer
+from weightcast.commit.updates import update_info
 from weightcast.deadline import Deadline
 from weightcast.errors import WeightcastError
-from weightcast.outcome import WorkerOutcome, common_version, first_error, outcomes_from, require_all, why_unfit
-from weightcast.trainer.clients.base import CommitOrder, CommitReply, EngineClient
-
-logger = logging.getLogger(__name__)
-
-AFTER_S = 1.0
-"""What letting an engine go on may last beyond the deadline of its round."""
+from weightcast.outcome import WorkerOutcome, first_error, outcomes_from, require_all, why_unfit
+from weightcast.trainer.clients.base import CommitOrder, CommitReply, EngineClient, round_order, way_back
+from weightcast.trainer.clients.helper import Helper
 
 
 class RpcEngineClient(EngineClient):
-    """Subclasses say how to call, pause and resume; the order of things is here."""
+    """Subclasses say how to call, pause and resume, and give ``name`` before anything is called."""
 
-    _owes = False
-    """This client paused the engine and has neither let it go on nor held it."""
+    pause_forgets = True
+    """``pause`` with ``clear_cache`` drops keys and values, or raises."""
     _size = 0
+    _committer: Committer | None = None
+    _orders: Helper | None = None
 
     @abstractmethod
     def call_workers(self, action: str, payload: Mapping[str, Any], deadline: Deadline) -> list[Any]:
@@ -61,108 +57,51 @@ class RpcEngineClient(EngineClient):
         """Label what the engine's outputs are made with."""
 
     def init(self, init_info: Mapping[str, Any], deadline: Deadline) -> None:
-        size = self._num_workers(deadline)
-        self._raise_first(self._ask("init", {"init_info": dict(init_info), "world_size": size}, deadline))
+        size = self.num_workers(deadline)
+        self._raise_first(self.ask("init", {"init_info": dict(init_info), "world_size": size}, deadline))
 
     def shutdown(self, deadline: Deadline) -> None:
-        self._raise_first(self._ask("shutdown", {}, deadline))
+        self._raise_first(self.ask("shutdown", {}, deadline))
 
     def status(self, deadline: Deadline) -> Mapping[str, Any]:
-        outcomes = self._ask("status", {}, deadline)
-        dirty = bool(why_unfit(outcomes))
-        first = outcomes[0]
-        return {
-            "weight_version": first.weight_version,
-            "digest": first.digest or None,
-            "dirty": dirty,
-            "ready": not dirty,
-        }
+        outcomes = self.ask("status", {}, deadline)
+        return status_of(outcomes)
 
     def commit(self, order: CommitOrder, deadline: Deadline) -> CommitReply:
-        return self._round("commit", order, deadline)
+        return CommitReply(phases=self._carry_out(round_order(order, deadline), deadline).phases)
 
     def rollback(self, epoch: int, round: int, deadline: Deadline) -> None:
-        self._round("rollback", CommitOrder(epoch=epoch, round=round, version=""), deadline)
+        self._carry_out(way_back(epoch, round, deadline), deadline)
 
-    # -- one round
+    def close(self) -> None:
+        if self._orders is not None:
+            self._orders.close()
 
-    def _round(self, action: str, order: CommitOrder, deadline: Deadline) -> CommitReply:
-        start = time.perf_counter()
-        held, theirs = self._who_paused(deadline)
-        # Between two workers' commits no step may come in, and vLLM promises that only while it is paused.
-        pauses = order.pause != "none" or held or self._num_workers(deadline) > 1
-        try:
-            if pauses:
-                self._owes = self._owes or not (held or theirs)
-                self.pause("keep" if order.pause == "none" else order.pause, order.clear_cache, deadline)
-            at_rest = time.perf_counter()
-            outcomes = self._update(action, order, deadline)
-            if order.clear_cache:
-                self.forget_cache(deadline)
-            if not why_unfit(outcomes):
-                self.name_version(common_version(outcomes), deadline)
-            applied = time.perf_counter()
-        except BaseException:
-            self._let_go_on(theirs, None, _at_least(deadline))
-            raise
-        self._let_go_on(theirs, outcomes, _at_least(deadline))
-        end = time.perf_counter()
-        return CommitReply(phases={"pause": at_rest - start, "apply": applied - at_rest, "resume": end - applied})
-
-    def _update(self, action: str, order: CommitOrder, deadline: Deadline) -> list[WorkerOutcome]:
-        payload = {"epoch": order.epoch, "round": order.round, "timeout_s": deadline.limit_s()}
-        version = {"version": order.version} if order.version else {}
-        outcomes = self._ask("update", {**payload, **version, "action": action}, deadline)
-        error = first_error(outcomes)
-        if error is not None:
-            if action == "commit" and any(outcome.error is None for outcome in outcomes):
-                self._ask("update", {**payload, "action": "rollback"}, deadline)
-            raise error.at(engine=self.name)
-        return outcomes
-
-    def _who_paused(self, deadline: Deadline) -> tuple[bool, bool]:
-        """Whether the engine stands still because of weightcast, and whether it does because of somebody else."""
-        if not self.is_paused(deadline):
-            self._owes = False
-            return False, False
-        held = self._owes or any(outcome.held for outcome in self._ask("status", {}, deadline))
-        return held, not held
-
-    def _let_go_on(self, theirs: bool, outcomes: list[WorkerOutcome] | None, deadline: Deadline) -> None:
-        """End the round's pause, unless it is somebody else's; hold the engine if its weights are of no version or of several.
-
-        ``outcomes`` are asked for where they are None, after a failure, which is on its way to the caller: so this never raises then.
-        """
-        known = outcomes is not None
-        try:
-            outcomes = outcomes or self._ask("status", {}, deadline)
-            reason = why_unfit(outcomes)
-            if reason and not theirs:
-                logger.error("%s: %s: generation stays paused until an update succeeds", self.name, reason)
-                self.hold(f"the engine is held: {reason}", deadline)
-                self._ask("hold", {"held": True}, deadline)
-            elif not reason and not theirs:
-                was_held = any(outcome.held for outcome in outcomes)
-                if self._owes or was_held:
-                    self.resume(deadline)
-                if was_held:
-                    self._ask("hold", {"held": False}, deadline)
-            self._owes = False
-        except WeightcastError as error:
-            if known:
-                raise
-            logger.warning("%s: it is not known what the engine serves, so it stays as it is: %s", self.name, error)
-
-    # -- pieces
-
-    def _ask(self, action: str, payload: Mapping[str, Any], deadline: Deadline) -> list[WorkerOutcome]:
+    def ask(self, action: str, payload: Mapping[str, Any], deadline: Deadline) -> list[WorkerOutcome]:
+        """``call_workers``, read. Unsupported unless every worker answers."""
         outcomes = outcomes_from(self.call_workers(action, dict(payload), deadline))
-        require_all(outcomes, self._num_workers(deadline))
+        require_all(outcomes, self.num_workers(deadline))
         return outcomes
 
-    def _num_workers(self, deadline: Deadline) -> int:
+    def num_workers(self, deadline: Deadline) -> int:
         self._size = self._size or self.world_size(deadline)
         return self._size
+
+    def _carry_out(self, order: RoundOrder, deadline: Deadline) -> RoundAnswer:
+        """On a thread of its own: an order that began is carried out to its end, whoever still waits for it."""
+        committer = self._committer_of()
+        if self._orders is None:
+            self._orders = Helper(f"{self.name}-orders")
+        try:
+            return self._orders.run(lambda: committer.carry_out(order, deadline), deadline)
+        except WeightcastError as error:
+            error.at(engine=self.name)
+            raise
+
+    def _committer_of(self) -> Committer:
+        if self._committer is None:
+            self._committer = Committer(WorkersPort(self))
+        return self._committer
 
     def _raise_first(self, outcomes: list[WorkerOutcome]) -> None:
         error = first_error(outcomes)
@@ -170,5 +109,58 @@ class RpcEngineClient(EngineClient):
             raise error.at(engine=self.name)
 
 
-def _at_least(deadline: Deadline) -> Deadline:
-    return Deadline(max(deadline.remaining_s(), AFTER_S))
+class WorkersPort:
+    """The steps of a commit over an RpcEngineClient's calls."""
+
+    def __init__(self, client: RpcEngineClient) -> None:
+        self._client = client
+
+    def asleep(self, deadline: Deadline) -> str:
+        """Nothing: vLLM is not asked for that."""
+        return ""
+
+    def standing(self, deadline: Deadline) -> Standing:
+        client = self._client
+        must_pause = client.num_workers(deadline) > 1
+        paused = client.is_paused(deadline)
+        held = paused and any(outcome.held for outcome in client.ask("status", {}, deadline))
+        return Standing(paused=paused, held=held, must_pause=must_pause, pause_forgets=client.pause_forgets)
+
+    def pause(self, mode: str, clear_cache: bool, deadline: Deadline) -> None:
+        self._client.pause(mode, clear_cache, deadline)
+
+    def apply(self, order: RoundOrder, deadline: Deadline) -> Serving:
+        return Serving.of(self._client.ask("update", update_info(order, deadline), deadline))
+
+    def take_back(self, order: RoundOrder, deadline: Deadline) -> Serving:
+        return self.apply(way_back(order.epoch, order.round, deadline), deadline)
+
+    def forget(self, deadline: Deadline) -> None:
+        self._client.forget_cache(deadline)
+
+    def name(self, version: str, deadline: Deadline) -> None:
+        self._client.name_version(version, deadline)
+
+    def serving(self, deadline: Deadline) -> Serving:
+        return Serving.of(self._client.ask("status", {}, deadline))
+
+    def hold(self, reason: str, deadline: Deadline) -> None:
+        self._client.hold(reason, deadline)
+        self._client.ask("hold", {"held": True}, deadline)
+
+    def resume(self, was_held: bool, deadline: Deadline) -> None:
+        self._client.resume(deadline)
+        if was_held:
+            self._client.ask("hold", {"held": False}, deadline)
+
+
+def status_of(outcomes: list[WorkerOutcome]) -> Mapping[str, Any]:
+    """What a client's ``status`` says of an engine whose workers said this."""
+    dirty = bool(why_unfit(outcomes))
+    first = outcomes[0]
+    return {
+        "weight_version": first.weight_version,
+        "digest": first.digest or None,
+        "dirty": dirty,
+        "ready": not dirty,
+    }

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
+from weightcast.commit.order import RoundAnswer, RoundOrder
+from weightcast.commit.shells import AsyncCommitter
 from weightcast.deadline import Deadline
 from weightcast.errors import EngineError, WeightcastError
+from weightcast.outcome import WorkerOutcome, first_error
+from weightcast.trainer.clients.base import CommitOrder, CommitReply, EngineClient, round_order, way_back
 from weightcast.trainer.clients.helper import Helper
 from weightcast.trainer.clients.in_loop import LoopCalls
-from weightcast.trainer.clients.rpc import RpcEngineClient
+from weightcast.trainer.clients.rpc import RpcEngineClient, status_of
 from weightcast.vllm_eras import offline_engine, require_backend, served_engine
+from weightcast.vllm_eras.port import ServedPort
 
 T = TypeVar("T")
 
@@ -38,6 +43,7 @@ class VllmClient(RpcEngineClient):
 
     kind = "vllm"
     host = "127.0.0.1"
+    pause_forgets = False
 
     def __init__(self, engine: OfflineEngine) -> None:
         self._engine = offline_engine(engine)
@@ -58,7 +64,7 @@ class VllmClient(RpcEngineClient):
         return self._engine.refuses
 
     def pause(self, mode: str, clear_cache: bool, deadline: Deadline) -> None:
-        return
+        """Nothing: no step comes in between its calls."""
 
     def hold(self, reason: str, deadline: Deadline) -> None:
         self._engine.refuse(reason)
@@ -73,7 +79,13 @@ class VllmClient(RpcEngineClient):
         self._run(lambda: self._engine.set_label(version), deadline)
 
     def close(self) -> None:
+        super().close()
         self._helper.close()
+
+    def _carry_out(self, order: RoundOrder, deadline: Deadline) -> RoundAnswer:
+        if self._engine.computes_here:
+            return _named(lambda: self._committer_of().carry_out(order, deadline), self.name)
+        return super()._carry_out(order, deadline)
 
     def _run(self, work: Callable[[], T], deadline: Deadline) -> T:
         if self._engine.computes_here:
@@ -82,48 +94,47 @@ class VllmClient(RpcEngineClient):
         return self._helper.run(lambda: _named(work, self.name), deadline)
 
 
-class AsyncVllmClient(RpcEngineClient):
+class AsyncVllmClient(EngineClient):
     """A ``vllm.AsyncLLM`` whose event loop runs on another thread than the Publisher's."""
 
     kind = "vllm"
     host = "127.0.0.1"
 
     def __init__(self, engine: Any, loop: asyncio.AbstractEventLoop) -> None:
-        self._engine = served_engine(engine)
+        self._port = ServedPort(served_engine(engine))
         self.name = f"vllm-async-{next(_numbers)}"
         self._calls = LoopCalls(loop, self.name)
+        self._committer = AsyncCommitter(self._port)
 
     def init(self, init_info: Mapping[str, Any], deadline: Deadline) -> None:
-        require_backend(self._engine.config)
-        super().init(init_info, deadline)
+        payload = {"init_info": dict(init_info), "world_size": self.world_size(deadline)}
+        self._raise_first(self._ask("init", payload, deadline))
 
     def world_size(self, deadline: Deadline) -> int:
-        return self._engine.world_size()
+        return self._port.engine.world_size()
 
-    def call_workers(self, action: str, payload: Mapping[str, Any], deadline: Deadline) -> list[Any]:
-        answers: list[Any] = self._run(self._engine.call_workers(action, payload), deadline)
-        return answers
+    def commit(self, order: CommitOrder, deadline: Deadline) -> CommitReply:
+        return CommitReply(phases=self._calls.carry_out(self._committer, round_order(order, deadline), deadline).phases)
 
-    def is_paused(self, deadline: Deadline) -> bool:
-        return bool(self._run(self._engine.is_paused(), deadline))
+    def rollback(self, epoch: int, round: int, deadline: Deadline) -> None:
+        self._calls.carry_out(self._committer, way_back(epoch, round, deadline), deadline)
 
-    def pause(self, mode: str, clear_cache: bool, deadline: Deadline) -> None:
-        self._run(self._engine.pause(mode, clear_cache), deadline)
+    def status(self, deadline: Deadline) -> Mapping[str, Any]:
+        return status_of(self._ask("status", {}, deadline))
 
-    def hold(self, reason: str, deadline: Deadline) -> None:
-        self._run(self._engine.pause("keep", clear_cache=False), deadline)
+    def shutdown(self, deadline: Deadline) -> None:
+        self._raise_first(self._ask("shutdown", {}, deadline))
 
-    def resume(self, deadline: Deadline) -> None:
-        self._run(self._engine.resume(), deadline)
+    def _ask(self, action: str, payload: Mapping[str, Any], deadline: Deadline) -> list[WorkerOutcome]:
+        outcomes: list[WorkerOutcome] = _named(
+            lambda: self._calls.run(self._port.ask(action, payload), deadline), self.name
+        )
+        return outcomes
 
-    def forget_cache(self, deadline: Deadline) -> None:
-        self._run(self._engine.forget_cache(), deadline)
-
-    def name_version(self, version: str, deadline: Deadline) -> None:
-        self._run(self._engine.set_label(version), deadline)
-
-    def _run(self, work: Coroutine[Any, Any, Any], deadline: Deadline) -> Any:
-        return _named(lambda: self._calls.run(work, deadline), self.name)
+    def _raise_first(self, outcomes: list[WorkerOutcome]) -> None:
+        error = first_error(outcomes)
+        if error is not None:
+            raise error.at(engine=self.name)
 
 
 def _named(work: Callable[[], T], engine: str) -> T:
