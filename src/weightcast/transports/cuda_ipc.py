@@ -231,7 +231,7 @@ class CudaIpcTrainerEnd(TrainerEnd):
             link = PairLink.accept_from(self._listener, deadline)
             self._listener.close()
             self._pair.hold(link)
-            link.meet("connected")
+            link.meet(deadline)
 
     def send(self, deadline: Deadline) -> int:
         with self._pair.use("send", deadline):
@@ -332,7 +332,7 @@ class CudaIpcWorkerEnd(WorkerEnd):
             link = PairLink.dial_to(offer.address, offer.port, offer.secret, deadline, self._pair.guard)
             self._pair.hold(link)
             self._map(torch.device("cuda", torch.cuda.current_device()))
-            link.meet("connected")
+            link.meet(deadline)
 
     def prepare(self, memory: Memory, manifest: Manifest) -> None:
         """Build the tables of the memory's replay and compile its kernels, partly on the current stream.

@@ -33,7 +33,7 @@ from weightcast.transports.base import DEFAULT_BUCKET_NBYTES, Facts, TrainerEnd,
 from weightcast.transports.buckets import check_bucket_nbytes, new_buffers, packer, schedule, unpacker
 from weightcast.transports.guard import EndGuard
 from weightcast.transports.recent import Recent
-from weightcast.transports.rendezvous import Listener, PairStore, dial
+from weightcast.transports.rendezvous_old import Listener, PairStore, dial
 
 _TRAINER, _WORKER = 0, 1
 _IN_FLIGHT = 2

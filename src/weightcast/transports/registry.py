@@ -11,7 +11,7 @@ from weightcast.transports.base import Facts, Transport
 
 ENTRY_POINT_GROUP = "weightcast.transports"
 
-PREFERENCE = ("cuda_ipc", "shm", "nccl", "gloo")
+PREFERENCE = ("cuda_ipc", "shm", "nccl", "tcp")
 """Best first; transports of third parties come after these, in alphabetical order."""
 
 

@@ -1,104 +1,58 @@
-"""How two processes meet to make a process group of their own: one TCP connection that plays the group's store.
+"""How the two processes of a pair meet: the trainer listens, the worker dials, and each proves that it knows the pair's secret.
 
-The trainer listens on one address; the worker shows the secret of the trainer's offer, and only then do both exchange the
-few keys that the group's constructor sets. Every wait here has a deadline and ends within a tenth of a second of an abort.
+The secret reached the worker over the encrypted control channel. Neither side shows it: both answer the other's fresh nonce
+with an HMAC of it, as the three-pass mutual authentication of ISO/IEC 9798-4 does.
+
+    worker  → trainer   magic, lane, nonce w
+    trainer → worker    nonce t, HMAC(secret, "trainer" · lane · w · t)
+    worker  → trainer   HMAC(secret, "worker" · lane · w · t)
+    trainer → worker    one byte: you are in
+
+All callers are read side by side, so that strangers who connect and say nothing keep nobody waiting. A caller that is wrong, or
+takes longer than ``CALLER_S``, is turned away without a word. Every wait has a deadline and ends within a tenth of a second of an
+abort.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import hmac
 import ipaddress
 import os
 import secrets
 import select
 import socket
-from collections.abc import Iterator
-from datetime import timedelta
-
-import msgspec
-from torch._C._distributed_c10d import Store
 
 from weightcast.deadline import Deadline
-from weightcast.errors import InvalidInput, PeerLost, ProtocolError, TransportError, WeightcastError
-from weightcast.known import known
+from weightcast.errors import InvalidInput, PeerLost, TransportError
 from weightcast.secret import same_secret
+from weightcast.transports.connection import STEP_S, Connection
 from weightcast.transports.guard import EndGuard
 
-_SECRET_NBYTES = 32
-_MAX_FRAME_NBYTES = 2**20
-_STEP_S = 0.1
-
-
-class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    key: str
-    value: bytes
-
-
-class PairStore(Store):
-    """A torch.distributed Store for exactly two processes over one socket. Errors are kept in ``error``.
-
-    The group's constructor turns an exception out of these methods into a RuntimeError; ``error`` has the real one.
-    """
-
-    def __init__(self, connection: socket.socket, deadline: Deadline, guard: EndGuard) -> None:
-        super().__init__()
-        self.connection = connection
-        self._deadline = deadline
-        self._guard = guard
-        self._values: dict[str, bytes] = {}
-        self.error: WeightcastError | None = None
-        self.local_address: str = connection.getsockname()[0]
-
-    def set(self, key: str, value: bytes | str) -> None:
-        data = value.encode() if isinstance(value, str) else bytes(value)
-        self._values[key] = data
-        with self._remember():
-            frame = msgspec.msgpack.encode(_Entry(key, data))
-            _send(self.connection, len(frame).to_bytes(4, "big") + frame, self._deadline, self._guard)
-
-    def get(self, key: str) -> bytes:
-        with self._remember():
-            while key not in self._values:
-                entry = self._next_entry()
-                self._values[entry.key] = entry.value
-            return self._values[key]
-
-    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
-        """Wait for all keys; the deadline of the connect call holds, ``timeout`` is not looked at."""
-        for key in keys:
-            self.get(key)
-
-    def _next_entry(self) -> _Entry:
-        nbytes = int.from_bytes(_receive(self.connection, 4, self._deadline, self._guard), "big")
-        if nbytes > _MAX_FRAME_NBYTES:
-            raise ProtocolError(f"a rendezvous frame of {nbytes} bytes")
-        try:
-            frame = _receive(self.connection, nbytes, self._deadline, self._guard)
-            return msgspec.msgpack.decode(frame, type=known(_Entry))
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise ProtocolError(f"malformed rendezvous frame: {error}") from None
-
-    @contextlib.contextmanager
-    def _remember(self) -> Iterator[None]:
-        try:
-            yield
-        except WeightcastError as error:
-            self.error = error
-            raise
+SECRET_NBYTES = 32
+CALLER_S = 2.0
+"""How long a caller may take to prove that it is the worker."""
+MOST_CALLERS = 128
+"""Callers that are listened to at a time; a new one takes the place of the one that has been there longest."""
+_MAGIC = b"wc-pair3"
+_NONCE_NBYTES = 32
+_HELLO_NBYTES = len(_MAGIC) + 1 + _NONCE_NBYTES
+_PROOF_NBYTES = 32
+_WELCOME = b"\x01"
 
 
 class Listener:
     """The trainer's side: listens on ``address`` at a free port until closed."""
 
     def __init__(self, address: str, guard: EndGuard) -> None:
-        self.secret = secrets.token_bytes(_SECRET_NBYTES)
+        self.secret = secrets.token_bytes(SECRET_NBYTES)
         self._guard = guard
         try:
             family, _, _, _, target = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0]
             if ipaddress.ip_address(str(target[0]).partition("%")[0]).is_unspecified:
                 raise InvalidInput(f"{address} is no address that a worker can connect to", field="address")
-            self._socket = socket.create_server(target[:2], family=family)
+            self._socket = socket.create_server(target[:2], family=family, backlog=MOST_CALLERS)
         except OSError as error:
             raise TransportError(
                 f"cannot listen on {address}: {error}", hint="Give an address of this machine that workers reach"
@@ -106,88 +60,143 @@ class Listener:
         self._socket.setblocking(False)
         self.port: int = self._socket.getsockname()[1]
 
-    @contextlib.contextmanager
-    def accept(self, deadline: Deadline) -> Iterator[PairStore]:
-        """The store of the first caller who knows the secret; strangers are turned away. Closed on leaving."""
-        while True:
-            _ready(self._socket, select.POLLIN, deadline, self._guard, "waiting for the worker to connect")
-            try:
-                connection, _ = self._socket.accept()
-            except OSError:
-                # Whoever it was has gone again.
-                continue
-            with connection:
-                if self._is_worker(connection, deadline):
-                    yield PairStore(connection, deadline, self._guard)
-                    return
+    def accept(self, deadline: Deadline, lanes: int = 1) -> list[Connection]:
+        """The worker's connections, one for each lane."""
+        callers: dict[int, _Caller] = {}
+        found: dict[int, socket.socket] = {}
+        try:
+            while len(found) < lanes:
+                self._guard.check()
+                deadline.check("waiting for the worker to connect")
+                self._listen(callers, min(STEP_S, deadline.remaining_s() + 0.001))
+                for number, caller in list(callers.items()):
+                    if caller.is_in and caller.lane < lanes and caller.lane not in found:
+                        found[caller.lane] = callers.pop(number).socket
+                    elif caller.is_over:
+                        callers.pop(number).socket.close()
+        except BaseException:
+            for accepted in found.values():
+                accepted.close()
+            raise
+        finally:
+            for caller in callers.values():
+                caller.socket.close()
+        return [Connection(found[lane], self._guard) for lane in range(lanes)]
 
     def close(self) -> None:
         self._socket.close()
 
-    def _is_worker(self, connection: socket.socket, deadline: Deadline) -> bool:
-        # A stranger who connects and says nothing must not keep the worker out until the deadline.
-        limit = deadline.part(at_most_s=2.0)
-        try:
-            shown = _receive(connection, _SECRET_NBYTES, limit, self._guard)
-        except (PeerLost, TimeoutError):
-            return False
-        return same_secret(shown, self.secret)
+    def _listen(self, callers: dict[int, _Caller], timeout_s: float) -> None:
+        """Wait for new callers and for more words of those who are there."""
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        for caller in callers.values():
+            poll.register(caller.socket, select.POLLIN)
+        for number, _ in poll.poll(1000 * timeout_s):
+            if number in callers:
+                callers[number].listen()
+                continue
+            # Whoever called may have gone again; without a free descriptor the others go on.
+            with contextlib.suppress(OSError):
+                connection, _ = self._socket.accept()
+                if len(callers) >= MOST_CALLERS:
+                    callers.pop(next(iter(callers))).socket.close()
+                callers[connection.fileno()] = _Caller(connection, self.secret)
 
 
-@contextlib.contextmanager
-def dial(address: str, port: int, secret: bytes, deadline: Deadline, guard: EndGuard) -> Iterator[PairStore]:
-    """The worker's side: connect, show the secret. A port where nobody listens is PeerLost at once."""
-    try:
-        family, kind, protocol, _, target = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
-    except (OSError, OverflowError) as error:
-        raise TransportError(f"cannot resolve the trainer's address {address}:{port}: {error}") from None
-    with socket.socket(family, kind, protocol) as connection:
+class _Caller:
+    """Somebody who connected, until they have proved that they are the worker or have failed to."""
+
+    def __init__(self, connection: socket.socket, secret: bytes) -> None:
         connection.setblocking(False)
-        code = connection.connect_ex(target)
-        if code == errno.EINPROGRESS:
-            _ready(connection, select.POLLOUT, deadline, guard, f"connecting to {address}:{port}")
-            code = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        self.socket = connection
+        self.is_in = False
+        self.lane = -1
+        self._secret = secret
+        self._heard = bytearray()
+        self._nonce = secrets.token_bytes(_NONCE_NBYTES)
+        self._limit = Deadline(CALLER_S)
+        self._is_wrong = False
+
+    @property
+    def is_over(self) -> bool:
+        return self.is_in or self._is_wrong or self._limit.passed
+
+    def listen(self) -> None:
+        """Take what has come; never raises and never waits."""
+        wanted = _HELLO_NBYTES if self.lane < 0 else _HELLO_NBYTES + _PROOF_NBYTES
+        try:
+            heard = self.socket.recv(wanted - len(self._heard))
+            self._heard += heard
+            if not heard:
+                self._is_wrong = True
+            elif len(self._heard) == _HELLO_NBYTES:
+                self._answer()
+            elif len(self._heard) == _HELLO_NBYTES + _PROOF_NBYTES:
+                self._judge()
+        except BlockingIOError:
+            return
+        except OSError:
+            self._is_wrong = True
+
+    def _answer(self) -> None:
+        self._is_wrong = self._heard[: len(_MAGIC)] != _MAGIC
+        if not self._is_wrong:
+            self.lane = self._heard[len(_MAGIC)]
+            self.socket.send(self._nonce + self._proof(b"trainer"))
+
+    def _judge(self) -> None:
+        self.is_in = same_secret(bytes(self._heard[_HELLO_NBYTES:]), self._proof(b"worker"))
+        self._is_wrong = not self.is_in
+        if self.is_in:
+            self.socket.send(_WELCOME)
+
+    def _proof(self, side: bytes) -> bytes:
+        theirs = bytes(self._heard[_HELLO_NBYTES - _NONCE_NBYTES : _HELLO_NBYTES])
+        return proof(self._secret, side, self.lane, theirs, self._nonce)
+
+
+def dial(
+    address: str, port: int, secret: bytes, deadline: Deadline, guard: EndGuard, *, lane: int = 0
+) -> Connection:
+    """The worker's side: connect, and prove each to the other who they are. A port where nobody listens is PeerLost at once; a
+    listener that does not know the secret is TransportError."""
+    what = f"connecting to {address}:{port}"
+    connection = Connection(_open(address, port), guard)
+    try:
+        connection.wait(select.POLLOUT, deadline, what)
+        code = connection.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if code:
             raise PeerLost(f"no trainer at {address}:{port}: {os.strerror(code)}")
-        _send(connection, secret, deadline, guard)
-        yield PairStore(connection, deadline, guard)
+        mine = secrets.token_bytes(_NONCE_NBYTES)
+        connection.send([_MAGIC + bytes([lane]) + mine], deadline, what)
+        answer = connection.receive_bytes(_NONCE_NBYTES + _PROOF_NBYTES, deadline, what)
+        theirs = answer[:_NONCE_NBYTES]
+        if not same_secret(answer[_NONCE_NBYTES:], proof(secret, b"trainer", lane, mine, theirs)):
+            raise TransportError(f"who listens at {address}:{port} does not know the pair's secret")
+        connection.send([proof(secret, b"worker", lane, mine, theirs)], deadline, what)
+        connection.receive_bytes(len(_WELCOME), deadline, what)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
 
 
-def _ready(connection: socket.socket, event: int, deadline: Deadline, guard: EndGuard, what: str) -> None:
-    poll = select.poll()
-    poll.register(connection, event)
-    while True:
-        guard.check()
-        deadline.check(what)
-        if poll.poll(1000 * min(_STEP_S, deadline.remaining_s() + 0.001)):
-            return
+def _open(address: str, port: int) -> socket.socket:
+    """A socket that has begun to connect."""
+    try:
+        family, kind, protocol, _, target = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+        opened = socket.socket(family, kind, protocol)
+    except (OSError, OverflowError) as error:
+        raise TransportError(f"cannot resolve the trainer's address {address}:{port}: {error}") from None
+    opened.setblocking(False)
+    code = opened.connect_ex(target)
+    if code not in (0, errno.EINPROGRESS):
+        opened.close()
+        raise PeerLost(f"no trainer at {address}:{port}: {os.strerror(code)}")
+    return opened
 
 
-def _send(connection: socket.socket, data: bytes, deadline: Deadline, guard: EndGuard) -> None:
-    connection.setblocking(False)
-    view = memoryview(data)
-    while view:
-        _ready(connection, select.POLLOUT, deadline, guard, "meeting the other side")
-        try:
-            view = view[connection.send(view) :]
-        except BlockingIOError:
-            continue
-        except OSError as error:
-            raise PeerLost(f"the other side is gone while connecting: {error}") from None
-
-
-def _receive(connection: socket.socket, nbytes: int, deadline: Deadline, guard: EndGuard) -> bytes:
-    connection.setblocking(False)
-    data = bytearray()
-    while len(data) < nbytes:
-        _ready(connection, select.POLLIN, deadline, guard, "meeting the other side")
-        try:
-            chunk = connection.recv(nbytes - len(data))
-        except BlockingIOError:
-            continue
-        except OSError as error:
-            raise PeerLost(f"the other side is gone while connecting: {error}") from None
-        if not chunk:
-            raise PeerLost("the other side is gone while connecting")
-        data += chunk
-    return bytes(data)
+def proof(secret: bytes, side: bytes, lane: int, worker_nonce: bytes, trainer_nonce: bytes) -> bytes:
+    """What only a side that knows the secret can say to these two nonces."""
+    return hmac.digest(secret, side + bytes([lane]) + worker_nonce + trainer_nonce, "sha256")

@@ -1,0 +1,294 @@
+"""tcp: buckets over authenticated TCP connections between two processes, for CPU memory on any hosts.
+
+Load-bearing properties:
+
+- Both sides prove that they know the pair's secret before a byte of weights travels (rendezvous module), and nothing that
+  arrives afterwards can do more than end the pair with a named error.
+- Several connections, the *lanes*, take buckets in turn, each driven by a thread of its own on either side: one packs (or
+  unpacks) while another is on the wire.
+- Values that are contiguous and need no cast are sent straight from the source's memory and received straight into their place;
+  others are packed into a lane's buffer. Which way a side goes is its own business: the bytes on the wire are the same.
+- A bucket travels behind its number in the life of the pair and its size, so that two sides that lost step notice it.
+- Unless the trainer asked for TLS, nothing on the wire is encrypted or protected against somebody who sits on the path.
+
+Wire, on lane ``i % lanes`` for the i-th bucket of a round: 16 bytes (bucket's number since connect, bytes that follow; both
+big-endian unsigned 64), then the bucket.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Annotated
+
+import msgspec
+import torch
+
+from weightcast.deadline import Deadline
+from weightcast.errors import InvalidInput, PlanMismatch, ProtocolError, TransportError
+from weightcast.known import known
+from weightcast.memory import Memory
+from weightcast.plan import Copy, plan_digest
+from weightcast.transports.base import Facts, TrainerEnd, Transport, WorkerEnd
+from weightcast.transports.buckets import Bucket, check_bucket_nbytes, new_buffers, schedule
+from weightcast.transports.connection import Connection
+from weightcast.transports.guard import EndGuard
+from weightcast.transports.recent import Recent
+from weightcast.transports.rendezvous import SECRET_NBYTES, Listener, dial
+from weightcast.transports.spans import Loading, Unloading
+
+LANES = 2
+MAX_LANES = 16
+_HEADER = struct.Struct("!QQ")
+
+
+class TcpOffer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where the trainer listens for this pair, and what the worker must agree on."""
+
+    address: str
+    port: int
+    secret: Annotated[bytes, msgspec.Meta(min_length=SECRET_NBYTES, max_length=SECRET_NBYTES)]
+    bucket_nbytes: int
+    lanes: Annotated[int, msgspec.Meta(ge=1, le=MAX_LANES)]
+    plan: str
+    """Digest of the copies."""
+    identity: bytes = b""
+    """Certificate and private key (PEM) of a pair that talks TLS."""
+
+
+class TcpTransport(Transport):
+    """CPU memory over TCP; pushes."""
+
+    name = "tcp"
+    pulls = False
+    default_bucket_nbytes = 8 * 2**20
+
+    def refusal(self, trainer: Facts, worker: Facts) -> str | None:
+        for side, facts in (("trainer", trainer), ("worker", worker)):
+            if facts.device != "cpu":
+                return f"the {side}'s weights are on {facts.device}, {self.name} moves CPU memory"
+        return None
+
+    def identity(self) -> bytes:
+        """What a pair's sides prove themselves with beside the secret; nothing here."""
+        return b""
+
+    def adopt(self, memory: Memory) -> Memory:
+        return memory
+
+    def release(self, memory: Memory) -> None:
+        return None
+
+    def trainer_end(
+        self, copies: Sequence[Copy], memory: Memory, *, bucket_nbytes: int = default_bucket_nbytes, address: str = ""
+    ) -> TrainerEnd:
+        check_bucket_nbytes(bucket_nbytes)
+        return TcpTrainerEnd(copies, memory, bucket_nbytes, address or "127.0.0.1", self.identity())
+
+    def worker_end(self, offer: bytes, copies: Sequence[Copy]) -> WorkerEnd:
+        try:
+            decoded = msgspec.msgpack.decode(offer, type=known(TcpOffer))
+            check_bucket_nbytes(decoded.bucket_nbytes)
+        except (msgspec.DecodeError, UnicodeDecodeError, InvalidInput) as error:
+            raise ProtocolError(f"malformed {self.name} offer: {error}") from None
+        if bool(decoded.identity) != bool(self.identity()):
+            raise ProtocolError(f"malformed {self.name} offer: with a certificate or without one")
+        if decoded.plan != _digest(copies):
+            raise PlanMismatch("trainer and worker compiled different copies for this pair")
+        return TcpWorkerEnd(copies, decoded)
+
+
+class _Lanes:
+    """The connections of one end, and the threads that drive them. A failure of one lane ends all."""
+
+    def __init__(self, end: str) -> None:
+        self.guard = EndGuard(end)
+        self._connections: list[Connection] = []
+        self._pool: ThreadPoolExecutor | None = None
+        self._num_rounds = 0
+
+    def add(self, *connections: Connection) -> None:
+        """Have these connections, too; they are closed with the end."""
+        self._connections += connections
+
+    def start_tls(self, identity: bytes, deadline: Deadline, *, server: bool) -> None:
+        """Go on encrypted where the pair has an identity."""
+        if identity:
+            from weightcast.transports.tls import pinned
+
+            context = pinned(identity, server=server)
+            for connection in self._connections:
+                connection.start_tls(context, deadline, server=server)
+
+    def run(self, count: int, work: Callable[[int, int, Connection], None]) -> None:
+        """Call ``work(bucket, number on the wire, connection)`` for each of ``count`` buckets, those of a lane in order."""
+        if not self._connections:
+            raise TransportError("the pair is not connected", hint="Call connect() first")
+        first = self._num_rounds * count
+        self._num_rounds += 1
+        lanes = min(len(self._connections), count)
+
+        def drive(lane: int) -> None:
+            try:
+                for bucket in range(lane, count, lanes):
+                    work(bucket, first + bucket, self._connections[lane])
+            except BaseException:
+                self.hang_up()
+                raise
+
+        futures = [self._threads().submit(drive, lane) for lane in range(1, lanes)]
+        errors: list[BaseException] = []
+        if lanes:
+            _collect(errors, lambda: drive(0))
+        for future in futures:
+            _collect(errors, future.result)
+        if errors:
+            # What went wrong first is not what the lanes that were ended because of it say.
+            raise next((error for error in errors if not isinstance(error, TransportError)), errors[0])
+
+    def abort(self) -> None:
+        self.guard.abort()
+        self.hang_up()
+
+    def hang_up(self) -> None:
+        for connection in self._connections:
+            connection.hang_up()
+
+    def close(self) -> None:
+        self.guard.close()
+        self.hang_up()
+        if self._pool is not None:
+            self._pool.shutdown()
+        for connection in self._connections:
+            connection.close()
+        self._connections = []
+
+    def _threads(self) -> ThreadPoolExecutor:
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(len(self._connections) - 1, thread_name_prefix="weightcast-tcp")
+        return self._pool
+
+
+def _collect(errors: list[BaseException], call: Callable[[], None]) -> None:
+    try:
+        call()
+    except BaseException as error:  # noqa: BLE001 - raised by the caller once no lane runs any more
+        errors.append(error)
+
+
+class TcpTrainerEnd(TrainerEnd):
+    """Sends; listens on ``address`` from the start."""
+
+    def __init__(
+        self, copies: Sequence[Copy], memory: Memory, bucket_nbytes: int, address: str, identity: bytes = b""
+    ) -> None:
+        self._lanes = _Lanes("the trainer's end of a tcp pair")
+        self._buckets = schedule(copies, bucket_nbytes)
+        self._nbytes = sum(copy.nbytes for copy in copies)
+        lanes = max(1, min(LANES, len(self._buckets)))
+        buffers = _Buffers(self._buckets, lanes)
+        self._loadings = [Loading(bucket, memory, buffers.of(i)) for i, bucket in enumerate(self._buckets)]
+        self._listener = Listener(address, self._lanes.guard)
+        self._offer = TcpOffer(
+            address=address,
+            port=self._listener.port,
+            secret=self._listener.secret,
+            bucket_nbytes=bucket_nbytes,
+            lanes=lanes,
+            plan=_digest(copies),
+            identity=identity,
+        )
+
+    def offer(self) -> bytes:
+        return msgspec.msgpack.encode(self._offer)
+
+    def connect(self, deadline: Deadline) -> None:
+        with self._lanes.guard.use("connect", deadline):
+            self._lanes.add(*self._listener.accept(deadline, self._offer.lanes))
+            self._lanes.start_tls(self._offer.identity, deadline, server=True)
+        self._listener.close()
+
+    def send(self, deadline: Deadline) -> int:
+        with self._lanes.guard.use("send", deadline):
+
+            def work(bucket: int, number: int, connection: Connection) -> None:
+                loading = self._loadings[bucket]
+                loading.run()
+                header = _HEADER.pack(number, self._buckets[bucket].nbytes)
+                connection.send([header, *loading.spans], deadline, "sending over tcp")
+
+            self._lanes.run(len(self._buckets), work)
+            return self._nbytes
+
+    def abort(self) -> None:
+        self._lanes.abort()
+
+    def close(self) -> None:
+        self._lanes.close()
+        self._listener.close()
+        self._loadings = []
+
+
+class TcpWorkerEnd(WorkerEnd):
+    """Receives."""
+
+    def __init__(self, copies: Sequence[Copy], offer: TcpOffer) -> None:
+        self._lanes = _Lanes("the worker's end of a tcp pair")
+        self._offer = offer
+        self._nbytes = sum(copy.nbytes for copy in copies)
+        self._buckets = schedule(copies, offer.bucket_nbytes)
+        self._buffers = _Buffers(self._buckets, offer.lanes)
+        self._unloadings: Recent[list[Unloading]] = Recent()
+        self.has_written = False
+
+    def connect(self, deadline: Deadline) -> None:
+        offer, lanes = self._offer, self._lanes
+        with lanes.guard.use("connect", deadline):
+            for lane in range(offer.lanes):
+                lanes.add(dial(offer.address, offer.port, offer.secret, deadline, lanes.guard, lane=lane))
+            lanes.start_tls(offer.identity, deadline, server=False)
+
+    def receive(self, memory: Memory, deadline: Deadline) -> int:
+        with self._lanes.guard.use("receive", deadline):
+            self.has_written = False
+            unloadings = self._unloadings.get(memory.number, lambda: self._compile(memory))
+
+            def work(bucket: int, number: int, connection: Connection) -> None:
+                what, unloading = "receiving over tcp", unloadings[bucket]
+                header = _HEADER.unpack(connection.receive_bytes(_HEADER.size, deadline, what))
+                if header != (number, self._buckets[bucket].nbytes):
+                    raise ProtocolError(f"bucket {header[0]} of {header[1]} bytes came where bucket {number} was due")
+                self.has_written = True
+                connection.receive(unloading.spans, deadline, what)
+                unloading.run()
+
+            self._lanes.run(len(self._buckets), work)
+            return self._nbytes
+
+    def abort(self) -> None:
+        self._lanes.abort()
+
+    def close(self) -> None:
+        self._lanes.close()
+        self._unloadings.clear()
+
+    def _compile(self, memory: Memory) -> list[Unloading]:
+        return [Unloading(bucket, self._buffers.of(i), memory) for i, bucket in enumerate(self._buckets)]
+
+
+class _Buffers:
+    """One buffer a lane, as large as the largest bucket; memory that nothing is packed into is never touched."""
+
+    def __init__(self, buckets: Sequence[Bucket], lanes: int) -> None:
+        self._buffers = new_buffers(buckets, lanes)
+
+    def of(self, bucket: int) -> torch.Tensor:
+        return self._buffers[bucket % len(self._buffers)]
+
+
+def _digest(copies: Sequence[Copy]) -> str:
+    return plan_digest({0: tuple(copies)})
+
+
+__all__ = ["TcpOffer", "TcpTransport"]
