@@ -2,7 +2,7 @@
 
 Trainer and worker are two processes on one machine; the worker is a LocalEngine (everything but generation). Columns, medians in
 one run: memcpy of the same bytes, a broadcast loop over gloo (one call a tensor, what many RL loops do today), publish() over
-shm staged with its phases, and the same over gloo.
+shm staged with its phases, and the same over tcp.
 
     python benchmarks/publish.py [--mib 256] [--rounds 7] [--json FILE]
 """
@@ -220,7 +220,7 @@ def main() -> None:
     for count in options.counts:
         memcpy_s = measure_memcpy(nbytes, options.rounds)
         loop_s = measure_loop(count, nbytes, options.rounds, options.threads)
-        for transport, mode in (("shm", "staged"), ("shm", "in_place"), ("gloo", "staged")):
+        for transport, mode in (("shm", "staged"), ("shm", "in_place"), ("tcp", "staged")):
             publish_s, connect_s, reports = measure_publish(
                 count, nbytes, options.rounds, transport, mode, options.threads
             )

@@ -61,7 +61,7 @@ class Way:
 WAYS = (
     Way(),
     Way(clear_cache=False),
-    Way(transport="gloo"),
+    Way(transport="tcp"),
     Way(mode="in_place"),
     Way(mode="in_place", clear_cache=False),
 )

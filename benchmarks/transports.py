@@ -2,7 +2,7 @@
 
     python benchmarks/transports.py [--mib 256] [--rounds 7] [--json FILE]
 
-Compares, for 10, 1,000 and 10,000 bfloat16 tensors of the same total: one memcpy of the bytes, shm and gloo (into an arena, as a
+Compares, for 10, 1,000 and 10,000 bfloat16 tensors of the same total: one memcpy of the bytes, shm, tcp and tls (into an arena, as a
 staged round does, and into one storage per tensor, as an in-place round does), and a broadcast of every tensor by itself with
 torch.distributed's gloo. Times are medians over rounds on the receiving side; first rounds, which compile and touch the
 memory, are not counted.
@@ -101,7 +101,7 @@ def _measure(num_tensors: int, total_nbytes: int, rounds: int) -> Iterator[tuple
     warm = rounds + 2
     with Peer(Trainer, rank=0) as trainer, Peer(Worker) as worker:
         yield "memcpy", worker.call("memcpy_rounds", manifest.nbytes, warm, timeout_s=TIMEOUT_S)[2:]
-        for transport in ("shm", "gloo"):
+        for transport in ("shm", "tcp", "tls"):
             for label, landings in (("arena", image_layout(manifest)), ("live", held)):
                 copies = compile_plan(manifest, {0: held}, landings)[0]
                 yield f"{transport} {label}", _rounds(trainer, worker, transport, copies, held, landings, warm)[2:]

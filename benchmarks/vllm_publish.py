@@ -47,7 +47,7 @@ SHAPE = {
     "num_key_value_heads": 8,
     "head_dim": 128,
 }
-WAYS = ("shm staged", "shm in_place", "gloo staged", "gloo in_place", "shm staged kept")
+WAYS = ("shm staged", "shm in_place", "tcp staged", "tcp in_place", "shm staged kept")
 MARK = "RELOAD "
 
 

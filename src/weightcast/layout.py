@@ -16,6 +16,11 @@ from weightcast.dtypes import dtype_of, itemsize_of
 from weightcast.errors import InvalidInput
 from weightcast.manifest import ALIGNMENT, Manifest, TensorSpec, align
 
+PLACEMENTS_A_TENSOR = 256
+"""Placements in one layout for each tensor of the manifest, on average: loaders cut a tensor into a few dozen at most."""
+TIMES_A_TENSOR = 16
+"""How often one worker may want a tensor; tied parameters want it twice."""
+
 
 class Region(msgspec.Struct, frozen=True, kw_only=True):
     """A box of the checkpoint tensor ``name``: per dimension where it starts and how many elements it spans."""
@@ -138,6 +143,32 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
                 start + size > limit for start, size, limit in zip(region.offsets, region.sizes, shape, strict=True)
             ):
                 raise InvalidInput(f"{region.name}: region {region.offsets}+{region.sizes} is outside shape {shape}")
+
+    def check_size(self, manifest: Manifest) -> None:
+        """Raise InvalidInput for landings that no loader leaves behind, before anything is computed from them.
+
+        Planning takes time and memory by the number of placements, which a worker tells.
+        """
+        most = most_placements(manifest)
+        if len(self.placements) > most:
+            raise InvalidInput(
+                f"{len(self.placements)} placements of {len(manifest)} tensors; at most {most} are taken"
+            )
+        strangers = [name for name in self.through_loader if name not in manifest]
+        if strangers or len(self.through_loader) > len(manifest):
+            raise InvalidInput(f"{len(self.through_loader)} tensors through the loader, of {len(manifest)}")
+        wanted: dict[str, int] = {}
+        for placement in self.placements:
+            region = placement.region
+            wanted[region.name] = wanted.get(region.name, 0) + region.numel
+        for name, numel in wanted.items():
+            if numel > TIMES_A_TENSOR * max(1, manifest[name].numel):
+                raise InvalidInput(f"{name} is wanted more than {TIMES_A_TENSOR} times by one worker")
+
+
+def most_placements(manifest: Manifest) -> int:
+    """How many placements one worker may have."""
+    return 4096 + PLACEMENTS_A_TENSOR * len(manifest)
 
 
 def image_layout(manifest: Manifest, names: tuple[str, ...] | None = None) -> Layout:

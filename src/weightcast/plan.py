@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import msgspec
 
@@ -82,11 +82,17 @@ def _distinct(
     return boxes
 
 
-def compile_plan(manifest: Manifest, holdings: Mapping[int, Layout], landings: Layout) -> dict[int, tuple[Copy, ...]]:
+def compile_plan(
+    manifest: Manifest,
+    holdings: Mapping[int, Layout],
+    landings: Layout,
+    *,
+    check: Callable[[], None] = lambda: None,
+) -> dict[int, tuple[Copy, ...]]:
     """The copies that fill every landing of one worker, by trainer rank (ranks that give nothing are absent).
 
     Raises PlanMismatch when a landing is not covered by holdings, or lies outside the manifest. Distinct holdings of one
-    tensor must not overlap unless they are equal (replicas).
+    tensor must not overlap unless they are equal (replicas). ``check`` is called for every landing and may raise.
     """
     by_name: dict[str, list[tuple[int, Placement]]] = {}
     for rank in sorted(holdings):
@@ -103,6 +109,7 @@ def compile_plan(manifest: Manifest, holdings: Mapping[int, Layout], landings: L
     load = dict.fromkeys(holdings, 0)
     for spec in manifest.tensors:
         for landing in wanted.get(spec.name, ()):
+            check()
             covered = 0
             for replicas in boxes_by_name[spec.name].values():
                 region = landing.region.intersect(replicas[0][1].region)

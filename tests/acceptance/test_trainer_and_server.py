@@ -83,7 +83,7 @@ def served(url: str, num_tokens: int = 12) -> dict:
     return answer.json()["choices"][0]
 
 
-@pytest.mark.parametrize("transport", ["shm", "gloo"])
+@pytest.mark.parametrize("transport", ["shm", "tcp"])
 @pytest.mark.parametrize("mode", ["staged", "in_place"])
 def test_the_server_generates_with_each_published_version(
     url: str, policy: transformers.PreTrainedModel, transport: str, mode: str
@@ -136,7 +136,7 @@ TRAINER = """
 import sys, torch, transformers
 from weightcast import Publisher
 from weightcast.trainer.rounds import Round
-from weightcast.transports import gloo
+from weightcast.transports.connection import Connection
 
 checkpoint, url, token, transport, where = sys.argv[1:]
 model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
@@ -161,7 +161,7 @@ def send_some(self, *rest):
 
 if where == "transfer":
     # Three buckets are on the worker or on their way; it waits for the fourth.
-    send, gloo._Pair.start_send = gloo._Pair.start_send, send_some
+    send, Connection.send = Connection.send, send_some
 else:
     # The bytes are on the worker; the commit never comes.
     Round._verify = stop
@@ -169,7 +169,7 @@ publisher.publish()
 """
 
 
-@pytest.mark.parametrize(("transport", "where"), [("gloo", "transfer"), ("gloo", "verify"), ("shm", "verify")])
+@pytest.mark.parametrize(("transport", "where"), [("tcp", "transfer"), ("tcp", "verify"), ("shm", "verify")])
 def test_a_trainer_killed_in_a_staged_round_leaves_version_n(
     url: str, policy: transformers.PreTrainedModel, checkpoint: Path, transport: str, where: str
 ) -> None:

@@ -162,9 +162,10 @@ def test_garbage_is_logged_and_ends_nothing(
     worker.say_hello()
     (member,) = coordinator.wait_members("e", 1, Deadline(10))
     with caplog.at_level(logging.WARNING, "weightcast"):
-        for frame in (b"", b"\x02", b"\x01garbage", os.urandom(50)):
+        for frame in (b"", b"\x02", b"\x00garbage", b"\x00" + os.urandom(50)):
             worker.link._pump.send(frame)
             coordinator._pump.send(member.identity, frame)
+        coordinator.epoch = 3
         worker.link.send(Ready(epoch=3, plan_digest="ab"))
         heard = coordinator.take(member, Ready, Deadline(10), phase="test")
         coordinator.send(member, Setup(epoch=1, holdings={}, offers=(), timeout_s=1))

@@ -9,10 +9,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
+from weightcast.deadline import Deadline
 from weightcast.dtypes import dtype_of
-from weightcast.errors import InvalidInput, PlanMismatch
-from weightcast.layout import Layout, Placement, Region, contiguous_strides, image_layout
+from weightcast.errors import DeadlineExceeded, InvalidInput, PlanMismatch
+from weightcast.layout import (
+    TIMES_A_TENSOR,
+    Layout,
+    Placement,
+    Region,
+    contiguous_strides,
+    image_layout,
+    most_placements,
+)
 from weightcast.manifest import Manifest, TensorSpec, align
 from weightcast.memory import Memory
 from weightcast.plan import compile_plan, plan_digest, split
@@ -210,3 +220,25 @@ def test_the_manifest_names_its_form() -> None:
     assert a.nbytes == 24
     assert a.positions == {"w": 0, "v": 256}
     assert math.prod(a["w"].shape) == a["w"].numel
+
+
+def test_landings_that_no_loader_leaves_behind_are_refused_before_they_are_planned() -> None:
+    manifest = Manifest.of(TensorSpec(name=f"w{i}", dtype="uint8", shape=(4,)) for i in range(3))
+    one = image_layout(manifest).placements[0]
+    fits = Layout(placements=(one,) * TIMES_A_TENSOR, storage_nbytes=(1024,))
+    fits.check_size(manifest)
+    with pytest.raises(InvalidInput, match=f"w0 is wanted more than {TIMES_A_TENSOR} times"):
+        replace(fits, placements=(one,) * (TIMES_A_TENSOR + 1)).check_size(manifest)
+    empty = replace(one, region=Region(name="w0", offsets=(0,), sizes=(0,)))
+    many = replace(fits, placements=(empty,) * (most_placements(manifest) + 1))
+    with pytest.raises(InvalidInput, match=f"at most {most_placements(manifest)} are taken"):
+        many.check_size(manifest)
+    with pytest.raises(InvalidInput, match="through the loader"):
+        replace(fits, through_loader=("w0", "stranger")).check_size(manifest)
+
+
+def test_planning_stops_where_it_is_told_to() -> None:
+    manifest = Manifest.of([TensorSpec(name="w", dtype="uint8", shape=(4,))])
+    layout = image_layout(manifest)
+    with pytest.raises(DeadlineExceeded, match="planning"):
+        compile_plan(manifest, {0: layout}, layout, check=lambda: Deadline(1e-9).check("planning"))

@@ -230,9 +230,9 @@ def test_watch_on_a_port_that_is_taken() -> None:
 
 
 def test_a_person_reads_the_push(server: ServerProcess, checkpoint: Path) -> None:
-    pushed = weightcast("push", checkpoint, "--to", server.url, "--transport", "gloo", token=server.token)
+    pushed = weightcast("push", checkpoint, "--to", server.url, "--transport", "tcp", token=server.token)
     assert pushed.exit_code == 0, pushed.output
-    assert "gloo" in pushed.output
+    assert "tcp" in pushed.output
     assert "matches what is live" in pushed.output
 
 
@@ -266,7 +266,7 @@ def test_doctor_tries_real_transfers() -> None:
     found = weightcast("doctor")
     assert found.exit_code == 0, found.output
     lines = {tuple(line.split()[1:3]): line for line in found.output.splitlines() if line.split()[:1] in (["✓"], ["✗"])}
-    for name in ("shm", "gloo"):
+    for name in ("shm", "tcp"):
         line = lines["transport", name]
         assert line.startswith("✓"), line
         assert line.rstrip().endswith("exact")

@@ -17,9 +17,9 @@ from weightcast.receiver import session as sessions
 from weightcast.receiver.session import Session
 from weightcast.testing.local_engine import DictModel, LocalEngine
 from weightcast.transports.cuda_ipc import CudaIpcOffer, CudaIpcWorkerEnd
-from weightcast.transports.gloo import GlooWorkerEnd
 from weightcast.transports.guard import EndGuard
 from weightcast.transports.shm import ShmWorkerEnd
+from weightcast.transports.tcp import TcpWorkerEnd
 
 Tensors = dict[str, torch.Tensor]
 
@@ -54,7 +54,7 @@ def test_a_trainer_lost_before_the_first_byte_leaves_the_engine_clean(
         self._on_lost("the trainer's connection closed")
         return receive(self, *arguments)
 
-    with Publisher(weights, [engine], timeout_s=10, transport="gloo") as publisher:
+    with Publisher(weights, [engine], timeout_s=10, transport="tcp") as publisher:
         first = publisher.publish()
         with monkeypatch.context() as patch:
             patch.setattr(Session, "receive", lost)
@@ -63,7 +63,7 @@ def test_a_trainer_lost_before_the_first_byte_leaves_the_engine_clean(
         assert not engine.workers[0].dirty
         assert engine.workers[0].weight_version == first.version
         assert engine.models[0].holds(before)
-    with Publisher(weights, [engine], timeout_s=10, transport="gloo") as publisher:
+    with Publisher(weights, [engine], timeout_s=10, transport="tcp") as publisher:
         assert publisher.publish().number == 3
 
 
@@ -107,10 +107,10 @@ def test_a_transport_that_cannot_tell_counts_as_torn(engine: LocalEngine, monkey
     def breaks(*_: object) -> int:
         raise TransportError("broken off")
 
-    with Publisher(weights, [engine], timeout_s=10, transport="gloo") as publisher:
+    with Publisher(weights, [engine], timeout_s=10, transport="tcp") as publisher:
         publisher.publish()
         with monkeypatch.context() as patch:
-            patch.setattr(GlooWorkerEnd, "receive", breaks)
+            patch.setattr(TcpWorkerEnd, "receive", breaks)
             _, error = fail_once(weights, publisher)
         assert error.dirty == ("here",)
         assert publisher.publish().ok

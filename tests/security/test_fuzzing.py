@@ -91,7 +91,7 @@ MESSAGES: st.SearchStrategy[Message] = st.one_of(
             st.builds(
                 Offer,
                 rank=SMALL,
-                transport=st.sampled_from(["shm", "gloo", "nccl", "nonsense"]),
+                transport=st.sampled_from(["shm", "tcp", "nccl", "nonsense"]),
                 data=st.binary(max_size=8) | st.sampled_from(seeds("offers")),
             ),
             max_size=2,

@@ -28,6 +28,7 @@ from weightcast.errors import (
 from weightcast.receiver.session import Session
 from weightcast.server.replies import error_response
 from weightcast.testing.local_engine import DictModel, LocalEngine
+from weightcast.trainer.clients import wire
 from weightcast.trainer.clients.base import CommitOrder, CommitReply
 from weightcast.trainer.clients.http import HttpEngineClient
 from weightcast.trainer.links import EngineLink
@@ -152,6 +153,14 @@ def test_a_server_that_is_no_engine_is_an_engine_error(server: Answer) -> None:
             pytest.raises(EngineError, match="world_size"),
         ):
             publisher.connect()
+
+
+def test_an_answer_without_end_is_not_read(server: Answer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire, "ANSWER_NBYTES", 100_000)
+    client = HttpEngineClient(server({"world_size": 1, "more": "x" * 99_000}, 200))
+    assert client.world_size(Deadline(5)) == 1
+    with pytest.raises(AnswerLost, match="more than 100000 bytes"):
+        HttpEngineClient(server({"world_size": 1, "more": "x" * 100_000}, 200)).world_size(Deadline(5))
 
 
 @pytest.mark.parametrize("status", [{}, {"weight_version": 5, "dirty": False}, {"weight_version": "1-ab"}])

@@ -56,7 +56,7 @@ def engines(policy: Policy) -> Iterator[dict[str, LocalEngine]]:
         engine.stop()
 
 
-@pytest.mark.parametrize("transport", ["shm", "gloo"])
+@pytest.mark.parametrize("transport", ["shm", "tcp"])
 @pytest.mark.parametrize("mode", ["staged", "in_place"])
 @pytest.mark.parametrize("kind", ["whole", "sharded", "loader", "fixed"])
 def test_every_byte_arrives(
@@ -105,7 +105,7 @@ def replace(policy: Policy) -> None:
     policy.layers[1].weight = nn.Parameter(torch.randn(20, 20))
 
 
-@pytest.mark.parametrize("transport", ["shm", "gloo"])
+@pytest.mark.parametrize("transport", ["shm", "tcp"])
 @pytest.mark.parametrize("mode", ["staged", "in_place"])
 @pytest.mark.parametrize(
     ("change", "message"),
@@ -151,7 +151,7 @@ def test_a_source_that_changed_ends_the_round_before_anybody_commits(
 
 def test_fp32_masters_reach_a_bf16_worker(policy: Policy, engines: dict[str, LocalEngine]) -> None:
     half = {n: v.to(torch.bfloat16) if v.is_floating_point() else v for n, v in fresh(policy).items()}
-    for i, transport in enumerate(("shm", "gloo")):
+    for i, transport in enumerate(("shm", "tcp")):
         engines[transport] = engine = LocalEngine(f"e{i}", [DictModel(half)])
         with Publisher(policy, [engine], transport=transport, timeout_s=30) as publisher:
             randomise(policy)

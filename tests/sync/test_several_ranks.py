@@ -28,10 +28,10 @@ from weightcast.errors import DeadlineExceeded, WeightcastError
 from weightcast.report.model import Report
 from weightcast.testing.local_engine import DictModel, LocalEngine
 from weightcast.testing.ranks import Peer, run_ranks
-from weightcast.testing.shared_gloo import SharingGloo
+from weightcast.testing.shared_tcp import SharingTcp
 from weightcast.trainer.proof import ExpectedDigest
-from weightcast.transports.gloo import GlooTrainerEnd
 from weightcast.transports.registry import registry
+from weightcast.transports.tcp import TcpTrainerEnd
 
 Case = tuple[str, str, str, int, "torch.dtype | None"]
 """Transport, mode, kind of source, workers, and the workers' dtype where it is not the trainer's."""
@@ -173,7 +173,7 @@ def as_module(held: Mapping[str, torch.Tensor]) -> nn.Module:
 def publish_in_every_way(rank: int, size: int, folder: str, cases: list[Case]) -> list[list[str]]:
     with process_group(rank, size, folder):
         told = []
-        registry().register(SharingGloo.name, SharingGloo)
+        registry().register(SharingTcp.name, SharingTcp)
         for transport, mode, kind, workers, dtype in cases:
 
             def fresh(seed: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -193,17 +193,17 @@ def publish_in_every_way(rank: int, size: int, folder: str, cases: list[Case]) -
             2,
             [
                 ("shm", "staged", "module", 1, None),
-                ("gloo", "staged", "state dict", 2, None),
-                ("shared_gloo", "staged", "module", 1, None),
+                ("tcp", "staged", "state dict", 2, None),
+                ("shared_tcp", "staged", "module", 1, None),
                 ("shm", "in_place", "state dict", 1, torch.bfloat16),
-                ("gloo", "in_place", "module", 1, torch.bfloat16),
+                ("tcp", "in_place", "module", 1, torch.bfloat16),
             ],
         ),
         (
             3,
             [
-                ("gloo", "staged", "module", 2, torch.bfloat16),
-                ("shared_gloo", "staged", "module", 1, torch.bfloat16),
+                ("tcp", "staged", "module", 2, torch.bfloat16),
+                ("shared_tcp", "staged", "module", 1, torch.bfloat16),
                 ("shm", "in_place", "module", 1, None),
             ],
         ),
@@ -222,7 +222,7 @@ def publish_trained(rank: int, size: int, folder: str) -> list[list[str]]:
     told = []
     with process_group(rank, size, folder):
         seed = agreed_seed()
-        told += [train_and_publish(seed, "shm"), train_and_publish(seed + 1, "gloo")]
+        told += [train_and_publish(seed, "shm"), train_and_publish(seed + 1, "tcp")]
         mesh = init_device_mesh("cpu", (2, 2))
         ways = {
             "both": [Shard(0), Shard(1)],
@@ -238,7 +238,7 @@ def publish_trained(rank: int, size: int, folder: str) -> list[list[str]]:
             return whole, {name: distribute_tensor(value, mesh, ways[name]) for name, value in whole.items()}
 
         held = fresh(agreed_seed())[1]
-        told.append(three_rounds(held, held, fresh, transport="gloo", mode="staged", workers=2, dtype=None))
+        told.append(three_rounds(held, held, fresh, transport="tcp", mode="staged", workers=2, dtype=None))
     return told
 
 
@@ -316,7 +316,7 @@ class Side:
             return 0
 
         if what == "send":
-            GlooTrainerEnd.send = never  # type: ignore[method-assign]
+            TcpTrainerEnd.send = never  # type: ignore[method-assign]
         else:
             ExpectedDigest.of = never  # type: ignore[method-assign]
 
@@ -352,7 +352,7 @@ def all_call(peers: list[Peer], method: str, *args: object) -> list[Told]:
 
 @pytest.mark.parametrize(
     ("transport", "mode", "stalled"),
-    [("gloo", "staged", "send"), ("gloo", "in_place", "send"), ("shm", "staged", "digest")],
+    [("tcp", "staged", "send"), ("tcp", "in_place", "send"), ("shm", "staged", "digest")],
 )
 def test_a_rank_that_is_killed_in_a_round_is_named_on_all_others(
     tmp_path: Path, transport: str, mode: str, stalled: str
@@ -386,7 +386,7 @@ def test_a_rank_that_is_killed_in_a_round_is_named_on_all_others(
 
 def test_a_late_rank_and_a_frozen_one_are_named_by_the_deadline_and_calls_stay_in_step(tmp_path: Path) -> None:
     seed = random.SystemRandom().randrange(1, 2**31)
-    with sides(2, tmp_path, "gloo", seed) as (leader, follower):
+    with sides(2, tmp_path, "tcp", seed) as (leader, follower):
         assert {kind for kind, _, _ in all_call([leader, follower], "publish", 20.0, seed)} == {""}
         kind, text, seconds = leader.call("publish", 1.0, seed + 1)
         assert kind == "DeadlineExceeded"

@@ -11,15 +11,15 @@ from torch import nn
 from weightcast import Publisher
 from weightcast.errors import PeerLost, RoundFailed
 from weightcast.testing.local_engine import DictModel, LocalEngine
-from weightcast.testing.shared_gloo import SharedEnd, SharingGloo
+from weightcast.testing.shared_tcp import SharedEnd, SharingTcp
 from weightcast.transports.registry import registry
 from weightcast.transports.together import Blamed
 
 
 @pytest.fixture
-def groups(monkeypatch: pytest.MonkeyPatch) -> SharingGloo:
-    transport = SharingGloo()
-    monkeypatch.setitem(registry()._transports, SharingGloo.name, transport)
+def groups(monkeypatch: pytest.MonkeyPatch) -> SharingTcp:
+    transport = SharingTcp()
+    monkeypatch.setitem(registry()._transports, SharingTcp.name, transport)
     return transport
 
 
@@ -60,11 +60,11 @@ def make() -> Iterator[Callable[..., LocalEngine]]:
 
 
 def publisher_of(policy: nn.Module, engines: Sequence[LocalEngine], **options: object) -> Publisher:
-    return Publisher(policy, engines, transport=SharingGloo.name, timeout_s=20, **options)  # type: ignore[arg-type]
+    return Publisher(policy, engines, transport=SharingTcp.name, timeout_s=20, **options)  # type: ignore[arg-type]
 
 
 def test_staged_engines_share_shard_by_shard_and_an_engine_that_is_added_shares_from_the_next_round_on(
-    policy: nn.Module, groups: SharingGloo, make: Callable[..., LocalEngine]
+    policy: nn.Module, groups: SharingTcp, make: Callable[..., LocalEngine]
 ) -> None:
     engines = [make("a", num_shards=2), make("b", num_shards=2, num_replicas=2)]
     with publisher_of(policy, engines) as publisher:
@@ -97,7 +97,7 @@ def test_staged_engines_share_shard_by_shard_and_an_engine_that_is_added_shares_
 )
 def test_who_must_not_break_with_others_shares_with_none(
     policy: nn.Module,
-    groups: SharingGloo,
+    groups: SharingTcp,
     make: Callable[..., LocalEngine],
     mode: str,
     options: dict[str, str],
@@ -114,7 +114,7 @@ def test_who_must_not_break_with_others_shares_with_none(
 
 @pytest.mark.parametrize("guilty", [0, 1, 2])
 def test_a_failure_is_told_of_the_engine_that_failed_and_the_next_round_works(
-    policy: nn.Module, groups: SharingGloo, make: Callable[..., LocalEngine], guilty: int
+    policy: nn.Module, groups: SharingTcp, make: Callable[..., LocalEngine], guilty: int
 ) -> None:
     engines = [make(name) for name in "abc"]
     with publisher_of(policy, engines) as publisher:
@@ -135,7 +135,7 @@ def test_a_failure_is_told_of_the_engine_that_failed_and_the_next_round_works(
 
 
 def test_an_engine_that_cannot_connect_leaves_the_others_connected(
-    policy: nn.Module, groups: SharingGloo, make: Callable[..., LocalEngine], monkeypatch: pytest.MonkeyPatch
+    policy: nn.Module, groups: SharingTcp, make: Callable[..., LocalEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engines = [make("a"), make("b"), make("c")]
 
@@ -157,7 +157,7 @@ def test_an_engine_that_cannot_connect_leaves_the_others_connected(
 
 
 def test_an_engine_that_has_to_catch_up_does_it_alone(
-    policy: nn.Module, groups: SharingGloo, make: Callable[..., LocalEngine]
+    policy: nn.Module, groups: SharingTcp, make: Callable[..., LocalEngine]
 ) -> None:
     """ "b" comes back with other weights while the source still holds what "a" serves."""
     engines = [make("a"), make("b")]

@@ -77,7 +77,7 @@ def test_the_first_round_compiles_nothing_that_the_engine_waits_for(
         assert engine.models[0].holds(tensors)
 
 
-@pytest.mark.parametrize("transport", ["shm", "gloo"])
+@pytest.mark.parametrize("transport", ["shm", "tcp"])
 @pytest.mark.parametrize("shadows", [1, 2])
 def test_an_engine_that_leaves_frees_its_shadows_at_once(transport: str, shadows: int) -> None:
     """Not when the garbage collector comes by: on a GPU the next trainer's shadow needs the room."""

@@ -11,15 +11,15 @@ import torch
 
 from weightcast.errors import InvalidInput, Unsupported
 from weightcast.transports import Facts, TransportRegistry, cuda_ipc, local_facts
-from weightcast.transports.gloo import GlooTransport
 from weightcast.transports.registry import ENTRY_POINT_GROUP, registry
+from weightcast.transports.tcp import TcpTransport
 
 
-class _Carrier(GlooTransport):
+class _Carrier(TcpTransport):
     name = "carrier"
 
 
-class _Picky(GlooTransport):
+class _Picky(TcpTransport):
     name = "nccl"
 
     def refusal(self, trainer: Facts, worker: Facts) -> str | None:
@@ -38,33 +38,33 @@ def _with_entry_points(**values: str) -> TransportRegistry:
 
 
 def _facts(**changes: object) -> Facts:
-    facts = Facts(host="h", pid=1, device="cpu", transports=("shm", "gloo", "carrier", "nccl"))
+    facts = Facts(host="h", pid=1, device="cpu", transports=("shm", "tcp", "carrier", "nccl"))
     return msgspec.structs.replace(facts, **changes)
 
 
 def test_installed_transports_load() -> None:
-    assert {"shm", "gloo"} <= set(registry().available())
+    assert {"shm", "tcp"} <= set(registry().available())
     assert registry().get("shm") is registry().get("shm")
-    assert registry().get("gloo").name == "gloo"
+    assert registry().get("tcp").name == "tcp"
 
 
 def test_a_failed_import_is_remembered_with_its_reason() -> None:
     found = _with_entry_points(
-        gloo="weightcast.transports.gloo:GlooTransport", nccl="no_such_library:T", odd="pathlib:Path"
+        tcp="weightcast.transports.tcp:TcpTransport", nccl="no_such_library:T", odd="pathlib:Path"
     )
-    assert found.names() == ("nccl", "gloo", "odd")
-    assert found.available() == ("gloo",)
-    with pytest.raises(Unsupported, match=r"'nccl': ModuleNotFoundError: No module named 'no_such_library'.*gloo"):
+    assert found.names() == ("nccl", "tcp", "odd")
+    assert found.available() == ("tcp",)
+    with pytest.raises(Unsupported, match=r"'nccl': ModuleNotFoundError: No module named 'no_such_library'.*tcp"):
         found.get("nccl")
     with pytest.raises(Unsupported, match="not a Transport"):
         found.get("odd")
     transport, reason = found.choose(_facts(), _facts())
-    assert transport.name == "gloo"
+    assert transport.name == "tcp"
     assert "No module named 'no_such_library'" in reason
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(Unsupported, match=r"no transport 'pigeon'.*shm.*gloo"):
+    with pytest.raises(Unsupported, match=r"no transport 'pigeon'.*shm.*tcp"):
         registry().get("pigeon")
 
 
@@ -84,14 +84,14 @@ def test_register_refuses_taken_and_foreign_names() -> None:
     ("trainer", "worker", "name", "reason"),
     [
         (_facts(), _facts(), "shm", "shm (first choice)"),
-        (_facts(), _facts(host="i"), "gloo", "gloo (shm: other host, container or user)"),
-        (_facts(transports=("gloo",)), _facts(), "gloo", "gloo (shm: the trainer cannot load it)"),
-        (_facts(), _facts(transports=("gloo",)), "gloo", "gloo (shm: the worker cannot load it)"),
+        (_facts(), _facts(host="i"), "tcp", "tcp (shm: other host, container or user)"),
+        (_facts(transports=("tcp",)), _facts(), "tcp", "tcp (shm: the trainer cannot load it)"),
+        (_facts(), _facts(transports=("tcp",)), "tcp", "tcp (shm: the worker cannot load it)"),
     ],
 )
 def test_the_best_possible_is_chosen_with_reasons(trainer: Facts, worker: Facts, name: str, reason: str) -> None:
     found = _with_entry_points(
-        gloo="weightcast.transports.gloo:GlooTransport", shm="weightcast.transports.shm:ShmTransport"
+        tcp="weightcast.transports.tcp:TcpTransport", shm="weightcast.transports.shm:ShmTransport"
     )
     found.register("carrier", _Carrier)
     transport, why = found.choose(trainer, worker, None)
@@ -100,8 +100,8 @@ def test_the_best_possible_is_chosen_with_reasons(trainer: Facts, worker: Facts,
 
 def test_a_wish_is_honoured_or_refused_by_name() -> None:
     found = TransportRegistry()
-    transport, why = found.choose(_facts(), _facts(), "gloo")
-    assert (transport.name, why) == ("gloo", "gloo (asked for)")
+    transport, why = found.choose(_facts(), _facts(), "tcp")
+    assert (transport.name, why) == ("tcp", "tcp (asked for)")
     with pytest.raises(Unsupported, match="'shm' was asked for and cannot be used: other host"):
         found.choose(_facts(), _facts(host="i"), "shm")
     with pytest.raises(Unsupported, match="no transport 'pigeon'"):
@@ -109,9 +109,9 @@ def test_a_wish_is_honoured_or_refused_by_name() -> None:
 
 
 def test_no_common_transport_says_why_for_each() -> None:
-    found = _with_entry_points(gloo="weightcast.transports.gloo:GlooTransport")
+    found = _with_entry_points(tcp="weightcast.transports.tcp:TcpTransport")
     found.register("nccl", _Picky)
-    with pytest.raises(Unsupported, match=r"nccl: no GPU in sight; gloo: the trainer's weights are on cuda.*doctor"):
+    with pytest.raises(Unsupported, match=r"nccl: no GPU in sight; tcp: the trainer's weights are on cuda.*doctor"):
         found.choose(_facts(device="cuda"), _facts(device="cuda"))
 
 
@@ -124,13 +124,13 @@ def test_no_common_transport_says_why_for_each() -> None:
 )
 def test_two_kinds_of_memory_are_named_with_what_to_do(trainer: str, worker: str, why: str, advice: str) -> None:
     found = _with_entry_points(
-        gloo="weightcast.transports.gloo:GlooTransport", shm="weightcast.transports.shm:ShmTransport"
+        tcp="weightcast.transports.tcp:TcpTransport", shm="weightcast.transports.shm:ShmTransport"
     )
-    with pytest.raises(Unsupported, match=f"because {why}: shm: .*; gloo: .*weights are on cuda") as caught:
+    with pytest.raises(Unsupported, match=f"because {why}: shm: .*; tcp: .*weights are on cuda") as caught:
         found.choose(_facts(device=trainer), _facts(device=worker))
     assert advice in (caught.value.hint or "")
-    with pytest.raises(Unsupported, match="'gloo' was asked for") as caught:
-        found.choose(_facts(device=trainer), _facts(device=worker), "gloo")
+    with pytest.raises(Unsupported, match="'tcp' was asked for") as caught:
+        found.choose(_facts(device=trainer), _facts(device=worker), "tcp")
     assert advice in (caught.value.hint or "")
 
 

@@ -9,9 +9,9 @@ from weightcast import Publisher
 from weightcast.messages import Staged
 from weightcast.testing.models import random_state_dict
 from weightcast.trainer.rounds import Round
-from weightcast.transports import gloo
+from weightcast.transports.connection import Connection
 
-MOMENTS = ("transfer", "gloo transfer", "commit")
+MOMENTS = ("transfer", "tcp transfer", "commit")
 """While the engine copies what the trainer holds; between two pieces of what the trainer sends; all is there, nothing ordered."""
 BUCKET_NBYTES = 4096
 
@@ -34,20 +34,20 @@ def die_waiting(moment: str) -> None:
 
         Round._take = waiting  # type: ignore[method-assign]
     else:
-        send, sent = gloo._Pair.start_send, [0]
+        send, sent = Connection.send, [0]
 
-        def sending(pair: Any, *arguments: Any) -> Any:
+        def sending(connection: Connection, *arguments: Any) -> None:
             sent[0] += 1
             if sent[0] == 4:
                 die()
-            return send(pair, *arguments)
+            send(connection, *arguments)
 
-        gloo._Pair.start_send = sending  # type: ignore[method-assign]
+        Connection.send = sending  # type: ignore[method-assign, assignment]
 
 
 def main() -> None:
     model, url, token, moment = sys.argv[1:]
-    transport = "gloo" if moment.startswith("gloo") else "shm"
+    transport = "tcp" if moment.startswith("tcp") else "shm"
     publisher = Publisher(
         random_state_dict(model),
         [url],

@@ -64,7 +64,7 @@ def test_bad_input_is_422_and_the_wrong_moment_409(served: Served) -> None:
     assert served.answers(PROMPTS) == before
 
 
-@pytest.mark.parametrize("transport", ["shm", "gloo"])
+@pytest.mark.parametrize("transport", ["shm", "tcp"])
 @pytest.mark.parametrize("mode", ["staged", "in_place"])
 def test_rounds_arrive_while_requests_run(
     served: Served, model: Path, fresh: FreshLoads, transport: str, mode: str

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import zmq
 
+from weightcast.control.pieces import PIECE_NBYTES, Joiner, TooLong, cut
 from weightcast.control.pump import Pump, prepare
 from weightcast.deadline import Deadline
 from weightcast.errors import (
@@ -22,7 +23,18 @@ from weightcast.errors import (
     ProtocolError,
     WeightcastError,
 )
-from weightcast.messages import AnyMessage, Bye, Failed, Heartbeat, Hello, Message, Refused, decode, encode
+from weightcast.messages import (
+    MAX_FRAME_NBYTES,
+    AnyMessage,
+    Bye,
+    Failed,
+    Heartbeat,
+    Hello,
+    Message,
+    Refused,
+    decode,
+    encode,
+)
 from weightcast.secret import same_secret
 
 logger = logging.getLogger(__name__)
@@ -30,6 +42,10 @@ logger = logging.getLogger(__name__)
 TICKET_LIFE_S = 120.0
 TICKET_HINT = "Connect again: a ticket is good for one engine, once for each rank, and for two minutes"
 PROBE_S = 0.2
+FRAME_NBYTES = 2**20
+"""What a member may say in one message, but for the one large message that its ticket allows."""
+MOST_MESSAGES = 256
+"""Messages of one member that wait to be taken; no round and no set-up has as many."""
 
 
 @dataclass(slots=True)
@@ -44,6 +60,10 @@ class Member:
     last_sent: float = 0.0
     lost: str | None = None
     inbox: list[AnyMessage] = field(default_factory=list)
+    large_nbytes: int = 0
+    """Bytes that its next message may have beyond FRAME_NBYTES; used up by the first that does, unless ``is_trusted``."""
+    is_trusted: bool = False
+    joiner: Joiner = field(default_factory=Joiner)
     on_trouble: Callable[[Failed | None], None] | None = None
     """Called on the I/O thread with each Failed message, and with None when the worker is lost; must not block."""
 
@@ -52,6 +72,17 @@ class Member:
             self.lost = reason
             if self.on_trouble is not None:
                 self.on_trouble(None)
+
+    def allow(self) -> int:
+        """How long its next frame may be."""
+        return max(FRAME_NBYTES, self.large_nbytes)
+
+    def hear(self, piece: bytes) -> bytes | None:
+        """The frame that this piece ends. ProtocolError for what is no frame, or is longer than is due."""
+        frame = self.joiner.add(piece, self.allow())
+        if frame is not None and len(frame) > FRAME_NBYTES and not self.is_trusted:
+            self.large_nbytes = 0
+        return frame
 
     @property
     def key(self) -> tuple[str, int]:
@@ -64,6 +95,8 @@ class _Ticket:
     engine: str
     world_size: int
     expires: float
+    large_nbytes: int
+    is_trusted: bool
     used: set[int] = field(default_factory=set)
 
 
@@ -75,6 +108,8 @@ class Coordinator:
         self._members: dict[bytes, Member] = {}
         self._tickets: list[_Ticket] = []
         self._changed = threading.Condition()
+        self.epoch = 0
+        """Messages that belong to another epoch are dropped when they arrive."""
         self._welcome: Callable[[Member], Message] | None = None
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         socket = self._context.socket(zmq.ROUTER)
@@ -103,12 +138,25 @@ class Coordinator:
         """What to answer a member that was admitted; called on the I/O thread."""
         self._welcome = welcome
 
-    def issue_ticket(self, engine: str, world_size: int, life_s: float = TICKET_LIFE_S) -> str:
-        """A ticket that admits each rank of one engine once, within ``life_s``; earlier tickets of the engine are void."""
+    def issue_ticket(
+        self,
+        engine: str,
+        world_size: int,
+        life_s: float = TICKET_LIFE_S,
+        *,
+        large_nbytes: int = MAX_FRAME_NBYTES,
+        is_trusted: bool = False,
+    ) -> str:
+        """A ticket that admits each rank of one engine once, within ``life_s``; earlier tickets of the engine are void.
+
+        Each may say one thing of up to ``large_nbytes`` bytes; those who are trusted, as ranks of the trainer itself, any number.
+        """
         secret = secrets.token_urlsafe(32)
         with self._changed:
             self._tickets = [ticket for ticket in self._tickets if ticket.engine != engine]
-            self._tickets.append(_Ticket(secret, engine, world_size, time.monotonic() + life_s))
+            self._tickets.append(
+                _Ticket(secret, engine, world_size, time.monotonic() + life_s, large_nbytes, is_trusted)
+            )
         return secret
 
     def _admit(self, identity: bytes, hello: Hello) -> Member:
@@ -128,14 +176,26 @@ class Coordinator:
         for member in self._members.values():
             if member.key == (hello.engine, hello.rank) and member.lost is None:
                 member.lose("replaced by a newer worker")
-        return Member(hello.engine, hello.rank, identity, hello, now)
+        return Member(
+            hello.engine,
+            hello.rank,
+            identity,
+            hello,
+            now,
+            large_nbytes=found.large_nbytes,
+            is_trusted=found.is_trusted,
+        )
 
     # -- talking
 
     def send(self, member: Member, message: Message) -> None:
         """Queue a message; returns at once."""
         member.last_sent = time.monotonic()
-        self._pump.send(member.identity, encode(message))
+        self._send(member.identity, message)
+
+    def _send(self, identity: bytes, message: Message) -> None:
+        for piece in cut(encode(message)):
+            self._pump.send(identity, piece)
 
     def members(self, engine: str | None = None) -> list[Member]:
         """Members that are alive, by engine and rank."""
@@ -231,24 +291,46 @@ class Coordinator:
     # -- on the I/O thread
 
     def _frames(self, parts: list[bytes]) -> None:
-        identity, frame = parts[0], parts[-1]
+        identity, piece = parts[0], parts[-1]
+        member = self._members.get(identity)
+        if member is not None and member.lost is not None:
+            return
         try:
-            message = decode(frame)
+            # Who is not admitted says one short thing: hello.
+            frame = Joiner().add(piece, PIECE_NBYTES) if member is None else member.hear(piece)
+            message = None if frame is None else decode(frame)
         except ProtocolError as error:
             logger.warning("control channel: dropped a frame from a peer: %s", error)
+            if member is not None and isinstance(error, TooLong):
+                self._lose(member, f"it sent {error.message}")
             return
-        member = self._members.get(identity)
         if member is None:
-            self._first(identity, message)
+            if message is not None:
+                self._first(identity, message)
             return
         with self._changed:
             member.last_heard = time.monotonic()
-            if isinstance(message, Bye):
-                member.lose(f"it left: {message.reason}")
-            elif not isinstance(message, Heartbeat):
-                member.inbox.append(message)
-                if isinstance(message, Failed) and member.on_trouble is not None:
-                    member.on_trouble(message)
+        if isinstance(message, Bye):
+            self._lose(member, f"it left: {message.reason}")
+        elif message is not None and not isinstance(message, Heartbeat):
+            self._keep(member, message)
+
+    def _keep(self, member: Member, message: AnyMessage) -> None:
+        """Put a message into its member's inbox, unless it belongs to an epoch that is over."""
+        if getattr(message, "epoch", self.epoch) != self.epoch:
+            return
+        if len(member.inbox) >= MOST_MESSAGES:
+            self._lose(member, f"it sent {MOST_MESSAGES} messages that nobody waited for")
+            return
+        with self._changed:
+            member.inbox.append(message)
+            if isinstance(message, Failed) and member.on_trouble is not None:
+                member.on_trouble(message)
+            self._changed.notify_all()
+
+    def _lose(self, member: Member, reason: str) -> None:
+        with self._changed:
+            member.lose(reason)
             self._changed.notify_all()
 
     def _first(self, identity: bytes, message: AnyMessage) -> None:
@@ -261,7 +343,7 @@ class Coordinator:
                 member = self._admit(identity, message)
             except AuthError as error:
                 logger.warning("control channel: refused engine %r rank %d: %s", message.engine, message.rank, error)
-                self._pump.send(identity, encode(Refused(error=ErrorForm.of(error))))
+                self._send(identity, Refused(error=ErrorForm.of(error)))
                 return
             self._members[identity] = member
             self._changed.notify_all()

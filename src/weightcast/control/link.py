@@ -11,9 +11,10 @@ import msgspec
 import zmq
 from zmq.utils import z85
 
+from weightcast.control.pieces import Joiner, TooLong, cut
 from weightcast.control.pump import Pump, prepare
 from weightcast.errors import InvalidInput, ProtocolError
-from weightcast.messages import AnyMessage, Bye, Heartbeat, Message, Welcome, decode, encode
+from weightcast.messages import MAX_FRAME_NBYTES, AnyMessage, Bye, Heartbeat, Message, Welcome, decode, encode
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,7 @@ class ControlLink:
         self._silence_s = info.timeout_s
         self._last_heard = self._last_sent = time.monotonic()
         self._ended = False
+        self._joiner = Joiner()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         socket = self._context.socket(zmq.DEALER)
         prepare(socket)
@@ -90,7 +92,8 @@ class ControlLink:
 
     def send(self, message: Message) -> None:
         """Queue a message; returns at once."""
-        self._pump.send(encode(message))
+        for piece in cut(encode(message)):
+            self._pump.send(piece)
 
     def close(self, reason: str = "closed") -> None:
         """Say goodbye and leave; idempotent."""
@@ -104,9 +107,14 @@ class ControlLink:
         if self._ended:
             return
         try:
-            message = decode(parts[-1])
+            frame = self._joiner.add(parts[-1], MAX_FRAME_NBYTES)
+            if frame is None:
+                return
+            message = decode(frame)
         except ProtocolError as error:
             logger.warning("control channel: dropped a frame from the trainer: %s", error)
+            if isinstance(error, TooLong):
+                self._lose(f"the trainer sent {error.message}")
             return
         if isinstance(message, Heartbeat):
             return
@@ -122,7 +130,7 @@ class ControlLink:
         self._last_heard += stalled_s
         if now - self._last_sent >= self._heartbeat_s:
             self._last_sent = now
-            self._pump.send(encode(Heartbeat()))
+            self.send(Heartbeat())
         if now - self._last_heard > self._silence_s:
             self._lose(f"the trainer was silent for {self._silence_s:g} s")
 

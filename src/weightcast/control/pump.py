@@ -12,11 +12,13 @@ from collections.abc import Callable
 
 import zmq
 
-from weightcast.messages import MAX_FRAME_NBYTES
+from weightcast.control.pieces import MESSAGE_NBYTES
 
 logger = logging.getLogger(__name__)
 
 TICK_S = 0.1
+HANDSHAKE_MS = 5000
+"""A peer that has not shown a key by then is disconnected."""
 STALL_S = 1.0
 """A tick that comes so late means that this process was stopped; what it did not hear meanwhile proves nothing."""
 LINGER_MS = 200
@@ -24,13 +26,14 @@ KEEPALIVE_S = 15
 
 
 def prepare(socket: zmq.Socket[bytes]) -> None:
-    """Options both sides share: bounded frames, no lingering, and probes on connections that carry nothing.
+    """Options both sides share: bounded messages (see pieces) and handshakes, no lingering, and probes on connections that carry nothing.
 
     A dead peer is told by its silence (see the heartbeats of link and coordinator); the probes have the kernel give up the
     connection to a host that vanished, which nothing else would ever close.
     """
     socket.setsockopt(zmq.LINGER, LINGER_MS)
-    socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_NBYTES)
+    socket.setsockopt(zmq.MAXMSGSIZE, MESSAGE_NBYTES)
+    socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
     socket.setsockopt(zmq.SNDHWM, 0)
     socket.setsockopt(zmq.RCVHWM, 0)
     socket.setsockopt(zmq.IPV6, 0)

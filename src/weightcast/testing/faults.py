@@ -40,6 +40,7 @@ from weightcast.receiver.session import Session
 from weightcast.receiver.shadow import Shadow
 from weightcast.replay import Replay
 from weightcast.round import RoundId
+from weightcast.transports.spans import Unloading
 
 POINTS = (
     "shadow",
@@ -130,7 +131,7 @@ class Faults:
         Shadow._copy_of = allocated  # type: ignore[method-assign, assignment]
 
     def _hook_receive(self) -> None:
-        receive, run, inside = Session.receive, Replay.run, self._inside
+        receive, run, unload, inside = Session.receive, Replay.run, Unloading.run, self._inside
 
         def received(
             session: Session, id: RoundId, memory: Memory, deadline: Deadline
@@ -146,16 +147,24 @@ class Faults:
                 return result[0], result[1], None
             return result
 
-        def copied(replay: Replay) -> int:
+        def one_more() -> None:
             copies = getattr(inside, "copies", None)
             if copies is not None:
                 inside.copies = copies + 1
                 if copies == 2:
                     self.hit("transfer:middle")
+
+        def copied(replay: Replay) -> int:
+            one_more()
             return run(replay)
+
+        def unloaded(unloading: Unloading) -> None:
+            one_more()
+            unload(unloading)
 
         Session.receive = received  # type: ignore[method-assign, assignment]
         Replay.run = copied  # type: ignore[method-assign, assignment]
+        Unloading.run = unloaded  # type: ignore[method-assign, assignment]
 
     def _hook_gpu_copies(self) -> None:
         """On a GPU the first kernel may do all copies: the middle is where it was queued and nobody waited for it yet."""

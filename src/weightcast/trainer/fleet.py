@@ -27,8 +27,9 @@ from weightcast.errors import (
     WeightcastError,
 )
 from weightcast.facts import Facts
-from weightcast.layout import image_layout
-from weightcast.messages import Landings, ModeWish, Offer, Ready, Setup, Welcome
+from weightcast.layout import image_layout, most_placements
+from weightcast.manifest import Manifest
+from weightcast.messages import MAX_FRAME_NBYTES, Landings, ModeWish, Offer, Ready, Setup, Welcome
 from weightcast.names import shown
 from weightcast.plan import Plan, compile_plan, plan_digest
 from weightcast.trainer.groups import Group, groups_of, mates_of
@@ -63,6 +64,12 @@ class FleetSettings:
     """Patterns of tensors that engines may have no use for."""
     share: bool = True
     """Whether engines may share transfers, by transports that can: where one breaks all do."""
+
+
+PLACEMENT_NBYTES = 512
+"""More than what one placement takes in a message, long names included."""
+PLANNING_SHARE = 0.5
+"""Share of the time left that planning for one worker may take."""
 
 
 class Fleet:
@@ -111,7 +118,9 @@ class Fleet:
         engine.joined = False
         self._close_workers(engine, "it joins again")
         world_size = engine.client.world_size(deadline)
-        ticket = self._coordinator.issue_ticket(engine.name, world_size)
+        ticket = self._coordinator.issue_ticket(
+            engine.name, world_size, large_nbytes=landings_nbytes(self.ranks.manifest)
+        )
         engine.client.init(
             {
                 "address": f"tcp://{self._settings.address}:{self._coordinator.port}",
@@ -130,6 +139,7 @@ class Fleet:
             landings = self._coordinator.take(member, Landings, deadline, phase="join")
             assert isinstance(landings, Landings)
             landings.layout.check(self.ranks.manifest)
+            landings.layout.check_size(self.ranks.manifest)
             workers.append(WorkerLink(member, landings))
         layouts = [worker.landings.layout for worker in workers]
         engine.places = places_of(self.ranks.manifest, self.ranks.holdings, layouts, self._settings.unused)
@@ -157,7 +167,7 @@ class Fleet:
         An engine whose pairs broke because of another one that failed is in no error: it has to be set up again without
         that one.
         """
-        self.epoch += 1
+        self.epoch = self._coordinator.epoch = self.epoch + 1
         self._part(engines)
         failures: dict[str, WeightcastError] = {}
         for engine in engines:
@@ -242,7 +252,14 @@ class Fleet:
 
     def _expect(self, worker: WorkerLink, deadline: Deadline) -> None:
         """Compile the worker's plan, and be ready to digest what it gets."""
-        plan = compile_plan(self.ranks.manifest, self.ranks.holdings, worker.landings.layout)
+        # A worker whose landings take long to plan leaves time for those of the others.
+        limit = deadline.part(PLANNING_SHARE)
+        plan = compile_plan(
+            self.ranks.manifest,
+            self.ranks.holdings,
+            worker.landings.layout,
+            check=lambda: limit.check("planning a worker's landings"),
+        )
         worker.plan, worker.plan_digest, worker.digest_key = plan, plan_digest(plan), plan_key(plan)
         if worker.digest_key not in self.expected:
             self.expected[worker.digest_key] = self.ranks.expected(worker.digest_key, plan, deadline)
@@ -375,6 +392,11 @@ class Fleet:
         self.expected.clear()
         self.ties.forget()
         self._holder.release()
+
+
+def landings_nbytes(manifest: Manifest) -> int:
+    """How long a worker's landings may be as a message."""
+    return min(MAX_FRAME_NBYTES, most_placements(manifest) * PLACEMENT_NBYTES)
 
 
 @contextmanager

@@ -48,7 +48,7 @@ class Publisher:
             and the others go on; the report names it, and later rounds try to have it back.
         takeover: leave a trainer that is still connected to an engine; without it a second trainer is refused.
         address: where engines reach this process; found by itself when omitted.
-        bucket_nbytes: bytes of the buffers that gloo and nccl pack into, a multiple of 256; two on either side. None: 64 MiB for gloo,
+        bucket_nbytes: bytes of the pieces that tcp and nccl send, a multiple of 256; two are in flight. None: 8 MiB for tcp,
             256 MiB for nccl.
         silence_s: a worker that is not heard for so long is lost.
         log: file that every round's report is appended to, committed or not; one that cannot be written is no reason to fail.

@@ -93,7 +93,7 @@ def _open(ref: ArenaRef) -> int:
             raise PeerLost(f"trainer process {ref.pid} is gone, or has released its shared memory") from None
         raise TransportError(
             f"cannot open the shared memory of trainer process {ref.pid}: {error}",
-            hint="Trainer and worker must run as one user in one process namespace; else ask for gloo",
+            hint="Trainer and worker must run as one user in one process namespace; else ask for tcp",
         ) from None
     stat = os.fstat(descriptor)
     if (stat.st_dev, stat.st_ino, stat.st_size) != (ref.device, ref.inode, ref.nbytes) or not _is_sealed(descriptor):

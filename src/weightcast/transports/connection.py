@@ -104,8 +104,9 @@ class Connection:
             try:
                 return step()
             except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
-                wanted = {ssl.SSLWantReadError: select.POLLIN, ssl.SSLWantWriteError: select.POLLOUT}
-                self.wait(wanted.get(type(error), event), deadline, what)
+                if not isinstance(error, BlockingIOError):  # TLS may have to read before it can write
+                    event = select.POLLIN if isinstance(error, ssl.SSLWantReadError) else select.POLLOUT
+                self.wait(event, deadline, what)
             except (OSError, ValueError) as error:  # ValueError: TLS was ended
                 raise self._broken(what, error) from None
 

@@ -12,7 +12,7 @@ from weightcast.transports.base import Facts, Transport
 ENTRY_POINT_GROUP = "weightcast.transports"
 
 PREFERENCE = ("cuda_ipc", "shm", "nccl", "tcp")
-"""Best first; transports of third parties come after these, in alphabetical order."""
+"""Best first; others come after these, in alphabetical order."""
 
 
 class TransportRegistry:

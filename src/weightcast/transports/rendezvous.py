@@ -156,9 +156,7 @@ class _Caller:
         return proof(self._secret, side, self.lane, theirs, self._nonce)
 
 
-def dial(
-    address: str, port: int, secret: bytes, deadline: Deadline, guard: EndGuard, *, lane: int = 0
-) -> Connection:
+def dial(address: str, port: int, secret: bytes, deadline: Deadline, guard: EndGuard, *, lane: int = 0) -> Connection:
     """The worker's side: connect, and prove each to the other who they are. A port where nobody listens is PeerLost at once; a
     listener that does not know the secret is TransportError."""
     what = f"connecting to {address}:{port}"

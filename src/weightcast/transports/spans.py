@@ -72,4 +72,4 @@ def _spans(bucket: Bucket, direct: Iterable[tuple[Piece, torch.Tensor]], buffer:
 
 
 def _view(values: torch.Tensor) -> memoryview:
-    return memoryview(values.detach().numpy())
+    return memoryview(values.detach().numpy())  # type: ignore[arg-type]

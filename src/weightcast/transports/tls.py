@@ -53,7 +53,7 @@ def own_identity() -> bytes:
     private = key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
-    return certificate.public_bytes(serialization.Encoding.PEM) + private
+    return bytes(certificate.public_bytes(serialization.Encoding.PEM) + private)
 
 
 def pinned(identity: bytes, *, server: bool) -> ssl.SSLContext:

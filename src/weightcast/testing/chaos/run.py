@@ -291,7 +291,7 @@ class Chaos:
                 str(self._checkpoint),
                 self._urls(),
                 TOKEN,
-                transport=self._random.choice(["shm", "gloo", "auto"]),
+                transport=self._random.choice(["shm", "tcp", "auto"]),
                 require=self._random.choice(["live", "live", "all"]),
                 timeout_s=DEADLINE_S,
                 bucket_nbytes=16 * 2**10,

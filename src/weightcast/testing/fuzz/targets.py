@@ -61,9 +61,9 @@ from weightcast.trainer.ranks.orders import (
     decode_order,
 )
 from weightcast.trainer.ranks.orders import encode as encode_body
-from weightcast.transports.gloo import GlooOffer
 from weightcast.transports.registry import registry
 from weightcast.transports.shm import ShmOffer
+from weightcast.transports.tcp import TcpOffer
 
 Target = Callable[[bytes], None]
 BODIES: tuple[type[msgspec.Struct], ...] = (
@@ -78,7 +78,7 @@ MANIFEST = Manifest.of(
     [TensorSpec(name="w", dtype="bfloat16", shape=(3, 4)), TensorSpec(name="s", dtype="int64", shape=())]
 )
 LAYOUT = image_layout(MANIFEST)
-TRANSPORTS = ("shm", "gloo")
+TRANSPORTS = ("shm", "tcp")
 STATUSES = (200, 409, 500, 422, 404, 204)
 
 
@@ -279,9 +279,9 @@ def seeds(target: str) -> list[bytes]:
             b"\x00" + b"[" * 5000,
         ]
     if target == "offers":
-        gloo = GlooOffer(address="127.0.0.1", port=1, secret=b"s", bucket_nbytes=4096, plan="00")
+        tcp = TcpOffer(address="127.0.0.1", port=1, secret=b"s" * 32, bucket_nbytes=4096, lanes=2, plan="00")
         return [
-            msgspec.msgpack.encode(gloo),
+            msgspec.msgpack.encode(tcp),
             msgspec.msgpack.encode(ShmOffer(arena=None, spans=(), gaps_are_zero=True)),
         ]
     if target == "bodies":

@@ -12,7 +12,7 @@ from weightcast.testing.matrix.outcome import Outcome
 from weightcast.testing.matrix.plays import engines, live, machines, traffic, trainers
 
 Play = Callable[..., Outcome]
-CPU_TRANSPORTS = ("shm", "gloo")
+CPU_TRANSPORTS = ("shm", "tcp")
 GPU_TRANSPORTS = ("cuda_ipc", "nccl")
 BOTH, STAGED = ("staged", "in_place"), ("staged",)
 KILL_POINTS = ("setup", "transfer:start", "transfer:middle", "transfer:end", "commit:start", "commit:end", "answer")

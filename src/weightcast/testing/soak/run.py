@@ -45,7 +45,7 @@ class Soaked:
 
 
 class Soak:
-    """One run: two engines, staged over shm and in place over gloo by turns of the publisher's choice."""
+    """One run: two engines, staged over shm and in place over tcp by turns of the publisher's choice."""
 
     def __init__(self, *, transport: str = "shm", modes: tuple[str, ...] = ("staged", "in_place")) -> None:
         self._transport, self._modes = transport, modes

@@ -24,15 +24,28 @@ from weightcast.deadline import Deadline
 
 T = TypeVar("T")
 STEP_S = 0.2
+ANSWER_NBYTES = 64 * 2**20
+"""What is read of an answer; digests of 100,000 tensors take a tenth of it."""
 Address = tuple[Any, ...]
 
 
 def request(
     method: str, url: str, headers: Mapping[str, str], content: bytes | None, deadline: Deadline
 ) -> httpcore.Response:
-    """One request over a connection of its own. Raises what httpcore does: TimeoutException, NetworkError, ProtocolError."""
-    with httpcore.ConnectionPool(network_backend=_Backend(deadline), max_keepalive_connections=0) as pool:
-        return pool.request(method, url, headers=list(headers.items()), content=content)
+    """One request over a connection of its own. Raises what httpcore does: TimeoutException, NetworkError, ProtocolError, which
+    an answer of more than ANSWER_NBYTES is, too."""
+    with (
+        httpcore.ConnectionPool(network_backend=_Backend(deadline), max_keepalive_connections=0) as pool,
+        pool.stream(method, url, headers=list(headers.items()), content=content) as response,
+    ):
+        body = bytearray()
+        for chunk in response.iter_stream():
+            body += chunk
+            if len(body) > ANSWER_NBYTES:
+                raise httpcore.RemoteProtocolError(f"the answer has more than {ANSWER_NBYTES} bytes")
+    answer = httpcore.Response(response.status, headers=response.headers, content=bytes(body))
+    answer.read()
+    return answer
 
 
 def json_object(content: bytes) -> dict[str, Any]:

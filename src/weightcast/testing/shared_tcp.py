@@ -1,4 +1,4 @@
-"""Gloo whose pairs depend on each other as those of one NCCL communicator do, for tests without GPUs."""
+"""Tcp whose pairs depend on each other as those of one NCCL communicator do, for tests without GPUs."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from weightcast.facts import Facts
 from weightcast.memory import Memory
 from weightcast.plan import Copy
 from weightcast.transports.base import TrainerEnd
-from weightcast.transports.gloo import GlooTransport
+from weightcast.transports.tcp import TcpTransport
 from weightcast.transports.together import Blamed, Together
 
 
 class SharedEnd(TrainerEnd):
-    """A gloo end that does nothing before all ends of its group are there, as those of one communicator."""
+    """A tcp end that does nothing before all ends of its group are there, as those of one communicator."""
 
     def __init__(self, inner: TrainerEnd, member: int, together: Together, ends: list[SharedEnd]) -> None:
         self.inner, self.member, self.together, self.ends = inner, member, together, ends
@@ -62,10 +62,10 @@ class SharedEnd(TrainerEnd):
             raise PeerLost("aborted")
 
 
-class SharingGloo(GlooTransport):
+class SharingTcp(TcpTransport):
     """``groups`` are those that were made in this process, each as its ends."""
 
-    name = "shared_gloo"
+    name = "shared_tcp"
 
     def __init__(self) -> None:
         self.groups: list[list[SharedEnd]] = []
@@ -83,7 +83,7 @@ class SharingGloo(GlooTransport):
         copies: Sequence[Copy],
         memory: Memory,
         *,
-        bucket_nbytes: int = GlooTransport.default_bucket_nbytes,
+        bucket_nbytes: int = TcpTransport.default_bucket_nbytes,
         address: str = "",
     ) -> list[TrainerEnd]:
         inner = super().trainer_ends(count, copies, memory, bucket_nbytes=bucket_nbytes, address=address)

@@ -1,0 +1,172 @@
+"""What peers of the control channel can make the trainer take: little, and nothing without a key."""
+
+from __future__ import annotations
+
+import os
+import resource
+import socket
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from weightcast.control import ControlLink, Coordinator, JoinInfo
+from weightcast.control.coordinator import FRAME_NBYTES, MOST_MESSAGES, Member
+from weightcast.control.pieces import PIECE_NBYTES
+from weightcast.deadline import Deadline
+from weightcast.errors import PeerLost
+from weightcast.facts import Facts
+from weightcast.layout import Layout
+from weightcast.manifest import Manifest, TensorSpec
+from weightcast.messages import Failed, Hello, Landings, Ready, Welcome
+
+MANIFEST = Manifest.of([TensorSpec(name="w", dtype="float32", shape=(2,))])
+LARGE = 4 * FRAME_NBYTES
+
+
+@pytest.fixture
+def coordinator() -> Iterator[Coordinator]:
+    made = Coordinator(heartbeat_s=0.1, silence_s=5.0)
+    made.greet_with(
+        lambda member: Welcome(session="s", manifest=MANIFEST, mode="auto", shadows=1, heartbeat_s=0.1, silence_s=5.0)
+    )
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def join(coordinator: Coordinator) -> Iterator[Callable[..., tuple[ControlLink, Member]]]:
+    links: list[ControlLink] = []
+
+    def join(**ticket: int | bool) -> tuple[ControlLink, Member]:
+        secret = coordinator.issue_ticket("e", 1, **ticket)  # type: ignore[arg-type]
+        info = JoinInfo(
+            address=f"tcp://127.0.0.1:{coordinator.port}",
+            public_key=coordinator.public_key,
+            ticket=secret,
+            engine="e",
+        )
+        links.append(ControlLink(info, lambda message: None, lambda reason: None))
+        facts = Facts(host="h", pid=os.getpid(), device="cpu")
+        about = {"version": "default", "digest": "", "dirty": False, "highest": 0}
+        links[-1].send(Hello(ticket=secret, engine="e", rank=0, world_size=1, facts=facts, **about))  # type: ignore[arg-type]
+        (member,) = coordinator.wait_members("e", 1, Deadline(10))
+        return links[-1], member
+
+    yield join
+    for link in links:
+        link.close()
+
+
+def landings(nbytes: int) -> Landings:
+    """Landings whose message has about so many bytes."""
+    layout = Layout(placements=(), storage_nbytes=(), through_loader=("x" * nbytes,))
+    return Landings(layout=layout, mode="staged", shadow_nbytes=0, shadow="cpu")
+
+
+def lost(member: Member) -> str:
+    limit = Deadline(10)
+    while member.lost is None:
+        limit.check("losing the member")
+        time.sleep(0.01)
+    return member.lost
+
+
+def test_a_member_may_say_one_large_thing(
+    coordinator: Coordinator, join: Callable[..., tuple[ControlLink, Member]]
+) -> None:
+    link, member = join(large_nbytes=2 * LARGE)
+    link.send(landings(LARGE))
+    heard = coordinator.take(member, Landings, Deadline(10), phase="test")
+    assert heard == landings(LARGE)
+    link.send(landings(LARGE))
+    assert f"at most {FRAME_NBYTES} are due" in lost(member)
+    with pytest.raises(PeerLost, match="it sent a frame of"):
+        coordinator.take(member, Landings, Deadline(10), phase="test")
+
+
+def test_a_first_large_thing_is_bounded_by_the_ticket(join: Callable[..., tuple[ControlLink, Member]]) -> None:
+    link, member = join(large_nbytes=LARGE)
+    link.send(landings(LARGE + 1))
+    assert f"at most {LARGE} are due" in lost(member)
+
+
+def test_other_ranks_of_the_trainer_may_say_as_much_as_they_have_to(
+    coordinator: Coordinator, join: Callable[..., tuple[ControlLink, Member]]
+) -> None:
+    link, member = join(is_trusted=True)
+    for _ in range(3):
+        link.send(landings(LARGE))
+        coordinator.take(member, Landings, Deadline(10), phase="test")
+
+
+def test_messages_that_nobody_waits_for_do_not_pile_up(join: Callable[..., tuple[ControlLink, Member]]) -> None:
+    link, member = join()
+    for _ in range(MOST_MESSAGES + 50):
+        link.send(Ready(epoch=0, plan_digest="p" * 1000))
+    assert f"sent {MOST_MESSAGES} messages that nobody waited for" in lost(member)
+    assert len(member.inbox) == MOST_MESSAGES
+
+
+def test_messages_of_other_epochs_are_dropped_when_they_arrive(
+    coordinator: Coordinator, join: Callable[..., tuple[ControlLink, Member]]
+) -> None:
+    link, member = join()
+    coordinator.epoch = 7
+    for epoch in (6, 8, 6, 7):
+        link.send(Ready(epoch=epoch, plan_digest=f"of {epoch}"))
+    assert coordinator.take(member, Ready, Deadline(10), phase="test") == Ready(epoch=7, plan_digest="of 7")
+    assert member.inbox == []
+
+
+def test_who_is_not_admitted_says_nothing_long(coordinator: Coordinator, caplog: pytest.LogCaptureFixture) -> None:
+    info = JoinInfo(
+        address=f"tcp://127.0.0.1:{coordinator.port}", public_key=coordinator.public_key, ticket="t", engine="e"
+    )
+    link = ControlLink(info, lambda message: None, lambda reason: None)
+    try:
+        link.send(landings(3 * PIECE_NBYTES))
+        limit = Deadline(10)
+        while not any("dropped a frame" in record.message for record in caplog.records):
+            limit.check("hearing of the frame")
+            time.sleep(0.01)
+    finally:
+        link.close()
+    assert not coordinator.members()
+
+
+def sent_until_refused(peer: socket.socket) -> int:
+    sent = 0
+    while sent < 64 * 2**20:
+        try:
+            sent += peer.send(bytes(2**20))
+        except (ConnectionResetError, BrokenPipeError):
+            break
+    return sent
+
+
+def test_peers_without_a_key_cannot_fill_the_memory(coordinator: Coordinator) -> None:
+    """Each shows ZeroMQ's greeting for CURVE and then announces a command of 200 MiB, of which it sends as much as is taken."""
+    greeting = b"\xff" + bytes(8) + b"\x7f" + b"\x03\x00" + b"CURVE".ljust(20, b"\x00") + bytes(32)
+    long_command = b"\x06" + (200 * 2**20).to_bytes(8, "big")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(3):
+        with socket.create_connection(("127.0.0.1", coordinator.port), timeout=10) as peer:
+            peer.sendall(greeting + long_command)
+            assert sent_until_refused(peer) < 32 * 2**20
+    grown_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown_kib < 32 * 1024
+
+
+def test_failed_messages_of_a_lost_member_are_not_heard(
+    coordinator: Coordinator, join: Callable[..., tuple[ControlLink, Member]]
+) -> None:
+    link, member = join(large_nbytes=0)
+    link.send(landings(LARGE))
+    lost(member)
+    troubles: list[Failed | None] = []
+    member.on_trouble = troubles.append
+    link.send(Ready(epoch=0, plan_digest=""))
+    time.sleep(0.2)
+    assert member.inbox == []
+    assert troubles == []
