@@ -203,9 +203,9 @@ def publish_shards(
 @pytest.mark.parametrize(
     ("size", "cases"),
     [
-        (2, [(arch, sharded_by_rows, "shm" if number % 2 else "gloo") for number, arch in enumerate(ARCHS)]),
-        (2, [("qwen3_moe", sharded_through_experts, "gloo"), ("deepseek_v3", sharded_by_hand, "shm")]),
-        (3, [("qwen3_moe", sharded_through_experts, "shm"), ("mixtral", sharded_by_hand, "gloo")]),
+        (2, [(arch, sharded_by_rows, "shm" if number % 2 else "tcp") for number, arch in enumerate(ARCHS)]),
+        (2, [("qwen3_moe", sharded_through_experts, "tcp"), ("deepseek_v3", sharded_by_hand, "shm")]),
+        (3, [("qwen3_moe", sharded_through_experts, "shm"), ("mixtral", sharded_by_hand, "tcp")]),
     ],
 )
 def test_shards_of_fused_experts_arrive_as_the_checkpoint(
