@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from weightcast.errors import InvalidInput
+from weightcast.trainer.sources.absent import refuse_absent
 from weightcast.trainer.sources.base import Source
 from weightcast.trainer.sources.conversions import checkpoint_tensors, read_module
 from weightcast.trainer.sources.module import ModuleSource
@@ -16,6 +17,7 @@ from weightcast.trainer.sources.safetensors import SafetensorsSource
 from weightcast.trainer.sources.sharded import ShardedSource
 from weightcast.trainer.sources.shards import is_distributed
 from weightcast.trainer.sources.state_dict import StateDictSource
+from weightcast.trainer.sources.wrappers import ReadThrough, read_through
 
 SourceLike = Source | nn.Module | Mapping[str, torch.Tensor] | str | Path
 
@@ -37,14 +39,23 @@ def make_source(source: SourceLike, *, dtype: torch.dtype | None = None) -> Sour
             return ShardedSource(content, dtype=dtype, module=source)
         return ModuleSource(source, dtype=dtype, names=content)
     if isinstance(source, Mapping):
-        if any(map(is_distributed, source.values())):
-            return ShardedSource(source, dtype=dtype)
-        return StateDictSource(source, dtype=dtype)
+        tensors = read_through(source)
+        made = _mapping_source(tensors, dtype)
+        if isinstance(tensors, ReadThrough):
+            tensors.first = None
+        return made
     if isinstance(source, str | Path):
         return SafetensorsSource(source)
     raise InvalidInput(
         f"cannot publish a {type(source).__name__}; give a module, a state dict or a checkpoint folder", field="source"
     )
+
+
+def _mapping_source(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> Source:
+    refuse_absent(tensors)
+    if any(map(is_distributed, tensors.values())):
+        return ShardedSource(tensors, dtype=dtype)
+    return StateDictSource(tensors, dtype=dtype)
 
 
 __all__ = [

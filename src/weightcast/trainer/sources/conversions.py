@@ -22,7 +22,9 @@ from weightcast.memory import Memory, bytes_of
 from weightcast.record.boxes import Box, TooManyBoxes, Walk, boxes_of
 from weightcast.record.recorder import Recorder
 from weightcast.record.tensors import RecordingTensor, Untraceable, sources_of, whole
+from weightcast.trainer.sources.absent import refuse_absent
 from weightcast.trainer.sources.shards import Part, part_of
+from weightcast.trainer.sources.wrappers import plain_names, unwrapped, wrapped_name
 
 LAZY_HINT = "Publish a mapping of checkpoint names whose __getitem__ makes the tensor from the module: publish() reads it in every round"
 
@@ -58,9 +60,22 @@ class Content(NamedTuple):
 
 
 def read_module(module: nn.Module) -> Content:
-    """The checkpoint tensors of a module, under the names of its checkpoints; see ``_converted``."""
-    tensors = {name: value for name, value in module.state_dict().items() if isinstance(value, torch.Tensor)}
-    forms = _converted(module, tensors)
+    """The checkpoint tensors of a module, under the names of its checkpoints, whatever wraps the module or parts of it.
+
+    Raises Unsupported naming a tensor whose values are not here, and a checkpoint tensor that is computed from the module's values.
+    """
+    module = unwrapped(module)
+    state = {name: value for name, value in module.state_dict().items() if isinstance(value, torch.Tensor)}
+    # A state dict holds aliases of parameters, without the marks that others left on them.
+    refuse_absent(dict(module.named_parameters()))
+    refuse_absent(state)
+    names = plain_names(module, state)
+    tensors = {names[name]: value for name, value in state.items()}
+    forms, rest = [], dict(tensors)
+    for path, model in _library_models("", module):
+        inside = {name: rest.pop(name) for name in tensors if name.startswith(path) and name in rest}
+        forms += _converted(path, model, inside)
+    forms += Content.plain(rest).forms
     used = {piece.tensor for form in forms for piece in form.pieces}
     return Content({name: value for name, value in tensors.items() if name in used}, forms)
 
@@ -87,29 +102,42 @@ def _plain_form(name: str, tensor: str, dtype: torch.dtype, shape: tuple[int, ..
     return Form(name, dtype, shape, (Piece(tensor, box),))
 
 
-def _converted(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Sequence[Form]:
-    """The checkpoint tensors of ``module``, whose tensors by name are ``tensors``.
-
-    For a transformers model those are the tensors that its ``save_pretrained`` writes, tied ones under each of their names; for
-    other modules its own. Raises Unsupported naming a checkpoint tensor that is computed from the module's values.
-    """
+def _library_models(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The outermost models of transformers in a module, and what the names of their tensors begin with."""
     modeling = sys.modules.get("transformers.modeling_utils")
-    if modeling is None or not isinstance(module, modeling.PreTrainedModel):
-        return Content.plain(tensors).forms
+    if modeling is None:
+        return
+    if isinstance(module, modeling.PreTrainedModel):
+        yield path, module
+        return
+    for name, part in module._modules.items():
+        if part is not None:
+            yield from _library_models(path if name == wrapped_name(module) else f"{path}{name}.", part)
+
+
+def _converted(path: str, model: Any, tensors: Mapping[str, torch.Tensor]) -> list[Form]:
+    """The checkpoint tensors that the model's ``save_pretrained`` writes, tied ones under each of their names.
+
+    ``tensors`` are the model's, whose names begin with ``path``, as those of the checkpoint tensors will.
+    """
     from transformers.core_model_loading import revert_weight_conversion
 
-    unsaved = set(module._keys_to_ignore_on_save or ())
+    unsaved = {path + name for name in model._keys_to_ignore_on_save or ()}
     recorder, device = Recorder(Memory(())), torch.device("cpu")
-    recording = {name: _recording(name, value, device) for name, value in tensors.items() if name not in unsaved}
+    recording = {
+        name.removeprefix(path): _recording(name, value, device)
+        for name, value in tensors.items()
+        if name not in unsaved
+    }
     try:
         with torch.no_grad(), recorder:
-            made: dict[str, Any] = revert_weight_conversion(module, recording)
-            return [_form(name, value, recorder.reasons) for name, value in made.items()]
+            made: dict[str, Any] = revert_weight_conversion(model, recording)
+            return [_form(path + name, value, recorder.reasons) for name, value in made.items()]
     except WeightcastError:
         raise
     except Exception as error:  # conversions are foreign code: whatever they raise means that there is no way back
         raise Unsupported(
-            f"{type(module).__name__} has no way back to its checkpoint: {error}", hint=LAZY_HINT
+            f"{type(model).__name__} has no way back to its checkpoint: {error}", hint=LAZY_HINT
         ) from error
 
 
