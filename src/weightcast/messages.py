@@ -75,7 +75,7 @@ class Welcome(Message, frozen=True, kw_only=True, tag="welcome"):
     session: str
     manifest: Manifest
     mode: ModeWish
-    shadows: Annotated[int, msgspec.Meta(ge=1)]
+    shadows: Annotated[int, msgspec.Meta(ge=1, le=2)]
     heartbeat_s: Timeout
     silence_s: Timeout
 

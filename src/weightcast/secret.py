@@ -1,8 +1,42 @@
-"""Comparing secrets: tokens, tickets and keys, in a time that does not tell how much of a guess was right."""
+"""Secrets: which tokens can be used, and comparing them in a time that does not tell how much of a guess was right."""
 
 from __future__ import annotations
 
 import hmac
+from pathlib import Path
+
+from weightcast.errors import InvalidInput
+
+MAX_TOKEN_CHARACTERS = 4096
+
+
+def usable_token(token: str | None, *, field: str = "token") -> str | None:
+    """The token without the white space around it (a file ends with a newline); None stays None. InvalidInput, which never shows
+    the token, when a header cannot carry it. Publishers, clients, commands and servers all take tokens through this function."""
+    if token is None:
+        return None
+    usable = token.strip()
+    if not usable or len(usable) > MAX_TOKEN_CHARACTERS or not all("!" <= sign <= "~" for sign in usable):
+        raise InvalidInput(
+            f"{field} must be 1 to {MAX_TOKEN_CHARACTERS} printable ASCII characters without a space",
+            field=field,
+            hint="Make one: python -c 'import secrets; print(secrets.token_urlsafe(32))'",
+        )
+    return usable
+
+
+def token_from_file(path: Path) -> str:
+    """The token that a file holds; InvalidInput names the file and never what is in it."""
+    try:
+        with path.open("rb") as file:
+            token = file.read(4 * MAX_TOKEN_CHARACTERS).decode("ascii")
+    except OSError as error:
+        raise InvalidInput(f"cannot read the token file {path}: {error.strerror}", field="token_file") from None
+    except UnicodeDecodeError:
+        raise InvalidInput(f"the token file {path} does not hold ASCII text", field="token_file") from None
+    usable = usable_token(token, field="token_file")
+    assert usable is not None
+    return usable
 
 
 def same_secret(given: str | bytes, wanted: str | bytes) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from base64 import b64encode
 
 import httpx
 import pytest
@@ -44,11 +45,16 @@ OPEN = [
 ]
 
 
+def basic(password: str, user: str = "somebody") -> str:
+    return b64encode(f"{user}:{password}".encode()).decode()
+
+
 @pytest.mark.parametrize("path", GUARDED)
 async def test_guarded_routes(engine: ScriptedEngine, path: str) -> None:
     token = secrets.token_urlsafe(16)
     wrong = [{}, {"authorization": f"Bearer {token}x"}, {"authorization": token}, {"authorization": "Bearer "},
-             {"authorization": "Basic dTpw"}, {"x-weightcast-token": token[:-1]}, {"x-weightcast-token": "\xe9"}]  # fmt: skip
+             {"authorization": "Basic dTpw"}, {"authorization": "Basic !"}, {"authorization": f"Basic {basic(token[:-1])}"},
+             {"authorization": f"Basic {b64encode(token.encode()).decode()}"}, {"x-weightcast-token": token[:-1]}, {"x-weightcast-token": "\xe9"}]  # fmt: skip
     async with client_for(engine, ServerConfig(token=token)) as http:
         for headers in wrong:
             encoded = {name: value.encode("latin-1") for name, value in headers.items()}
@@ -57,7 +63,13 @@ async def test_guarded_routes(engine: ScriptedEngine, path: str) -> None:
             assert answer.headers["www-authenticate"] == "Bearer"
             assert token not in answer.text
         assert engine.calls == []
-        for headers in ({"authorization": f"bearer {token}"}, {"x-weightcast-token": token}):
+        for headers in (
+            {"authorization": f"bearer {token}"},
+            {"x-weightcast-token": token},
+            {"authorization": f"Basic {basic(token)}"},
+            {"authorization": f"basic {basic(token, user='')}"},
+            {"authorization": "Basic dTpw", "x-weightcast-token": token},
+        ):
             assert (await http.post(path, headers=headers)).status_code != 401
 
 
@@ -67,25 +79,88 @@ async def test_open_routes(engine: ScriptedEngine, path: str) -> None:
         assert (await http.get(path)).status_code == 200
 
 
-@pytest.mark.parametrize(
-    ("client", "headers", "allowed"),
-    [
-        ("127.0.0.1", {}, True),
-        ("::1", {"host": "[::1]:8000"}, True),
-        ("127.0.0.1", {"origin": "http://localhost:3000"}, True),
-        ("192.0.2.1", {}, False),
-        ("127.0.0.1", {"host": "rebound.example:8000"}, False),
-        ("127.0.0.1", {"origin": "https://evil.example"}, False),
-        ("127.0.0.1", {"origin": "null"}, False),
-    ],
-)
-async def test_without_a_token_only_this_machine(
-    engine: ScriptedEngine, client: str, headers: dict[str, str], allowed: bool
+async def test_a_password_that_a_browser_sends_along_for_another_page_does_not_count(engine: ScriptedEngine) -> None:
+    token = secrets.token_urlsafe(16)
+    known = {"authorization": f"Basic {basic(token)}"}
+    async with client_for(engine, ServerConfig(token=token)) as http:
+        for more in ({"origin": "https://evil.example"}, {"origin": "null"}, {"sec-fetch-site": "cross-site"}):
+            assert (await http.post("/pause", headers={**known, **more})).status_code == 401
+        assert not await engine.is_paused()
+        assert (await http.post("/pause", headers={**known, "sec-fetch-site": "same-origin"})).status_code == 200
+
+
+LOCAL = {"host": "127.0.0.1:8000"}
+STRANGE = [
+    ("127.0.0.1", {"host": "rebound.example:8000"}),
+    ("127.0.0.1", {"host": "127.0.0.1.nip.io"}),
+    ("127.0.0.1", {"host": "127.0.0.1:99999"}),
+    ("127.0.0.1", {**LOCAL, "origin": "https://evil.example"}),
+    ("127.0.0.1", {**LOCAL, "origin": "http://127.0.0.1:3000"}),
+    ("127.0.0.1", {**LOCAL, "origin": "http://localhost:8000"}),
+    ("127.0.0.1", {**LOCAL, "origin": "null"}),
+    ("127.0.0.1", {**LOCAL, "sec-fetch-site": "cross-site", "sec-fetch-mode": "no-cors"}),
+    ("127.0.0.1", {**LOCAL, "sec-fetch-site": "same-site", "sec-fetch-mode": "cors"}),
+    ("127.0.0.1", {**LOCAL, "x-forwarded-for": "203.0.113.9"}),
+    ("127.0.0.1", {**LOCAL, "x-forwarded-host": "models.example"}),
+    ("127.0.0.1", {**LOCAL, "forwarded": "for=203.0.113.9"}),
+    ("127.0.0.1", {**LOCAL, "x-real-ip": "127.0.0.1"}),
+    ("127.0.0.1", {**LOCAL, "via": "1.1 proxy"}),
+    ("::ffff:127.0.0.1", {**LOCAL, "via": "1.1 proxy"}),
+]  # fmt: skip
+OURS = [
+    ("127.0.0.1", {}),
+    ("127.0.0.1", LOCAL),
+    ("127.0.0.1", {"host": "localhost:8000", "origin": "http://localhost:8000"}),
+    ("127.0.0.1", {"host": "localhost", "origin": "http://localhost"}),
+    ("::1", {"host": "[::1]:8000", "origin": "http://[::1]:8000"}),
+    ("127.0.0.1", {**LOCAL, "sec-fetch-site": "same-origin", "sec-fetch-mode": "cors"}),
+]
+ALL_OPEN = [("GET", path) for path in OPEN if path != "/health"] + [
+    ("GET", "/health"), ("GET", "/weightcast"), ("GET", "/weightcast/status"), ("GET", "/weightcast/rounds"),
+    ("POST", "/v1/completions"), ("POST", "/v1/chat/completions"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("client", "headers"), [*STRANGE, ("192.0.2.1", {})])
+async def test_without_a_token_only_this_machine_changes_weights(
+    engine: ScriptedEngine, client: str, headers: dict[str, str]
 ) -> None:
     async with client_for(engine, client=client) as http:
         answer = await http.post("/pause", headers=headers)
-    assert answer.status_code == (200 if allowed else 401)
-    assert await engine.is_paused() is allowed
+    assert answer.status_code == 401
+    assert not await engine.is_paused()
+
+
+@pytest.mark.parametrize(("client", "headers"), STRANGE)
+async def test_without_a_token_open_routes_answer_no_page_of_another_site_and_no_proxy(
+    engine: ScriptedEngine, client: str, headers: dict[str, str]
+) -> None:
+    async with client_for(engine, client=client) as http:
+        for method, path in ALL_OPEN:
+            body = b'{"prompt": "x", "max_tokens": 1, "messages": []}' if method == "POST" else None
+            answer = await http.request(method, path, headers={**headers, "content-type": "text/plain"}, content=body)
+            assert (answer.status_code, answer.json()["error"]["type"]) == (401, "AuthError"), (path, headers)
+    async with client_for(engine, ServerConfig(token="t0ken"), client=client) as http:
+        assert (await http.get("/weight_info", headers=headers)).status_code == 200, (
+            "a server with a token is for others"
+        )
+
+
+@pytest.mark.parametrize(("client", "headers"), OURS)
+async def test_without_a_token_this_machine_is_answered(
+    engine: ScriptedEngine, client: str, headers: dict[str, str]
+) -> None:
+    async with client_for(engine, client=client) as http:
+        assert (await http.get("/weight_info", headers=headers)).status_code == 200
+        assert (await http.post("/pause", headers=headers)).status_code == 200
+        followed = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate", "sec-fetch-dest": "document"}
+        page = await http.get("/weightcast", headers={**headers, **followed})
+        assert page.status_code == 200
+        assert page.headers["x-frame-options"] == "DENY"
+        assert "frame-ancestors 'none'" in page.headers["content-security-policy"]
+        framed = await http.get("/weightcast", headers={**headers, **followed, "sec-fetch-dest": "iframe"})
+        assert framed.status_code == 401
+    assert await engine.is_paused()
 
 
 async def test_api_key(engine: ScriptedEngine) -> None:
@@ -122,7 +197,17 @@ def test_not_loopback(host: str) -> None:
     assert caught.value.field == "host"
 
 
-@pytest.mark.parametrize("value", ["", "  ", "t\xf6ken"])
-def test_unusable_tokens(value: str) -> None:
-    with pytest.raises(InvalidInput, match="token"):
-        ServerConfig(token=value)
+@pytest.mark.parametrize("field", ["token", "api_key"])
+@pytest.mark.parametrize(
+    "value", ["", "  ", "t\xf6kenvalue", "token value", "tokenvalue\x00", "tokenvalue\r\nX: 1", "v" * 5000]
+)
+def test_unusable_tokens_are_refused_without_their_value(value: str, field: str) -> None:
+    with pytest.raises(InvalidInput, match=field) as caught:
+        ServerConfig(**{field: value})
+    assert caught.value.field == field
+    assert "value" not in str(caught.value).replace(field, "")
+
+
+async def test_a_token_that_was_read_with_its_newline_is_taken_without_it(engine: ScriptedEngine) -> None:
+    async with client_for(engine, ServerConfig(token=" t0ken\r\n")) as http:
+        assert (await http.post("/pause", headers={"authorization": "Bearer t0ken"})).status_code == 200

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from weightcast.cli.shared import TimeoutOption, TokenOption, console, reported_errors
+from weightcast.cli.shared import TimeoutOption, TokenFileOption, TokenOption, chosen_token, console, reported_errors
 
 if TYPE_CHECKING:
     from weightcast.report.model import Report
@@ -37,6 +37,7 @@ def command(
     checkpoint: Annotated[Path, typer.Argument(help="Folder with safetensors files.", exists=True, file_okay=False)],
     to: Annotated[list[str], typer.Option("--to", help="URL of an engine's server; repeat it for several.")],
     token: TokenOption = None,
+    token_file: TokenFileOption = None,
     transport: Annotated[str, typer.Option(help="auto, or the name of a transport (see weightcast doctor).")] = "auto",
     mode: Annotated[Mode, typer.Option(help="Shadow and swap, straight into live weights, or what fits.")] = Mode.auto,
     device: Annotated[
@@ -52,7 +53,7 @@ def command(
         report = _push(
             checkpoint,
             to,
-            token,
+            chosen_token(token, token_file),
             device=device,
             transport=transport,
             mode=mode,

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from weightcast.cli.shared import TokenOption, reported_errors
+from weightcast.cli.shared import TokenFileOption, TokenOption, chosen_token, reported_errors
+from weightcast.secret import usable_token
 
 API_KEY_VARIABLE = "WEIGHTCAST_API_KEY"
 
@@ -42,6 +43,7 @@ def command(
     host: Annotated[str, typer.Option(help="Address to bind; others than loopback need a token.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free port.")] = 8000,
     token: TokenOption = None,
+    token_file: TokenFileOption = None,
     api_key: Annotated[
         str | None, typer.Option(envvar=API_KEY_VARIABLE, help="Key for /v1.", show_default=False)
     ] = None,
@@ -87,7 +89,17 @@ def command(
     _configure_logging(log_level.value, log_format)
     with reported_errors():
         arguments["weight_transfer_config"] = _transfer_config(weight_transfer_config, wait_for_weights)
-        _serve(model, arguments, host, port, token or None, api_key or None, max_body_mib << 20, ready_file)
+        given_token = chosen_token(token, token_file)
+        _serve(
+            model,
+            arguments,
+            host,
+            port,
+            given_token,
+            usable_token(api_key or None, field="api_key"),
+            max_body_mib << 20,
+            ready_file,
+        )
 
 
 def _transfer_config(text: str | None, wait_for_weights: bool) -> dict[str, Any]:
@@ -142,7 +154,9 @@ def _serve(
         def announce() -> None:
             url = url_of(sock)
             if token is None:
-                typer.echo("weightcast: no token: only this machine may change weights (--token, WEIGHTCAST_TOKEN)")
+                typer.echo(
+                    "weightcast: no token: only this machine may change weights (--token-file, WEIGHTCAST_TOKEN)"
+                )
             if transfer.wait_for_weights:
                 typer.echo("weightcast: /health answers 503 until the first weights have come")
             typer.echo(f"weightcast: serving {engine.model_name} at {url}")

@@ -3,21 +3,44 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from weightcast.errors import WeightcastError
+from weightcast.errors import InvalidInput, WeightcastError
 
+TOKEN_VARIABLE = "WEIGHTCAST_TOKEN"
 TokenOption = Annotated[
     str | None,
     typer.Option(
-        "--token", envvar="WEIGHTCAST_TOKEN", help="Token of the server's weight-changing routes.", show_default=False
+        "--token",
+        help=f"Token of the server's weight-changing routes. Every user of this machine sees it in the list of processes: "
+        f"better give --token-file or {TOKEN_VARIABLE}.",
+        show_default=False,
+    ),
+]
+TokenFileOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--token-file", help=f"File that holds the token (or the variable {TOKEN_VARIABLE}).", show_default=False
     ),
 ]
 TimeoutOption = Annotated[float, typer.Option("--timeout", min=0.001, help="Deadline of the whole call, in seconds.")]
+
+
+def chosen_token(token: str | None, token_file: Path | None) -> str | None:
+    """The token of --token, --token-file or the environment, in that order; None where none of them has one."""
+    from weightcast.secret import token_from_file, usable_token
+
+    if token is not None and token_file is not None:
+        raise InvalidInput("--token and --token-file are two tokens", field="token", hint="Give one of them")
+    if token_file is not None:
+        return token_from_file(token_file)
+    return usable_token(token if token is not None else os.environ.get(TOKEN_VARIABLE) or None)
 
 
 def console() -> Console:

@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from weightcast.cli.shared import TokenOption, console, reported_errors
+from weightcast.cli.shared import TokenFileOption, TokenOption, chosen_token, console, reported_errors
 from weightcast.errors import WeightcastError
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ COLUMNS = ("engine", "model", "version", "digest", "state", "running", "waiting"
 def command(
     urls: Annotated[list[str], typer.Argument(help="URLs of engines' servers.")],
     token: TokenOption = None,
+    token_file: TokenFileOption = None,
     watch: Annotated[bool, typer.Option("--watch", help="Ask again and again until interrupted.")] = False,
     interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two questions with --watch.")] = 1.0,
     timeout: Annotated[float, typer.Option(min=0.001, help="Deadline of one question, in seconds.")] = 5.0,
@@ -33,7 +34,8 @@ def command(
     from weightcast.trainer.clients.http import HttpEngineClient
 
     with reported_errors():
-        clients = [HttpEngineClient(url, token=token) for url in urls]
+        given = chosen_token(token, token_file)
+        clients = [HttpEngineClient(url, token=given) for url in urls]
         try:
             rows = ask_all(clients, timeout)
             if watch:

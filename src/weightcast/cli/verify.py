@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from weightcast.cli.shared import TimeoutOption, TokenOption, console, reported_errors
+from weightcast.cli.shared import TimeoutOption, TokenFileOption, TokenOption, chosen_token, console, reported_errors
 
 if TYPE_CHECKING:
     from weightcast.trainer.comparison import Comparison
@@ -21,6 +21,7 @@ def command(
     url: Annotated[str, typer.Argument(help="URL of the engine's server.")],
     checkpoint: Annotated[Path, typer.Option(help="Folder with safetensors files.", exists=True, file_okay=False)],
     token: TokenOption = None,
+    token_file: TokenFileOption = None,
     timeout: TimeoutOption = 120.0,
 ) -> None:
     """Compare an engine's live weights with CHECKPOINT. Exit status 1 unless they are proven equal."""
@@ -32,7 +33,8 @@ def command(
 
     with reported_errors():
         deadline = Deadline(timeout)
-        client, source = HttpEngineClient(url, token=token), SafetensorsSource(checkpoint)
+        client = HttpEngineClient(url, token=chosen_token(token, token_file))
+        source = SafetensorsSource(checkpoint)
         try:
             committed = client.status(deadline).get("digest")
             comparison = compare(client, source, deadline)
@@ -42,7 +44,7 @@ def command(
             source.close()
             client.close()
     out = console()
-    out.print(f"{url} serves {comparison.version}", highlight=False, soft_wrap=True)
+    out.print(f"{client.name} serves {comparison.version}", highlight=False, soft_wrap=True)
     out.print(
         f"digest that the live version was committed with {committed or '(none)'}, of the checkpoint {whole}",
         highlight=False,

@@ -15,8 +15,13 @@ import typer
 
 from weightcast.cli.shared import console, reported_errors
 from weightcast.errors import InvalidInput
+from weightcast.report.watched import watched_engines
+from weightcast.server.pages import foreign_page
+from weightcast.trainer.clients.urls import Endpoint, endpoint_of
 
 ASK_TIMEOUT_S = 3.0
+HANDLER_TIMEOUT_S = 10.0
+"""How long a browser may take to send its request."""
 SHOWN_ROUNDS = 200
 
 
@@ -45,7 +50,7 @@ class WatchServer(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, urls: Sequence[str], *, log: Path | None = None, port: int = 0) -> None:
-        self._urls = [url.rstrip("/") for url in urls]
+        self._endpoints = [endpoint_of(url) for url in urls]
         self._log = log
         try:
             super().__init__(("127.0.0.1", port), _Handler)
@@ -55,8 +60,8 @@ class WatchServer(ThreadingHTTPServer):
 
     def rounds(self) -> dict[str, Any]:
         """What the page asks for: each engine's status and latest rounds; one that does not answer has no status."""
-        with ThreadPoolExecutor(max_workers=min(16, len(self._urls) + 1)) as pool:
-            engines = [engine for answer in pool.map(_ask, self._urls) for engine in answer]
+        with ThreadPoolExecutor(max_workers=min(16, len(self._endpoints) + 1)) as pool:
+            engines = [engine for answer in pool.map(_ask, self._endpoints) for engine in answer]
         return {"engines": [*self._trainer(), *engines]}
 
     def _trainer(self) -> list[dict[str, Any]]:
@@ -82,26 +87,39 @@ class WatchServer(ThreadingHTTPServer):
         return [{"name": "trainer", "status": {"weight_version": served, "ready": True}, "rounds": rounds}]
 
 
-def _ask(url: str) -> list[dict[str, Any]]:
-    import httpx
+def _ask(endpoint: Endpoint) -> list[dict[str, Any]]:
+    """What one server says of its engines; whatever it answers, the others' part of the page stays as it is."""
+    import httpcore
+    import msgspec
 
+    from weightcast.deadline import Deadline
+    from weightcast.trainer.clients import wire
+
+    missing: list[dict[str, Any]] = [{"name": endpoint.url, "status": None, "rounds": []}]
     try:
-        answer = httpx.get(f"{url}/weightcast/rounds", timeout=ASK_TIMEOUT_S)
-        engines = answer.raise_for_status().json()["engines"]
-    except (httpx.HTTPError, ValueError, KeyError):
-        return [{"name": url, "status": None, "rounds": []}]
-    return [{**engine, "name": url if len(engines) == 1 else f"{url} {engine['name']}"} for engine in engines]
+        deadline = Deadline(ASK_TIMEOUT_S)
+        answer = wire.request("GET", f"{endpoint.url}/weightcast/rounds", endpoint.headers, None, deadline)
+        if answer.status != HTTPStatus.OK:
+            return missing
+        engines = watched_engines(answer.content)
+    except (httpcore.TimeoutException, httpcore.NetworkError, httpcore.ProtocolError, msgspec.DecodeError):
+        return missing
+    named = [endpoint.url] if len(engines) == 1 else [f"{endpoint.url} {engine.name}" for engine in engines]
+    return [{**msgspec.to_builtins(engine), "name": name} for engine, name in zip(engines, named, strict=True)]
 
 
 class _Handler(BaseHTTPRequestHandler):
     server: WatchServer
+    timeout = HANDLER_TIMEOUT_S
 
     def do_GET(self) -> None:
-        """Also checks the Host header: another name for this machine is somebody else's page."""
+        """Refuses pages of other sites, and another name for this machine, which is somebody else's page, too."""
         from weightcast.report.watch import watch_page
 
-        host = self.headers.get("Host", "").rpartition(":")[0]
-        if host not in ("127.0.0.1", "localhost"):
+        if (
+            self.headers.get("Host", "").rpartition(":")[0] not in ("127.0.0.1", "localhost")
+            or foreign_page("GET", self.headers) is not None
+        ):
             self.send_error(HTTPStatus.FORBIDDEN)
         elif self.path == "/":
             self._answer("text/html; charset=utf-8", watch_page("weightcast").encode())
@@ -111,9 +129,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_error(HTTPStatus.NOT_FOUND)
 
     def _answer(self, media_type: str, body: bytes) -> None:
+        from weightcast.report.watch import PAGE_HEADERS
+
         self.send_response(HTTPStatus.OK)
-        self.send_header("Content-Type", media_type)
-        self.send_header("Content-Length", str(len(body)))
+        for name, value in {**PAGE_HEADERS, "Content-Type": media_type, "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
 

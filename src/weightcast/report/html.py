@@ -11,6 +11,7 @@ from pathlib import Path
 from weightcast.errors import InvalidInput
 from weightcast.report.model import Report, format_bytes
 from weightcast.report.svg import line_chart, phase_colours, timeline
+from weightcast.written import write_whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,10 +33,7 @@ class Page:
 
 def write_page(path: str | Path, page: Page) -> Path:
     """Write the page, whole or not at all, and return its path."""
-    target = Path(path)
-    partial = target.with_name(target.name + ".partial")
-    partial.write_text(render(page), encoding="utf-8")
-    return partial.replace(target)
+    return write_whole(Path(path), render(page))
 
 
 def render(page: Page) -> str:

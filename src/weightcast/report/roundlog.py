@@ -14,12 +14,14 @@ from weightcast.report.model import Report
 logger = logging.getLogger(__name__)
 
 TAIL_NBYTES = 2**20
+_SAFELY = os.O_CLOEXEC | os.O_NOFOLLOW
+"""A link that somebody put at the log's path is not followed: other files would be written to."""
 
 
 class RoundLog:
     """Appends one line per report to ``path``.
 
-    A full disk, a missing right or a vanished folder is logged once as a warning; later reports are still tried, so the
+    The file is for its owner only. A full disk, a missing right, a link in the log's place or a vanished folder is logged once as a warning; later reports are still tried, so the
     log goes on when there is room again. A line is written whole: what a failed write, or a process that died, left behind is
     cut off.
     """
@@ -48,7 +50,7 @@ class RoundLog:
 
     def _mend(self) -> None:
         """Cut off the line that a process left unfinished when it died."""
-        with open(self.path, "rb+") as file:
+        with os.fdopen(os.open(self.path, os.O_RDWR | _SAFELY), "rb+") as file:
             size = os.fstat(file.fileno()).st_size
             start = max(0, size - TAIL_NBYTES)
             file.seek(start)
@@ -57,10 +59,10 @@ class RoundLog:
                 file.truncate(start + tail.rfind(b"\n") + 1)
 
     def _write(self, line: bytes) -> None:
-        if not self._mended and self.path.exists():
+        if not self._mended and self.path.is_file():
             self._mend()
         self._mended = True
-        file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | _SAFELY, 0o600)
         try:
             written = os.write(file, line)
             if written < len(line):

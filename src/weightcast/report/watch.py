@@ -8,6 +8,14 @@ from __future__ import annotations
 from html import escape
 from importlib.resources import files
 
+PAGE_HEADERS = {
+    "Content-Security-Policy": "frame-ancestors 'none'",
+    "X-Frame-Options": "DENY",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
+"""What a server sends with the page: no other page may show it in a frame."""
+
 
 def watch_page(title: str) -> str:
     """The page as HTML text; served at any path whose sibling ``weightcast/rounds`` answers."""

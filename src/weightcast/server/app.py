@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from weightcast.engines.base import InferenceEngine
 from weightcast.errors import WeightcastError
-from weightcast.server.auth import TokenAuth
+from weightcast.server.auth import TokenAuth, guards_of
 from weightcast.server.chat_routes import ChatRoutes
 from weightcast.server.completion_routes import CompletionRoutes
 from weightcast.server.config import ServerConfig
@@ -24,7 +24,7 @@ from weightcast.server.control_routes import ControlRoutes
 from weightcast.server.info_routes import InfoRoutes
 from weightcast.server.metrics import MetricsMiddleware
 from weightcast.server.openapi import describe
-from weightcast.server.operation import Guard, Operation, routes_of
+from weightcast.server.operation import Operation, routes_of
 from weightcast.server.replies import RequestRefused, error_body, error_response, json_response
 from weightcast.server.rl_routes import RlRoutes
 
@@ -34,9 +34,7 @@ def create_app(engine: InferenceEngine, config: ServerConfig | None = None) -> S
     context = ServerContext(engine=engine, config=config or ServerConfig())
     operations = _operations(context)
     api_key = context.config.api_key
-    guards: dict[Guard, TokenAuth] = {"token": context.token_auth}
-    if api_key is not None:
-        guards["api_key"] = TokenAuth(api_key, what="API key")
+    guards = guards_of(context.token_auth, None if api_key is None else TokenAuth(api_key, what="API key"))
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from weightcast.errors import InvalidInput
+from weightcast.secret import usable_token
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,9 +31,7 @@ class ServerConfig:
 
     def __post_init__(self) -> None:
         for name in ("token", "api_key"):
-            value = getattr(self, name)
-            if value is not None and (not value.strip() or not value.isascii()):
-                raise InvalidInput(f"{name} must be non-empty ASCII text", field=name)
+            object.__setattr__(self, name, usable_token(getattr(self, name), field=name))
         if self.max_body_nbytes <= 0:
             raise InvalidInput("max_body_nbytes must be positive", field="max_body_nbytes")
         if not self.weight_call_timeout_s > 0:

@@ -13,8 +13,8 @@ from starlette.routing import Router
 
 from weightcast.errors import EngineError, InvalidInput
 from weightcast.manifest import Manifest, TensorSpec
-from weightcast.report.watch import watch_page
-from weightcast.server.auth import TokenAuth, presented_token
+from weightcast.report.watch import PAGE_HEADERS, watch_page
+from weightcast.server.auth import TokenAuth, guards_of, presented_token
 from weightcast.server.body import inside, query_flag, read_struct
 from weightcast.server.control import CommitPause, EngineControl, RoundOrder
 from weightcast.server.history import RoundHistory
@@ -181,7 +181,7 @@ class ControlRoutes:
         return json_response({"engines": [{"name": status.model, "status": status, "rounds": self._history.entries()}]})
 
     async def page(self, request: Request) -> Response:
-        return Response(watch_page("weightcast"), media_type="text/html")
+        return Response(watch_page("weightcast"), headers=PAGE_HEADERS, media_type="text/html")
 
     async def _carry_out(self, order: RoundOrder) -> Response:
         history = self._history.record(order.action, order.epoch, order.round, order.version)
@@ -202,7 +202,7 @@ def control_router(control: EngineControl, auth: TokenAuth, *, max_body_nbytes: 
     Their metrics are at /weightcast/metrics: /metrics is that server's own.
     """
     routes = ControlRoutes(control, auth, metrics=ServerMetrics(), max_body_nbytes=max_body_nbytes)
-    return Router(routes_of([*routes.operations(), routes.metrics_operation()], {"token": auth}))
+    return Router(routes_of([*routes.operations(), routes.metrics_operation()], guards_of(auth)))
 
 
 def _order(body: RollbackBody, *, version: str) -> RoundOrder:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,14 +12,13 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from weightcast.errors import WeightcastError
-from weightcast.server.auth import TokenAuth
+from weightcast.errors import ErrorForm, WeightcastError
+from weightcast.server.auth import Check, Guard
 from weightcast.server.replies import CLIENT_GONE, error_response
 
 logger = logging.getLogger(__name__)
 
 Handler = Callable[[Request], Awaitable[Response]]
-Guard = Literal["open", "token", "api_key"]
 
 SCOPE_ROUTE = "weightcast.route"
 
@@ -53,19 +52,19 @@ class Operation:
     media_type: str = "application/json"
 
 
-def routes_of(operations: Sequence[Operation], guards: dict[Guard, TokenAuth]) -> list[Route]:
+def routes_of(operations: Sequence[Operation], guards: Mapping[Guard, Check]) -> list[Route]:
     """Starlette routes; errors become answers inside each route, so they work in any application."""
     return [Route(operation.path, _endpoint(operation, guards), methods=[operation.method]) for operation in operations]
 
 
-def _endpoint(operation: Operation, guards: dict[Guard, TokenAuth]) -> Handler:
-    auth = guards.get(operation.guard)
+def _endpoint(operation: Operation, guards: Mapping[Guard, Check]) -> Handler:
+    check = guards.get(operation.guard)
 
     async def endpoint(request: Request) -> Response:
         request.scope[SCOPE_ROUTE] = operation.path
         try:
-            if auth is not None:
-                auth.check(request)
+            if check is not None:
+                check(request)
             return await operation.handler(request)
         except WeightcastError as error:
             return _refuse(operation, error)
@@ -76,15 +75,16 @@ def _endpoint(operation: Operation, guards: dict[Guard, TokenAuth]) -> Handler:
                 raise
             # A fault of ours inside a weight call must not look like "try again": clients repeat a 500.
             logger.exception("%s %s failed", operation.method, operation.path)
-            return error_response(
-                WeightcastError(f"internal error: {type(error).__name__}: {error}"), changes_weights=True
-            )
+            fault = ErrorForm.of(error).error()
+            fault.message = f"internal error: {fault.message}"
+            return error_response(fault, changes_weights=True, guarded=operation.guard != "open")
 
     return endpoint
 
 
 def _refuse(operation: Operation, error: WeightcastError) -> Response:
-    response = error_response(error, changes_weights=operation.changes_weights)
+    guarded = operation.guard != "open"
+    response = error_response(error, changes_weights=operation.changes_weights, guarded=guarded)
     level = logging.WARNING if response.status_code in (401, 424) or response.status_code >= 500 else logging.INFO
     if operation.path == "/health":
         level = logging.DEBUG  # asked every second by whoever waits

@@ -57,8 +57,9 @@ def error_body(error: WeightcastError, status: int) -> dict[str, Any]:
     return {"error": {"message": str(error), "type": kind, "param": param, "code": status}}
 
 
-def error_response(error: WeightcastError, *, changes_weights: bool = False) -> Response:
-    """The answer for ``error``; one to a call that changes weights has a ``detail``."""
+def error_response(error: WeightcastError, *, changes_weights: bool = False, guarded: bool = True) -> Response:
+    """The answer for ``error``; one to a call that changes weights has a ``detail``. A route that anybody may call, which is not
+    ``guarded``, tells no traceback."""
     status = status_of(error, changes_weights=changes_weights)
     headers = {}
     if status == 401:
@@ -68,5 +69,6 @@ def error_response(error: WeightcastError, *, changes_weights: bool = False) -> 
     body = error_body(error, status)
     if changes_weights:
         # Trainers raise the error again; in ``message`` its parts cannot be told apart.
-        body["error"]["detail"] = ErrorForm.of(error)
+        form = ErrorForm.of(error)
+        body["error"]["detail"] = form if guarded else msgspec.structs.replace(form, trace="")
     return json_response(body, status, headers)

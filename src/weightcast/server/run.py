@@ -17,6 +17,7 @@ from starlette.applications import Starlette
 
 from weightcast.engines.base import InferenceEngine
 from weightcast.errors import InvalidInput, WeightcastError
+from weightcast.written import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -58,9 +59,7 @@ def ready_file(path: Path | None) -> Iterator[Callable[[str], None]]:
     def write(url: str) -> None:
         nonlocal written
         if path is not None:
-            partial = path.with_name(f".{path.name}.{os.getpid()}")
-            partial.write_text(url + "\n")
-            partial.replace(path)
+            write_whole(path, url + "\n")
             written = True
 
     try:

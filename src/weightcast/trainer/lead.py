@@ -14,6 +14,7 @@ from weightcast.digest import version_name, version_number
 from weightcast.errors import RoundFailed, StateError, WeightcastError
 from weightcast.report.model import Report
 from weightcast.trainer.clients import EngineClient, SyncEngine, make_client
+from weightcast.trainer.clients.urls import engine_name
 from weightcast.trainer.fleet import Fleet, FleetSettings
 from weightcast.trainer.links import EngineLink
 from weightcast.trainer.numbers import Numbers
@@ -165,7 +166,7 @@ class Lead:
             raise
 
     def _remove(self, name: str) -> None:
-        engine = self._fleet.find(name)
+        engine = self._fleet.find(engine_name(name))
         self._presence.forget(engine)
         self._fleet.remove(engine)
 

@@ -13,6 +13,7 @@ from weightcast.deadline import Deadline
 from weightcast.errors import InvalidInput, StateError, Unsupported
 from weightcast.messages import ModeWish
 from weightcast.report.model import Report
+from weightcast.secret import usable_token
 from weightcast.trainer.addresses import address_beside, address_towards
 from weightcast.trainer.clients import EngineClient, SyncEngine, make_client
 from weightcast.trainer.fleet import FleetSettings
@@ -93,6 +94,7 @@ class Publisher:
         try:
             _check_choices(pause, mode, shadows, require)
             patterns = check_patterns(unused)
+            token = usable_token(token)
             self._source = make_source(source, dtype=dtype)
             if group is None:
                 refuse_idle(patterns, self._source.manifest)

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpcore
 import msgspec
@@ -27,14 +26,15 @@ from weightcast.dtypes import name_of
 from weightcast.errors import (
     DeadlineExceeded,
     EngineError,
-    InvalidInput,
     PeerLost,
     StateError,
     Unsupported,
     WeightcastError,
 )
 from weightcast.manifest import TensorSpec
+from weightcast.quoted import quoted
 from weightcast.trainer.clients import wire
+from weightcast.trainer.clients.urls import endpoint_of
 from weightcast.vllm_wire import DEFAULT_BUFFER_NBYTES, DEFAULT_NUM_BUFFERS, Chunk, chunks_of, serve_unique_id
 
 _PACKED_AT_INIT = (0, 28)
@@ -232,13 +232,9 @@ class _Server:
     """vLLM's HTTP routes, each call with the round's deadline and a connection of its own."""
 
     def __init__(self, url: str, token: str | None) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise InvalidInput(f"a server is http://host:port, not {url!r}", field="url")
-        self._url = url.rstrip("/")
-        self._headers = {"Content-Type": "application/json"}
-        if token:
-            self._headers["Authorization"] = f"Bearer {token}"
+        endpoint = endpoint_of(url, token)
+        self._url = endpoint.url
+        self._headers = {"Content-Type": "application/json", **endpoint.headers}
 
     def version(self, deadline: Deadline) -> tuple[int, ...]:
         """The server's vLLM version; a server that does not tell is taken for the newest."""
@@ -262,7 +258,7 @@ class _Server:
         except (httpcore.NetworkError, httpcore.ProtocolError) as error:
             raise PeerLost(f"{method} {path}: {error or type(error).__name__}", engine=self._url) from None
         if not 200 <= response.status < 300:
-            text = response.content[:2000].decode(errors="replace")
+            text = quoted(response.content[:2000].decode(errors="replace"))
             raise EngineError(f"{method} {path} answered {response.status}: {text}", engine=self._url)
         try:
             value = msgspec.json.decode(response.content)

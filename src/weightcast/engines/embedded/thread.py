@@ -86,7 +86,8 @@ class EngineThread:
                 else:
                     self._sleep()
         except BaseException as error:
-            self.fatal = f"{type(error).__name__}: {error}"
+            # The class only: open routes say why nothing is served, and the text of an error may quote anything.
+            self.fatal = type(error).__name__
             _logger.critical("the engine's thread ended", exc_info=True)
         finally:
             self._close()

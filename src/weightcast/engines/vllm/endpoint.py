@@ -18,7 +18,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from weightcast.engines.vllm.front import VllmControl
-from weightcast.server.auth import TokenAuth
+from weightcast.secret import usable_token
+from weightcast.server.auth import TokenAuth, guards_of
 from weightcast.server.body import query_flag, read_struct
 from weightcast.server.control_routes import MAX_BODY_NBYTES, control_router
 from weightcast.server.operation import Operation, routes_of
@@ -46,13 +47,14 @@ class WeightcastEndpoints:
 
     def attach_router(self, app: Any) -> None:
         """Add the control routes, and the two open ones that trainers ask before them where vLLM does not serve them."""
-        auth = TokenAuth(os.environ.get(TOKEN_VARIABLE) or None)
+        auth = TokenAuth(usable_token(os.environ.get(TOKEN_VARIABLE) or None, field=TOKEN_VARIABLE))
+        guards = guards_of(auth)
         present = {getattr(route, "path", None) for route in app.router.routes}
         app.router.routes.extend(control_router(self._control, auth).routes)
         missing = [operation for operation in self._open_operations() if operation.path not in present]
-        app.router.routes.extend(routes_of(missing, {}))
+        app.router.routes.extend(routes_of(missing, guards))
         if FINISH in present:
-            app.router.routes[:0] = routes_of([self._finish_operation()], {})
+            app.router.routes[:0] = routes_of([self._finish_operation()], guards)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         if engine_client is not None:

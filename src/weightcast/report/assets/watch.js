@@ -1,6 +1,6 @@
 "use strict";
 const SVG = "http://www.w3.org/2000/svg";
-const PERIOD_MS = 1000, SHOWN_ROUNDS = 30, SPAN_S = 600, WIDTH = 960;
+const PERIOD_MS = 1000, SHOWN_ROUNDS = 30, SPAN_S = 600, WIDTH = 960, MAX_PHASES = 64;
 const phaseColours = new Map();
 
 function node(tag, attributes = {}, text = "", space = null) {
@@ -12,6 +12,7 @@ function node(tag, attributes = {}, text = "", space = null) {
 const svg = (tag, attributes, text = "") => node(tag, attributes, text, SVG);
 
 function colourOf(phase) {
+  if (!phaseColours.has(phase) && phaseColours.size >= MAX_PHASES) return 7;
   if (!phaseColours.has(phase)) {
     const number = phaseColours.size % 8;
     phaseColours.set(phase, number);

@@ -18,9 +18,10 @@ from weightcast.deadline import Deadline
 from weightcast.errors import DeadlineExceeded, EngineError, ErrorForm, PeerLost, WeightcastError
 from weightcast.known import known
 from weightcast.manifest import Manifest
+from weightcast.quoted import quoted_json
 from weightcast.trainer.clients import wire
 from weightcast.trainer.clients.base import AnswerLost, CommitOrder, CommitReply, EngineClient
-from weightcast.trainer.clients.urls import host_of
+from weightcast.trainer.clients.urls import endpoint_of
 
 _NO_ROUTES = (
     "It has no weightcast routes: start it with weightcast serve, or vLLM with --weight-transfer-config on its command line. vLLM "
@@ -35,11 +36,9 @@ class HttpEngineClient(EngineClient):
     kind = "http"
 
     def __init__(self, url: str, *, token: str | None = None) -> None:
-        self.host = host_of(url)
-        self.name = url.rstrip("/")
-        self._headers = {"Content-Type": "application/json"}
-        if token:
-            self._headers["Authorization"] = f"Bearer {token}"
+        endpoint = endpoint_of(url, token)
+        self.host, self.name = endpoint.host, endpoint.url
+        self._headers = {"Content-Type": "application/json", **endpoint.headers}
 
     def world_size(self, deadline: Deadline) -> int:
         path = "/get_world_size?include_dp=true"
@@ -68,14 +67,15 @@ class HttpEngineClient(EngineClient):
         self._call("POST", "/weightcast/rollback", deadline, body)
 
     def status(self, deadline: Deadline) -> Mapping[str, Any]:
-        status = self._call("GET", "/weightcast/status", deadline)
+        status: dict[str, Any] = quoted_json(self._call("GET", "/weightcast/status", deadline))
         if not isinstance(status.get("weight_version"), str) or not isinstance(status.get("dirty"), bool):
             raise self._no_engine("GET /weightcast/status answered 200 without saying what is served", _NO_ROUTES)
         return status
 
     def checksums(self, deadline: Deadline) -> Mapping[str, Any]:
         """The status with its details, digests of all live tensors among them; needs the token."""
-        return self._call("GET", "/weightcast/status?checksums=true", deadline)
+        answer: dict[str, Any] = quoted_json(self._call("GET", "/weightcast/status?checksums=true", deadline))
+        return answer
 
     def tensor_digests(self, manifest: Manifest, deadline: Deadline) -> Mapping[str, Any]:
         """What lies in the live weights of each tensor of a checkpoint; Unsupported where the engine does not know."""

@@ -14,10 +14,11 @@ import msgspec
 
 from weightcast.deadline import Deadline
 from weightcast.errors import DeadlineExceeded, EngineError, PeerLost, Unsupported
+from weightcast.quoted import quoted
 from weightcast.trainer.clients import wire
 from weightcast.trainer.clients.base import AnswerLost
 from weightcast.trainer.clients.rpc import RpcEngineClient
-from weightcast.trainer.clients.urls import host_of
+from weightcast.trainer.clients.urls import endpoint_of
 from weightcast.vllm_eras import CALL
 
 
@@ -27,8 +28,9 @@ class VllmDevClient(RpcEngineClient):
     kind = "vllm-dev"
 
     def __init__(self, url: str) -> None:
-        self.host = host_of(url)
-        self.name = url.rstrip("/")
+        endpoint = endpoint_of(url)
+        self.host, self.name = endpoint.host, endpoint.url
+        self._headers = {"Content-Type": "application/json", **endpoint.headers}
 
     def world_size(self, deadline: Deadline) -> int:
         """All workers. Unsupported for several replicas: vLLM passes on the first one's answers only."""
@@ -83,7 +85,7 @@ class VllmDevClient(RpcEngineClient):
         url = self.name + path + (f"?{urlencode(query)}" if query else "")
         content = None if body is None else msgspec.json.encode(body)
         try:
-            response = wire.request(method, url, {"Content-Type": "application/json"}, content, deadline)
+            response = wire.request(method, url, self._headers, content, deadline)
         except httpcore.TimeoutException:
             raise DeadlineExceeded(
                 f"{method} {path} took longer than {deadline.timeout_s:g} s", engine=self.name
@@ -99,5 +101,5 @@ class VllmDevClient(RpcEngineClient):
         if response.status == 404 and may_be_absent:
             return {}
         hint = "Start it with VLLM_SERVER_DEV_MODE=1" if response.status == 404 else None
-        told = response.content[:400].decode(errors="replace")
+        told = quoted(response.content[:400].decode(errors="replace"))
         raise EngineError(f"{method} {path} answered {response.status}: {told}", engine=self.name, hint=hint)

@@ -1,0 +1,108 @@
+"""A token is never told: not in what is printed, logged, reported, measured or shown, whether things go well or fail."""
+
+from __future__ import annotations
+
+import base64
+import logging
+import secrets
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from serve_process import environment, serving
+
+from weightcast import Publisher
+from weightcast.errors import WeightcastError
+from weightcast.report.html import Page, write_page
+from weightcast.testing.models import build_tiny_model
+
+START = "from weightcast.cli import app; app()"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_model(tmp_path_factory.mktemp("secrets") / "model", "llama", "float32")
+
+
+def weightcast(*arguments: object, **more: str) -> str:
+    """All that a command prints."""
+    command = [sys.executable, "-c", START, *map(str, arguments)]
+    ended = subprocess.run(
+        command,
+        env=environment(**more),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert "Traceback" not in ended.stdout, ended.stdout
+    return ended.stdout
+
+
+def fails(publisher: Publisher) -> str:
+    with pytest.raises(WeightcastError) as caught:
+        publisher.publish()
+    return f"{caught.value} {caught.value!r} {caught.value.__cause__!r} {getattr(caught.value, '__notes__', '')}"
+
+
+@pytest.mark.timeout(300)
+def test_nothing_that_is_told_has_the_token(model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    token, other = secrets.token_urlsafe(24), secrets.token_urlsafe(24)
+    file, wrong = tmp_path / "token", tmp_path / "wrong"
+    file.write_text(token + "\n")
+    wrong.write_text(other + "\n")
+    told: list[str] = []
+    caplog.set_level(logging.DEBUG)
+    (weights,) = model.glob("*.safetensors")
+    tensors = {name: torch.randn_like(value) for name, value in load_file(weights).items()}
+    pushed = tmp_path / "pushed"
+    pushed.mkdir()
+    save_file(tensors, pushed / "model.safetensors")
+    with serving(model, tmp_path, "--token-file", file, "--log-level", "debug", "--log-format", "json") as server:
+        command_line = Path(f"/proc/{server.process.pid}/cmdline").read_bytes().decode()
+        named = server.url.replace("://", f"://somebody:{token}@")
+        log = tmp_path / "rounds.jsonl"
+        with Publisher(tensors, [named], timeout_s=20, log=log, metrics_port=0) as publisher:
+            report = publisher.publish()
+            assert report.ok
+            told += [str(report), repr(report), report.to_json(), repr(publisher)]
+            told.append(write_page(tmp_path / "page.html", Page(title="page", reports=[report])).read_text())
+            told.append(httpx.get(f"http://127.0.0.1:{publisher.metrics_port}/metrics").text)
+        for given in (server.url, named.replace(token, other), named):
+            bad = {"token": None if "@" in given else other}
+            with Publisher({"nowhere": torch.rand(3)}, [given], timeout_s=20, log=log, **bad) as publisher:
+                told.append(fails(publisher))
+        told += [log.read_text()]
+        for given in (token, other):
+            header = {"authorization": f"Bearer {given}"}
+            for path in ("/metrics", "/weightcast/status", "/weightcast/status?checksums=true", "/weightcast/rounds",
+                         "/weightcast", "/openapi.json", "/server_info", "/health", "/nothing"):  # fmt: skip
+                told.append(httpx.get(server.url + path, headers=header).text)
+            told.append(httpx.post(f"{server.url}/weightcast/commit", headers=header, json={"epoch": -1}).text)
+        told.append(weightcast("push", pushed, "--to", server.url, "--token-file", file))
+        told.append(weightcast("push", pushed, "--to", named.replace(token, other)))
+        told.append(weightcast("verify", named, "--checkpoint", pushed))
+        told.append(weightcast("status", server.url, "--token-file", wrong))
+        told.append(weightcast("status", server.url, WEIGHTCAST_TOKEN=f"{token} {other}"))
+        told.append(weightcast("status", server.url, "--token", f"{token}\u00f6"))
+        told.append(weightcast("status", server.url, "--token", f"{token}\r\nX: 1"))
+        status, output = server.stop(signal.SIGTERM)
+        assert status == 0, output
+    with Publisher(tensors, [named], timeout_s=3, log=log) as publisher:
+        told.append(fails(publisher))
+    told += [output, command_line, log.read_text(), caplog.text, *(str(record.args) for record in caplog.records)]
+    assert len(output) > 1000, "the server has logged something at all"
+    assert sum("AuthError" in text for text in told) >= 4, "a wrong token was refused in several ways"
+    assert sum("InvalidInput: token must be" in text for text in told) == 3
+    hidden = [
+        secret for each in (token, other) for secret in (each, base64.b64encode(f"somebody:{each}".encode()).decode())
+    ]
+    for text in told:
+        for secret in hidden:
+            assert secret not in text, text[:2000]
