@@ -29,22 +29,22 @@ stale or misplaced; it is no defence against a forger.
 from __future__ import annotations
 
 import hashlib
+import math
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from weightcast.cpu import kernels_for
 from weightcast.dtypes import dtype_of
-from weightcast.errors import InvalidInput
 from weightcast.layout import Layout, Placement, contiguous_strides
 from weightcast.manifest import ALIGNMENT, Manifest
 from weightcast.memory import Memory
 
 if TYPE_CHECKING:
-    from weightcast.cuda.digest import RunDigest, StridedBox
+    from weightcast.cpu.digest import CpuDigest
+    from weightcast.cuda.digest import RunDigest
 
 BLOCK_WORDS = 4096
 FOLD = 3
@@ -177,25 +177,6 @@ def _weighted_blocks(blocks: torch.Tensor, number: int) -> torch.Tensor:
     return (sums * block_weights(torch.arange(number, number + len(blocks)))).sum()
 
 
-def digest_elements(values: torch.Tensor, positions: torch.Tensor) -> int:
-    """Digest of elements scattered over the image: ``positions[i]`` is the byte position of ``values[i]`` (a multiple of
-    the element size). Any shape and strides; slower than digest_bytes."""
-    itemsize = values.element_size()
-    if values.is_complex():
-        raise InvalidInput("complex tensors have to be contiguous to be digested")
-    bits = values.contiguous().view(_INTEGERS[itemsize]).to(torch.int64)
-    if itemsize < WORD_NBYTES:
-        bits = bits & ((1 << (8 * itemsize)) - 1)
-    word = bits << (8 * (positions % WORD_NBYTES))
-    folded = word + FOLD * (word >> 32)
-    number = positions // WORD_NBYTES
-    weights = word_weights(values.device)[number % BLOCK_WORDS] * block_weights(number // BLOCK_WORDS)
-    return int((folded * weights).sum()) & _MASK
-
-
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
 def digest_tensor(tensor: torch.Tensor, position: int = 0) -> int:
     """Digest of a whole tensor whose row-major bytes start at ``position``."""
     flat = tensor.detach().contiguous().reshape(-1)
@@ -210,6 +191,24 @@ class DigestRun:
     def __init__(self, storage: int, offset: int, position: int, nbytes: int, is_whole: bool = False) -> None:
         self.storage, self.offset, self.position, self.nbytes = storage, offset, position, nbytes
         self.is_whole = is_whole
+
+
+class StridedBox(NamedTuple):
+    """Elements of a box: storage and byte offset of the first, its byte position in the image, sizes, and strides (in
+    elements) in memory and in the image."""
+
+    storage: int
+    offset: int
+    position: int
+    itemsize: int
+    sizes: tuple[int, ...]
+    memory_strides: tuple[int, ...]
+    image_strides: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all elements."""
+        return math.prod(self.sizes) * self.itemsize
 
 
 def run_of(placement: Placement, manifest: Manifest) -> DigestRun | None:
@@ -249,7 +248,7 @@ class LayoutDigest:
             else:
                 runs.append(run)
         self.runs = _join(runs, across_padding=gaps_are_zero)
-        self._compiled: dict[int, _OnCpu | RunDigest] = {}
+        self._compiled: dict[int, CpuDigest | RunDigest] = {}
         self._compiling = threading.Lock()
 
     def of(self, memory: Memory, check: Callable[[], None] = lambda: None) -> int:
@@ -260,8 +259,10 @@ class LayoutDigest:
     def start(self, memory: Memory, check: Callable[[], None] = lambda: None) -> Callable[[], int]:
         """``of`` in two steps: on a GPU the work is queued on the current stream, and the call that is returned, made once,
         waits for it; on a CPU that call does all of it. ``memory`` must keep its values until then."""
+        from weightcast.cpu.digest import CpuDigest
+
         compiled = self._compiled_for(memory)
-        return partial(compiled.total, check) if isinstance(compiled, _OnCpu) else compiled.start()
+        return partial(compiled.total, check) if isinstance(compiled, CpuDigest) else compiled.start()
 
     def prepare(self, memory: Memory) -> None:
         """Do now what the first ``of`` of a memory would do beside computing: tables are built, kernels compiled and loaded. On a
@@ -273,7 +274,7 @@ class LayoutDigest:
         with self._compiling:
             self._compiled.clear()
 
-    def _compiled_for(self, memory: Memory) -> _OnCpu | RunDigest:
+    def _compiled_for(self, memory: Memory) -> CpuDigest | RunDigest:
         with self._compiling:
             compiled = self._compiled.get(memory.number)
             if compiled is None:
@@ -284,56 +285,18 @@ class LayoutDigest:
                 self._compiled[memory.number] = compiled
         return compiled
 
-    def _compile(self, memory: Memory) -> _OnCpu | RunDigest:
-        if memory.gpu is None and not any(storage.is_cuda for storage in memory.storages):
-            return _OnCpu(self.runs, self._strided, memory, self._manifest)
-        from weightcast.cuda.digest import RunDigest
+    def _compile(self, memory: Memory) -> CpuDigest | RunDigest:
+        from weightcast.cpu.digest import CpuDigest
 
         boxes = [_box_of(placement, self._manifest) for placement in self._strided]
+        if memory.gpu is None and not any(storage.is_cuda for storage in memory.storages):
+            return CpuDigest(self.runs, boxes, memory)
+        from weightcast.cuda.digest import RunDigest
+
         return RunDigest(self.runs, memory.storages, boxes, memory.gpu)
 
 
-class _OnCpu:
-    """Runs that lie on words in one call of a kernel, where there is one; all else one after the other."""
-
-    def __init__(
-        self, runs: Sequence[DigestRun], strided: Sequence[Placement], memory: Memory, manifest: Manifest
-    ) -> None:
-        self._memory, self._strided, self._manifest = memory, strided, manifest
-        kernels = kernels_for(sum(run.nbytes for run in runs))
-        addresses = [storage.data_ptr() for storage in memory.storages]
-        fast: list[DigestRun] = []
-        self._runs: list[DigestRun] = []
-        for run in runs:
-            on_words = (addresses[run.storage] + run.offset | run.position) % WORD_NBYTES == 0
-            (fast if kernels is not None and on_words else self._runs).append(run)
-        self._fast = None
-        if kernels is not None:
-            from weightcast.cpu.runs import RunDigest
-
-            self._fast = RunDigest(fast, memory, kernels)
-
-    def prepare(self) -> None:
-        """Everything was done when it was made."""
-
-    def total(self, check: Callable[[], None]) -> int:
-        total = self._fast.total(check) if self._fast is not None else 0
-        for run in self._runs:
-            data = self._memory.storages[run.storage][run.offset : run.offset + run.nbytes]
-            for start in range(0, run.nbytes, SLICE_NBYTES):
-                check()
-                total += digest_bytes(data[start : start + SLICE_NBYTES], run.position + start)
-        for placement in self._strided:
-            check()
-            sizes, strides = placement.region.sizes, placement.strides
-            view = self._memory.view(placement.storage, placement.dtype, placement.offset, sizes, strides)
-            total += digest_region(view, self._manifest, placement)
-        return total & _MASK
-
-
 def _box_of(placement: Placement, manifest: Manifest) -> StridedBox:
-    from weightcast.cuda.digest import StridedBox
-
     region, itemsize = placement.region, dtype_of(placement.dtype).itemsize
     strides = contiguous_strides(manifest[region.name].shape)
     start = sum(offset * stride for offset, stride in zip(region.offsets, strides, strict=True))
@@ -346,19 +309,6 @@ def _box_of(placement: Placement, manifest: Manifest) -> StridedBox:
         memory_strides=placement.strides,
         image_strides=strides,
     )
-
-
-def digest_region(values: torch.Tensor, manifest: Manifest, placement: Placement) -> int:
-    """Digest of a region's values (any strides), counted at the region's place in the image."""
-    spec = manifest[placement.region.name]
-    itemsize = values.element_size()
-    index = torch.zeros((), dtype=torch.int64, device=values.device)
-    strides = contiguous_strides(spec.shape)
-    for dim, (offset, size, stride) in enumerate(zip(placement.region.offsets, values.shape, strides, strict=True)):
-        steps = (torch.arange(size, device=values.device) + offset) * stride
-        index = index + steps.view([-1 if d == dim else 1 for d in range(values.dim())])
-    positions = manifest.positions[spec.name] + index * itemsize
-    return digest_elements(values, positions)
 
 
 def _join(runs: Sequence[DigestRun], *, across_padding: bool) -> list[DigestRun]:

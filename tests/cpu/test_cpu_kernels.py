@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import weightcast.cpu
-import weightcast.digest
+import weightcast.cpu.digest
 from weightcast.cpu import kernels, kernels_for, runs
 from weightcast.cpu.proven import ProvenReplay
 from weightcast.cpu.runs import Pieces
 from weightcast.digest import LayoutDigest, digest_bytes
 from weightcast.errors import DeadlineExceeded
-from weightcast.layout import image_layout
+from weightcast.layout import Layout, Placement, Region, image_layout
 from weightcast.manifest import Manifest, TensorSpec
 from weightcast.memory import Memory
 from weightcast.plan import Copy, compile_plan
@@ -105,7 +105,7 @@ def test_a_check_that_raises_ends_a_digest_between_two_slices(
     monkeypatch: pytest.MonkeyPatch, worth_nbytes: int
 ) -> None:
     monkeypatch.setattr(weightcast.cpu, "WORTH_NBYTES", worth_nbytes)
-    for module in (runs, weightcast.digest):
+    for module in (runs, weightcast.cpu.digest):
         monkeypatch.setattr(module, "SLICE_NBYTES", 2**16)
     monkeypatch.setattr(runs, "PIECE_NBYTES", 2**15)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
@@ -144,3 +144,87 @@ def test_without_numba_it_is_said_once_and_torch_does_it(
 def test_small_models_do_not_load_them() -> None:
     assert kernels_for(2**20) is None
     assert kernels_for(2**30) is kernels
+
+
+@st.composite
+def boxes(draw: st.DrawFn) -> tuple[Manifest, Layout, Memory]:
+    """A part of a tensor that lies by any strides in memory, behind another tensor in the image."""
+    shape = (*draw(st.lists(st.integers(1, 9), max_size=2)), draw(st.sampled_from([*range(1, 10), 5000])))
+    dtype = draw(st.sampled_from(["uint8", "bfloat16", "float32", "float64", "complex64"]))
+    sizes = tuple(draw(st.integers(1, size)) for size in shape)
+    offsets = tuple(draw(st.integers(0, size - part)) for size, part in zip(shape, sizes, strict=True))
+    strides, step = [0] * len(sizes), draw(st.sampled_from([1, 1, 2]))
+    for dim in draw(st.permutations(range(len(sizes)))):
+        strides[dim] = step
+        step = step * sizes[dim] + draw(st.sampled_from([0, 0, 1]))
+    first = draw(st.integers(0, 9))
+    region = Region(name="w", offsets=offsets, sizes=sizes)
+    place = Placement(region=region, dtype=dtype, storage=0, offset=first, strides=tuple(strides))
+    storage = torch.randint(0, 256, (place.end_nbytes,), dtype=torch.uint8)
+    before = TensorSpec(name="before", dtype="uint8", shape=(draw(st.integers(1, 70_000)),))
+    manifest = Manifest.of([before, TensorSpec(name="w", dtype=dtype, shape=shape)])
+    return manifest, Layout(placements=(place,), storage_nbytes=(storage.numel(),)), Memory([storage])
+
+
+@settings(deadline=None)
+@given(boxes(), st.booleans(), st.sampled_from([1, 40, 2**20]), st.sampled_from([8, 512]))
+def test_a_box_has_the_digest_of_its_bytes_in_the_image(
+    box: tuple[Manifest, Layout, Memory], with_kernels: bool, part_nbytes: int, min_row_nbytes: int
+) -> None:
+    manifest, layout, memory = box
+    place = layout.placements[0]
+    values = memory.view(0, place.dtype, place.offset, place.region.sizes, place.strides)
+    whole = torch.zeros(manifest["w"].shape, dtype=values.dtype)
+    part = whole
+    for dim, (start, size) in enumerate(zip(place.region.offsets, place.region.sizes, strict=True)):
+        part = part.narrow(dim, start, size)
+    part.copy_(values)
+    expected = digest_bytes(whole.reshape(-1).view(torch.uint8), manifest.positions["w"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(weightcast.cpu, "WORTH_NBYTES", 0 if with_kernels else 2**40)
+        for name, nbytes in (("KERNEL_PART", part_nbytes), ("TORCH_PART", part_nbytes), ("MIN_ROW", min_row_nbytes)):
+            patch.setattr(weightcast.cpu.digest, f"{name}_NBYTES", nbytes)
+        assert LayoutDigest(manifest, layout).of(memory) == expected
+
+
+@pytest.mark.parametrize("worth_nbytes", [0, 2**40], ids=["kernels", "torch"])
+@pytest.mark.parametrize("strides", [(256, 1), (1, 512)], ids=["rows", "elements"])
+def test_a_check_that_raises_ends_the_digest_of_a_box(
+    monkeypatch: pytest.MonkeyPatch, worth_nbytes: int, strides: tuple[int, int]
+) -> None:
+    monkeypatch.setattr(weightcast.cpu, "WORTH_NBYTES", worth_nbytes)
+    monkeypatch.setattr(runs, "SLICE_NBYTES", 2**15)
+    for name in ("KERNEL_PART_NBYTES", "TORCH_PART_NBYTES"):
+        monkeypatch.setattr(weightcast.cpu.digest, name, 2**15)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    manifest = Manifest.of([TensorSpec(name="w", dtype="float32", shape=(512, 512))])
+    region = Region(name="w", offsets=(0, 256), sizes=(512, 256))
+    place = Placement(region=region, dtype="float32", storage=0, offset=0, strides=strides)
+    memory = Memory([torch.randint(0, 256, (place.end_nbytes,), dtype=torch.uint8)])
+    digest, calls = LayoutDigest(manifest, Layout(placements=(place,), storage_nbytes=(memory.nbytes,))), []
+    digest.of(memory, lambda: calls.append(1))
+    assert len(calls) == 16
+    with pytest.raises(DeadlineExceeded):
+        digest.of(memory, lambda: _raise(DeadlineExceeded("over")))
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+def test_the_digest_of_a_box_takes_little_memory_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It once took forty times what it read."""
+    manifest = Manifest.of([TensorSpec(name="w", dtype="bfloat16", shape=(2048, 2048))])
+    region = Region(name="w", offsets=(0, 0), sizes=(2048, 1024))
+    place = Placement(region=region, dtype="bfloat16", storage=0, offset=0, strides=(1024, 1))
+    memory = Memory([torch.randint(0, 256, (place.end_nbytes,), dtype=torch.uint8)])
+    for worth_nbytes in (0, 2**40):
+        monkeypatch.setattr(weightcast.cpu, "WORTH_NBYTES", worth_nbytes)
+        digest = LayoutDigest(manifest, Layout(placements=(place,), storage_nbytes=(memory.nbytes,)))
+        digest.of(memory)
+        with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            digest.of(memory)
+        events = [event.cpu_memory_usage for event in profile.key_averages() if event.cpu_memory_usage > 0]
+        largest = max((event.cpu_memory_usage for event in profile.events()), default=0)
+        assert events or worth_nbytes == 0
+        assert largest < memory.nbytes / 2

@@ -7,11 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from weightcast import Publisher
 from weightcast.digest import LayoutDigest
 from weightcast.errors import InvalidInput, RoundFailed, ShadowError
-from weightcast.receiver import place, shadow
+from weightcast.layout import Placement, Region
+from weightcast.memory import Memory
+from weightcast.receiver import exchange, place, shadow
 from weightcast.room import host_room_nbytes
 from weightcast.testing.local_engine import DictModel, LocalEngine
 from weightcast.transports import shm
@@ -135,23 +139,44 @@ def test_master_weights_are_proven_in_the_published_type(monkeypatch: pytest.Mon
             assert engine.models[0].holds(masters)
 
 
-def test_tied_names_that_share_their_bytes_are_exchanged_once() -> None:
-    from weightcast.layout import Placement, Region
-    from weightcast.memory import Memory
-    from weightcast.receiver.exchange import Exchange
+@st.composite
+def placed(draw: st.DrawFn) -> list[Placement]:
+    """Placements of any types in two storages, contiguous, permuted or interleaved, which may share bytes."""
+    places = []
+    for number in range(draw(st.integers(0, 4))):
+        sizes = tuple(draw(st.lists(st.integers(0, 5), max_size=3)))
+        strides, step = [0] * len(sizes), draw(st.sampled_from([1, 1, 2]))
+        for dim in draw(st.permutations(range(len(sizes)))):
+            strides[dim] = step
+            step = step * max(sizes[dim], 1) + draw(st.sampled_from([0, 0, 1]))
+        region = Region(name=f"t{number}", offsets=(0,) * len(sizes), sizes=sizes)
+        place = {"storage": draw(st.integers(0, 1)), "offset": draw(st.integers(0, 9)), "strides": tuple(strides)}
+        places.append(Placement(region=region, dtype=draw(st.sampled_from(["uint8", "bfloat16", "float32"])), **place))
+    return places
 
-    places = [
-        Placement(
-            region=Region(name=name, offsets=(0,), sizes=(size,)), dtype="uint8", storage=0, offset=0, strides=(1,)
-        )
-        for name, size in (("a", 100), ("b", 100), ("c", 60))
-    ]
-    live, shadow = (torch.randint(0, 256, (120,), dtype=torch.uint8) for _ in range(2))
-    kept = live.clone(), shadow.clone()
-    Exchange(Memory([live]), Memory([shadow]), places).run()
-    assert torch.equal(live[:100], kept[1][:100])
-    assert torch.equal(shadow[:100], kept[0][:100])
-    assert torch.equal(live[100:], kept[0][100:])
+
+@settings(deadline=None)
+@given(placed(), st.sampled_from([1, 4096]))
+def test_what_placements_touch_is_exchanged_once_whatever_they_share(places: list[Placement], max_ranges: int) -> None:
+    nbytes = max((each.end_nbytes for each in places), default=0) + 4
+    sides = [[torch.randint(0, 256, (nbytes,), dtype=torch.uint8) for _ in range(2)] for _ in range(2)]
+    live, shadow = (Memory(storages) for storages in sides)
+    before = [[storage.clone() for storage in storages] for storages in sides]
+    touched = Memory([torch.zeros(nbytes, dtype=torch.uint8) for _ in range(2)])
+    for each in places:
+        view = touched.view(each.storage, each.dtype, each.offset, each.region.sizes, each.strides)
+        view.copy_(torch.tensor([255, 255, 255, 255], dtype=torch.uint8).view(view.dtype)[0])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exchange, "MAX_RANGES", max_ranges)
+        both = exchange.Exchange(live, shadow, places)
+    both.run()
+    for number, mask in enumerate(touched.storages):
+        is_touched = mask != 0
+        assert torch.equal(sides[0][number], torch.where(is_touched, before[1][number], before[0][number]))
+        assert torch.equal(sides[1][number], torch.where(is_touched, before[0][number], before[1][number]))
+    both.run()
+    for storages, kept in zip(sides, before, strict=True):
+        assert all(torch.equal(storage, old) for storage, old in zip(storages, kept, strict=True))
 
 
 def test_shadows_is_checked() -> None:

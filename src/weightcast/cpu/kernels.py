@@ -1,4 +1,4 @@
-"""Kernels on a CPU: a table of byte ranges is copied, digested, or both, in one call that holds no lock of Python.
+"""Kernels on a CPU: a table of byte ranges is copied, digested, or both, or a box is digested, in one call without Python's lock.
 
 Load-bearing: a block is read back from where it was just written, while it is in the first-level cache, so copy and digest
 together take about as long as the copy. Ranges are addresses; the caller keeps the memory behind them alive. Sums wrap, as
@@ -75,6 +75,12 @@ def load() -> None:
     copy_and_digest_ranges(nothing, nothing, nothing, nothing, nothing)
 
 
+def load_box() -> None:
+    """Have the kernel for boxes ready."""
+    one, nothing = np.ones(1, dtype=np.int64), np.zeros(BLOCK_WORDS, dtype=np.int64)
+    digest_box(nothing.ctypes.data, 0, 1, one, one, one, nothing)
+
+
 @njit(nogil=True, cache=True)
 def _copy(read, written):  # type: ignore[no-untyped-def]
     for i in range(len(written)):
@@ -111,4 +117,52 @@ def _one(source, target, position, nbytes, weights):  # type: ignore[no-untyped-
         word = _last_word(target + end, rest)
         weight = weights[(position + count) % BLOCK_WORDS] * _block_weight((position + count) // BLOCK_WORDS)
         total += (word + FOLD * (word >> 32)) * weight
+    return total
+
+
+@njit(nogil=True, cache=True)
+def digest_box(address, position, itemsize, sizes, memory, image, weights):  # type: ignore[no-untyped-def]
+    """Digest of the elements of a box, one by one: byte address and position in the image of the first one, sizes, and strides in
+    elements in memory and in the image. No dimension is empty, and there is at least one."""
+    last = len(sizes) - 1
+    index = np.zeros(last, dtype=np.int64)
+    step, stride, reach = memory[last], image[last] * itemsize, (sizes[last] - 1) * memory[last] + 1
+    total = np.int64(0)
+    while True:
+        start = _pointer(address)
+        if itemsize == 1:
+            total += _elements(carray(start, (reach,), np.uint8), position, sizes[last], step, stride, weights)
+        elif itemsize == 2:
+            total += _elements(carray(start, (reach,), np.uint16), position, sizes[last], step, stride, weights)
+        elif itemsize == 4:
+            total += _elements(carray(start, (reach,), np.uint32), position, sizes[last], step, stride, weights)
+        else:
+            total += _elements(carray(start, (reach,), np.uint64), position, sizes[last], step, stride, weights)
+        dim = last - 1
+        while dim >= 0:
+            index[dim] += 1
+            address += memory[dim] * itemsize
+            position += image[dim] * itemsize
+            if index[dim] < sizes[dim]:
+                break
+            address -= memory[dim] * itemsize * sizes[dim]
+            position -= image[dim] * itemsize * sizes[dim]
+            index[dim] = 0
+            dim -= 1
+        if dim < 0:
+            return total
+
+
+@njit(nogil=True, cache=True)
+def _elements(values, position, count, step, stride, weights):  # type: ignore[no-untyped-def]
+    """Of one row: every ``step``-th value, each ``stride`` bytes further in the image."""
+    total, block, weight = np.int64(0), np.int64(-1), np.int64(0)
+    for i in range(count):
+        at = position + i * stride
+        word = np.int64(np.uint64(values[i * step]) << np.uint64(8 * (at % WORD_NBYTES)))
+        number = at // WORD_NBYTES
+        if number // BLOCK_WORDS != block:
+            block = number // BLOCK_WORDS
+            weight = _block_weight(block)
+        total += (word + FOLD * (word >> 32)) * weights[number % BLOCK_WORDS] * weight
     return total

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from types import ModuleType
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from weightcast.digest import SLICE_NBYTES, WORD_NBYTES, DigestRun, word_weights
-from weightcast.memory import Memory
+from weightcast.digest import SLICE_NBYTES, WORD_NBYTES, word_weights
 
 PIECE_NBYTES = 2**20
 _MASK = 2**64 - 1
+Table = tuple[npt.NDArray[np.int64], ...]
+"""Ranges as columns."""
 
 
 class Pieces:
@@ -22,11 +23,15 @@ class Pieces:
     ``kernel`` is called with one column for each entry (positions counted in words) and the word weights.
     """
 
-    def __init__(self, ranges: Iterable[tuple[int, ...]], kernel: Callable[..., int]) -> None:
+    def __init__(
+        self, ranges: Iterable[tuple[int, ...]], kernel: Callable[..., int], tables: Sequence[Table] = ()
+    ) -> None:
+        """``tables`` are more ranges, as columns; none is longer than a piece."""
         self._kernel = kernel
         self._weights = word_weights(torch.device("cpu")).numpy()
         rows = [row for given in ranges for row in _cut(given)]
-        self._columns = [np.array(column, dtype=np.int64) for column in zip(*rows, strict=True)]
+        columns = [tuple(np.array(column, dtype=np.int64) for column in zip(*rows, strict=True))] if rows else []
+        self._columns = [np.concatenate(column) for column in zip(*columns, *tables, strict=True)]
         self._ends = np.zeros(0, dtype=np.int64)
         if self._columns:
             self._columns[-2] //= WORD_NBYTES
@@ -63,20 +68,6 @@ def _cut(row: tuple[int, ...]) -> Iterable[tuple[int, ...]]:
         take = min(nbytes - start, PIECE_NBYTES - (position + start) % PIECE_NBYTES)
         yield (*(address + start for address in addresses), position + start, take)
         start += take
-
-
-class RunDigest:
-    """The digest of runs of a memory, which it keeps alive; see weightcast.digest."""
-
-    def __init__(self, runs: Sequence[DigestRun], memory: Memory, kernels: ModuleType) -> None:
-        self._memory = memory
-        addresses = [storage.data_ptr() for storage in memory.storages]
-        ranges = ((addresses[run.storage] + run.offset, run.position, run.nbytes) for run in runs)
-        self._pieces = Pieces(ranges, kernels.digest_ranges)
-
-    def total(self, check: Callable[[], None]) -> int:
-        """The digest of what lies there now, unsigned; ``check`` is called as in ``Pieces.run``."""
-        return self._pieces.run(check)
 
 
 def is_on_words(*numbers: int) -> bool:

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 import triton
 import triton.language as tl
 
+from weightcast import geometry as geo
 from weightcast.cuda.runs import INTERPRETED as _INTERPRETED
 from weightcast.cuda.runs import Launch, TileTable
-from weightcast.digest import BLOCK_WORDS, WORD_NBYTES, word_weights
+from weightcast.digest import BLOCK_WORDS, WORD_NBYTES, StridedBox, word_weights
 from weightcast.errors import Unsupported
 
 TILE_BLOCKS = 4
@@ -39,19 +40,6 @@ class RunLike(Protocol):
     offset: int
     position: int
     nbytes: int
-
-
-class StridedBox(NamedTuple):
-    """Elements of a box: storage and byte offset of the first, its byte position in the image, sizes, and strides (in
-    elements) in memory and in the image."""
-
-    storage: int
-    offset: int
-    position: int
-    itemsize: int
-    sizes: tuple[int, ...]
-    memory_strides: tuple[int, ...]
-    image_strides: tuple[int, ...]
 
 
 def digest_words(words: torch.Tensor, first: int) -> int:
@@ -203,16 +191,8 @@ class AddressDigest:
 
 def collapse(box: StridedBox) -> StridedBox:
     """The same elements with dimensions of one element dropped and those merged that continue in memory and image."""
-    dims: list[tuple[int, int, int]] = []
-    for size, memory, image in zip(box.sizes, box.memory_strides, box.image_strides, strict=True):
-        if size == 1:
-            continue
-        if dims and dims[-1][1] == size * memory and dims[-1][2] == size * image:
-            dims[-1] = (dims[-1][0] * size, memory, image)
-        else:
-            dims.append((size, memory, image))
-    sizes, memories, images = ([dim[i] for dim in dims] for i in range(3))
-    return box._replace(sizes=tuple(sizes), memory_strides=tuple(memories), image_strides=tuple(images))
+    sizes, (memory, image) = geo.collapse(box.sizes, box.memory_strides, box.image_strides)
+    return box._replace(sizes=sizes, memory_strides=memory, image_strides=image)
 
 
 def _rows_of(address: int, box: StridedBox) -> torch.Tensor | None:
@@ -222,11 +202,8 @@ def _rows_of(address: int, box: StridedBox) -> torch.Tensor | None:
     row_nbytes = box.sizes[-1] * box.itemsize
     if (box.memory_strides[-1], box.image_strides[-1]) != (1, 1) or row_nbytes < MIN_ROW_NBYTES:
         return None
-    addresses, positions = torch.tensor([address]), torch.tensor([box.position])
-    for size, memory, image in zip(box.sizes[:-1], box.memory_strides[:-1], box.image_strides[:-1], strict=True):
-        steps = torch.arange(size) * box.itemsize
-        addresses = (addresses[:, None] + steps * memory).reshape(-1)
-        positions = (positions[:, None] + steps * image).reshape(-1)
+    _, (memory, image) = geo.rows(box.sizes, box.memory_strides, box.image_strides)
+    addresses, positions = address + memory * box.itemsize, box.position + image * box.itemsize
     return torch.stack([addresses, positions, torch.full_like(addresses, row_nbytes)], dim=1)
 
 

@@ -6,15 +6,17 @@ alternate  two shadows, one of which equals what is live: a commit is one copy, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
+from weightcast import geometry as geo
+from weightcast.dtypes import itemsize_of
 from weightcast.layout import Placement
 from weightcast.manifest import Manifest
 from weightcast.memory import Memory
-from weightcast.plan import Copy, merge
+from weightcast.plan import Copy
 from weightcast.replay import Replay
 from weightcast.swap import Swap
 
@@ -22,28 +24,26 @@ if TYPE_CHECKING:
     from weightcast.cuda.proven import ProvenReplay
 
 
+MAX_RANGES = 4096
+"""A placement of more rows than this is exchanged by three strided copies, where nobody shares its bytes."""
+
+
 class Exchange:
-    """Compiled once for a pair of memories with the same layout; ``run()`` twice is nothing."""
+    """Compiled once for a pair of memories with the same layout; ``run()`` twice is nothing, and allocates nothing.
+
+    Every byte that a placement touches is exchanged once, however many placements share it.
+    """
 
     def __init__(self, live: Memory, shadow: Memory, placements: Sequence[Placement]) -> None:
-        runs, rest = merge(distinct_copies(placements))
-        spans: dict[int, list[tuple[int, int]]] = {}
-        for run in runs:
-            spans.setdefault(run.dst_storage, []).append((run.dst_offset, run.dst_offset + run.nbytes))
-        self._swap = Swap(
-            [
-                (live.storages[number][start:end], shadow.storages[number][start:end])
-                for number, parts in spans.items()
-                for start, end in _union(parts)
-            ]
-        )
-        self._strided = [
-            tuple(
-                memory.view(copy.dst_storage, copy.dst_dtype, copy.dst_offset, copy.sizes, copy.dst_strides)
+        runs, alone = _split(placements)
+        self._swap = Swap([(_bytes(live, run), _bytes(shadow, run)) for run in runs])
+        self._strided = []
+        for place in alone:
+            sides = [
+                memory.view(place.storage, place.dtype, place.offset, place.region.sizes, place.strides)
                 for memory in (live, shadow)
-            )
-            for copy in rest
-        ]
+            ]
+            self._strided.append((*sides, torch.empty_like(sides[0], memory_format=torch.contiguous_format)))
 
     def prepare(self) -> None:
         """Compile what the first ``run`` would; nothing is exchanged."""
@@ -53,10 +53,10 @@ class Exchange:
     def run(self) -> None:
         """Swap all values. On a GPU the work is queued on the current stream."""
         self._swap.run()
-        for live, shadow in self._strided:
-            kept = live.clone()
+        for live, shadow, scratch in self._strided:
+            scratch.copy_(live)
             live.copy_(shadow)
-            shadow.copy_(kept)
+            shadow.copy_(scratch)
 
 
 class Landing:
@@ -98,14 +98,52 @@ def distinct_copies(placements: Sequence[Placement]) -> list[Copy]:
     return list(found.values())
 
 
-def _union(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    joined: list[tuple[int, int]] = []
-    for start, end in sorted(spans):
-        if joined and start <= joined[-1][1]:
-            joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
+def _split(placements: Sequence[Placement]) -> tuple[list[geo.Run], list[Placement]]:
+    """What placements touch as runs of bytes of storages, and placements that would be too many of them.
+
+    The latter share no byte with any other.
+    """
+    distinct = {
+        (*_extent(place), place.region.sizes, place.strides): place for place in placements if place.region.numel
+    }
+    runs: list[geo.Run] = []
+    alone: list[Placement] = []
+    for group in _overlapping(sorted(distinct.values(), key=_extent)):
+        pieces = [geo.touched(place.region.sizes, place.strides) for place in group]
+        itemsizes = [itemsize_of(place.dtype) for place in group]
+        starts = [(p.starts[0] + place.offset) * n for p, place, n in zip(pieces, group, itemsizes, strict=True)]
+        ends = [start + p.length * n for start, p, n in zip(starts, pieces, itemsizes, strict=True)]
+        start, end = geo.union(torch.cat(starts), torch.cat(ends))
+        if len(group) == 1 and len(start) > MAX_RANGES:
+            alone += group
         else:
-            joined.append((start, end))
-    return joined
+            where = (group[0].storage,)
+            runs += [geo.Run(where, (a,), b - a) for a, b in zip(start.tolist(), end.tolist(), strict=True)]
+    return geo.joined(runs), alone
+
+
+def _bytes(memory: Memory, run: geo.Run) -> torch.Tensor:
+    (storage,), (start,) = run.where, run.starts
+    return memory.storages[storage][start : start + run.nbytes]
+
+
+def _extent(place: Placement) -> tuple[int, int, int]:
+    return place.storage, place.offset * itemsize_of(place.dtype), place.end_nbytes
+
+
+def _overlapping(placements: Iterable[Placement]) -> Iterator[list[Placement]]:
+    """Placements in order of their extents, in groups of which no two overlap."""
+    group: list[Placement] = []
+    furthest = 0
+    for place in placements:
+        storage, start, end = _extent(place)
+        if group and (storage != group[0].storage or start >= furthest):
+            yield group
+            group, furthest = [], 0
+        group.append(place)
+        furthest = max(furthest, end)
+    if group:
+        yield group
 
 
 def _self_copy(placement: Placement) -> Copy:
