@@ -150,6 +150,66 @@ def test_verify_looks_at_what_is_live(arch: str, dtype: str, tmp_path: Path) -> 
         assert "1 different" in spoilt.output
 
 
+@pytest.mark.parametrize("more", [{"num_hidden_layers": 4}, {"attention_bias": True}])
+def test_half_of_a_model_is_neither_pushed_nor_called_equal(more: dict[str, object], tmp_path: Path) -> None:
+    folder = build_tiny_model(tmp_path / "m", "qwen3")
+    whole = build_tiny_model(tmp_path / "whole", "qwen3", **more)
+    pattern = "*.bias" if "attention_bias" in more else "model.layers.[23].*"
+    llm = AsyncLLM(folder, num_threads=1)
+
+    def live() -> dict[str, torch.Tensor]:
+        tensors = dict(llm.engine.model.named_parameters())
+        return llm.engine.run_between_steps(lambda: {name: t.detach().clone() for name, t in tensors.items()}).result(
+            20
+        )
+
+    with served(llm) as url:
+        before = live()
+        refused = weightcast("push", whole, "--to", url)
+        assert refused.exit_code == 1
+        assert "PlanMismatch" in refused.output
+        assert all(torch.equal(tensor, before[name]) for name, tensor in live().items())
+
+        misspelt = weightcast("push", whole, "--to", url, "--unused", "no.such.*")
+        assert misspelt.exit_code == 1
+        assert "'no.such.*' matches none" in misspelt.output
+
+        pushed = weightcast("push", whole, "--to", url, "--unused", pattern)
+        assert pushed.exit_code == 0, pushed.output
+        assert "matches what is live" not in pushed.output
+        assert "tensors were left out: model.layers" in pushed.output
+        wanted = load_file(whole / "model.safetensors")
+        assert all(torch.equal(tensor, wanted[name]) for name, tensor in live().items())
+
+        halved = weightcast("verify", url, "--checkpoint", whole)
+        assert halved.exit_code == 1, halved.output
+        assert "in the checkpoint, not held by the engine: model.layers" in halved.output
+        assert "not proven equal" in halved.output
+        told = weightcast("verify", url, "--checkpoint", whole, "--unused", pattern)
+        assert told.exit_code == 0, told.output
+        assert "equal, but for" in told.output
+        assert weightcast("verify", url, "--checkpoint", whole, "--unused", "no.such.*").exit_code == 1
+
+        report = json.loads(weightcast("push", whole, "--to", url, "--unused", pattern, "--json").output)
+        assert set(report["unused"]) == set(wanted) - set(before)
+
+
+def test_verify_of_a_checkpoint_that_lists_tied_tensors_twice(tmp_path: Path) -> None:
+    folder = build_tiny_model(tmp_path / "m", "qwen3_tied")
+    tensors = load_file(folder / "model.safetensors")
+    with served(AsyncLLM(folder, num_threads=1)) as url:
+        for change, code in ((0, 0), (1, 1)):
+            twice = tmp_path / f"twice {change}"
+            twice.mkdir()
+            head = tensors["model.embed_tokens.weight"] + change
+            save_file({**tensors, "lm_head.weight": head}, twice / "model.safetensors")
+            verified = weightcast("verify", url, "--checkpoint", twice)
+            assert verified.exit_code == code, verified.output
+            pushed = weightcast("push", twice, "--to", url)
+            assert pushed.exit_code == code, pushed.output
+            assert "have different values" in pushed.output or not change
+
+
 def test_verify_claims_nothing_that_it_did_not_see(tmp_path: Path) -> None:
     folder = build_tiny_model(tmp_path / "m", "qwen3")
     with served(ScriptedEngine()) as url:

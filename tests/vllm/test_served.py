@@ -117,6 +117,8 @@ def test_live_weights_are_those_of_a_checkpoint(model: Path) -> None:
             found = verified(served, model, other)
             assert set(found.different) == spoilt
             assert set(found.equal) == set(weights) - spoilt
+        found = verified(served, model, {**weights, "lm_head.bias": torch.randn(3)})
+        assert (found.proven, found.absent) == (False, ("lm_head.bias",))
         del other["model.norm.weight"]
         with pytest.raises(PlanMismatch, match="nothing of it"):
             verified(served, model, other)

@@ -4,11 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tests.vllm import offline
 
 from weightcast import Publisher
 from weightcast.engines.vllm import api
-from weightcast.errors import RoundFailed, StateError
+from weightcast.errors import PlanMismatch, RoundFailed, StateError
 from weightcast.testing.models import build_tiny_model, random_state_dict
 
 
@@ -76,3 +77,50 @@ def test_a_dirty_engine_takes_no_request_until_it_is_healed(model: Path, monkeyp
         report = publisher.publish()
         assert llm.get_weight_version() == report.version
         offline.answers(llm)
+
+
+def test_tensors_without_a_place_and_tied_ones_with_other_values_are_refused(tmp_path: Path) -> None:
+    """More layers, biases, a value head; the reverse; two values for the weight that embedding and head share."""
+
+    def build(name: str, arch: str = "qwen3", **more: Any) -> Path:
+        return build_tiny_model(tmp_path / name, arch, dtype="bfloat16", head_dim=32, **more)
+
+    two, four, biased = build("two"), build("four", num_hidden_layers=4), build("biased", attention_bias=True)
+    head = {"v_head.summary.weight": torch.randn(1, 64), "v_head.summary.bias": torch.randn(1)}
+    with offline.engine(two) as llm:
+        served = offline.answers(llm)
+        for more, pattern in (
+            (random_state_dict(four), "model.layers.[23].*"),
+            (random_state_dict(biased), "*.bias"),
+            ({**random_state_dict(two), **head}, "v_head.*"),
+        ):
+            with Publisher(more, [llm], timeout_s=60) as publisher:
+                with pytest.raises(PlanMismatch, match="no place for") as refused:
+                    publisher.publish()
+                lost = set(more) - set(random_state_dict(two))
+                assert f"{len(lost)} of {len(more)} published tensors" in refused.value.message
+            assert offline.answers(llm) == served
+            with Publisher(more, [llm], unused=[pattern], timeout_s=60) as publisher:
+                assert set(publisher.publish().unused) == lost
+            with Publisher({n: t for n, t in more.items() if n not in lost}, [llm], timeout_s=60) as publisher:
+                left_out = offline.answers(llm)
+                publisher.publish()
+                assert offline.answers(llm) == left_out, "what was left out made no difference"
+            served = left_out
+    for engine in (four, biased):
+        with (
+            offline.engine(engine) as llm,
+            Publisher(random_state_dict(two), [llm], timeout_s=60) as publisher,
+            pytest.raises(PlanMismatch, match="does not fill"),
+        ):
+            publisher.publish()
+    tied = build("tied", "qwen3_tied")
+    weights = random_state_dict(tied)
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    with offline.engine(tied) as llm, Publisher(weights, [llm], timeout_s=60) as publisher:
+        publisher.publish()
+        served = offline.answers(llm)
+        weights["lm_head.weight"].view(-1)[0] += 1
+        with pytest.raises(RoundFailed, match=r"lm_head\.weight.*model\.embed_tokens\.weight"):
+            publisher.publish()
+        assert offline.answers(llm) == served

@@ -10,10 +10,20 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from weightcast.cli.shared import TimeoutOption, TokenFileOption, TokenOption, chosen_token, console, reported_errors
+from weightcast.cli.shared import (
+    TimeoutOption,
+    TokenFileOption,
+    TokenOption,
+    UnusedOption,
+    chosen_token,
+    console,
+    reported_errors,
+)
 
 if TYPE_CHECKING:
     from weightcast.report.model import Report
+
+SHOWN = 12
 
 
 class Mode(StrEnum):
@@ -44,6 +54,7 @@ def command(
         str, typer.Option(help="Where the checkpoint is published from: cuda for engines on GPUs (it has to fit).")
     ] = "cpu",
     pause: Annotated[Pause, typer.Option(help="Requests in flight: freeze, finish, end, or leave alone.")] = Pause.keep,
+    unused: UnusedOption = None,
     takeover: Annotated[bool, typer.Option("--takeover", help="Also when a trainer is connected: it is left.")] = False,
     timeout: TimeoutOption = 300.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as one line of JSON.")] = False,
@@ -59,6 +70,7 @@ def command(
             mode=mode,
             pause=pause,
             takeover=takeover,
+            unused=unused or [],
             timeout_s=timeout,
         )
     if as_json:
@@ -79,6 +91,7 @@ def _push(
     mode: Mode,
     pause: Pause,
     takeover: bool,
+    unused: list[str],
     timeout_s: float,
 ) -> Report:
     from weightcast import Publisher
@@ -93,6 +106,7 @@ def _push(
         timeout_s=timeout_s,
         pause=pause.value,
         takeover=takeover,
+        unused=unused,
     ) as publisher:
         publisher.connect()
         report: Report = publisher.publish()
@@ -122,8 +136,19 @@ def print_report(report: Report, out: Console) -> None:
     out.print(table, markup=False) if out.is_terminal else _print_wide(table)
     phases = ", ".join(f"{name} {seconds * 1e3:.1f} ms" for name, seconds in report.phase_seconds().items())
     out.print(f"phases: {phases}", highlight=False, soft_wrap=True)
-    matched = "matches" if report.digests_match else "DOES NOT MATCH"
-    out.print(f"published digest {report.digest} {matched} what is live", highlight=False, soft_wrap=True)
+    out.print(_proof(report), highlight=False, markup=False, soft_wrap=True)
+
+
+def _proof(report: Report) -> str:
+    """How what is live compares with what was published."""
+    from weightcast.names import shown
+
+    if not report.digests_match:
+        return f"published digest {report.digest} DOES NOT MATCH what is live"
+    if report.unused:
+        count, names = len(report.unused), shown(report.unused, SHOWN)
+        return f"what is live was proven, of published digest {report.digest}; {count} tensors were left out: {names}"
+    return f"published digest {report.digest} matches what is live"
 
 
 def _print_wide(table: Table) -> None:

@@ -30,6 +30,14 @@ TokenFileOption = Annotated[
     ),
 ]
 TimeoutOption = Annotated[float, typer.Option("--timeout", min=0.001, help="Deadline of the whole call, in seconds.")]
+UnusedOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--unused",
+        help="Pattern of tensors that engines rightly do without, 'v_head.*' say; repeat it for several.",
+        show_default=False,
+    ),
+]
 
 
 def chosen_token(token: str | None, token_file: Path | None) -> str | None:

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from weightcast.cli.shared import TimeoutOption, TokenFileOption, TokenOption, chosen_token, console, reported_errors
+from weightcast.cli.shared import (
+    TimeoutOption,
+    TokenFileOption,
+    TokenOption,
+    UnusedOption,
+    chosen_token,
+    console,
+    reported_errors,
+)
 
 if TYPE_CHECKING:
     from weightcast.trainer.comparison import Comparison
@@ -22,6 +30,7 @@ def command(
     checkpoint: Annotated[Path, typer.Option(help="Folder with safetensors files.", exists=True, file_okay=False)],
     token: TokenOption = None,
     token_file: TokenFileOption = None,
+    unused: UnusedOption = None,
     timeout: TimeoutOption = 120.0,
 ) -> None:
     """Compare an engine's live weights with CHECKPOINT. Exit status 1 unless they are proven equal."""
@@ -29,6 +38,7 @@ def command(
     from weightcast.digest import LayoutDigest
     from weightcast.trainer.clients.http import HttpEngineClient
     from weightcast.trainer.comparison import compare
+    from weightcast.trainer.places import check_patterns, refuse_idle
     from weightcast.trainer.sources.safetensors import SafetensorsSource
 
     with reported_errors():
@@ -36,8 +46,10 @@ def command(
         client = HttpEngineClient(url, token=chosen_token(token, token_file))
         source = SafetensorsSource(checkpoint)
         try:
+            patterns = check_patterns(unused or ())
+            refuse_idle(patterns, source.manifest)
             committed = client.status(deadline).get("digest")
-            comparison = compare(client, source, deadline)
+            comparison = compare(client, source, deadline, patterns)
             check = partial(deadline.check, "digesting the checkpoint")
             whole = f"{LayoutDigest(source.manifest, source.layout).of(source.memory, check):016x}"
         finally:
@@ -51,20 +63,30 @@ def command(
         soft_wrap=True,
     )
     _print(comparison, out)
-    out.print("[green]equal[/green]" if comparison.proven else "[bold red]not proven equal[/bold red]")
+    left_out = f", but for {len(comparison.unused)} tensors that the engine does without" if comparison.unused else ""
+    out.print(f"[green]equal[/green]{left_out}" if comparison.proven else "[bold red]not proven equal[/bold red]")
     if not comparison.proven:
         raise typer.Exit(1)
 
 
 def _print(comparison: Comparison, out: Console) -> None:
+    from weightcast.names import patterns_for
+
     out.print(f"{len(comparison.equal)} tensors equal, {len(comparison.different)} different", highlight=False)
     unproven = [f"{name} ({reason})" for name, reason in comparison.unproven.items()]
     for title, names in (
         ("different", comparison.different),
         ("not compared", unproven),
-        ("in the checkpoint, not held by the engine", comparison.unused),
+        ("in the checkpoint, not held by the engine", comparison.absent),
+        ("not compared, as the engine does without it", comparison.unused),
     ):
         for name in names[:SHOWN]:
             out.print(f"  {title}: {name}", highlight=False, markup=False, soft_wrap=True)
         if len(names) > SHOWN:
             out.print(f"  {title}: {len(names) - SHOWN} more", highlight=False)
+    if comparison.absent:
+        held = [*comparison.equal, *comparison.different, *comparison.unproven]
+        options = " ".join(f"--unused '{pattern}'" for pattern in patterns_for(comparison.absent, held)[:SHOWN])
+        out.print(
+            f"  where the engine rightly does without them: {options}", highlight=False, markup=False, soft_wrap=True
+        )

@@ -9,9 +9,12 @@ from importlib.resources import files
 from pathlib import Path
 
 from weightcast.errors import InvalidInput
+from weightcast.names import shown
 from weightcast.report.model import Report, format_bytes
 from weightcast.report.svg import line_chart, phase_colours, timeline
 from weightcast.written import write_whole
+
+SHOWN = 12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,7 +147,9 @@ def _rounds(reports: Sequence[Report]) -> str:
     head = _cells("version", "digest", "outcome", "mode", tag="th") + _cells(
         "epoch", "round", "bytes", "time", "rate", "engines well", tag="th", classes="num"
     )
-    return _section("All rounds", _table(head, rows), "✓: every engine's live weights have the published digest.")
+    left_out = reports[-1].unused if reports else ()
+    but = f" {len(left_out)} tensors were left out of the last round: {shown(left_out, SHOWN)}." if left_out else ""
+    return _section("All rounds", _table(head, rows), f"✓: every engine's live weights have the published digest.{but}")
 
 
 def _cells(*texts: str, tag: str = "td", classes: str = "") -> str:

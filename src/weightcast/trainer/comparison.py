@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from weightcast.deadline import Deadline
 from weightcast.digest import digest_tensor
 from weightcast.dtypes import dtype_of
 from weightcast.errors import EngineError, InvalidInput, Unsupported
+from weightcast.names import matching
 from weightcast.trainer.clients.http import HttpEngineClient
+from weightcast.trainer.places import is_computed, partner_of
 from weightcast.trainer.sources.safetensors import SafetensorsSource
 
 
@@ -23,25 +25,31 @@ class Comparison:
     different: tuple[str, ...] = ()
     unproven: Mapping[str, str] = field(default_factory=dict)
     """Tensors whose live values could not be compared, and why."""
+    absent: tuple[str, ...] = ()
+    """The checkpoint's tensors that the engine does not hold and should."""
     unused: tuple[str, ...] = ()
-    """The checkpoint's tensors that the engine does not hold."""
+    """Those that it does not hold and rightly does without."""
 
     @property
     def proven(self) -> bool:
-        """Every tensor that the engine holds was compared just now, and is equal."""
-        return bool(self.equal) and not self.different and not self.unproven
+        """Every tensor that the engine should hold was compared just now, and is equal."""
+        return bool(self.equal) and not self.different and not self.unproven and not self.absent
 
 
-def compare(client: HttpEngineClient, source: SafetensorsSource, deadline: Deadline) -> Comparison:
-    """Have the engine digest what it holds, and digest the same of the checkpoint.
+def compare(
+    client: HttpEngineClient, source: SafetensorsSource, deadline: Deadline, unused: Sequence[str] = ()
+) -> Comparison:
+    """Have the engine digest what it holds, and digest the same of the checkpoint; ``unused`` are patterns of tensors that it may
+    rightly not hold.
 
     An engine that does not know where checkpoint tensors lie lists its live tensors instead: only those of the same name and
-    type can be compared then, and the others are not proven.
+    type can be compared then, and the others are not proven. Where an engine with tied weights holds one tensor for two, the
+    checkpoint's have to be equal.
     """
     try:
         answer = client.tensor_digests(source.manifest, deadline)
     except Unsupported:
-        return _by_name(client, source, deadline)
+        return _by_name(client, source, deadline, unused)
     tensors = answer.get("tensors")
     if not isinstance(tensors, dict) or not all(isinstance(entry, dict) for entry in tensors.values()):
         raise EngineError("the engine gives no digests of its live tensors", engine=client.name)
@@ -53,16 +61,49 @@ def compare(client: HttpEngineClient, source: SafetensorsSource, deadline: Deadl
             equal.append(name)
         else:
             different.append(name)
-    return Comparison(
-        version=str(answer.get("weight_version")),
-        equal=tuple(equal),
-        different=tuple(different),
-        unproven=unproven,
-        unused=tuple(spec.name for spec in source.manifest.tensors if spec.name not in tensors),
+    return _with_the_rest(
+        source,
+        tensors,
+        Comparison(
+            version=str(answer.get("weight_version")),
+            equal=tuple(equal),
+            different=tuple(different),
+            unproven=unproven,
+        ),
+        unused,
+        deadline,
     )
 
 
-def _by_name(client: HttpEngineClient, source: SafetensorsSource, deadline: Deadline) -> Comparison:
+def _with_the_rest(
+    source: SafetensorsSource, held: Collection[str], found: Comparison, unused: Sequence[str], deadline: Deadline
+) -> Comparison:
+    """What was found of the tensors that the engine holds, and what becomes of the others."""
+    missing = [spec for spec in source.manifest.tensors if spec.name not in held]
+    left_out = matching(unused, [spec.name for spec in missing]) | {s.name for s in missing if is_computed(s)}
+    placed = [spec for spec in source.manifest.tensors if spec.name in held]
+    equal, different, absent = list(found.equal), list(found.different), []
+    for spec in missing:
+        if spec.name not in left_out:
+            partner = partner_of(spec, placed)
+            if partner is None:
+                absent.append(spec.name)
+            elif _digest(source, spec.name, spec.dtype, deadline) != _digest(source, partner, spec.dtype, deadline):
+                different.append(spec.name)
+            elif partner in found.equal:
+                equal.append(spec.name)
+    return replace(
+        found,
+        equal=tuple(equal),
+        different=tuple(different),
+        absent=tuple(absent),
+        unused=tuple(spec.name for spec in missing if spec.name in left_out),
+    )
+
+
+def _by_name(
+    client: HttpEngineClient, source: SafetensorsSource, deadline: Deadline, unused: Sequence[str]
+) -> Comparison:
     status = client.checksums(deadline)
     details = status.get("details")
     live: Any = details.get("checksums") if isinstance(details, dict) else None
@@ -70,13 +111,13 @@ def _by_name(client: HttpEngineClient, source: SafetensorsSource, deadline: Dead
         raise EngineError("the engine gives no checksums of its live tensors", engine=client.name)
     known = [name for name in live if name in source.manifest]
     expected = {name: _digest(source, name, source.manifest[name].dtype, deadline) for name in known}
-    return Comparison(
+    found = Comparison(
         version=str(status.get("weight_version")),
         equal=tuple(name for name in known if live[name] == expected[name]),
         different=tuple(name for name in known if live[name] != expected[name]),
         unproven={name: "the checkpoint has no tensor of this name" for name in live if name not in source.manifest},
-        unused=tuple(spec.name for spec in source.manifest.tensors if spec.name not in live),
     )
+    return _with_the_rest(source, live, found, unused, deadline)
 
 
 def _digest(source: SafetensorsSource, name: str, dtype: str, deadline: Deadline) -> str:
