@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 START = "from weightcast.cli import app; app()"
@@ -38,9 +40,15 @@ def environment(**more: str) -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **more}
 
 
+def _limit(descriptors: int) -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))
+
+
 @contextmanager
-def serving(model: Path, folder: Path, *arguments: object, timeout_s: float = 90.0, **more: str) -> Iterator[Served]:
-    """Start a server on a free port and wait until it listens."""
+def serving(
+    model: Path, folder: Path, *arguments: object, timeout_s: float = 90.0, descriptors: int | None = None, **more: str
+) -> Iterator[Served]:
+    """Start a server on a free port and wait until it listens. ``descriptors``: how many files it may open."""
     ready = folder / "url"
     process = subprocess.Popen(
         command_line(model, "--port", 0, "--ready-file", ready, *arguments),
@@ -48,6 +56,7 @@ def serving(model: Path, folder: Path, *arguments: object, timeout_s: float = 90
         stderr=subprocess.STDOUT,
         env=environment(**more),
         text=True,
+        preexec_fn=None if descriptors is None else partial(_limit, descriptors),
     )
     try:
         deadline = time.monotonic() + timeout_s

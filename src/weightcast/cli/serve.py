@@ -66,6 +66,9 @@ def command(
         str | None, typer.Option(help='JSON, such as \'{"backend": "weightcast", "mode": "staged"}\'.')
     ] = None,
     max_body_mib: Annotated[int, typer.Option(min=1, help="Largest request body.")] = 64,
+    max_connections: Annotated[
+        int, typer.Option(min=16, help="Connections at a time; fewer where the process may open fewer files.")
+    ] = 4096,
     ready_file: Annotated[Path | None, typer.Option(help="Gets the URL once it listens.")] = None,
     log_level: Annotated[LogLevel, typer.Option(help="What is logged.")] = LogLevel.info,
     log_format: Annotated[LogFormat, typer.Option(help="Lines for people, or JSON objects.")] = LogFormat.text,
@@ -98,6 +101,7 @@ def command(
             given_token,
             usable_token(api_key or None, field="api_key"),
             max_body_mib << 20,
+            max_connections,
             ready_file,
         )
 
@@ -128,6 +132,7 @@ def _serve(
     token: str | None,
     api_key: str | None,
     max_body_nbytes: int,
+    max_connections: int,
     ready_path: Path | None,
 ) -> None:
     """The address is bound before the model is loaded: a taken port is reported at once."""
@@ -162,7 +167,7 @@ def _serve(
             typer.echo(f"weightcast: serving {engine.model_name} at {url}")
             write_ready(url)
 
-        run_server(app, engine, sock, announce)
+        run_server(app, engine, sock, announce, max_connections=max_connections)
 
 
 def _configure_logging(level: str, form: LogFormat) -> None:

@@ -10,13 +10,26 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
 
 from weightcast.engines.base import InferenceEngine
 from weightcast.errors import InvalidInput, WeightcastError
+from weightcast.server.connections import (
+    ACCEPTED_AT_ONCE,
+    LISTEN_BACKLOG,
+    MAX_CONNECTIONS,
+    BoundedProtocol,
+    Connections,
+    Limits,
+    RequestRoom,
+    SeldomFilter,
+    affordable,
+)
 from weightcast.written import write_whole
 
 logger = logging.getLogger(__name__)
@@ -69,13 +82,38 @@ def ready_file(path: Path | None) -> Iterator[Callable[[str], None]]:
             path.unlink(missing_ok=True)
 
 
-def run_server(app: Starlette, engine: InferenceEngine, sock: socket.socket, on_listening: Callable[[], None]) -> None:
+def run_server(
+    app: Starlette,
+    engine: InferenceEngine,
+    sock: socket.socket,
+    on_listening: Callable[[], None],
+    *,
+    max_connections: int = MAX_CONNECTIONS,
+) -> None:
     """Serve until SIGTERM or SIGINT; requests in flight then end with "abort". A second signal does not wait for them.
 
-    ``on_listening`` is called once connections are accepted. The engine is shut down before this returns. Main thread only.
+    ``on_listening`` is called once connections are accepted. There are at most ``max_connections``, fewer where the process may open
+    fewer files. The engine is shut down before this returns. Main thread only.
     """
-    config = uvicorn.Config(
-        app,
+    book = Connections(Limits(connections=affordable(max_connections)))
+    if book.limits.connections < max_connections:
+        logger.info("%d connections at a time: this process may open no more files", book.limits.connections)
+    logging.getLogger("uvicorn.error").addFilter(SeldomFilter())
+
+    def listening() -> None:
+        asyncio.get_running_loop().set_exception_handler(book.on_loop_error)
+        sock.listen(LISTEN_BACKLOG)
+        on_listening()
+
+    asyncio.run(_serve(_Server(server_config(app, book), listening), engine, sock))
+
+
+def server_config(app: Starlette, book: Connections) -> uvicorn.Config:
+    """How uvicorn serves an application whose connections stand in ``book``."""
+    protocol: Any = partial(BoundedProtocol, book=book)
+    return uvicorn.Config(
+        RequestRoom(app, book.limits.requests),
+        http=protocol,
         log_config=None,
         access_log=False,
         server_header=False,
@@ -83,8 +121,8 @@ def run_server(app: Starlette, engine: InferenceEngine, sock: socket.socket, on_
         lifespan="on",
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=DRAIN_TIMEOUT_S,
+        backlog=ACCEPTED_AT_ONCE,
     )
-    asyncio.run(_serve(_Server(config, on_listening), engine, sock))
 
 
 async def _serve(server: _Server, engine: InferenceEngine, sock: socket.socket) -> None:
