@@ -1,13 +1,15 @@
-"""The manifest: the ordered checkpoint tensors that a trainer publishes, and their *image*.
+"""The manifest: the checkpoint tensors that a trainer publishes, by name, and their *image*.
 
-The image is the virtual concatenation of all tensors in manifest order, each starting at a multiple of 256 bytes. Nobody
+The image is the virtual concatenation of all tensors in the order of their names, each starting at a multiple of 256 bytes. Nobody
 has to hold it: it gives every byte of the model one position, which is what digests count in and what arenas are laid
-out by. Gaps between tensors are zero bytes.
+out by. Gaps between tensors are zero bytes. As names alone decide the order, one content has one digest, whatever the order in which
+a source lists its tensors.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections.abc import Iterable
 from functools import cached_property
@@ -50,20 +52,25 @@ class TensorSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, dict=True):
-    """The ordered checkpoint tensors of one model; names are unique."""
+    """The checkpoint tensors of one model, sorted by name (by code points); names are unique. ``of`` sorts."""
 
     tensors: tuple[TensorSpec, ...]
 
     def __post_init__(self) -> None:
-        seen: set[str] = set()
-        for spec in self.tensors:
-            if spec.name in seen:
+        for spec, following in itertools.pairwise(self.tensors):
+            if spec.name == following.name:
                 raise InvalidInput(f"tensor {spec.name!r} is listed twice", field="tensors")
-            seen.add(spec.name)
+            if spec.name > following.name:
+                raise InvalidInput(
+                    f"a manifest is sorted by name, {following.name!r} comes after {spec.name!r}",
+                    field="tensors",
+                    hint="Make it with Manifest.of",
+                )
 
     @classmethod
     def of(cls, tensors: Iterable[TensorSpec]) -> Manifest:
-        return cls(tensors=tuple(tensors))
+        """The manifest of tensors that come in any order."""
+        return cls(tensors=tuple(sorted(tensors, key=lambda spec: spec.name)))
 
     def __len__(self) -> int:
         return len(self.tensors)
@@ -102,5 +109,5 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, dict=True):
 
     @cached_property
     def digest(self) -> str:
-        """Hex SHA-256 of the model's form (names, dtypes, shapes, order); equal forms have equal digests."""
+        """Hex SHA-256 of the model's form (names, dtypes, shapes); equal forms have equal digests."""
         return hashlib.sha256(msgspec.msgpack.encode(self)).hexdigest()

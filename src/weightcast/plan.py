@@ -16,13 +16,14 @@ import msgspec
 from weightcast.dtypes import itemsize_of
 from weightcast.errors import PlanMismatch
 from weightcast.layout import Layout, Placement, Region, contiguous_strides
-from weightcast.manifest import ALIGNMENT, Manifest
+from weightcast.manifest import ALIGNMENT, Manifest, TensorSpec
 
 
 class Copy(msgspec.Struct, frozen=True, kw_only=True):
     """One box of values from a source storage to a destination storage; offsets and strides in elements of each dtype.
 
-    When the dtypes differ the values are cast (round to nearest even) on the way; ``dst_dtype`` is what travels.
+    What lands is cast(landing's type, cast(published type, value)), each rounding to nearest even. Where the published type is
+    neither the holding's nor the landing's, ``via`` names it and values are cast twice; otherwise ``via`` is empty.
     """
 
     region: Region
@@ -34,6 +35,7 @@ class Copy(msgspec.Struct, frozen=True, kw_only=True):
     dst_dtype: str
     dst_offset: int
     dst_strides: tuple[int, ...]
+    via: str = ""
     is_whole: bool = False
     """The box is the whole tensor: in an arena, what follows it up to the next multiple of 256 bytes is padding."""
 
@@ -42,8 +44,13 @@ class Copy(msgspec.Struct, frozen=True, kw_only=True):
         return self.region.sizes
 
     @property
+    def is_plain(self) -> bool:
+        """Whether the bytes land as they are held: no cast, not even there and back."""
+        return self.src_dtype == self.dst_dtype and not self.via
+
+    @property
     def nbytes(self) -> int:
-        """Bytes that travel: the box in the destination's dtype."""
+        """Bytes that land: the box in the destination's dtype."""
         return self.region.numel * itemsize_of(self.dst_dtype)
 
 
@@ -57,7 +64,7 @@ def _offset_at(placement: Placement, region: Region) -> int:
     return placement.offset + sum((at - base) * stride for at, base, stride in start)
 
 
-def _copy(holding: Placement, landing: Placement, region: Region, *, is_whole: bool) -> Copy:
+def _copy(holding: Placement, landing: Placement, region: Region, spec: TensorSpec) -> Copy:
     return Copy(
         region=region,
         src_storage=holding.storage,
@@ -68,7 +75,8 @@ def _copy(holding: Placement, landing: Placement, region: Region, *, is_whole: b
         dst_dtype=landing.dtype,
         dst_offset=_offset_at(landing, region),
         dst_strides=landing.strides,
-        is_whole=is_whole,
+        via="" if spec.dtype in (holding.dtype, landing.dtype) else spec.dtype,
+        is_whole=region.is_whole(spec),
     )
 
 
@@ -116,7 +124,7 @@ def compile_plan(
                 if region is None:
                     continue
                 rank, holding = min(replicas, key=lambda item: load[item[0]])
-                copy = _copy(holding, landing, region, is_whole=region.is_whole(spec))
+                copy = _copy(holding, landing, region, spec)
                 load[rank] += copy.nbytes
                 covered += region.numel
                 plan.setdefault(rank, []).append(copy)
@@ -232,7 +240,7 @@ def _is_contiguous(sizes: Sequence[int], strides: Sequence[int]) -> bool:
 
 def as_run(copy: Copy) -> Run | None:
     """The copy as one run of bytes, or None when it is strided or casts."""
-    if copy.src_dtype != copy.dst_dtype:
+    if not copy.is_plain:
         return None
     if not (_is_contiguous(copy.sizes, copy.src_strides) and _is_contiguous(copy.sizes, copy.dst_strides)):
         return None

@@ -130,7 +130,7 @@ def test_an_arena_is_one_run_and_equals_the_sum_of_its_tensors() -> None:
     arena = torch.zeros(manifest.image_nbytes, dtype=torch.uint8)
     memory = Memory([arena])
     total = 0
-    for spec, placement in zip(specs, layout.placements, strict=True):
+    for spec, placement in zip(manifest.tensors, layout.placements, strict=True):
         values = _values(dtype_of(spec.dtype), spec.shape)
         memory.view(0, spec.dtype, placement.offset, spec.shape, placement.strides).copy_(values)
         total += digest_tensor(values, manifest.positions[spec.name])

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from weightcast.deadline import Deadline
+from weightcast.digest import LayoutDigest
 from weightcast.dtypes import dtype_of
 from weightcast.errors import DeadlineExceeded, InvalidInput, PlanMismatch
 from weightcast.layout import (
@@ -21,12 +22,13 @@ from weightcast.layout import (
     Region,
     contiguous_strides,
     image_layout,
+    is_padded,
     most_placements,
 )
 from weightcast.manifest import Manifest, TensorSpec, align
 from weightcast.memory import Memory
-from weightcast.plan import compile_plan, plan_digest, split
-from weightcast.replay import Replay
+from weightcast.plan import Copy, compile_plan, plan_digest, split
+from weightcast.replay import CPU_BLOCK_NBYTES, Replay
 
 DTYPES = ["float32", "bfloat16", "float8_e4m3fn", "int64", "bool"]
 
@@ -161,6 +163,55 @@ def test_two_arenas_in_the_same_order_are_one_copy() -> None:
     assert torch.equal(source.storages[0], target.storages[0])
 
 
+@st.composite
+def arenas(draw: st.DrawFn) -> tuple[Manifest, Layout, Layout]:
+    """A trainer's image, and an engine's memory of some rows of some tensors, at multiples of 256 bytes or side by side."""
+    sizes = st.sampled_from([1, 8, 20, 31, 32, 33, 50, 64, 65])
+    specs = [spec_of((draw(sizes),), f"t{i}") for i in draw(st.permutations(range(8)))]
+    placements, end, spaced = [], 0, draw(st.booleans())
+    for spec in specs:
+        if draw(st.booleans()):
+            continue
+        start = draw(st.sampled_from([0, 0, spec.numel // 2]))
+        region = Region(name=spec.name, offsets=(start,), sizes=(spec.numel - start,))
+        end = align(end) if spaced or draw(st.booleans()) else end
+        placements.append(Placement(region=region, dtype="float32", storage=0, offset=end // 4, strides=(1,)))
+        end += region.numel * 4
+    manifest = Manifest.of(specs)
+    return manifest, image_layout(manifest), Layout(placements=tuple(placements), storage_nbytes=(align(end),))
+
+
+@settings(max_examples=300, deadline=None)
+@given(problem=arenas())
+def test_padding_is_crossed_only_where_there_is_nothing_but_padding(problem: tuple[Manifest, Layout, Layout]) -> None:
+    """Whatever is sliced, left out or packed side by side: landings are right, gaps stay zero, and digests are those of each alone."""
+    manifest, held, landings = problem
+    values = random_values(manifest)
+    source, target, expected = (
+        Memory([torch.zeros(layout.storage_nbytes, dtype=torch.uint8)], is_arena=is_padded(layout.placements))
+        for layout in (held, landings, landings)
+    )
+    fill(source, held, values)
+    fill(expected, landings, values)
+    copies = compile_plan(manifest, {0: held}, landings).get(0, ())
+    Replay(copies, source, target).run()
+    assert torch.equal(target.storages[0], expected.storages[0])
+    sides = Layout(placements=tuple(map(source_of, copies)), storage_nbytes=held.storage_nbytes)
+    for layout, memory in ((landings, target), (sides, source)):
+        alone = LayoutDigest(manifest, layout).of(memory)
+        assert LayoutDigest(manifest, layout, gaps_are_zero=memory.is_arena).of(memory) == alone
+
+
+def source_of(copy: Copy) -> Placement:
+    return Placement(
+        region=copy.region,
+        dtype=copy.src_dtype,
+        storage=copy.src_storage,
+        offset=copy.src_offset,
+        strides=copy.src_strides,
+    )
+
+
 def test_replicas_share_the_load() -> None:
     specs = [TensorSpec(name=f"t{i}", dtype="float32", shape=(64,)) for i in range(30)]
     manifest = Manifest.of(specs)
@@ -207,18 +258,51 @@ def test_bad_records_are_refused(make: object) -> None:
         make()  # type: ignore[operator]
 
 
+def test_a_manifest_is_sorted_by_name() -> None:
+    specs = [spec_of((2,), name) for name in ("b", "a.1", "a", "B", "a.10")]
+    assert [spec.name for spec in Manifest.of(specs).tensors] == ["B", "a", "a.1", "a.10", "b"]
+    with pytest.raises(InvalidInput, match="sorted by name"):
+        Manifest(tensors=tuple(specs))
+
+
+@pytest.mark.parametrize("landing", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("published", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("held", ["float32", "bfloat16", "float16"])
+def test_values_are_cast_through_the_published_type(held: str, published: str, landing: str) -> None:
+    """In blocks where they are cast twice; also strided."""
+    rows = CPU_BLOCK_NBYTES // 2 // 500 + 7
+    for strides in ((500, 1), (1, rows)):
+        spec = TensorSpec(name="w", dtype=published, shape=(rows, 500))
+        sides = [
+            Layout(
+                placements=(Placement(region=Region.whole(spec), dtype=dtype, storage=0, offset=0, strides=steps),),
+                storage_nbytes=(rows * 500 * dtype_of(dtype).itemsize,),
+            )
+            for dtype, steps in ((held, (500, 1)), (landing, strides))
+        ]
+        (copies,) = compile_plan(Manifest.of([spec]), {0: sides[0]}, sides[1]).values()
+        assert copies[0].is_plain == (held == published == landing)
+        assert bool(copies[0].via) == (published not in (held, landing))
+        values = torch.randn(rows, 500).to(dtype_of(held))
+        target = Memory([torch.zeros(sides[1].storage_nbytes, dtype=torch.uint8)])
+        replay = Replay(copies, Memory([values.view(-1).view(torch.uint8)]), target)
+        replay.run()
+        assert (len(replay) > 1) == bool(copies[0].via)
+        live = target.view(0, landing, 0, (rows, 500), strides)
+        assert same_bytes(live, values.to(dtype_of(published)).to(dtype_of(landing)))
+
+
 def test_the_manifest_names_its_form() -> None:
     a = Manifest.of([spec_of((4,)), spec_of((2,), "v")])
-    assert a.digest == Manifest.of([spec_of((4,)), spec_of((2,), "v")]).digest
+    assert a.digest == Manifest.of([spec_of((2,), "v"), spec_of((4,))]).digest
     others = [
-        Manifest.of([spec_of((2,), "v"), spec_of((4,))]),
         Manifest.of([spec_of((4,)), spec_of((2,), "u")]),
         Manifest.of([spec_of((4, 1)), spec_of((2,), "v")]),
         Manifest.of([TensorSpec(name="w", dtype="int32", shape=(4,)), spec_of((2,), "v")]),
     ]
-    assert len({a.digest, *(other.digest for other in others)}) == 5
+    assert len({a.digest, *(other.digest for other in others)}) == 4
     assert a.nbytes == 24
-    assert a.positions == {"w": 0, "v": 256}
+    assert a.positions == {"v": 0, "w": 256}
     assert math.prod(a["w"].shape) == a["w"].numel
 
 

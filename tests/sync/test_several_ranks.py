@@ -33,8 +33,8 @@ from weightcast.trainer.proof import ExpectedDigest
 from weightcast.transports.registry import registry
 from weightcast.transports.tcp import TcpTrainerEnd
 
-Case = tuple[str, str, str, int, "torch.dtype | None"]
-"""Transport, mode, kind of source, workers, and the workers' dtype where it is not the trainer's."""
+Case = tuple[str, str, str, int, "torch.dtype | None", "torch.dtype | None"]
+"""Transport, mode, kind of source, workers, the workers' dtype and the published one where they are not the trainer's."""
 Told = tuple[str, str, float]
 """Name and text of the error of a call (or no name, and a version), and the seconds it took."""
 SHAPES = {"rows": (7, 5), "columns": (6, 9), "tiny": (1, 3), "replica": (4, 4), "plain": (11,), "grid": (5, 6)}
@@ -124,6 +124,7 @@ def three_rounds(
     mode: str,
     workers: int,
     dtype: torch.dtype | None,
+    published: torch.dtype | None = None,
 ) -> list[str]:
     """Publish three times and compare every live byte on rank 0. ``fresh(seed)`` gives whole values and this rank's part."""
     seed, rank = agreed_seed(), dist.get_rank()
@@ -136,12 +137,20 @@ def three_rounds(
     versions = []
     try:
         with Publisher(
-            source, engines, process_group=dist.group.WORLD, transport=transport, mode=mode, timeout_s=TIMEOUT_S
+            source,
+            engines,
+            process_group=dist.group.WORLD,
+            dtype=published,
+            transport=transport,
+            mode=mode,
+            timeout_s=TIMEOUT_S,
         ) as publisher:
             publisher.connect()
             for number in (1, 2, 3):
                 whole, mine = fresh(seed + number)
                 overwrite(held, mine)
+                if published is not None:
+                    whole = {name: value.to(published) for name, value in whole.items()}
                 report = publisher.publish()
                 assert report.number == number
                 assert report.digests_match
@@ -177,7 +186,7 @@ def publish_in_every_way(rank: int, size: int, folder: str, cases: list[Case]) -
     with process_group(rank, size, folder):
         told = []
         registry().register(SharingTcp.name, SharingTcp)
-        for transport, mode, kind, workers, dtype in cases:
+        for transport, mode, kind, workers, dtype, published in cases:
 
             def fresh(seed: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
                 whole = checkpoint(seed)
@@ -185,7 +194,18 @@ def publish_in_every_way(rank: int, size: int, folder: str, cases: list[Case]) -
 
             held = fresh(agreed_seed())[1]
             source = as_module(held) if kind == "module" else held
-            told.append(three_rounds(held, source, fresh, transport=transport, mode=mode, workers=workers, dtype=dtype))
+            told.append(
+                three_rounds(
+                    held,
+                    source,
+                    fresh,
+                    transport=transport,
+                    mode=mode,
+                    workers=workers,
+                    dtype=dtype,
+                    published=published,
+                )
+            )
         return told
 
 
@@ -195,19 +215,24 @@ def publish_in_every_way(rank: int, size: int, folder: str, cases: list[Case]) -
         (
             2,
             [
-                ("shm", "staged", "module", 1, None),
-                ("tcp", "staged", "state dict", 2, None),
-                ("shared_tcp", "staged", "module", 1, None),
-                ("shm", "in_place", "state dict", 1, torch.bfloat16),
-                ("tcp", "in_place", "module", 1, torch.bfloat16),
+                ("shm", "staged", "module", 1, None, None),
+                ("tcp", "staged", "state dict", 2, None, None),
+                ("shared_tcp", "staged", "module", 1, None, None),
+                ("shm", "in_place", "state dict", 1, torch.bfloat16, None),
+                ("tcp", "in_place", "module", 1, torch.bfloat16, None),
+                ("shm", "staged", "module", 2, None, torch.bfloat16),
+                ("shm", "in_place", "state dict", 1, None, torch.float16),
+                ("tcp", "staged", "state dict", 1, torch.float16, torch.bfloat16),
+                ("tcp", "in_place", "module", 2, None, torch.bfloat16),
             ],
         ),
         (
             3,
             [
-                ("tcp", "staged", "module", 2, torch.bfloat16),
-                ("shared_tcp", "staged", "module", 1, torch.bfloat16),
-                ("shm", "in_place", "module", 1, None),
+                ("tcp", "staged", "module", 2, torch.bfloat16, None),
+                ("shared_tcp", "staged", "module", 1, torch.bfloat16, None),
+                ("shm", "in_place", "module", 1, None, None),
+                ("shared_tcp", "staged", "module", 1, None, torch.bfloat16),
             ],
         ),
     ],
@@ -226,6 +251,7 @@ def publish_trained(rank: int, size: int, folder: str) -> list[list[str]]:
     with process_group(rank, size, folder):
         seed = agreed_seed()
         told += [train_and_publish(seed, "shm"), train_and_publish(seed + 1, "tcp")]
+        told += [train_and_publish(seed, "shm", torch.bfloat16), train_and_publish(seed + 1, "tcp", torch.float16)]
         mesh = init_device_mesh("cpu", (2, 2))
         ways = {
             "both": [Shard(0), Shard(1)],
@@ -245,7 +271,8 @@ def publish_trained(rank: int, size: int, folder: str) -> list[list[str]]:
     return told
 
 
-def train_and_publish(seed: int, transport: str) -> list[str]:
+def train_and_publish(seed: int, transport: str, published: torch.dtype = torch.float32) -> list[str]:
+    """The engine is in float32, whatever is published."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
     for layer in (model[0], model[2], model):
@@ -256,14 +283,19 @@ def train_and_publish(seed: int, transport: str) -> list[str]:
     versions = []
     try:
         with Publisher(
-            model, engines, process_group=dist.group.WORLD, transport=transport, timeout_s=TIMEOUT_S
+            model,
+            engines,
+            process_group=dist.group.WORLD,
+            dtype=published,
+            transport=transport,
+            timeout_s=TIMEOUT_S,
         ) as publisher:
             for _ in range(3):
                 optimizer.zero_grad()
                 model(torch.randn(4, 5)).square().sum().backward()
                 optimizer.step()
                 report = publisher.publish()
-                whole = {name: value.full_tensor() for name, value in model.state_dict().items()}
+                whole = {name: value.full_tensor().to(published) for name, value in model.state_dict().items()}
                 assert report.digests_match
                 assert all(engine.models[0].holds(whole) for engine in engines)
                 versions.append(report.version)

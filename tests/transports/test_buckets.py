@@ -10,8 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from weightcast.dtypes import dtype_of, itemsize_of
 from weightcast.errors import InvalidInput
+from weightcast.layout import Layout, Placement, Region
+from weightcast.manifest import Manifest, TensorSpec
 from weightcast.memory import Memory
+from weightcast.plan import compile_plan
 from weightcast.testing.transport_cases import CASES
 from weightcast.transports.buckets import new_buffers, packer, schedule, unpacker
 
@@ -34,7 +38,7 @@ def test_schedule_carries_every_element_once_in_aligned_pieces(seed: int, name: 
         for piece in bucket.pieces:
             assert piece.offset % 256 == 0
             assert piece.offset >= end
-            end = piece.offset + piece.copy.nbytes
+            end = piece.offset + piece.nbytes
             carried[piece.copy.region.name] = carried.get(piece.copy.region.name, 0) + piece.copy.region.numel
         assert end == bucket.nbytes
     assert carried == {copy.region.name: copy.region.numel for copy in copies if copy.region.numel}
@@ -45,10 +49,44 @@ def test_buckets_are_filled() -> None:
     copies = CASES["tiny"](random.Random(random.SystemRandom().getrandbits(32))).copies
     buckets = schedule(copies, 4096)
     for bucket, following in itertools.pairwise(buckets):
-        assert -(-bucket.nbytes // 256) * 256 + following.pieces[0].copy.nbytes > 4096
+        assert -(-bucket.nbytes // 256) * 256 + following.pieces[0].nbytes > 4096
 
 
-@pytest.mark.parametrize("name", ["strided", "casts", "dtypes"])
+@pytest.mark.parametrize(
+    ("held", "published", "landing", "travels"),
+    [
+        ("float32", "bfloat16", "float32", "bfloat16"),
+        ("float32", "bfloat16", "float16", "float16"),
+        ("float32", "float32", "bfloat16", "bfloat16"),
+        ("bfloat16", "bfloat16", "float32", "bfloat16"),
+        ("bfloat16", "float32", "float32", "bfloat16"),
+        ("float16", "float32", "float16", "float16"),
+        ("float32", "float32", "float32", "float32"),
+    ],
+)
+def test_the_narrower_of_published_and_landing_type_travels(
+    held: str, published: str, landing: str, travels: str
+) -> None:
+    numel = 1000
+    spec = TensorSpec(name="w", dtype=published, shape=(numel,))
+    holdings, landings = (
+        Layout(
+            placements=(Placement(region=Region.whole(spec), dtype=dtype, storage=0, offset=0, strides=(1,)),),
+            storage_nbytes=(numel * itemsize_of(dtype),),
+        )
+        for dtype in (held, landing)
+    )
+    (bucket,) = schedule(compile_plan(Manifest.of([spec]), {0: holdings}, landings)[0], 2**20)
+    assert bucket.nbytes == numel * itemsize_of(travels)
+    values = torch.randn(numel).to(dtype_of(held))
+    buffer, target = (torch.zeros(numel * 4, dtype=torch.uint8) for _ in range(2))
+    packer(bucket, Memory([values.view(torch.uint8)]), buffer).run()
+    unpacker(bucket, buffer, Memory([target])).run()
+    expected = values.to(dtype_of(published)).to(dtype_of(landing))
+    assert torch.equal(target[: expected.nbytes].view(expected.dtype), expected)
+
+
+@pytest.mark.parametrize("name", ["strided", "casts", "published", "dtypes"])
 def test_packed_and_unpacked_equals_the_oracle(name: str) -> None:
     seed = random.SystemRandom().getrandbits(32)
     case = CASES[name](random.Random(seed))

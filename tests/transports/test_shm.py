@@ -141,7 +141,7 @@ def test_bytes_and_their_digest_come_in_one_pass(monkeypatch: pytest.MonkeyPatch
     pytest.importorskip("numba")
     monkeypatch.setattr(cpu, "WORTH_NBYTES", 0)
     monkeypatch.setattr(shm.Replay, "run", lambda self: pytest.fail("copied without a digest"))
-    specs = [TensorSpec(name=f"w{i}", dtype="bfloat16", shape=(random.randint(1, 900), 8)) for i in range(50)]
+    specs = [TensorSpec(name=f"w{i:02}", dtype="bfloat16", shape=(random.randint(1, 900), 8)) for i in range(50)]
     manifest = Manifest.of(specs)
     held = image_layout(manifest)
     alone = Layout(
@@ -200,7 +200,7 @@ def test_what_is_prepared_is_not_compiled_again_and_writes_nothing(
 
 
 def test_storages_side_by_side_become_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
-    specs = [TensorSpec(name=f"w{i}", dtype="bfloat16", shape=(random.randint(1, 300),)) for i in range(200)]
+    specs = [TensorSpec(name=f"w{i:03}", dtype="bfloat16", shape=(random.randint(1, 300),)) for i in range(200)]
     manifest = Manifest.of(specs)
     placements = tuple(
         Placement(region=Region.whole(spec), dtype="bfloat16", storage=i, offset=0, strides=(1,))

@@ -20,6 +20,7 @@ from weightcast.layout import Layout, Placement
 from weightcast.manifest import Manifest
 from weightcast.memory import Memory
 from weightcast.plan import Copy, as_run, landing_of, shared_landings
+from weightcast.replay import Boxes
 
 TILE_BLOCKS = 1
 CHUNK_WORDS = 2048
@@ -66,8 +67,7 @@ class ProvenReplay:
                 rest.append(landing)
         self._fused = _ProvenRuns(fused, device)
         self._runs = CopyRuns(runs, device)
-        self._dst = [dst.view(c.dst_storage, c.dst_dtype, c.dst_offset, c.sizes, c.dst_strides) for c in views]
-        self._src = [src.view(c.src_storage, c.src_dtype, c.src_offset, c.sizes, c.src_strides) for c in views]
+        self._boxes = Boxes(views, src, dst)
         sizes = tuple(storage.numel() for storage in dst.storages)
         self._rest = LayoutDigest(manifest, Layout(placements=tuple(rest), storage_nbytes=sizes)) if rest else None
 
@@ -83,8 +83,7 @@ class ProvenReplay:
         """Queue all copies; returns the bytes that will have been written."""
         self._fused.run()
         self._runs.run()
-        if self._dst:
-            torch._foreach_copy_(self._dst, self._src)
+        self._boxes.run()
         return self.nbytes
 
     def total(self) -> int:

@@ -9,6 +9,7 @@ import torch
 from weightcast.cuda.runs import CopyRuns
 from weightcast.memory import Memory
 from weightcast.plan import Copy, merge
+from weightcast.replay import Boxes
 
 
 class CudaReplay:
@@ -30,8 +31,7 @@ class CudaReplay:
             for run in runs
         ]
         self._runs = CopyRuns(addresses, device)
-        self._dst = [dst.view(c.dst_storage, c.dst_dtype, c.dst_offset, c.sizes, c.dst_strides) for c in rest]
-        self._src = [src.view(c.src_storage, c.src_dtype, c.src_offset, c.sizes, c.src_strides) for c in rest]
+        self._boxes = Boxes(rest, src, dst)
 
     def prepare(self) -> None:
         """Compile and load the kernel of ``run``; nothing is copied."""
@@ -41,6 +41,5 @@ class CudaReplay:
     def run(self) -> int:
         """Queue all copies; returns the bytes that will have been written."""
         self._runs.run()
-        if self._dst:
-            torch._foreach_copy_(self._dst, self._src)
+        self._boxes.run()
         return self.nbytes

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from weightcast.digest import LayoutDigest
+from weightcast.dtypes import dtype_of, itemsize_of
 from weightcast.layout import Layout, Placement, Region, contiguous_strides
 from weightcast.manifest import Manifest, TensorSpec
 from weightcast.memory import Memory
@@ -84,7 +85,7 @@ class ProvenSuite(ABC):
             )
             for c in case.copies
         )
-        if any(copy.src_dtype != copy.dst_dtype for copy in copies):
+        if not all(copy.is_plain for copy in copies):
             pytest.skip("random bytes cast to NaNs, whose bits no two devices agree on")
         specs: dict[str, TensorSpec] = {}
         for copy in copies:
@@ -93,13 +94,21 @@ class ProvenSuite(ABC):
         src, dst = _random(list(case.src_nbytes)), _random(list(case.dst_nbytes))
         self.check(copies, Manifest.of(specs.values()), src, dst)
 
-    def test_casts_from_float32_masters(self, rng: random.Random) -> None:
+    @pytest.mark.parametrize("landing", ["bfloat16", "float16", "float32"])
+    def test_casts_from_float32_masters(self, landing: str, rng: random.Random) -> None:
+        """Published in bfloat16, whatever the engine's type."""
         shape = (rng.randint(2, 50), 3 * rng.randint(1, 400))
         spec = TensorSpec(name="w", dtype="bfloat16", shape=shape)
-        manifest = Manifest.of([spec])
-        held = [msgspec.structs.replace(_whole(spec), dtype="float32")]
-        copies = _plan(manifest, held, [spec.numel * 4], [_whole(spec)], spec.nbytes)
-        self.check(copies, manifest, [torch.randn(shape).view(-1).view(torch.uint8).clone()], _random([spec.nbytes]))
+        manifest, nbytes = Manifest.of([spec]), spec.numel * itemsize_of(landing)
+        held, wanted = ([msgspec.structs.replace(_whole(spec), dtype=dtype)] for dtype in ("float32", landing))
+        copies = _plan(manifest, held, [spec.numel * 4], wanted, nbytes)
+        values, target = torch.randn(shape).view(-1), _random([nbytes])
+        self.check(copies, manifest, [values.view(torch.uint8).clone()], target)
+        dst = Memory([target[0].to(self.device)])
+        self.compile(copies, Memory([values.view(torch.uint8).to(self.device)]), dst, manifest)()
+        assert torch.equal(
+            dst.view(0, landing, 0, shape, (shape[1], 1)).cpu().view(-1), values.bfloat16().to(dtype_of(landing))
+        )
 
     def test_landings_that_others_overwrite(self, rng: random.Random) -> None:
         """Tied parameters of the engine, two different tensors of the trainer: what lies there is one of them, and says so."""

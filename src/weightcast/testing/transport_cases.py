@@ -16,6 +16,7 @@ from weightcast.dtypes import DTYPE_NAMES, dtype_of, itemsize_of
 from weightcast.layout import Layout, Placement, Region
 from weightcast.manifest import Manifest, TensorSpec, align
 from weightcast.plan import Copy, compile_plan
+from weightcast.replay import CPU_BLOCK_NBYTES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +33,7 @@ class TransportCase:
         for copy in self.copies:
             if copy.src_dtype == "bool":
                 _limit_to_bool(storages, copy)
-            elif copy.src_dtype != copy.dst_dtype:
+            elif not copy.is_plain:
                 _put_finite(storages, copy, generator)
         return storages
 
@@ -45,8 +46,10 @@ class TransportCase:
         storages = [storage.clone() for storage in canary]
         for copy in self.copies:
             source = _gather(values[copy.src_storage], copy.src_dtype, copy.src_offset, copy.sizes, copy.src_strides)
-            if copy.src_dtype != copy.dst_dtype:
-                numbers = source.reshape(-1).view(dtype_of(copy.src_dtype)).to(dtype_of(copy.dst_dtype))
+            if not copy.is_plain:
+                numbers = source.reshape(-1).view(dtype_of(copy.src_dtype))
+                for dtype in filter(None, (copy.via, copy.dst_dtype)):
+                    numbers = numbers.to(dtype_of(dtype))
                 source = numbers.view(torch.uint8).reshape(-1, itemsize_of(copy.dst_dtype))
             where = _byte_indices(copy.dst_dtype, copy.dst_offset, copy.sizes, copy.dst_strides)
             storages[copy.dst_storage][where.reshape(-1)] = source.reshape(-1)
@@ -87,6 +90,21 @@ def cast_case(rng: random.Random) -> TransportCase:
     return _random_case(
         rng, specs, permute=True, shard=True, landing_dtype=lambda _: rng.choice(("bfloat16", "float32", "float16"))
     )
+
+
+def published_case(rng: random.Random) -> TransportCase:
+    """A trainer that publishes in another type than it holds, and an engine with types of its own: some values are cast twice,
+    also where both ends have one type. One tensor is larger than a block between two casts on a CPU."""
+    types = ("float32", "bfloat16", "float16")
+    shapes = [(rng.randint(1, 30), rng.randint(1, 50)) for _ in range(30)]
+    specs = [TensorSpec(name=f"w{i}", dtype=rng.choice(types), shape=shape) for i, shape in enumerate(shapes)]
+    large = CPU_BLOCK_NBYTES // itemsize_of("float32") // 50
+    specs.append(TensorSpec(name="large", dtype="bfloat16", shape=(large + rng.randint(1, 99), 50)))
+
+    def end_dtype(spec: TensorSpec) -> str:
+        return "float32" if spec.name == "large" else rng.choice(types)
+
+    return _random_case(rng, specs, permute=True, holding_dtype=end_dtype, landing_dtype=end_dtype)
 
 
 def tiny_case(rng: random.Random) -> TransportCase:
@@ -144,6 +162,7 @@ CASES: dict[str, Callable[[random.Random], TransportCase]] = {
     "dtypes": dtype_case,
     "strided": strided_case,
     "casts": cast_case,
+    "published": published_case,
     "tiny": tiny_case,
     "large": large_case,
 }
@@ -160,10 +179,11 @@ def _random_case(
     *,
     permute: bool,
     shard: bool = False,
+    holding_dtype: Callable[[TensorSpec], str] = lambda spec: spec.dtype,
     landing_dtype: Callable[[TensorSpec], str] = lambda spec: spec.dtype,
 ) -> TransportCase:
     manifest = Manifest.of(specs)
-    held = [(Region.whole(spec), spec.dtype) for spec in specs]
+    held = [(Region.whole(spec), holding_dtype(spec)) for spec in specs]
     wanted = [(_box(rng, spec) if shard else Region.whole(spec), landing_dtype(spec)) for spec in specs]
     return _case(manifest, _random_layout(rng, held, permute), _random_layout(rng, wanted, permute))
 

@@ -11,6 +11,7 @@ from weightcast.control.coordinator import Coordinator
 from weightcast.control.link import JoinInfo
 from weightcast.deadline import Deadline
 from weightcast.digest import version_name, version_number
+from weightcast.dtypes import name_of
 from weightcast.errors import RoundFailed, StateError, WeightcastError
 from weightcast.report.model import Report
 from weightcast.trainer.clients import EngineClient, SyncEngine, make_client
@@ -134,7 +135,7 @@ class Lead:
         failures = self._presence.bring_up(self._fleet.engines, deadline)
         if self._presence.is_too_little(failures):
             raise join_error(failures)
-        self._was_connected = True
+        self._note_connected()
         self._fleet.content(deadline)  # its tables and kernels are made here, and not in the first round
         for error in failures.values():
             logger.warning("not connected: %s", str(error))
@@ -147,6 +148,24 @@ class Lead:
                     if self._require == "all":
                         raise
                     logger.warning("%s was not brought to what the others serve: %s", engine.name, str(error))
+
+    def _note_connected(self) -> None:
+        """The first time that engines are there, say where ``dtype`` rounds values that an engine could hold exactly."""
+        if not self._was_connected and self._source.dtype is not None:
+            self._warn_of_rounding(name_of(self._source.dtype))
+        self._was_connected = True
+
+    def _warn_of_rounding(self, dtype: str) -> None:
+        manifest = self._ranks.manifest
+        for engine in self._fleet.engines:
+            if wider := engine.wider(manifest, dtype):
+                name, kept = min(wider.items())
+                logger.warning(
+                    "%s keeps %d of %d tensors wider than dtype=%s (%r in %s): what goes live there is rounded to %s. "
+                    "Leave dtype out to publish each value as it is given",
+                    *(engine.name, len(wider), len(manifest), dtype, name, kept, dtype),
+                )
+                return
 
     def _add(self, engine: str | EngineClient | SyncEngine, deadline: Deadline) -> Report | None:
         link = EngineLink(make_client(engine, token=self._token))
@@ -185,7 +204,7 @@ class Lead:
                     if self._was_connected
                     else join_error(absent)
                 )
-            self._was_connected = True
+            self._note_connected()
             if self._ranks.alone:
                 self._source.fill()
                 check = self._source.check

@@ -9,7 +9,9 @@ from typing import Any, Protocol
 from weightcast.control.coordinator import Member
 from weightcast.deadline import Deadline
 from weightcast.digest import version_number
+from weightcast.dtypes import itemsize_of
 from weightcast.errors import DeadlineExceeded, EngineError, PeerLost, WeightcastError
+from weightcast.manifest import Manifest
 from weightcast.messages import Failed, Landings
 from weightcast.plan import Plan
 from weightcast.trainer.clients.base import EngineClient
@@ -116,6 +118,15 @@ class EngineLink:
             raise EngineError("its status does not say what it serves", engine=self.name)
         self.version, self.dirty = version, dirty
         self.digest = str(status.get("digest") or "")
+
+    def wider(self, manifest: Manifest, dtype: str) -> dict[str, str]:
+        """The tensors published in ``dtype`` that a worker keeps in a wider type, and that type."""
+        return {
+            placement.region.name: placement.dtype
+            for worker in self.workers
+            for placement in worker.landings.layout.placements
+            if manifest[placement.region.name].dtype == dtype and itemsize_of(placement.dtype) > itemsize_of(dtype)
+        }
 
     def suspect(self) -> int | None:
         """The rank of the worker that a failure is about which names none: the only one, or the one that is lost."""

@@ -17,6 +17,7 @@ from weightcast.layout import Layout, Placement, contiguous_strides
 from weightcast.manifest import Manifest, align
 from weightcast.memory import Memory
 from weightcast.plan import Copy, Plan, split
+from weightcast.replay import Boxes
 
 SCRATCH_NBYTES = 2**28
 """Values that are cast on their way are cast here, too, so many bytes at a time."""
@@ -35,10 +36,10 @@ class ExpectedDigest:
     """The digest of the source's values in the regions and dtypes of some copies."""
 
     def __init__(self, manifest: Manifest, copies: Sequence[Copy], memory: Memory) -> None:
-        held = tuple(_source_side(copy) for copy in copies if copy.src_dtype == copy.dst_dtype)
+        held = tuple(_source_side(copy) for copy in copies if copy.is_plain)
         layout = Layout(placements=held, storage_nbytes=tuple(s.numel() for s in memory.storages))
         self._plain = LayoutDigest(manifest, layout, gaps_are_zero=memory.is_arena)
-        self._casts = _Casts(manifest, [copy for copy in copies if copy.src_dtype != copy.dst_dtype and copy.nbytes])
+        self._casts = _Casts(manifest, [copy for copy in copies if copy.nbytes and not copy.is_plain])
 
         # Here, when a Publisher connects, and not in its first round.
         self._plain.prepare(memory)
@@ -92,7 +93,7 @@ class _Casts:
             LayoutDigest(manifest, Layout(placements=tuple(map(_scratch_side, batch)), storage_nbytes=(end,)))
             for batch, end in self._batches
         ]
-        self._compiled: tuple[int, Memory, list[tuple[list[torch.Tensor], list[torch.Tensor]]]] | None = None
+        self._compiled: tuple[int, Memory, list[Boxes]] | None = None
 
     @torch.no_grad()
     def start(self, memory: Memory, check: Callable[[], None]) -> Callable[[], int]:
@@ -100,15 +101,15 @@ class _Casts:
         that order."""
         if not self._batches:
             return int
-        scratch, pairs = self._compiled_for(memory)
+        scratch, casts = self._compiled_for(memory)
         waits: list[Callable[[], int]] = []
-        for (casts, values), digest in zip(pairs, self._digests, strict=True):
+        for cast, digest in zip(casts, self._digests, strict=True):
             if scratch.storages[0].is_cuda:
-                torch._foreach_copy_(casts, values)
+                cast.run()
                 waits.append(digest.start(scratch))
             else:
                 check()
-                torch._foreach_copy_(casts, values)
+                cast.run()
                 waits.append(partial(int, digest.of(scratch, check)))
         return lambda: combine(wait() for wait in waits)
 
@@ -119,21 +120,16 @@ class _Casts:
             for digest in self._digests:
                 digest.prepare(scratch)
 
-    def _compiled_for(self, memory: Memory) -> tuple[Memory, list[tuple[list[torch.Tensor], list[torch.Tensor]]]]:
+    def _compiled_for(self, memory: Memory) -> tuple[Memory, list[Boxes]]:
         if self._compiled is None or self._compiled[0] != memory.number:
             self._compiled = (memory.number, *self._compile(memory))
         return self._compiled[1:]
 
     @torch.inference_mode(False)
-    def _compile(self, memory: Memory) -> tuple[Memory, list[tuple[list[torch.Tensor], list[torch.Tensor]]]]:
+    def _compile(self, memory: Memory) -> tuple[Memory, list[Boxes]]:
         device = memory.storages[0].device
         scratch = Memory([torch.zeros(self._nbytes, dtype=torch.uint8, device=device)])
-        pairs = []
-        for batch, _ in self._batches:
-            casts = [scratch.view(0, c.dst_dtype, c.dst_offset, c.sizes, c.dst_strides) for c in batch]
-            values = [memory.view(c.src_storage, c.src_dtype, c.src_offset, c.sizes, c.src_strides) for c in batch]
-            pairs.append((casts, values))
-        return scratch, pairs
+        return scratch, [Boxes(batch, memory, scratch) for batch, _ in self._batches]
 
 
 def _batches(copies: Sequence[Copy]) -> Iterator[tuple[list[Copy], int]]:
@@ -159,7 +155,9 @@ def _scratch_side(copy: Copy) -> Placement:
 
 def copies_key(copies: Sequence[Copy]) -> str:
     """Equal for sets of copies with equal expected digests: workers that want the same share one computation."""
-    wanted = [(copy.region, copy.src_storage, copy.src_offset, copy.src_strides, copy.dst_dtype) for copy in copies]
+    wanted = [
+        (copy.region, copy.src_storage, copy.src_offset, copy.src_strides, copy.via, copy.dst_dtype) for copy in copies
+    ]
     return hashlib.sha256(msgspec.msgpack.encode(wanted)).hexdigest()
 
 

@@ -1,7 +1,8 @@
 """Buckets: copies cut and packed into byte buffers of one size, in a schedule that both sides derive alike.
 
-Pure. A piece starts at a multiple of 256 bytes of its bucket and lies there row-major in the destination's dtype: casts
-happen on the sending side, so what travels is what lands.
+Pure. A piece starts at a multiple of 256 bytes of its bucket and lies there row-major. It travels in the published type or in the
+destination's, whichever is narrower: values are cast to that type on the sending side, and to the destination's, where that is
+another one, on the receiving side.
 """
 
 from __future__ import annotations
@@ -21,10 +22,16 @@ from weightcast.replay import Replay
 
 
 class Piece(msgspec.Struct, frozen=True, kw_only=True):
-    """A copy (or a part of one) and the byte of the bucket where its values begin."""
+    """A copy (or a part of one), the type that its values travel in, and the byte of the bucket where they begin."""
 
     copy: Copy
+    dtype: str
     offset: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that travel."""
+        return self.copy.region.numel * itemsize_of(self.dtype)
 
 
 class Bucket(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,15 +58,22 @@ def schedule(copies: Iterable[Copy], bucket_nbytes: int) -> tuple[Bucket, ...]:
     for copy in split(copies, bucket_nbytes):
         if copy.region.numel == 0:
             continue
-        offset = align(end)
-        if offset + copy.nbytes > bucket_nbytes:
+        piece = Piece(copy=copy, dtype=_travels_as(copy), offset=align(end))
+        if piece.offset + piece.nbytes > bucket_nbytes:
             buckets.append(Bucket(pieces=tuple(pieces), nbytes=end))
-            pieces, offset = [], 0
-        pieces.append(Piece(copy=copy, offset=offset))
-        end = offset + copy.nbytes
+            pieces, piece = [], msgspec.structs.replace(piece, offset=0)
+        pieces.append(piece)
+        end = piece.offset + piece.nbytes
     if pieces:
         buckets.append(Bucket(pieces=tuple(pieces), nbytes=end))
     return tuple(buckets)
+
+
+def _travels_as(copy: Copy) -> str:
+    """The narrower of the published type and the destination's. Where ``via`` is empty one cast is all there is, at whichever
+    end: then it is the narrower of the holding's type and the destination's."""
+    published = copy.via or copy.src_dtype
+    return published if itemsize_of(published) < itemsize_of(copy.dst_dtype) else copy.dst_dtype
 
 
 def packer(bucket: Bucket, memory: Memory, buffer: torch.Tensor) -> Replay:
@@ -81,13 +95,15 @@ def new_buffers(buckets: Sequence[Bucket], count: int, device: torch.device | st
 
 
 def into_bucket(piece: Piece) -> Copy:
-    """The copy from the source's memory into a memory whose one storage is the bucket's buffer; casts happen here."""
+    """The copy from the source's memory into a memory whose one storage is the bucket's buffer."""
     copy = piece.copy
     return msgspec.structs.replace(
         copy,
         dst_storage=0,
-        dst_offset=piece.offset // itemsize_of(copy.dst_dtype),
+        dst_dtype=piece.dtype,
+        dst_offset=piece.offset // itemsize_of(piece.dtype),
         dst_strides=contiguous_strides(copy.sizes),
+        via=copy.via if piece.dtype == copy.dst_dtype else "",
     )
 
 
@@ -97,7 +113,8 @@ def out_of_bucket(piece: Piece) -> Copy:
     return msgspec.structs.replace(
         copy,
         src_storage=0,
-        src_dtype=copy.dst_dtype,
-        src_offset=piece.offset // itemsize_of(copy.dst_dtype),
+        src_dtype=piece.dtype,
+        src_offset=piece.offset // itemsize_of(piece.dtype),
         src_strides=contiguous_strides(copy.sizes),
+        via="",
     )

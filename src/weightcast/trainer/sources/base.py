@@ -19,6 +19,8 @@ class Source(ABC):
     """Holdings of the manifest's tensors in ``memory``."""
     memory: Memory
     device: torch.device
+    dtype: torch.dtype | None = None
+    """The type that the user wants floating-point tensors to be published in; None: the type of each."""
     is_copied = False
     """Whether ``refresh`` copies the values into ``memory``, where the user's tensors do not lie."""
 

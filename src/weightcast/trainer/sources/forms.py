@@ -25,17 +25,17 @@ class Forms:
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        self._names = list(tensors)
+        self._names = sorted(tensors)
         self._kinds: list[type] = []
-        self._known = [_form(value) for value in tensors.values()]
-        values = list(tensors.values())
+        values = list(map(tensors.__getitem__, self._names))
+        self._known = list(map(_form, values))
         local = self._locals(values)
         self._bulk = self._properties(values, local)
         self._seen = self._identities(values, local)
 
     @torch.no_grad()
     def locals_of(self, tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-        """What this process holds of each tensor, in the order of connect; StateError names the first that changed."""
+        """What this process holds of each tensor, in the order of names; StateError names the first that changed."""
         values: list[Any] = list(map(tensors.get, self._names))
         if NoneType in map(type, values):
             self._name_the_change(values)

@@ -34,11 +34,12 @@ class ModuleSource(Source):
         dtype: torch.dtype | None = None,
         names: Mapping[str, torch.Tensor] | Content | None = None,
     ) -> None:
-        self._module = module
+        self._module, self.dtype = module, dtype
         content = (
             names if isinstance(names, Content) else read_module(module) if names is None else Content.plain(names)
         )
-        tensors, forms = content.tensors, content.forms
+        # In the manifest's order, so that a memory that the parameters move to is laid out as the image is.
+        tensors, forms = content.tensors, sorted(content.forms, key=operator.attrgetter("name"))
         if not forms:
             raise InvalidInput("the module has no parameters", field="source")
         check_kinds(tensors)
@@ -199,8 +200,28 @@ def refuse_moved(now: list[int], then: list[int]) -> None:
         )
 
 
+_CASTABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
 def published_dtype(held: torch.dtype, wanted: torch.dtype | None) -> str:
-    return name_of(wanted if wanted is not None and held.is_floating_point else held)
+    """The name of the type that a tensor is published in. Integers, and values in float8, which have scales, stay as they are.
+
+    Raises InvalidInput for a wanted type that a cast alone does not make.
+    """
+    _check_dtype(wanted)
+    return name_of(wanted if wanted is not None and held in _CASTABLE else held)
+
+
+def _check_dtype(dtype: object) -> None:
+    if dtype is None or dtype in _CASTABLE:
+        return
+    if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
+        reason = f"values in {dtype} mean nothing without scales, which a cast does not make"
+        hint = "Leave dtype out and give the quantised tensors with their scales, as a checkpoint has them"
+    else:
+        reason = f"dtype is a floating-point type of torch, not {dtype!r}"
+        hint = f"Use one of {', '.join(map(str, _CASTABLE))}, or leave it out: each engine casts to its own types"
+    raise InvalidInput(reason, field="dtype", hint=hint)
 
 
 def check_kinds(tensors: Mapping[str, torch.Tensor]) -> None:

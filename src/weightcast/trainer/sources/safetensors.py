@@ -132,6 +132,7 @@ class SafetensorsSource(Source):
                 placements.append(_placed(spec, storage, offset))
             self._stamp = _stamp(self.folder)
         self.manifest = Manifest.of(specs)
+        placements.sort(key=lambda placement: placement.region.name)
         self.memory = Memory(storages, files=files)
         self.layout = Layout(placements=tuple(placements), storage_nbytes=tuple(s.numel() for s in storages))
         if wanted.type != "cpu":

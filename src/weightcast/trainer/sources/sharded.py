@@ -38,7 +38,8 @@ class ShardedSource(Source):
         content = tensors if isinstance(tensors, Content) else Content.plain(tensors)
         if not content.forms:
             raise InvalidInput("there is nothing to publish", field="source")
-        parts = {name: part_of(name, value) for name, value in content.tensors.items()}
+        self.dtype = dtype
+        parts = {name: part_of(name, value) for name, value in sorted(content.tensors.items())}
         check_dense({name: part.values for name, part in parts.items()})
         self.device = device_of([part.values for part in parts.values()])
         self.manifest = Manifest.of(

@@ -27,7 +27,7 @@ class StateDictSource(Source):
         if not tensors:
             raise InvalidInput("the state dict is empty", field="source")
         check_kinds(tensors)
-        self._tensors = tensors
+        self._tensors, self.dtype = tensors, dtype
         self.device = device_of(list(tensors.values()))
         self.manifest = Manifest.of(
             TensorSpec(name=name, dtype=published_dtype(value.dtype, dtype), shape=tuple(value.shape))
