@@ -36,7 +36,9 @@ class Publisher:
         source: what to publish; see trainer.sources.
         engines: URLs of servers, ``LLM`` objects of this process, or EngineClients.
         token: for weight-changing routes of the servers.
-        dtype: publish floating-point tensors of a module or a state dict in this type.
+        dtype: publish the floating-point tensors of a module or a state dict in this type (float64, float32, float16 or bfloat16): what goes
+            live is the value rounded to it, then cast to the engine's type. None: each tensor is published in its own type, and the
+            engine's types decide. Integers and float8 tensors stay as they are.
         transport: "auto" or a transport's name.
         mode: "auto", "staged" or "in_place"; an engine's own setting counts before it.
         shadows: staged copies that an engine keeps where its memory has room. With 2 a commit is one copy instead of an

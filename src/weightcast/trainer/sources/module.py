@@ -22,7 +22,7 @@ from weightcast.trainer.sources.shards import is_distributed, part_of
 class ModuleSource(Source):
     """Reads parameters in place: nothing is copied or gathered before a transport takes the bytes.
 
-    ``dtype``: publish floating-point tensors in this type (fp32 masters as bf16, say); they are cast on the way. With shared
+    ``dtype``: publish floating-point tensors in this type (fp32 masters as bf16, say); values are cast on their way. With shared
     memory the parameters are moved into it once: ``param.data`` is rebound, Parameter objects stay, optimizers notice
     nothing. ``names`` maps checkpoint names to tensors for modules whose own names are not the checkpoint's.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from operator import attrgetter
 
 import torch
 from torch import nn
@@ -57,7 +58,7 @@ class ShardedSource(Source):
             self._forms = Forms(content.tensors)
             self._make_arena(held)
         else:
-            placements, storages, _ = placed(content.forms, parts)
+            placements, storages, _ = placed(sorted(content.forms, key=attrgetter("name")), parts)
             self.layout = Layout(placements=placements, storage_nbytes=tuple(s.numel() for s in storages))
             self.memory = Memory(storages)
             self._owners = _Owners(module, self.memory)
