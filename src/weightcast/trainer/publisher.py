@@ -7,7 +7,6 @@ from pathlib import Path
 from types import TracebackType
 
 import torch
-import torch.distributed as dist
 
 from weightcast.deadline import Deadline
 from weightcast.errors import InvalidInput, StateError, Unsupported
@@ -21,7 +20,7 @@ from weightcast.trainer.lead import Lead
 from weightcast.trainer.metrics import TrainerMetrics
 from weightcast.trainer.outcomes import Require
 from weightcast.trainer.places import check_patterns, refuse_idle
-from weightcast.trainer.ranks import Follower, Group, check_complete
+from weightcast.trainer.ranks import Follower, GivenGroup, Group, check_complete, chosen_group
 from weightcast.trainer.sources import SourceLike, make_source
 from weightcast.transports.facts import outward_address
 
@@ -59,7 +58,9 @@ class Publisher:
         unused: patterns (shell-style, on checkpoint names) of tensors that engines may rightly have no use for, such as value heads:
             ["v_head.*"]. Any other tensor without a place in an engine is PlanMismatch; reports list what was left out.
         process_group: the ranks of a distributed trainer, each of which makes a Publisher of its own part of the model (DTensors;
-            plain tensors count as replicas). ``connect``, ``publish``, ``add`` and ``remove`` are then collective: every rank makes
+            plain tensors count as replicas). None: this rank alone. "auto", where torch.distributed has several ranks: all of them
+            for a source with DTensors over all ranks, for a module that DistributedDataParallel wraps, and for any module under
+            accelerate (so under TRL, too); InvalidInput for other sources, which do not tell. ``connect``, ``publish``, ``add`` and ``remove`` are then collective: every rank makes
             the same calls in the same order, and all return the same report or raise the same error. Rank 0 leads; what the
             others give besides source, dtype, timeout_s and address is not looked at.
         metrics_port: serve Prometheus metrics on this port of the loopback interface; 0 chooses one (``metrics_port`` says which).
@@ -88,10 +89,11 @@ class Publisher:
         log: str | Path | None = None,
         unused: Sequence[str] = (),
         metrics_port: int | None = None,
-        process_group: dist.ProcessGroup | None = None,
+        process_group: GivenGroup = "auto",
     ) -> None:
         self._timeout_s, self._closed = timeout_s, False
-        group = None if process_group is None or dist.get_world_size(process_group) == 1 else Group(process_group)
+        chosen = chosen_group(process_group, source)
+        group = None if chosen is None else Group(chosen)
         deadline = Deadline(timeout_s)
         try:
             _check_choices(pause, mode, shadows, require)

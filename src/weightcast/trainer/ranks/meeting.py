@@ -87,7 +87,7 @@ class Group:
             work.wait(deadline.limit() + timedelta(milliseconds=2))
             return [_content(bytes(tensor.cpu().numpy())) for tensor in received]
         except RuntimeError as error:
-            hint = "Make a Publisher on every rank of the process group"
+            hint = "Make a Publisher on every rank of the process group, or give process_group=None where one rank publishes alone"
             if deadline.passed:
                 raise DeadlineExceeded(
                     f"not every trainer rank came within {deadline.timeout_s:g} s", phase="join", hint=hint
