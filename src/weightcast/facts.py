@@ -25,6 +25,10 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     """What NCCL takes for its host, empty without a GPU: it refuses two ranks that have one GPU of one host."""
     transports: tuple[str, ...] = ()
     """Names this process could load and use."""
+    folders: tuple[str, ...] = ()
+    """Trainer: folders of the files that its weights are parts of."""
+    roots: tuple[str, ...] = ()
+    """Worker: folders below which it opens files of weights that a trainer names."""
     address: str = "127.0.0.1"
     """Where other hosts reach this process."""
 

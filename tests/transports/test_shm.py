@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from weightcast import cpu
 from weightcast.deadline import Deadline
 from weightcast.digest import LayoutDigest
 from weightcast.errors import DeadlineExceeded, InvalidInput, PeerLost, StateError, TransportError, Unsupported
+from weightcast.facts import Facts
 from weightcast.layout import Layout, Placement, Region, image_layout
 from weightcast.manifest import Manifest, TensorSpec
 from weightcast.memory import FileSpan, Memory
@@ -28,6 +30,7 @@ from weightcast.testing.transport_sides import TrainerSide, WorkerSide, census
 from weightcast.testing.transport_suite import TransportSuite
 from weightcast.transports import shm
 from weightcast.transports.base import WorkerEnd
+from weightcast.transports.files import CHECKPOINT_ROOT, FileRef, OpenFile, file_ref
 from weightcast.transports.shm import ShmTransport
 
 
@@ -281,6 +284,13 @@ def _act_after_slices(monkeypatch: pytest.MonkeyPatch, count: int, action: Calla
 # ---- files
 
 
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that this process may open files in, as a worker."""
+    monkeypatch.setenv(CHECKPOINT_ROOT, os.pathsep.join(["/nowhere", str(tmp_path)]))
+    return tmp_path
+
+
 def _in_files(case: TransportCase, values: list[torch.Tensor], folder: Path) -> Memory:
     """A memory whose storages are the data parts of safetensors files, the last one excepted."""
     spans: list[FileSpan | None] = []
@@ -298,14 +308,14 @@ def _in_files(case: TransportCase, values: list[torch.Tensor], folder: Path) -> 
 
 @pytest.mark.parametrize("name", ["strided", "casts", "dtypes", "large"])
 def test_file_backed_storages_are_read_by_the_worker_itself(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shm, "SLICE_NBYTES", 3000)
     seed = random.SystemRandom().getrandbits(32)
     case = CASES[name](random.Random(seed))
     generator = torch.Generator().manual_seed(seed)
     values, canary = case.new_values(generator), case.new_canary(generator)
-    memory = _in_files(case, values, tmp_path)
+    memory = _in_files(case, values, root)
     adopted = ShmTransport().adopt(memory)
     assert isinstance(adopted, shm.ShmMemory)
     assert adopted.arena is not None
@@ -318,14 +328,14 @@ def test_file_backed_storages_are_read_by_the_worker_itself(
     assert got == case.expected(values, canary), f"seed {seed}"
 
 
-def test_files_that_change_are_noticed(tmp_path: Path) -> None:
+def test_files_that_change_are_noticed(root: Path) -> None:
     case = CASES["large"](random.Random(random.SystemRandom().getrandbits(32)))
     generator = torch.Generator().manual_seed(random.SystemRandom().getrandbits(32))
-    memory = ShmTransport().adopt(_in_files(case, case.new_values(generator), tmp_path))
+    memory = ShmTransport().adopt(_in_files(case, case.new_values(generator), root))
     destination = Memory(case.new_canary(generator))
     worker = _connected(memory, case.copies)
     worker.receive(destination, Deadline(20))
-    path = tmp_path / "part-0.safetensors"
+    path = root / "part-0.safetensors"
     os.truncate(path, 100)
     with pytest.raises(TransportError, match=r"part-0\.safetensors was changed"):
         worker.receive(destination, Deadline(20))
@@ -335,27 +345,96 @@ def test_files_that_change_are_noticed(tmp_path: Path) -> None:
         ShmTransport().trainer_end(case.copies, memory)
 
 
-@pytest.mark.parametrize("kind", ["name", "directory", "pipe", "relative"])
-def test_only_regular_safetensors_files_are_opened(kind: str, tmp_path: Path) -> None:
-    path = tmp_path / ("secrets.txt" if kind == "name" else "x.safetensors")
+def _ref(path: Path, **other: Any) -> FileRef:
+    about = {"offset": 0, "nbytes": 64, "device": 0, "inode": 0, "modified_ns": 0}
+    if path.exists():
+        stat = path.stat()
+        about |= {"device": stat.st_dev, "inode": stat.st_ino, "modified_ns": stat.st_mtime_ns}
+    return FileRef(**{"path": str(path), **about, **other})
+
+
+@pytest.mark.parametrize("kind", ["random", "directory", "pipe", "relative", "empty"])
+def test_only_safetensors_files_are_opened(kind: str, root: Path) -> None:
+    path = root / "x.safetensors"
     if kind == "directory":
         path.mkdir()
     elif kind == "pipe":
         os.mkfifo(path)
     else:
-        path.write_bytes(os.urandom(64))
-    ref = shm.FileRef(
-        path="x.safetensors" if kind == "relative" else str(path),
-        offset=0,
-        nbytes=64,
-        device=path.stat().st_dev,
-        inode=path.stat().st_ino,
-        modified_ns=path.stat().st_mtime_ns,
-    )
+        path.write_bytes(b"" if kind == "empty" else os.urandom(64))
     before = census()
-    with pytest.raises(Unsupported, match="safetensors"):
-        shm.OpenFile(ref)
+    with pytest.raises((Unsupported, TransportError), match="safetensors"):
+        OpenFile(_ref(Path(path.name) if kind == "relative" else path, nbytes=0))
     assert census()["descriptors"] == before["descriptors"]
+
+
+@pytest.mark.parametrize("kind", ["beside", "link out", "link to a folder", "dots", "no root"])
+def test_files_outside_of_what_the_operator_allowed_are_not_opened(
+    kind: str, root: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    private = tmp_path_factory.mktemp("private") / "x.safetensors"
+    save_file({"w": torch.randn(16)}, private)
+    path = private
+    if kind == "link out":
+        path = root / "x.safetensors"
+        path.symlink_to(private)
+    elif kind == "link to a folder":
+        (root / "folder").symlink_to(private.parent)
+        path = root / "folder" / private.name
+    elif kind == "dots":
+        path = root / ".." / private.parent.name / private.name
+    elif kind == "no root":
+        monkeypatch.delenv(CHECKPOINT_ROOT)
+    before = census()
+    with pytest.raises(Unsupported, match=r"opens no files in.*--checkpoint-root"):
+        OpenFile(_ref(path))
+    assert census()["descriptors"] == before["descriptors"]
+    monkeypatch.setenv(CHECKPOINT_ROOT, str(private.parent))
+    OpenFile(_ref(path)).close()
+
+
+def test_files_are_recognised_through_links_and_without_a_suffix(root: Path) -> None:
+    """As Hugging Face's cache keeps them."""
+    (root / "blobs").mkdir()
+    blob = root / "blobs" / ("5" * 64)
+    save_file({"w": torch.randn(16)}, blob)
+    link = root / "model.safetensors"
+    link.symlink_to(blob)
+    for path in (blob, link):
+        OpenFile(_ref(path)).close()
+    assert file_ref(str(link), 0, 8).path == str(blob)
+
+
+def test_only_parts_of_the_tensors_of_a_file_are_read(root: Path) -> None:
+    """A range over two tensors, into the header, or beyond the end is refused before a byte is read."""
+    path = root / "x.safetensors"
+    save_file({"a": torch.randn(4), "b": torch.randn(4)}, path)
+    start = path.stat().st_size - 32
+    file = OpenFile(_ref(path, nbytes=path.stat().st_size))
+
+    def copy_at(begin: int, numel: int) -> Copy:
+        region = Region(name="w", offsets=(0,), sizes=(numel,))
+        where = {"src_storage": 0, "src_offset": begin, "src_strides": (1,), "dst_storage": 0, "dst_offset": 0}
+        return Copy(region=region, src_dtype="uint8", dst_dtype="uint8", dst_strides=(1,), **where)  # type: ignore[arg-type]
+
+    for begin, numel in ((start, 16), (start + 16, 16), (start + 3, 1), (start + 15, 1)):
+        file.check_copy(copy_at(begin, numel))
+    for begin, numel in ((0, 8), (start - 1, 1), (start - 1, 2), (start + 15, 2), (start, 32), (start + 31, 2)):
+        with pytest.raises(TransportError, match="no part of one tensor"):
+            file.check_copy(copy_at(begin, numel))
+    file.close()
+
+
+def test_shm_is_refused_where_the_engine_may_not_open_the_files() -> None:
+    trainer = Facts(host="h", pid=1, device="cpu", folders=("/data/model", "/data/more"))
+    worker = Facts(host="h", pid=2, device="cpu")
+    transport = ShmTransport()
+    assert "opens no files in /data/model" in (transport.refusal(trainer, worker) or "")
+    assert "opens no files in /data/more" in (transport.refusal(trainer, replace(worker, roots=("/data/model",))) or "")
+    assert "/data/m" in (transport.refusal(trainer, replace(worker, roots=("/data/mod", "/dat"))) or "")
+    for roots in (("/data",), ("/",), ("/data/more", "/data/model")):
+        assert transport.refusal(trainer, replace(worker, roots=roots)) is None
+    assert transport.refusal(replace(trainer, folders=()), worker) is None
 
 
 def test_an_offer_that_reaches_outside_of_a_file_is_refused(tmp_path: Path) -> None:

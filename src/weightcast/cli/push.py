@@ -95,10 +95,11 @@ def _push(
     timeout_s: float,
 ) -> Report:
     from weightcast import Publisher
+    from weightcast.deadline import Deadline
     from weightcast.trainer.sources import SafetensorsSource
 
     with Publisher(
-        SafetensorsSource(checkpoint, device=device),
+        SafetensorsSource(checkpoint, device=device, deadline=Deadline(timeout_s)),
         engines=urls,
         token=token,
         transport=transport,

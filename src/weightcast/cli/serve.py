@@ -12,6 +12,7 @@ import typer
 from weightcast.cli.shared import TokenFileOption, TokenOption, chosen_token, reported_errors
 from weightcast.secret import usable_token
 
+ROOT_VARIABLE = "WEIGHTCAST_CHECKPOINT_ROOT"
 API_KEY_VARIABLE = "WEIGHTCAST_API_KEY"
 
 
@@ -65,6 +66,15 @@ def command(
     weight_transfer_config: Annotated[
         str | None, typer.Option(help='JSON, such as \'{"backend": "weightcast", "mode": "staged"}\'.')
     ] = None,
+    checkpoint_root: Annotated[
+        list[Path] | None,
+        typer.Option(
+            envvar=ROOT_VARIABLE, help="Folder below which files that a trainer names are read (shm); repeat it."
+        ),
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python that comes with MODEL, and unpickle its weights.")
+    ] = False,
     max_body_mib: Annotated[int, typer.Option(min=1, help="Largest request body.")] = 64,
     max_connections: Annotated[
         int, typer.Option(min=16, help="Connections at a time; fewer where the process may open fewer files.")
@@ -76,6 +86,8 @@ def command(
     """Serve MODEL over HTTP until SIGTERM or SIGINT."""
     # Spinning OpenMP threads would take the cores from the trainer; torch reads this when it is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if checkpoint_root:
+        os.environ[ROOT_VARIABLE] = os.pathsep.join(str(root.absolute()) for root in checkpoint_root)
     given = {
         "tokenizer": tokenizer,
         "served_model_name": served_model_name,
@@ -88,7 +100,12 @@ def command(
         "num_threads": num_threads,
     }
     arguments: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    arguments |= {"dtype": dtype, "load_format": load_format.value, "seed": seed}
+    arguments |= {
+        "dtype": dtype,
+        "load_format": load_format.value,
+        "seed": seed,
+        "trust_remote_code": trust_remote_code,
+    }
     _configure_logging(log_level.value, log_format)
     with reported_errors():
         arguments["weight_transfer_config"] = _transfer_config(weight_transfer_config, wait_for_weights)

@@ -44,7 +44,7 @@ def command(
     with reported_errors():
         deadline = Deadline(timeout)
         client = HttpEngineClient(url, token=chosen_token(token, token_file))
-        source = SafetensorsSource(checkpoint)
+        source = SafetensorsSource(checkpoint, deadline=deadline)
         try:
             patterns = check_patterns(unused or ())
             refuse_idle(patterns, source.manifest)

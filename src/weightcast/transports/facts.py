@@ -7,19 +7,25 @@ import os
 import platform
 import socket
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
+from weightcast.memory import FileSpan
 from weightcast.transports.base import Facts
+from weightcast.transports.files import checkpoint_roots
 from weightcast.transports.registry import registry
 
 _ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 """Settings of torch's allocator, the one that counts first."""
 
 
-def local_facts(device: torch.device | str, address: str | None = None) -> Facts:
-    """Facts of this process for weights on ``device``; ``address`` overrides where other hosts reach it."""
+def local_facts(
+    device: torch.device | str, address: str | None = None, *, files: Iterable[FileSpan | None] = ()
+) -> Facts:
+    """Facts of this process for weights on ``device``, some of which may be parts of ``files``; ``address`` overrides where other
+    hosts reach it."""
     device = torch.device(device)
     return Facts(
         host=host_identity(),
@@ -30,6 +36,8 @@ def local_facts(device: torch.device | str, address: str | None = None) -> Facts
         mappable=device.type != "cuda" or memory_is_mappable(),
         nccl_host=os.environ.get("NCCL_HOSTID", host_identity()) if device.type == "cuda" else "",
         transports=registry().available(),
+        folders=tuple(sorted({os.path.dirname(file.path) for file in files if file is not None})),
+        roots=checkpoint_roots(),
         address=address or outward_address(),
     )
 

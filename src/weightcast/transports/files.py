@@ -1,5 +1,8 @@
 """Reading weights out of safetensors files by plan, without mapping them and without copying them first.
 
+A worker opens no file but below the folders that its operator named (CHECKPOINT_ROOT), and reads nothing of one but the tensors that the
+file's own header lists: whoever publishes names the path, and must not learn of files that are none of theirs.
+
 Files are read, not mapped: a file that is truncated while it is mapped kills the reader with SIGBUS, a short read is an error.
 Where a run of bytes is contiguous at both ends it is read straight into its place.
 """
@@ -7,7 +10,6 @@ Where a run of bytes is contiguous at both ends it is read straight into its pla
 from __future__ import annotations
 
 import os
-import stat
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, cast
@@ -16,15 +18,18 @@ import msgspec
 import torch
 
 from weightcast.dtypes import itemsize_of
-from weightcast.errors import TransportError, Unsupported
+from weightcast.errors import InvalidInput, TransportError, Unsupported
 from weightcast.layout import Region
 from weightcast.memory import Memory
 from weightcast.plan import Copy, Run, merge
 from weightcast.replay import Replay
+from weightcast.safetensors_format import open_regular, read_header
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
+CHECKPOINT_ROOT = "WEIGHTCAST_CHECKPOINT_ROOT"
+"""Variable: folders, separated like those of PATH."""
 _SCRATCH_NBYTES = 16 * 2**20
 
 
@@ -39,10 +44,24 @@ class FileRef(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     modified_ns: int
 
 
+def checkpoint_roots() -> tuple[str, ...]:
+    """The folders below which this process opens files of weights that a trainer names, without links."""
+    named = os.environ.get(CHECKPOINT_ROOT, "").split(os.pathsep)
+    return tuple(os.path.realpath(root) for root in named if root)
+
+
+def outside(folders: Sequence[str], roots: Sequence[str]) -> str | None:
+    """The first of some folders that lies below none of the roots."""
+    for folder in folders:
+        if not any(os.path.commonpath([folder, root]) == root for root in roots):
+            return folder
+    return None
+
+
 def file_ref(path: str, offset: int, nbytes: int) -> FileRef:
-    """Describe ``nbytes`` at ``offset`` of a safetensors file; raises Unsupported for anything else."""
-    path = os.path.abspath(path)
-    descriptor = _open_safetensors(path)
+    """Describe ``nbytes`` at ``offset`` of a file."""
+    path = os.path.realpath(path)
+    descriptor = _open(path)
     try:
         info = os.fstat(descriptor)
     finally:
@@ -60,13 +79,44 @@ def file_ref(path: str, offset: int, nbytes: int) -> FileRef:
 
 
 class OpenFile:
-    """An offered file, opened read-only and recognised as the one that the trainer described."""
+    """An offered file, opened read-only below a root and recognised as the one that the trainer described.
+
+    Unsupported for a path that lies below no root; TransportError for a file that is not the one, or no safetensors file.
+    """
 
     def __init__(self, ref: FileRef) -> None:
         self.ref = ref
-        self.descriptor = _open_safetensors(ref.path)
+        if not os.path.isabs(ref.path):
+            raise Unsupported(f"{ref.path} is no absolute path")
+        self.descriptor = _open(os.path.realpath(ref.path))
         self._close = weakref.finalize(self, os.close, self.descriptor)
-        self.check()
+        try:
+            self._check_place()
+            self.check()
+            self._header = read_header(self.descriptor, ref.path)
+        except InvalidInput as error:
+            self.close()
+            raise TransportError(error.message) from None
+        except BaseException:
+            self.close()
+            raise
+
+    def _check_place(self) -> None:
+        # Asked of what is open: the path may have become a link since it was looked up.
+        opened = os.readlink(f"/proc/self/fd/{self.descriptor}")
+        if outside([os.path.dirname(opened)], checkpoint_roots()) is not None:
+            raise Unsupported(
+                f"this engine opens no files in {os.path.dirname(self.ref.path)}",
+                hint=f"Start it with {CHECKPOINT_ROOT} (weightcast serve --checkpoint-root) set to a folder above",
+            )
+
+    def check_copy(self, copy: Copy) -> None:
+        """Raise TransportError where a copy out of the offered part reads anything but a part of one tensor of the file."""
+        if copy.region.numel == 0:
+            return
+        begin = self.ref.offset + copy.src_offset * itemsize_of(copy.src_dtype)
+        if not self._header.holds(begin, begin + _span_nbytes(copy)):
+            raise TransportError(f"{copy.region.name} is no part of one tensor of {self.ref.path}")
 
     def check(self) -> None:
         """Raise TransportError when the file is not, or no longer, what was offered."""
@@ -183,18 +233,13 @@ def _part(copy: Copy, dim: int, start: int, size: int) -> Copy:
     )
 
 
-def _open_safetensors(path: str) -> int:
-    """A read-only descriptor; only regular files that end in .safetensors, so that an offer cannot name just any file."""
-    if not os.path.isabs(path) or not path.endswith(".safetensors"):
-        raise Unsupported(f"{path} is not the absolute path of a .safetensors file")
+def _open(path: str) -> int:
+    """A read-only descriptor of a regular file, whose name may end in anything: caches name files by their digest."""
     try:
-        # Non-blocking, so that a pipe in its place cannot hold the reader up.
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        return open_regular(path)
+    except InvalidInput as error:
+        raise Unsupported(error.message) from None
     except OSError as error:
         raise TransportError(
             f"cannot open {path}: {error.strerror}", hint="Trainer and worker must see the same files"
         ) from None
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise Unsupported(f"{path} is not a regular file")
-    return descriptor

@@ -62,7 +62,7 @@ class Listener:
 
     def accept(self, deadline: Deadline, lanes: int = 1) -> list[Connection]:
         """The worker's connections, one for each lane."""
-        callers: dict[int, _Caller] = {}
+        callers: dict[int, Caller] = {}
         found: dict[int, socket.socket] = {}
         try:
             while len(found) < lanes:
@@ -86,7 +86,7 @@ class Listener:
     def close(self) -> None:
         self._socket.close()
 
-    def _listen(self, callers: dict[int, _Caller], timeout_s: float) -> None:
+    def _listen(self, callers: dict[int, Caller], timeout_s: float) -> None:
         """Wait for new callers and for more words of those who are there."""
         poll = select.poll()
         poll.register(self._socket, select.POLLIN)
@@ -101,10 +101,10 @@ class Listener:
                 connection, _ = self._socket.accept()
                 if len(callers) >= MOST_CALLERS:
                     callers.pop(next(iter(callers))).socket.close()
-                callers[connection.fileno()] = _Caller(connection, self.secret)
+                callers[connection.fileno()] = Caller(connection, self.secret)
 
 
-class _Caller:
+class Caller:
     """Somebody who connected, until they have proved that they are the worker or have failed to."""
 
     def __init__(self, connection: socket.socket, secret: bytes) -> None:

@@ -25,7 +25,7 @@ from weightcast.plan import Copy, as_run, slices
 from weightcast.replay import Replay
 from weightcast.transports.arena import Arena, ArenaRef, map_arena
 from weightcast.transports.base import DEFAULT_BUCKET_NBYTES, Facts, TrainerEnd, Transport, WorkerEnd
-from weightcast.transports.files import FileRef, OpenFile, compile_reads, file_ref
+from weightcast.transports.files import FileRef, OpenFile, compile_reads, file_ref, outside
 from weightcast.transports.guard import EndGuard
 from weightcast.transports.recent import Recent
 
@@ -84,6 +84,9 @@ class ShmTransport(Transport):
         for side, facts in (("trainer", trainer), ("worker", worker)):
             if facts.device != "cpu":
                 return f"the {side}'s weights are on {facts.device}, shm moves CPU memory"
+        folder = outside(trainer.folders, worker.roots)
+        if folder is not None:
+            return f"the engine opens no files in {folder} (--checkpoint-root)"
         return None
 
     def adopt(self, memory: Memory) -> Memory:
@@ -181,6 +184,10 @@ class ShmWorkerEnd(WorkerEnd):
             self._source = Memory([storage], is_arena=gaps_are_zero)
             for span in self._offer.spans:
                 self._files.append(None if span.file is None else OpenFile(span.file))
+            for copy in self._copies:
+                file = self._files[copy.src_storage]
+                if file is not None:
+                    file.check_copy(copy)
             kernels_for(self._nbytes)  # loaded here, and not in a round
 
     def prepare(self, memory: Memory, manifest: Manifest) -> None:

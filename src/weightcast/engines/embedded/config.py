@@ -42,6 +42,8 @@ class EngineConfig:
     max_waiting: int = 4096
     """How many sequences may wait for a place before new requests are refused (``LLM.generate`` is exempt)."""
     seed: int = 0
+    trust_remote_code: bool = False
+    """Run Python that comes with the model's folder or the tokenizer's, and read weights that are pickled."""
     num_threads: int | None = None
     weight_transfer_config: WeightTransferConfig | Mapping[str, Any] | None = None
     tensor_parallel_size: int = 1

@@ -37,9 +37,11 @@ def load_model(config: EngineConfig) -> Any:
     else:
         _check_name(config.model)
         try:
-            model_config = AutoConfig.from_pretrained(config.model)
+            model_config = AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
         except (OSError, ValueError) as error:
-            raise InvalidInput(f"no model can be read from {str(config.model)!r}: {error}", field="model") from error
+            raise InvalidInput(
+                f"no model can be read from {str(config.model)!r}: {error}", field="model", hint=_hint(error)
+            ) from error
         check_config(model_config, config.max_model_len)
         model = _dummy(config, model_config) if config.load_format == "dummy" else _load(config, model_config)
     check_model(model)
@@ -61,9 +63,11 @@ def load_tokenizer(config: EngineConfig) -> Any:
             return None
         source = config.model
     try:
-        return AutoTokenizer.from_pretrained(source)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError) as error:
-        raise InvalidInput(f"no tokenizer can be read from {str(source)!r}: {error}", field="tokenizer") from error
+        raise InvalidInput(
+            f"no tokenizer can be read from {str(source)!r}: {error}", field="tokenizer", hint=_hint(error)
+        ) from error
 
 
 def model_length(model: Any, asked: int | None) -> int:
@@ -138,10 +142,27 @@ def _load(config: EngineConfig, model_config: Any) -> Any:
 
     try:
         return AutoModelForCausalLM.from_pretrained(
-            config.model, config=model_config, dtype="auto" if config.dtype == "auto" else dtype_of(config.dtype)
+            config.model,
+            config=model_config,
+            dtype="auto" if config.dtype == "auto" else dtype_of(config.dtype),
+            trust_remote_code=config.trust_remote_code,
+            # Other files are unpickled, which runs code of whoever made them.
+            use_safetensors=None if config.trust_remote_code else True,
         )
     except (OSError, ValueError) as error:
-        raise InvalidInput(f"model {str(config.model)!r} cannot be loaded: {error}", field="model") from error
+        raise InvalidInput(
+            f"model {str(config.model)!r} cannot be loaded: {error}", field="model", hint=_hint(error)
+        ) from error
+
+
+def _hint(error: Exception) -> str | None:
+    """What to do where a model asks for more trust than it has."""
+    text = str(error)
+    if "trust_remote_code" in text:
+        return "Read the code that comes with it; if you trust it, give trust_remote_code (--trust-remote-code)"
+    if "safetensors" in text:
+        return "Convert the weights to safetensors; if you trust who pickled them, give trust_remote_code (--trust-remote-code)"
+    return None
 
 
 def _dummy(config: EngineConfig, model_config: Any) -> Any:

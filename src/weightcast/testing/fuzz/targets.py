@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -11,6 +14,7 @@ import httpcore
 import msgspec
 
 from weightcast.control.link import JoinInfo
+from weightcast.control.pieces import Joiner, cut
 from weightcast.deadline import Deadline
 from weightcast.errors import ErrorForm, InvalidInput, PeerLost, ProtocolError, RoundFailed, StateError, WeightcastError
 from weightcast.facts import Facts
@@ -43,6 +47,7 @@ from weightcast.plan import Copy, compile_plan, plan_digest
 from weightcast.report.model import Phase, Report
 from weightcast.round import Approval, RoundId, WorkerRound
 from weightcast.round import Phase as RoundPhase
+from weightcast.safetensors_format import read_header
 from weightcast.server.body import decode as decode_body
 from weightcast.server.control_routes import CommitBody, InitBody, RollbackBody
 from weightcast.server.rl_schemas import UpdateBody
@@ -62,6 +67,7 @@ from weightcast.trainer.ranks.orders import (
 )
 from weightcast.trainer.ranks.orders import encode as encode_body
 from weightcast.transports.registry import registry
+from weightcast.transports.rendezvous import SECRET_NBYTES, Caller
 from weightcast.transports.shm import ShmOffer
 from weightcast.transports.tcp import TcpOffer
 
@@ -125,6 +131,7 @@ def landings(data: bytes) -> None:
         if not isinstance(message, Landings):
             return
         message.layout.check(MANIFEST)
+        message.layout.check_size(MANIFEST)
         plan = compile_plan(MANIFEST, {0: LAYOUT}, message.layout)
         plan_digest(plan)
         plan_key(plan)
@@ -134,6 +141,46 @@ def landings(data: bytes) -> None:
         for copy in copies:
             if copy.nbytes > sum(LAYOUT.storage_nbytes) or copy.dst_storage >= len(message.layout.storage_nbytes):
                 raise AssertionError(f"{copy} does not fit")
+
+
+def headers(data: bytes) -> None:
+    """The bytes of a safetensors file are tensors that lie inside it, one behind the other, or InvalidInput."""
+    file = os.memfd_create("weightcast-fuzz", os.MFD_CLOEXEC)
+    try:
+        os.write(file, data)
+        tensors = read_header(file, "x").tensors.values()
+    except InvalidInput:
+        return
+    finally:
+        os.close(file)
+    for before, stored in itertools.pairwise([None, *tensors]):
+        assert stored is not None
+        if stored.begin < (8 if before is None else before.end) or stored.end > len(data):
+            raise AssertionError(f"{stored} lies outside of its place")
+
+
+def pieces(data: bytes) -> None:
+    """Pieces of frames, however they are cut and mixed, are frames of the length that is allowed, or ProtocolError."""
+    joiner, at = Joiner(), 0
+    while at < len(data):
+        length = data[at]
+        with suppress(ProtocolError):
+            frame = joiner.add(data[at + 1 : at + 1 + length], 300)
+            if frame is not None and len(frame) > 300:
+                raise AssertionError(f"a frame of {len(frame)} bytes")
+        at += 1 + length
+
+
+def callers(data: bytes) -> None:
+    """Whatever somebody says who connects to a pair's listener: nobody is let in who does not know the secret."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        caller = Caller(ours, b"s" * SECRET_NBYTES)
+        theirs.sendall(data[:4096])
+        for _ in range(4):
+            caller.listen()
+        if caller.is_in:
+            raise AssertionError("a stranger got in")
 
 
 def ranks(data: bytes) -> None:
@@ -250,7 +297,21 @@ def _commit(worker: WorkerRound, id: RoundId, approved: set[RoundId], live: set[
 
 TARGETS: dict[str, Target] = {
     target.__name__: target
-    for target in (frames, setups, landings, offers, ranks, answers, bodies, join_infos, reports, conversations)
+    for target in (
+        frames,
+        pieces,
+        setups,
+        landings,
+        offers,
+        callers,
+        headers,
+        ranks,
+        answers,
+        bodies,
+        join_infos,
+        reports,
+        conversations,
+    )
 }
 
 
@@ -284,6 +345,14 @@ def seeds(target: str) -> list[bytes]:
             msgspec.msgpack.encode(tcp),
             msgspec.msgpack.encode(ShmOffer(arena=None, spans=(), gaps_are_zero=True)),
         ]
+    if target == "headers":
+        text = b'{"w":{"dtype":"F32","shape":[2,1],"data_offsets":[0,8]},"b":{"dtype":"U8","shape":[1],"data_offsets":[8,9]}}'
+        return [len(text).to_bytes(8, "little") + text + bytes(9)]
+    if target == "pieces":
+        several = (b"\x01" + (9).to_bytes(8, "big") + b"hello", b"\x00four")
+        return [b"".join(bytes([len(piece)]) + piece for piece in some) for some in (several, cut(b"hello"))]
+    if target == "callers":
+        return [b"wc-pair3\x00" + bytes(32) + bytes(32)]
     if target == "bodies":
         return [
             b'{"init_info": {"address": "tcp://127.0.0.1:1"}}',

@@ -92,7 +92,7 @@ class Follower:
                 engine=RANKS,
                 rank=rank - 1,
                 world_size=size - 1,
-                facts=local_facts(source.device),
+                facts=local_facts(source.device, files=source.memory.files),
                 version="",
                 digest="",
                 dirty=False,

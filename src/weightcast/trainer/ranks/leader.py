@@ -225,7 +225,10 @@ class Ranks:
 
     def facts(self) -> list[Facts]:
         """Of all ranks, for choosing a transport that each of them can use."""
-        return [local_facts(self._source.device), *(member.hello.facts for member in self._members.values())]
+        return [
+            local_facts(self._source.device, files=self._source.memory.files),
+            *(member.hello.facts for member in self._members.values()),
+        ]
 
     def adopt(self, transports: Sequence[str], deadline: Deadline) -> bool:
         """Have all other ranks make their memory reachable; whether one of them moved it."""

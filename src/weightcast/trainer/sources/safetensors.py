@@ -1,97 +1,101 @@
-"""SafetensorsSource: publish a checkpoint folder straight from its files, which are mapped and never read as a whole.
-
-Format of a file (github.com/huggingface/safetensors, "Format"): 8 bytes little-endian header size, a JSON object of that
-size that maps names to {"dtype", "shape", "data_offsets": [begin, end] after the header}, then the data.
-"""
+"""SafetensorsSource: publish a checkpoint folder straight from its files, which are mapped and never read as a whole."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import torch
 
+from weightcast.deadline import Deadline
 from weightcast.dtypes import itemsize_of
 from weightcast.errors import InvalidInput, StateError, Unsupported
 from weightcast.known import known
 from weightcast.layout import Layout, Placement, Region, contiguous_strides, image_layout
 from weightcast.manifest import Manifest, TensorSpec
 from weightcast.memory import FileSpan, Memory
+from weightcast.quoted import quoted
+from weightcast.safetensors_format import MAX_TENSORS, Header, open_regular, read_header
 from weightcast.trainer.sources.base import Source, wait_for_stream
 
-MAX_HEADER_NBYTES = 100 * 2**20
-
-_DTYPES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E8M0": "float8_e8m0fnu",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U64": "uint64",
-    "U32": "uint32",
-    "U16": "uint16",
-    "U8": "uint8",
-    "BOOL": "bool",
-    "C64": "complex64",
-}
+MAX_INDEX_NBYTES = 64 * 2**20
+SUFFIX = ".safetensors"
+INDEX = "model.safetensors.index.json"
 
 
 class _Index(msgspec.Struct, frozen=True):
     weight_map: dict[str, str]
 
 
-class _Entry(msgspec.Struct, frozen=True):
-    dtype: str
-    shape: tuple[int, ...]
-    data_offsets: tuple[int, int]
-
-
 def checkpoint_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint folder, as its index lists them or as they lie there; raises InvalidInput for
-    an index that is none, or that lists files that are not there."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(msgspec.json.decode(index.read_bytes(), type=known(_Index)).weight_map.values()))
-        except (msgspec.DecodeError, UnicodeDecodeError, OSError) as error:
-            raise InvalidInput(f"{index} is no index of a checkpoint: {error}", field="checkpoint") from None
-        absent = [name for name in names if not (folder / name).is_file()]
-        if absent or not names:
-            what = f"lists {absent[0]}, which is not there" if absent else "lists no files"
-            raise InvalidInput(f"{index} {what}", field="checkpoint", hint="Is the download complete?")
-        return [folder / name for name in names]
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
+    """The safetensors files of a checkpoint folder, as its index lists them or as they lie there.
+
+    Raises InvalidInput for an index that is none, that lists files which are not there or do not lie in the folder, and for a link
+    that leaves the folder for another place than the ``blobs`` that Hugging Face's cache keeps beside it.
+    """
+    index = folder / INDEX
+    names = _listed(index) if index.exists() else sorted(path.name for path in folder.glob("*" + SUFFIX))
+    if not names:
         raise InvalidInput(f"{folder} holds no safetensors files", field="checkpoint")
-    return files
+    for name in names:
+        _check_inside(folder, name)
+    return [folder / name for name in names]
 
 
-def read_header(path: Path) -> tuple[dict[str, _Entry], int]:
-    """Entries of one file and where its data begins; raises InvalidInput for anything that is not the format."""
-    nbytes = path.stat().st_size
-    with path.open("rb") as file:
-        header_nbytes = int.from_bytes(file.read(8), "little")
-        if not 2 <= header_nbytes <= min(MAX_HEADER_NBYTES, nbytes - 8):
-            raise InvalidInput(f"{path} is not a safetensors file", field="checkpoint")
+def _listed(index: Path) -> list[str]:
+    """The file names in an index; each is one of the folder itself."""
+    try:
+        descriptor = open_regular(str(index))
         try:
-            header: dict[str, Any] = msgspec.json.decode(file.read(header_nbytes), type=known(dict[str, Any]))
-            header.pop("__metadata__", None)
-            entries = msgspec.convert(header, known(dict[str, _Entry]))
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise InvalidInput(f"{path}: bad safetensors header: {error}", field="checkpoint") from None
-    start = 8 + header_nbytes
-    for name, entry in entries.items():
-        begin, end = entry.data_offsets
-        if entry.dtype not in _DTYPES or not 0 <= begin <= end or start + end > nbytes:
-            raise InvalidInput(f"{path}: tensor {name!r} has dtype {entry.dtype} and lies at {begin}..{end}")
-    return entries, start
+            text = os.pread(descriptor, MAX_INDEX_NBYTES, 0)
+        finally:
+            os.close(descriptor)
+        names = sorted(set(msgspec.json.decode(text, type=known(_Index)).weight_map.values()))
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, OSError) as error:
+        raise InvalidInput(f"{index} is no index of a checkpoint: {error}", field="checkpoint") from None
+    if not names:
+        raise InvalidInput(f"{index} lists no files", field="checkpoint")
+    for name in names:
+        if name != os.path.basename(name) or not name.endswith(SUFFIX):
+            raise InvalidInput(
+                f"{index} lists {quoted(name)!r}, which is no safetensors file of the folder",
+                field="checkpoint",
+                hint="Make the index anew where the checkpoint was saved",
+            )
+        if not (index.parent / name).exists():
+            raise InvalidInput(
+                f"{index} lists {quoted(name)}, which is not there",
+                field="checkpoint",
+                hint="Is the download complete?",
+            )
+    return names
+
+
+def _check_inside(folder: Path, name: str) -> None:
+    """Raise InvalidInput for a link out of the folder: what comes with a download must not choose which files are published."""
+    target = (folder / name).resolve()
+    home = folder.resolve()
+    # models--NAME/snapshots/REVISION/file links to models--NAME/blobs/HASH.
+    allowed = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    if not any(target.is_relative_to(place) for place in allowed):
+        raise InvalidInput(
+            f"{folder / name} links to {target}, outside of the folder",
+            field="checkpoint",
+            hint="Publish the folder that the file lies in, or copy the file",
+        )
+
+
+def _header(path: Path) -> tuple[Header, int]:
+    """What lies in a file, and how long the file is."""
+    try:
+        descriptor = open_regular(str(path))
+    except OSError as error:
+        raise InvalidInput(f"cannot read {path}: {error.strerror}", field="checkpoint") from None
+    try:
+        return read_header(descriptor, str(path)), os.fstat(descriptor).st_size
+    finally:
+        os.close(descriptor)
 
 
 class SafetensorsSource(Source):
@@ -101,7 +105,10 @@ class SafetensorsSource(Source):
     ``device`` the tensors are copied there, one after the other, into one arena: for engines that have their weights on a GPU.
     """
 
-    def __init__(self, folder: str | Path, *, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, folder: str | Path, *, device: torch.device | str = "cpu", deadline: Deadline | None = None
+    ) -> None:
+        """``deadline`` ends the reading of headers of a folder with very many tensors."""
         self.folder = Path(folder)
         wanted = _usable(device)
         self.device = torch.device("cpu")
@@ -110,27 +117,29 @@ class SafetensorsSource(Source):
         storages: list[torch.Tensor] = []
         files: list[FileSpan | None] = []
         for path in checkpoint_files(self.folder):
-            entries, start = read_header(path)
-            nbytes = path.stat().st_size
+            if deadline is not None:
+                deadline.check(f"reading the header of {path.name}")
+            header, nbytes = _header(path)
+            if len(specs) + len(header.tensors) > MAX_TENSORS:
+                raise InvalidInput(
+                    f"{self.folder} has more than {MAX_TENSORS} tensors",
+                    field="checkpoint",
+                    hint="Publish a part of it",
+                )
             number = len(storages)
             mapped = torch.UntypedStorage.from_file(str(path), False, nbytes)
-            storages.append(torch.empty(0, dtype=torch.uint8).set_(mapped))  # type: ignore[arg-type]
+            storages.append(torch.empty(0, dtype=torch.uint8, device="cpu").set_(mapped))  # type: ignore[arg-type]
             files.append(FileSpan(path=str(path.resolve()), offset=0))
-            for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
-                spec = TensorSpec(name=name, dtype=_DTYPES[entry.dtype], shape=entry.shape)
-                begin, end = (start + offset for offset in entry.data_offsets)
-                if end - begin != spec.nbytes:
-                    raise InvalidInput(
-                        f"{path}: tensor {name!r} has {end - begin} bytes, its shape needs {spec.nbytes}"
-                    )
+            for name, stored in header.tensors.items():
+                spec = TensorSpec(name=name, dtype=stored.dtype, shape=stored.shape)
                 specs.append(spec)
-                storage, offset = number, begin
-                if begin % itemsize_of(spec.dtype):
-                    storages.append(storages[number][begin:end].clone())
+                storage, offset = number, stored.begin
+                if offset % itemsize_of(spec.dtype):
+                    storages.append(storages[number][offset : stored.end].clone())
                     files.append(None)
                     storage, offset = len(storages) - 1, 0
                 placements.append(_placed(spec, storage, offset))
-            self._stamp = _stamp(self.folder)
+        self._stamp = _stamp(self.folder)
         self.manifest = Manifest.of(specs)
         placements.sort(key=lambda placement: placement.region.name)
         self.memory = Memory(storages, files=files)
