@@ -86,7 +86,7 @@ def _shift_right(value: torch.Tensor, bits: int) -> torch.Tensor:
 @cache
 def word_weights(device: torch.device) -> torch.Tensor:
     """The weights ``a`` of the words of one block: odd int64, shape [BLOCK_WORDS]."""
-    weights = splitmix64(torch.arange(BLOCK_WORDS, device=device), A_SEED) | 1
+    weights = splitmix64(torch.arange(BLOCK_WORDS, dtype=torch.int64, device=device), A_SEED) | 1
     if weights.is_cuda:
         # Other threads use them on streams of their own.
         torch.cuda.current_stream(device).synchronize()
@@ -142,7 +142,7 @@ def _digest_unaligned(data: torch.Tensor, position: int) -> int:
 def _digest_words(words: torch.Tensor, first: int) -> int:
     """Digest of int64 words on a CPU; ``first`` is the number of the first word in the image."""
     start, count = 0, words.numel()
-    total = torch.zeros((), dtype=torch.int64)
+    total = torch.zeros((), dtype=torch.int64, device="cpu")
     column = first % BLOCK_WORDS
     if column:
         start = min(BLOCK_WORDS - column, count)
@@ -159,22 +159,23 @@ def _digest_words(words: torch.Tensor, first: int) -> int:
 def _weighted_edge(words: torch.Tensor, column: int, number: int) -> torch.Tensor:
     """Weighted sum of part of block ``number``, from its word ``column`` on."""
     folded = words.add(words >> 32, alpha=FOLD).mul_(word_weights(words.device)[column : column + words.numel()])
-    return folded.sum() * block_weights(torch.tensor(number))
+    return folded.sum() * block_weights(torch.tensor(number, dtype=torch.int64, device="cpu"))
 
 
 def _weighted_blocks(blocks: torch.Tensor, number: int) -> torch.Tensor:
     """Weighted sum of whole consecutive blocks from ``number`` on."""
     weights = word_weights(blocks.device)
     rows = CHUNK_NBYTES // BLOCK_NBYTES
-    scratch = torch.empty((min(rows, len(blocks)), BLOCK_WORDS), dtype=torch.int64)
-    sums = torch.empty(len(blocks), dtype=torch.int64)
+    scratch = torch.empty((min(rows, len(blocks)), BLOCK_WORDS), dtype=torch.int64, device="cpu")
+    sums = torch.empty(len(blocks), dtype=torch.int64, device="cpu")
     for row in range(0, len(blocks), rows):
         chunk = blocks[row : row + rows]
         folded = scratch[: len(chunk)]
         torch.bitwise_right_shift(chunk, 32, out=folded)
         torch.add(chunk, folded, alpha=FOLD, out=folded)
         torch.sum(folded.mul_(weights), dim=1, out=sums[row : row + rows])
-    return (sums * block_weights(torch.arange(number, number + len(blocks)))).sum()
+    numbers = torch.arange(number, number + len(blocks), dtype=torch.int64, device="cpu")
+    return (sums * block_weights(numbers)).sum()
 
 
 def digest_tensor(tensor: torch.Tensor, position: int = 0) -> int:

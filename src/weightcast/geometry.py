@@ -62,9 +62,9 @@ def collapse(sizes: Sequence[int], *places: Sequence[int]) -> tuple[Ints, tuple[
 
 def offsets(sizes: Sequence[int], strides: Sequence[int]) -> torch.Tensor:
     """Where each element lies behind the first one, in row-major order: int64, one dimension."""
-    found = torch.zeros(1, dtype=torch.int64)
+    found = torch.zeros(1, dtype=torch.int64, device="cpu")
     for size, stride in zip(sizes, strides, strict=True):
-        found = (found[:, None] + torch.arange(size) * stride).reshape(-1)
+        found = (found[:, None] + torch.arange(size, dtype=torch.int64, device="cpu") * stride).reshape(-1)
     return found
 
 
@@ -78,7 +78,7 @@ class Rows(NamedTuple):
 def rows(sizes: Sequence[int], *places: Sequence[int]) -> Rows:
     """The box as rows, as long as can be, in row-major order."""
     if 0 in sizes:
-        return Rows(0, (torch.empty(0, dtype=torch.int64),) * len(places))
+        return Rows(0, (torch.empty(0, dtype=torch.int64, device="cpu"),) * len(places))
     sizes, strides = collapse(sizes, *places)
     length = 1
     if sizes and all(place[-1] == 1 for place in strides):
@@ -98,7 +98,7 @@ def union(starts: torch.Tensor, ends: torch.Tensor) -> tuple[torch.Tensor, torch
     """The ranges from ``starts`` to ``ends`` (one past the last) as sorted ranges that neither overlap nor touch."""
     starts, order = starts.sort(stable=True)
     reached = ends[order].cummax(0).values if len(ends) else ends
-    is_first = torch.ones(len(starts), dtype=torch.bool)
+    is_first = torch.ones(len(starts), dtype=torch.bool, device="cpu")
     is_first[1:] = starts[1:] > reached[:-1]
     is_last = torch.ones_like(is_first)
     is_last[:-1] = is_first[1:]

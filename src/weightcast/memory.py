@@ -74,3 +74,12 @@ class Memory:
 def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     """The whole untyped storage behind a tensor as a flat uint8 tensor (shares memory)."""
     return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+
+
+def own_storage(flat: torch.Tensor, start: int, nbytes: int) -> torch.UntypedStorage:
+    """A torch storage of exactly these bytes of a flat uint8 tensor in host memory. It shares them, and keeps them valid.
+
+    A view would have the whole of ``flat`` behind it: whatever saves, pickles or copies a tensor goes by its storage.
+    """
+    part = flat.detach().numpy().data[start : start + nbytes]
+    return torch.frombuffer(part, dtype=torch.uint8).untyped_storage()

@@ -85,7 +85,7 @@ class _CpuSwap:
     def __init__(self, pairs: Sequence[Pair]) -> None:
         self._pairs = pairs
         self._nbytes = sum(first.numel() for first, _ in pairs)
-        self._scratch = torch.empty(CPU_CHUNK_NBYTES if pairs else 0, dtype=torch.uint8)
+        self._scratch = torch.empty(CPU_CHUNK_NBYTES if pairs else 0, dtype=torch.uint8, device="cpu")
         _refuse_overlap(pairs)
 
     def prepare(self) -> None:

@@ -1,5 +1,5 @@
-"""What no module does: unpickle or run what comes in, compare a secret byte by byte, or give msgspec a type that it does not know. Read
-from the syntax trees."""
+"""What no module does: unpickle or run what comes in, compare a secret byte by byte, give msgspec a type that it does not know, or make
+a tensor of whatever type and device the user's program has set. Read from the syntax trees."""
 
 from __future__ import annotations
 
@@ -35,6 +35,13 @@ EXEMPT = {
 SECRETS = {"token", "ticket", "secret", "api_key", "password"}
 DECODERS = {"decode": 1, "convert": 1, "Decoder": 0}
 """Functions of msgspec that take a type, and its place among their arguments."""
+TENSOR_MAKERS = {
+    "arange", "as_tensor", "asarray", "empty", "empty_strided", "eye", "full", "linspace", "ones", "rand", "randint", "randn", "randperm",
+    "scalar_tensor", "tensor", "zeros",
+}  # fmt: skip
+"""Functions of torch whose results have the default type, or lie on the default device, where nobody says."""
+OWN_TENSORS = {"cli", "demo", "engines/embedded", "testing"}
+"""Where tensors are no business of a trainer's program."""
 LANGUAGE_TOKENS = {"engines", "demo", "testing"}
 """Packages in which a token is a piece of text."""
 
@@ -223,3 +230,34 @@ def test_secrets_are_equal_or_not() -> None:
     assert not same_secret("a", "b")
     assert not same_secret("a", "aa")
     assert not same_secret("\ud800", "a")
+
+
+def relies_on_defaults(text: str) -> Iterator[str]:
+    """Calls that make a tensor without naming its element type and its device."""
+    tree = ast.parse(text)
+    aliases = aliases_of(tree)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            library, _, name = full_name(node.func, aliases).rpartition(".")
+            named = {keyword.arg for keyword in node.keywords}
+            if library == "torch" and name in TENSOR_MAKERS and not named >= {"dtype", "device"}:
+                yield f"line {node.lineno}: torch.{name}"
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_tensors_are_what_their_makers_say(path: Path) -> None:
+    """A default device, a default type or ``with torch.device("meta")`` around publish() changes nothing."""
+    if not any(str(path.relative_to(ROOT)).startswith(place) for place in OWN_TENSORS):
+        assert not list(relies_on_defaults(path.read_text()))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import torch\ntorch.empty(3, dtype=torch.uint8)",
+        "import torch as t\nt.arange(3, device='cpu')",
+        "from torch import zeros\nzeros(3)",
+    ],
+)
+def test_a_tensor_of_whatever_type_is_found(text: str) -> None:
+    assert list(relies_on_defaults(text))

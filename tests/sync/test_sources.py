@@ -208,6 +208,94 @@ def test_a_module_whose_parameter_was_replaced_is_refused_by_name(mesh: DeviceMe
     source.refresh()
 
 
+def layered(mesh: DeviceMesh, is_sharded: bool) -> nn.Sequential:
+    inner = nn.Sequential(sharded_module(mesh) if is_sharded else nn.Linear(4, 4), nn.Linear(4, 4, bias=False))
+    inner.register_buffer("cache", torch.randn(2), persistent=False)
+    return nn.Sequential(inner, nn.LayerNorm(4))
+
+
+class WithAdapter(nn.Module):
+    """A layer around another one, as adapters are put in place."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base, self.down = base, nn.Linear(4, 2)
+
+
+CHANGES: list[tuple[str, Callable[[nn.Sequential], object]]] = [
+    ("'1.weight' of the module was replaced", lambda m: setattr(m, "1", nn.LayerNorm(4))),
+    ("'0.1.weight' of the module was replaced", lambda m: setattr(m[0], "1", nn.Linear(4, 4, bias=False))),
+    (
+        "'0.1.weight' of the module was replaced",
+        lambda m: m[0][1].__setattr__("weight", nn.Parameter(torch.randn(4, 4))),
+    ),
+    ("'1.weight' is gone", lambda m: m.__delitem__(1)),
+    ("'1.bias' is gone", lambda m: setattr(m[1], "bias", None)),
+    ("'1.weight' is gone", lambda m: setattr(m, "1", WithAdapter(m[1]))),
+    ("'0.1.weight' is gone", lambda m: nn.utils.parametrize.register_parametrization(m[0][1], "weight", nn.Identity())),
+    ("'0.1.weight' is gone", lambda m: nn.utils.parametrizations.weight_norm(m[0][1])),
+    ("'0.1.bias' came into the module", lambda m: setattr(m[0][1], "bias", nn.Parameter(torch.randn(4)))),
+    ("'0.2.weight' came into the module", lambda m: m[0].append(nn.Linear(4, 4))),
+    ("'1.steps' came into the module", lambda m: m[1].register_buffer("steps", torch.zeros(1))),
+]
+
+
+@pytest.mark.parametrize("is_sharded", [False, True])
+@pytest.mark.parametrize(("message", "change"), CHANGES, ids=[f"{i}-{said}" for i, (said, _) in enumerate(CHANGES)])
+def test_a_module_that_has_other_layers_is_refused_by_name(
+    mesh: DeviceMesh, is_sharded: bool, message: str, change: Callable[[nn.Sequential], object]
+) -> None:
+    """What was published is no part of the module any more, or not all of it."""
+    module = layered(mesh, is_sharded)
+    source = make_source(module)
+    source.refresh()
+    change(module)
+    for _ in range(2):
+        with pytest.raises(StateError, match=message) as caught:
+            source.refresh()
+        assert "connect()" in str(caught.value.hint)
+        with pytest.raises(StateError, match=message):
+            source.check_form()
+
+
+@pytest.mark.parametrize("is_sharded", [False, True])
+def test_what_is_no_part_of_a_checkpoint_may_come_and_go(mesh: DeviceMesh, is_sharded: bool) -> None:
+    module = layered(mesh, is_sharded)
+    source = make_source(module)
+    before, norm = module[0].cache, module[1]
+    for change in (
+        lambda: module.append(nn.Dropout()),
+        lambda: setattr(module[0], "cache", torch.randn(7)),
+        lambda: module[1].register_buffer("scratch", torch.randn(3), persistent=False),
+        lambda: module.__delitem__(2),
+        lambda: setattr(module, "1", nn.LayerNorm(4)) or setattr(module, "1", norm),
+    ):
+        change()
+        for _ in range(2):
+            source.refresh()
+    assert module[0].cache is not before
+    with torch.no_grad():
+        module[1].weight.copy_(torch.randn(4))
+    source.refresh()
+    assert published(source)["1.weight"].tolist() == module[1].weight.tolist()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda weight: setattr(weight, "data", weight.data.t()),
+        lambda weight: setattr(weight, "data", weight.data[:2]),
+        lambda weight: setattr(weight, "data", weight.data.view(torch.float16)[:, :4]),
+    ],
+)
+def test_a_parameter_of_another_form_at_the_same_address_is_named(change: Callable[[torch.Tensor], object]) -> None:
+    module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    source = make_source(module)
+    change(module[1].weight)
+    with pytest.raises(StateError, match=r"moved since connect\(\): '1\.weight'"):
+        source.refresh()
+
+
 def test_what_fsdp_puts_in_the_place_of_shards_for_a_while_is_no_replacement(mesh: DeviceMesh) -> None:
     module = sharded_module(mesh)
     source = make_source(module)

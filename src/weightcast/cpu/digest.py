@@ -91,7 +91,8 @@ class CpuDigest:
         weights, num_threads = word_weights(torch.device("cpu")).numpy(), torch.get_num_threads()
 
         def digest(part: StridedBox) -> int:
-            table = torch.tensor([part.sizes, part.memory_strides, part.image_strides]).numpy()
+            rows = [part.sizes, part.memory_strides, part.image_strides]
+            table = torch.tensor(rows, dtype=torch.int64, device="cpu").numpy()
             address = self._addresses[part.storage] + part.offset
             return int(kernels.digest_box(address, part.position, part.itemsize, *table, weights))
 
@@ -110,7 +111,7 @@ class CpuDigest:
             offset = part.offset // part.itemsize
             values = self._memory.view(part.storage, _INTEGERS[part.itemsize], offset, part.sizes, part.memory_strides)
             rows = geo.rows(part.sizes, geo.contiguous_strides(part.sizes), part.image_strides)
-            copied = torch.empty(part.sizes, dtype=values.dtype).copy_(values)
+            copied = torch.empty(part.sizes, dtype=values.dtype, device="cpu").copy_(values)
             data = copied.reshape(len(rows.starts[1]), rows.length).view(torch.uint8)
             total += _digest_rows(data, part.position + rows.starts[1] * part.itemsize)
         return total
@@ -172,7 +173,7 @@ def _digest_rows(rows: torch.Tensor, positions: torch.Tensor) -> int:
         if not here.any():
             continue
         width = -(-(lead + nbytes) // WORD_NBYTES) * WORD_NBYTES
-        padded = torch.zeros((int(here.sum()), width), dtype=torch.uint8)
+        padded = torch.zeros((int(here.sum()), width), dtype=torch.uint8, device="cpu")
         padded[:, lead : lead + nbytes] = rows if here.all() else rows[here]
         total += _digest_words(padded.view(torch.int64), (positions[here] - lead) // WORD_NBYTES)
     return total
@@ -186,8 +187,9 @@ def _digest_words(words: torch.Tensor, firsts: torch.Tensor) -> int:
     terms = words.add(words >> 32, alpha=FOLD).mul_(weights)
     # A row is cut where blocks begin; sums up to there differ by the sums of its parts.
     num_parts = (int(columns.max()) + count - 1) // BLOCK_WORDS + 1
-    cuts = (torch.arange(num_parts + 1) * BLOCK_WORDS - columns[:, None]).clamp(0, count)
-    sums = torch.zeros((len(words), count + 1), dtype=torch.int64)
+    numbers = torch.arange(num_parts + 1, dtype=torch.int64, device="cpu")
+    cuts = (numbers * BLOCK_WORDS - columns[:, None]).clamp(0, count)
+    sums = torch.zeros((len(words), count + 1), dtype=torch.int64, device="cpu")
     torch.cumsum(terms, 1, out=sums[:, 1:])
     parts = sums.gather(1, cuts).diff(dim=1)
-    return int((parts * block_weights(blocks[:, None] + torch.arange(num_parts))).sum())
+    return int((parts * block_weights(blocks[:, None] + numbers[:-1])).sum())

@@ -115,9 +115,9 @@ class AddressDigest:
     ) -> None:
         self._device = device
         self._weights = word_weights(device)
-        whole = torch.tensor(list(runs), dtype=torch.int64).reshape(-1, 3)
+        whole = torch.tensor(list(runs), dtype=torch.int64, device="cpu").reshape(-1, 3)
         self._count = whole.shape[0] + len(boxes)
-        tables, owners = [whole], [torch.arange(whole.shape[0])]
+        tables, owners = [whole], [torch.arange(whole.shape[0], dtype=torch.int64, device="cpu")]
         strided: list[tuple[int, int, StridedBox]] = []
         for number, (address, box) in enumerate(boxes, whole.shape[0]):
             rows = _rows_of(address, collapsed := collapse(box))
@@ -125,7 +125,7 @@ class AddressDigest:
                 strided.append((number, address, collapsed))
             else:
                 tables.append(rows)
-                owners.append(torch.full((rows.shape[0],), number))
+                owners.append(torch.full((rows.shape[0],), number, dtype=torch.int64, device="cpu"))
         table = torch.cat(tables)
         self._owners = torch.cat(owners).to(device)
         address_, position, nbytes = table.T.contiguous().unbind()
@@ -198,7 +198,7 @@ def collapse(box: StridedBox) -> StridedBox:
 def _rows_of(address: int, box: StridedBox) -> torch.Tensor | None:
     """The box as runs (address, position, nbytes) when its rows are contiguous at both ends and long enough."""
     if not box.sizes:
-        return torch.tensor([[address, box.position, box.itemsize]])
+        return torch.tensor([[address, box.position, box.itemsize]], dtype=torch.int64, device="cpu")
     row_nbytes = box.sizes[-1] * box.itemsize
     if (box.memory_strides[-1], box.image_strides[-1]) != (1, 1) or row_nbytes < MIN_ROW_NBYTES:
         return None
@@ -225,11 +225,11 @@ class _BoxTable:
             (address, box.position, math.prod(box.sizes), *box.sizes, *box.memory_strides, *box.image_strides)
             for _, address, box in boxes
         ]
-        numels = torch.tensor([row[2] for row in rows])
+        numels = torch.tensor([row[2] for row in rows], dtype=torch.int64, device="cpu")
         if numels.max() >= 2**31:
             raise Unsupported("a strided tensor of 2**31 or more elements on a GPU", hint="Make it contiguous")
-        self._table = torch.tensor(rows).to(device)
-        self.numbers = torch.tensor([number for number, _, _ in boxes]).to(device)
+        self._table = torch.tensor(rows, dtype=torch.int64, device="cpu").to(device)
+        self.numbers = torch.tensor([number for number, _, _ in boxes], dtype=torch.int64, device="cpu").to(device)
         self.tiles = TileTable(-(-numels // ELEMENTS_PER_PROGRAM), device)
 
     def launch(self, weights: torch.Tensor, partials: torch.Tensor) -> Launch:

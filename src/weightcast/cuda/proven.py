@@ -96,7 +96,7 @@ class _ProvenRuns:
     """Runs ``(source address, destination address, position in the image, bytes)``, all multiples of a word."""
 
     def __init__(self, runs: Sequence[tuple[int, int, int, int]], device: torch.device) -> None:
-        table = torch.tensor(runs, dtype=torch.int64).reshape(-1, 4)
+        table = torch.tensor(runs, dtype=torch.int64, device="cpu").reshape(-1, 4)
         source, target, position, nbytes = table.T.contiguous().unbind()
         end, tile_nbytes = position + nbytes, TILE_BLOCKS * BLOCK_WORDS * WORD_NBYTES
         tiles = TileTable(-(-end // tile_nbytes) - position // tile_nbytes, device)

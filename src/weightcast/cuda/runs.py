@@ -68,7 +68,7 @@ class TileTable:
 
     def __init__(self, num_tiles_per_run: torch.Tensor, device: torch.device) -> None:
         counts = num_tiles_per_run.to(torch.int64)
-        numbers = torch.arange(counts.numel(), dtype=torch.int32)
+        numbers = torch.arange(counts.numel(), dtype=torch.int32, device="cpu")
         self.num_tiles = int(counts.sum())
         self.tile_runs = torch.repeat_interleave(numbers, counts).to(device)
         self.first_tiles = (counts.cumsum(0) - counts).to(device)
@@ -78,7 +78,7 @@ class _PairTable:
     """Pairs of equally long byte ranges on one GPU, as addresses (or page-locked host memory that the GPU can reach)."""
 
     def __init__(self, pairs: Sequence[tuple[int, int, int]], device: torch.device, *, swap: bool) -> None:
-        table = torch.tensor([pair for pair in pairs if pair[2]], dtype=torch.int64).reshape(-1, 3)
+        table = torch.tensor([pair for pair in pairs if pair[2]], dtype=torch.int64, device="cpu").reshape(-1, 3)
         self.nbytes = int(table[:, 2].sum())
         tiles = TileTable(-(-table[:, 2] // COPY_TILE_NBYTES), device)
         self.launch = Launch(

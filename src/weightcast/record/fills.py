@@ -40,7 +40,10 @@ def unkept(fills: Sequence[Fill], written: Sequence[Placement], memory: Memory) 
 
 
 def _is_kept(fill: Fill, holes: list[tuple[int, int]], memory: Memory) -> bool:
-    constant = torch.tensor([fill.value]).to(memory.view(0, fill.place.dtype, 0, (), ()).dtype)
+    widest = torch.float64 if isinstance(fill.value, float) else torch.int64
+    constant = torch.tensor([fill.value], dtype=widest, device="cpu").to(
+        memory.view(0, fill.place.dtype, 0, (), ()).dtype
+    )
     pattern = constant.view(torch.uint8).to(memory.storages[fill.place.storage].device)
     flat = memory.storages[fill.place.storage]
     for start, end in _common(fill.place, holes):

@@ -215,7 +215,6 @@ class Fleet:
         for engine in engines:
             if engine.name not in failures and engine.name not in cut_off:
                 engine.broken = None
-        self._forget_unneeded()
         return failures
 
     def _part(self, engines: Sequence[EngineLink]) -> None:
@@ -378,15 +377,6 @@ class Fleet:
         self._close_workers(engine, "it closed the publisher, or dismissed this engine")
         engine.client.close()
         self.engines.remove(engine)
-        self._forget_unneeded()
-
-    def _forget_unneeded(self) -> None:
-        """Expect no digests any more that only workers needed who have left, on all ranks: each costs a look at all values."""
-        needed = {worker.digest_key for engine in self.engines for worker in engine.workers} | {self._content_key}
-        for key in self.expected.keys() - needed:
-            del self.expected[key]
-        ties = {tie for engine in self.engines for tie in self.ties.doubtful(engine)}
-        self.ranks.keep_expected([*self.expected, *self.ties.keep(ties)])
 
     def find(self, name: str) -> EngineLink:
         """The engine of that name; StateError lists the fleet when there is none."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 
 from weightcast.memory import Memory
 from weightcast.trainer.sources.base import Source
@@ -16,10 +16,15 @@ class Holder:
         self.source = source
         self._adopted: dict[str, Memory] = {}
 
-    def adopt(self, transports: Iterable[str]) -> bool:
-        """Have these transports, too; True when the source's memory moved (its layout may have changed with it)."""
+    def adopt(self, transports: Collection[str]) -> bool:
+        """Have these transports, too; True when the source's memory moved (its layout may have changed with it).
+
+        Raises StateError when the user's tensors are not what they were: they would be moved with values that they no longer have.
+        """
         source, before = self.source, self.source.memory
-        if not self._adopted and source.device.type == "cpu":
+        if not self._adopted.keys() >= set(transports):
+            source.check_form()
+        if transports and not self._adopted and source.device.type == "cpu":
             # One arena makes a round's cost independent of the number of tensors, for copies and digests alike.
             source.consolidate()
         for name in sorted(transports):
@@ -32,7 +37,8 @@ class Holder:
         return source.memory is not before
 
     def release(self) -> None:
-        """Give up what transports made; idempotent."""
+        """Close the source and give up what transports made of its memory; idempotent."""
+        self.source.close()
         for name, memory in self._adopted.items():
             registry().get(name).release(memory)
         self._adopted.clear()

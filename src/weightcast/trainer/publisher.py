@@ -22,6 +22,7 @@ from weightcast.trainer.outcomes import Require
 from weightcast.trainer.places import check_patterns, refuse_idle
 from weightcast.trainer.ranks import Follower, GivenGroup, Group, check_complete, chosen_group
 from weightcast.trainer.sources import SourceLike, make_source
+from weightcast.trainer.turns import Turns, undisturbed
 from weightcast.transports.facts import outward_address
 
 SHARDED_HINT = "Make a Publisher on every rank of the trainer, with process_group="
@@ -44,7 +45,7 @@ class Publisher:
             exchange, which halves the time that requests in flight stand still.
         timeout_s: deadline of ``connect`` and of each ``publish``, all waits in it included.
         pause: what happens to requests in flight while the commit runs: "keep" (frozen, then continued), "wait", "abort" or
-            "none" (the engine only makes sure that no step runs meanwhile; as "keep" where caches are cleared or several workers change).
+            "none" (the engine only makes sure that no step runs meanwhile).
         clear_cache: recompute keys and values of kept requests under the new weights, and forget cached prefixes.
         require: "all": every engine reaches the next version or none does. "live": an engine that fails is dropped from the round
             and the others go on; the report names it, and later rounds try to have it back.
@@ -65,9 +66,12 @@ class Publisher:
             others give besides source, dtype, timeout_s and address is not looked at.
         metrics_port: serve Prometheus metrics on this port of the loopback interface; 0 chooses one (``metrics_port`` says which).
 
-    Not thread-safe. A context manager: leaving it closes the publisher; engines go on with what they serve.
+    One call at a time: a call that comes while another thread makes one is a StateError, but for ``close``. A forked child has the
+    module's tensors as memory of its own, and no use of the Publisher: ``close`` does nothing there, other calls are a StateError.
+    A context manager: leaving it closes the publisher; engines go on with what they serve.
     """
 
+    @undisturbed()
     def __init__(
         self,
         source: SourceLike,
@@ -91,7 +95,7 @@ class Publisher:
         metrics_port: int | None = None,
         process_group: GivenGroup = "auto",
     ) -> None:
-        self._timeout_s, self._closed = timeout_s, False
+        self._timeout_s, self._closed, self._turns = timeout_s, False, Turns()
         chosen = chosen_group(process_group, source)
         group = None if chosen is None else Group(chosen)
         deadline = Deadline(timeout_s)
@@ -173,7 +177,8 @@ class Publisher:
         Raises the error of an engine that cannot be connected (require="live": when none can); the publisher stays usable, and
         ``publish`` tries again what is not connected.
         """
-        self._part.connect(self._begin(timeout_s))
+        with self._turns.take("connect"):
+            self._part.connect(self._begin(timeout_s))
 
     def add(self, engine: str | EngineClient | SyncEngine, timeout_s: float | None = None) -> Report | None:
         """Add an engine to the fleet and connect it; when that fails the fleet is as before.
@@ -181,11 +186,13 @@ class Publisher:
         If the source still holds the values of the version that the fleet serves, the engine is brought to it at once, beside the
         others, and the report says so. Otherwise (None) it gets the next version with all others.
         """
-        return self._part.add(engine, self._begin(timeout_s))
+        with self._turns.take("add"):
+            return self._part.add(engine, self._begin(timeout_s))
 
     def remove(self, name: str) -> None:
         """Dismiss an engine; it goes on with what it serves."""
-        self._part.remove(name, self._begin(None))
+        with self._turns.take("remove"):
+            self._part.remove(name, self._begin(None))
 
     def close(self) -> None:
         """Leave all engines and free memory, sockets and segments; idempotent. The source's tensors stay valid.
@@ -194,8 +201,11 @@ class Publisher:
         """
         if not self._closed:
             self._closed = True
-            self._part.close()
-            self._source.close()
+            if self._turns.is_child:
+                return  # sockets and engines are the parent's
+            with torch.inference_mode(False):
+                self._part.close()
+                self._source.close()
 
     def __enter__(self) -> Publisher:
         return self
@@ -215,15 +225,16 @@ class Publisher:
         returns, or the round ends as DigestMismatch. With several ranks each may call it or not. On a CPU, where ``publish``
         digests while bytes travel, and before ``connect`` it does nothing. Raises Unsupported for a source that ``publish`` copies.
         """
-        self._require_open()
-        if self._source.device.type == "cpu":
-            return
-        if self._source.is_copied:
-            raise Unsupported(
-                "a state dict is copied by publish(), there is nothing to prepare", hint="Publish the module itself"
-            )
-        for digest in self._part.expected.values():
-            digest.begin(self._source.memory)
+        with self._turns.take("prepare"):
+            self._require_open()
+            if self._source.device.type == "cpu":
+                return
+            if self._source.is_copied:
+                raise Unsupported(
+                    "a state dict is copied by publish(), there is nothing to prepare", hint="Publish the module itself"
+                )
+            for digest in self._part.expected.values():
+                digest.begin(self._source.memory)
 
     def publish(self, timeout_s: float | None = None) -> Report:
         """Bring every engine to the next version.
@@ -235,13 +246,14 @@ class Publisher:
         the round begins is PeerLost or DeadlineExceeded on all others, and nothing was changed. It ends at most two seconds after
         its deadline. Tensors of the source must not change while it runs.
         """
-        deadline = self._begin(timeout_s)
-        try:
-            return self._part.publish(deadline)
-        finally:
-            # What was prepared counts for one call, whatever came of it.
-            for digest in self._part.expected.values():
-                digest.forget()
+        with self._turns.take("publish"):
+            deadline = self._begin(timeout_s)
+            try:
+                return self._part.publish(deadline)
+            finally:
+                # What was prepared counts for one call, whatever came of it.
+                for digest in self._part.expected.values():
+                    digest.forget()
 
     @property
     def versions(self) -> dict[str, str]:

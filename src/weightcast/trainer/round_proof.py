@@ -53,8 +53,10 @@ class RoundProof:
     def compute(self) -> None:
         """Finish the digests. An error of weightcast's is kept for ``settle``: bytes that travel meanwhile may be about to fail for
         another reason, which says more."""
+        # A wait refers to the round, and through it to the source's memory: a cycle that would outlive both.
+        waits, self._waits = self._waits, {}
         try:
-            self._found = {digest: wait() for digest, wait in self._waits.items()}
+            self._found = {digest: wait() for digest, wait in waits.items()}
         except WeightcastError as error:
             self._error = error
 

@@ -115,7 +115,7 @@ class VllmNativePublisher:
                 comm.watch(check)
                 comm.connect(unique_id, 0, world_size, deadline)
                 # Named: memory that is freed under a running collective belongs to somebody else.
-                probe = torch.zeros(1, device=self._device)
+                probe = torch.zeros(1, dtype=torch.float32, device=self._device)
                 comm.all_reduce(probe, deadline)
                 comm.finish(deadline, "the first all-reduce")
         except BaseException:

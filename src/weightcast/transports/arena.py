@@ -6,18 +6,24 @@ Load-bearing properties:
   any of them at any moment.
 - It is not limited by the size of /dev/shm, which containers keep at 64 MiB.
 - Its size is sealed: a mapping can never reach past the end, so reading it cannot raise SIGBUS.
-- The reader maps it read-only.
+- The trainer's own mapping is the only one that writes: the memfd is sealed against new writers after the trainer has mapped it, and
+  nobody may open it for writing. The reader maps it read-only.
+- A forked child gets a mapping of its own at the same addresses: what the child writes stays in the child.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
+import functools
+import logging
 import mmap
 import os
 import weakref
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -25,7 +31,14 @@ import torch
 
 from weightcast.errors import PeerLost, TransportError
 
+logger = logging.getLogger(__name__)
+
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+_SEAL_FUTURE_WRITE = 0x0010
+"""Linux 5.1; Python names it from 3.13 on."""
+_READ_ONLY = 0o400
+
+_MAP_FIXED, _MAP_NORESERVE = 0x10, 0x4000
 
 
 class ArenaRef(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -38,32 +51,107 @@ class ArenaRef(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     nbytes: int
 
 
+class _Mapped(NamedTuple):
+    """A writable mapping of this process that others can read."""
+
+    address: int
+    nbytes: int
+    descriptor: int
+
+
+_shared: weakref.WeakKeyDictionary[mmap.mmap, _Mapped] = weakref.WeakKeyDictionary()
+"""By the object that unmaps the memory with its last user."""
+
+
 class Arena:
-    """Zeroed shared memory of this process. ``bytes`` stays valid after ``close``, but nobody new can map it."""
+    """Zeroed shared memory of this process. ``bytes`` stays valid after ``close``, but no reference finds the memory any more."""
 
     def __init__(self, nbytes: int) -> None:
-        descriptor = os.memfd_create("weightcast", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        self._close = weakref.finalize(self, os.close, descriptor)
+        _take_care_of_children()
         try:
-            # Reserves the memory now: running out of it later would be a SIGBUS in the middle of a step.
-            os.posix_fallocate(descriptor, 0, nbytes)
-            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
-            mapping = mmap.mmap(descriptor, nbytes)
+            descriptor = os.memfd_create("weightcast", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            try:
+                # Reserves the memory now: running out of it later would be a SIGBUS in the middle of a step.
+                os.posix_fallocate(descriptor, 0, nbytes)
+                mapping = mmap.mmap(descriptor, nbytes)
+                os.fchmod(descriptor, _READ_ONLY)
+                _seal(descriptor)
+            except BaseException:
+                os.close(descriptor)
+                raise
         except OSError as error:
-            self.close()
             raise TransportError(
                 f"no {nbytes / 2**20:.0f} MiB of shared memory for the weights: {error}",
-                hint="Raise the memory limit of the trainer, or use another transport",
+                hint="Raise the limits of the trainer (memory, open files), or use another transport",
             ) from None
         self.bytes = torch.frombuffer(mapping, dtype=torch.uint8)
+        self._mapping = weakref.ref(mapping)
+        self._keep(mapping, descriptor)
         stat = os.fstat(descriptor)
         self.ref = ArenaRef(
             pid=os.getpid(), descriptor=descriptor, device=stat.st_dev, inode=stat.st_ino, nbytes=nbytes
         )
+        self._is_open = True
+
+    def _keep(self, mapping: mmap.mmap, descriptor: int) -> None:
+        """Keep the descriptor for as long as the memory is used, which may be longer than this object: a child needs it."""
+        self._release = weakref.finalize(mapping, os.close, descriptor)
+        _shared[mapping] = _Mapped(self.bytes.data_ptr(), self.bytes.numel(), descriptor)
 
     def close(self) -> None:
-        """Idempotent."""
-        self._close()
+        """Idempotent. The memory goes with its last user."""
+        mapping = self._mapping()
+        if not self._is_open or mapping is None or os.getpid() != self.ref.pid:
+            return
+        self._is_open = False
+        # Without a descriptor left to copy to, an old reference still leads to the memory, to be read.
+        with contextlib.suppress(OSError):
+            copy = fcntl.fcntl(self.ref.descriptor, fcntl.F_DUPFD_CLOEXEC, 0)
+            release = self._release
+            self._keep(mapping, copy)
+            release()
+
+
+def _seal(descriptor: int) -> None:
+    """Nobody resizes the memory, and nobody but who has mapped it already writes to it."""
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS | _SEAL_FUTURE_WRITE)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        logger.warning(
+            "this kernel cannot seal shared memory against writing (F_SEAL_FUTURE_WRITE, Linux 5.1): other processes of this user "
+            "are kept from the weights by the mode of the memory only"
+        )
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
+
+
+@functools.cache
+def _take_care_of_children() -> None:
+    """Once in a process, when its first arena is made."""
+    _libc()
+    os.register_at_fork(after_in_child=_map_privately)
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return libc
+
+
+def _map_privately() -> None:
+    """In a forked child: the same bytes at the same addresses, where a page that the child writes is the child's own."""
+    libc, writable = _libc(), mmap.PROT_READ | mmap.PROT_WRITE
+    flags = mmap.MAP_PRIVATE | _MAP_FIXED | _MAP_NORESERVE
+    for mapped in list(_shared.values()):
+        if libc.mmap(mapped.address, mapped.nbytes, writable, flags, mapped.descriptor, 0) != mapped.address:
+            # An exception would be lost here. A child that writes ends; the trainer's weights stay what they are.
+            libc.mprotect(mapped.address, mapped.nbytes, mmap.PROT_READ)
+    _shared.clear()  # what is private stays so in the child's own children, with what the child wrote
+    _shared.clear()  # what is private stays so in the child's own children, with what the child wrote
 
 
 def map_arena(ref: ArenaRef) -> torch.Tensor:

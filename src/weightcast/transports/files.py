@@ -178,7 +178,7 @@ def compile_reads(
     for run in runs:
         steps += _read_run(run, _file(files, run.src_storage), memory, max_nbytes)
     if rest:
-        scratch = torch.empty(min(max_nbytes, _SCRATCH_NBYTES), dtype=torch.uint8)
+        scratch = torch.empty(min(max_nbytes, _SCRATCH_NBYTES), dtype=torch.uint8, device="cpu")
         steps += [
             ReadBox(_file(files, copy.src_storage), piece, scratch, memory)
             for copy in rest

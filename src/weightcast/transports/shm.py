@@ -179,7 +179,7 @@ class ShmWorkerEnd(WorkerEnd):
     def connect(self, deadline: Deadline) -> None:
         with self._guard.use("connect", deadline):
             arena = self._offer.arena
-            storage = torch.empty(0, dtype=torch.uint8) if arena is None else map_arena(arena)
+            storage = torch.empty(0, dtype=torch.uint8, device="cpu") if arena is None else map_arena(arena)
             gaps_are_zero = self._offer.gaps_are_zero or _fill_their_storages(self._copies, self._offer.spans)
             self._source = Memory([storage], is_arena=gaps_are_zero)
             for span in self._offer.spans:

@@ -123,7 +123,7 @@ class VllmNcclEngine(WeightTransferEngine[VllmNcclInitInfo, VllmNcclUpdateInfo])
         comm = Communicator(self.model.device)
         comm.connect(unique_id, rank, init_info.world_size, deadline)
         # Named: memory that is freed under a running collective belongs to somebody else.
-        probe = torch.zeros(1, device=self.model.device)
+        probe = torch.zeros(1, dtype=torch.float32, device=self.model.device)
         comm.all_reduce(probe, deadline)
         comm.finish(deadline, "the first all-reduce")
         self._comm, self._init_info = comm, init_info

@@ -59,11 +59,12 @@ class _Pattern:
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(0x5EED)
-        self._bytes = torch.randint(0, 256, (_PERIOD_NBYTES,), generator=generator, dtype=torch.uint8)
+        self._bytes = torch.randint(0, 256, (_PERIOD_NBYTES,), generator=generator, dtype=torch.uint8, device="cpu")
 
     def fill(self, part: torch.Tensor, start: int) -> None:
         """Write the pattern from ``start`` on into a tensor of any strides."""
-        flat = (part if part.is_contiguous() else torch.empty(part.shape, dtype=part.dtype)).view(-1).view(torch.uint8)
+        whole = part if part.is_contiguous() else torch.empty(part.shape, dtype=part.dtype, device="cpu")
+        flat = whole.view(-1).view(torch.uint8)
         done = 0
         while done < flat.numel():
             place = (start + done) % _PERIOD_NBYTES
@@ -82,7 +83,7 @@ def _patterned(
 
 
 def _tensor(spec: TensorSpec, landings: Sequence[Placement], pattern: _Pattern) -> torch.Tensor:
-    tensor = torch.empty(spec.shape, dtype=dtype_of(spec.dtype))
+    tensor = torch.empty(spec.shape, dtype=dtype_of(spec.dtype), device="cpu")
     for placement in landings:
         pattern.fill(_part(tensor, placement), _start(placement))
     return tensor

@@ -47,7 +47,9 @@ class Slots:
 
     def new_memory(self) -> Memory:
         """A mirror's memory, zero like the padding that no checkpoint fills."""
-        return Memory([torch.zeros(self.nbytes, dtype=torch.uint8)] if self.nbytes else [], is_arena=self.is_padded)
+        return Memory(
+            [torch.zeros(self.nbytes, dtype=torch.uint8, device="cpu")] if self.nbytes else [], is_arena=self.is_padded
+        )
 
 
 @dataclass(slots=True)

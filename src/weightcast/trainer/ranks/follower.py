@@ -43,7 +43,6 @@ from weightcast.trainer.ranks.orders import (
     Enter,
     Expect,
     Finish,
-    Keep,
     Pair,
     Refresh,
     Release,
@@ -110,6 +109,7 @@ class Follower:
         for held in self._ends.values():
             held.close()
         self._ends.clear()
+        self.expected.clear()
         self._holder.release()
 
     # -- on the I/O thread
@@ -250,9 +250,6 @@ class Follower:
                 self.expected[order.key] = ExpectedDigest(
                     order.manifest or self._manifest, order.copies, self._source.memory
                 )
-            case Keep():
-                for key in self.expected.keys() - set(order.keys):
-                    del self.expected[key]
             case Pair():
                 return Answer(offers=self._open(order))
             case Refresh():

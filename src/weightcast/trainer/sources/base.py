@@ -48,8 +48,11 @@ class Source(ABC):
         """What of ``refresh`` may run while ``memory`` is being read: it writes nothing. What was read counts only once it has
         returned. Nothing by default; raises StateError as ``refresh`` does."""
 
+    def check_form(self) -> None:  # noqa: B027 - a source may have nothing of the user's that can change its form
+        """Raise StateError, as ``refresh`` does, when the user's tensors are not what they were at connect. Writes nothing."""
+
     def close(self) -> None:
-        """Free what the source made, also while it is still referenced. Tensors of the user stay valid."""
+        """Free what the source made, also while it is still referenced. Tensors of the user stay valid, in memory of their own."""
         self.memory = Memory(())
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import operator
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
@@ -17,14 +17,19 @@ from weightcast.memory import Memory
 from weightcast.trainer.sources.base import Source, device_of, wait_for_stream
 from weightcast.trainer.sources.conversions import Content, placed, read_module
 from weightcast.trainer.sources.shards import is_distributed, part_of
+from weightcast.trainer.sources.tenants import Tenants
+from weightcast.trainer.sources.tree import Places, Tree, moved_error, named
+
+logger = logging.getLogger(__name__)
 
 
 class ModuleSource(Source):
     """Reads parameters in place: nothing is copied or gathered before a transport takes the bytes.
 
-    ``dtype``: publish floating-point tensors in this type (fp32 masters as bf16, say); values are cast on their way. With shared
-    memory the parameters are moved into it once: ``param.data`` is rebound, Parameter objects stay, optimizers notice
-    nothing. ``names`` maps checkpoint names to tensors for modules whose own names are not the checkpoint's.
+    ``dtype``: publish floating-point tensors in this type (fp32 masters as bf16, say); values are cast on their way. On a CPU the
+    parameters are moved into one arena once, and back by ``close``: ``param.data`` is rebound, Parameter objects stay, optimizers
+    notice nothing, and what shared a storage still does while nothing else comes to share it (see Tenants). ``names`` maps
+    checkpoint names to tensors for modules whose own names are not the checkpoint's.
     """
 
     def __init__(
@@ -50,10 +55,13 @@ class ModuleSource(Source):
         placements, storages, numbers = placed(forms, {name: part_of(name, value) for name, value in tensors.items()})
         self.memory = Memory(storages)
         self.layout = Layout(placements=placements, storage_nbytes=tuple(s.numel() for s in storages))
-        self._bound = self._find_bound(numbers)
-        self._refuse_strangers(tensors, numbers)
-        self._values = [value for value, _ in self._bound]
-        self._slots = Slots(module, self._values)
+        bound = self._find_bound(numbers)
+        self._refuse_strangers(tensors, numbers, {number for _, number in bound})
+        self._values = [value for value, _ in bound]
+        self._tenants = Tenants(self._values, [number for _, number in bound])
+        self._tree = Tree(module, self._values)
+        self._starts: list[int] | None = None
+        """Where in the one arena each storage of the user's begins, once there is an arena."""
         self._note_places()
 
     def _find_bound(self, numbers: dict[int, int]) -> list[tuple[torch.Tensor, int]]:
@@ -65,9 +73,9 @@ class ModuleSource(Source):
                 found.append((value, number))
         return found
 
-    def _refuse_strangers(self, tensors: Mapping[str, torch.Tensor], numbers: Mapping[int, int]) -> None:
+    @staticmethod
+    def _refuse_strangers(tensors: Mapping[str, torch.Tensor], numbers: Mapping[int, int], bound: set[int]) -> None:
         """Values that are computed for a state dict would be read once, and be those of that moment for ever."""
-        bound = {number for _, number in self._bound}
         for name, value in tensors.items():
             if value.numel() and numbers[value.untyped_storage().data_ptr()] not in bound:
                 raise InvalidInput(
@@ -78,17 +86,22 @@ class ModuleSource(Source):
 
     def _note_places(self) -> None:
         """What is there now is what later rounds compare with."""
-        self._addresses = self._current_addresses()
-        self._untyped = [storage.untyped_storage() for storage in self.memory.storages]
+        self._places = Places(self._values, self._tree.names_of(self._values))
+        read = dict(enumerate(self.memory.storages)) if self._starts is None else self._tenants.staying
+        self._read = list(read)
+        self._untyped = [storage.untyped_storage() for storage in read.values()]
         self._sizes = self._current_sizes()
-
-    def _current_addresses(self) -> list[int]:
-        return list(map(torch.Tensor.data_ptr, self._values))
 
     def _current_sizes(self) -> list[int]:
         return list(map(torch.UntypedStorage.nbytes, self._untyped))
 
+    def _names_in(self, numbers: Iterable[int]) -> list[str]:
+        """The module's names of what lies in these storages of the user's."""
+        return self._tree.names_of(value for number in numbers for value in self._tenants.of(number))
+
     def consolidate(self) -> None:
+        if self._starts is not None:
+            return
         starts, end = [], 0
         for storage in self.memory.storages:
             starts.append(end)
@@ -109,9 +122,9 @@ class ModuleSource(Source):
                 )
             )
         memory = Memory([arena], is_arena=self._is_covered() and is_padded(placements))
-        self._move([(arena, start) for start in starts])
-        self._bound = [(value, 0) for value, _ in self._bound]
-        self.memory = memory
+        # This source has a tensor on each storage, too.
+        self._move(arena, starts, references=1)
+        self.memory, self._starts = memory, starts
         self.layout = Layout(placements=tuple(placements), storage_nbytes=(end,))
         self._note_places()
 
@@ -128,24 +141,25 @@ class ModuleSource(Source):
     def rebind(self, memory: Memory) -> None:
         if tuple(s.numel() for s in memory.storages) != self.layout.storage_nbytes:
             raise InvalidInput("the new memory has other storages than the old one")
-        self._move([(storage, 0) for storage in memory.storages])
+        if self._starts is None:
+            raise StateError("a module's parameters are moved out of one arena into another", hint="Call consolidate()")
+        self._move(memory.storages[0], self._starts, references=0)
         self.memory = memory
         self._note_places()
 
+    def _move(self, arena: torch.Tensor, starts: list[int], *, references: int) -> None:
+        self._tenants.move_into(arena, starts, references=references)
+        if self._tenants.staying:
+            logger.warning(
+                "%s stay where they are and are copied in each round: something beside the module refers to their memory, such as "
+                "a state dict that is kept",
+                named(self._names_in(self._tenants.staying)),
+            )
+
     def close(self) -> None:
+        self._tenants.leave()
         super().close()
         self._untyped = []
-
-    @torch.no_grad()
-    def _move(self, targets: list[tuple[torch.Tensor, int]]) -> None:
-        """Point every bound tensor at its place in the target of its storage's number."""
-        for value, number in self._bound:
-            flat, start = targets[number]
-            base = self.memory.storages[number].storage_offset()
-            offset = value.storage_offset() * value.element_size() - base + start + flat.storage_offset()
-            moved = torch.empty(0, dtype=value.dtype, device=value.device)
-            moved.set_(flat.untyped_storage(), offset // value.element_size(), value.size(), value.stride())
-            value.data = moved
 
     def refresh(self) -> None:
         self.fill()
@@ -154,50 +168,23 @@ class ModuleSource(Source):
     def fill(self) -> None:
         # This source keeps the storages alive, whatever became of the parameters; but one that was resized to nothing gave its
         # memory back.
-        refuse_moved(self._current_sizes(), self._sizes)
+        self._check_sizes()
+        self._tenants.copy()
         wait_for_stream(self.device)
 
     def check(self) -> None:
-        self._slots.check()
-        refuse_moved(self._current_addresses(), self._addresses)
+        self._tree.check()
+        self._places.check()
 
+    def check_form(self) -> None:
+        self._check_sizes()
+        self.check()
 
-class Slots:
-    """Where a module keeps parameters and buffers. One that was replaced leaves the published one behind, with old values; a
-    round waits for the check, so it goes without a loop in Python."""
-
-    def __init__(self, module: nn.Module, values: Iterable[torch.Tensor]) -> None:
-        wanted = set(map(id, values))
-        found = [
-            (slots, key, value, f"{name}.{key}".lstrip("."))
-            for name, child in module.named_modules()
-            for slots in (child._parameters, child._buffers)
-            for key, value in slots.items()
-            if id(value) in wanted
-        ]
-        self._slots, self._keys = [slots for slots, *_ in found], [key for _, key, *_ in found]
-        self._held, self._names = [value for *_, value, _ in found], [name for *_, name in found]
-
-    def check(self, replaced: Callable[[Any], bool] = lambda value: True) -> None:
-        """Raise StateError with the name of the first that is another object now, if ``replaced`` says so of that object."""
-        now = list(map(dict.get, self._slots, self._keys))
-        if all(map(operator.is_, now, self._held)):
-            return
-        for name, value, held in zip(self._names, now, self._held, strict=True):
-            if value is not held and replaced(value):
-                raise StateError(
-                    f"{name!r} of the module was replaced by another tensor since connect()",
-                    hint="Copy new values into it (with torch.no_grad(): parameter.copy_(values)), or connect again",
-                )
-
-
-def refuse_moved(now: list[int], then: list[int]) -> None:
-    """Raise StateError when parameters do not lie where they lay."""
-    if now != then:
-        raise StateError(
-            "parameters of the module were moved since connect()",
-            hint="Do not call .to() or replace .data of a published module; connect again",
-        )
+    def _check_sizes(self) -> None:
+        now = self._current_sizes()
+        if now != self._sizes:
+            changed = [n for n, size, then in zip(self._read, now, self._sizes, strict=True) if size != then]
+            raise moved_error(self._names_in(changed))
 
 
 _CASTABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

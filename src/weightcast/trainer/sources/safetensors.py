@@ -174,6 +174,9 @@ class SafetensorsSource(Source):
         self.memory = memory
 
     def refresh(self) -> None:
+        self.check_form()
+
+    def check_form(self) -> None:
         if _stamp(self.folder) != self._stamp:
             raise StateError(f"the files of {self.folder} changed since connect()", hint="Connect again")
 

@@ -16,8 +16,9 @@ from weightcast.memory import Memory
 from weightcast.trainer.sources.base import Source, device_of, wait_for_stream
 from weightcast.trainer.sources.conversions import Content, placed
 from weightcast.trainer.sources.forms import Forms
-from weightcast.trainer.sources.module import Slots, check_dense, published_dtype, refuse_moved
+from weightcast.trainer.sources.module import check_dense, published_dtype
 from weightcast.trainer.sources.shards import Part, is_distributed, local_of, part_of, shard_of
+from weightcast.trainer.sources.tree import Tree, moved_error
 
 
 class ShardedSource(Source):
@@ -90,14 +91,20 @@ class ShardedSource(Source):
         super().close()
         self._views, self._own = [], ()
 
-    @torch.no_grad()
-    def refresh(self) -> None:
+    def check_form(self) -> None:
+        self._current()
+
+    def _current(self) -> list[torch.Tensor]:
+        """The values that this rank holds now."""
         if self._owners is not None:
             self._owners.check()
-            values = list(self._own)
-        else:
-            now = self._forms.locals_of(self._tensors)
-            values = list(map(now.__getitem__, self._held_at))
+            return list(self._own)
+        now = self._forms.locals_of(self._tensors)
+        return list(map(now.__getitem__, self._held_at))
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        values = self._current()
         if self.is_copied and self._views:
             torch._foreach_copy_(self._views, values)
         wait_for_stream(self.device)
@@ -115,7 +122,9 @@ class _Owners:
             local = local_of(value)
             if local.numel() and local.untyped_storage().data_ptr() in starts:
                 (self._sharded if is_distributed(value) else self._plain).append(value)
-        self._slots = Slots(module, [*self._plain, *self._sharded])
+        owned = [*self._plain, *self._sharded]
+        self._tree = Tree(module, owned)
+        self._names = self._tree.names_of(owned)
         self._addresses = self._current_addresses()
 
     def _current_addresses(self) -> list[int]:
@@ -126,8 +135,11 @@ class _Owners:
 
         FSDP puts gathered plain tensors in the place of shards for as long as it computes; the shards stay what they are.
         """
-        self._slots.check(is_distributed)
-        refuse_moved(self._current_addresses(), self._addresses)
+        self._tree.check()
+        now = self._current_addresses()
+        if now != self._addresses:
+            pairs = zip(self._names, now, self._addresses, strict=True)
+            raise moved_error([name for name, address, then in pairs if address != then])
 
 
 def _is_held(part: Part) -> bool:

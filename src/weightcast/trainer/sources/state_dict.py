@@ -49,6 +49,9 @@ class StateDictSource(Source):
         super().close()
         self._views = []
 
+    def check_form(self) -> None:
+        self._forms.locals_of(self._tensors)
+
     @torch.no_grad()
     def refresh(self) -> None:
         torch._foreach_copy_(self._views, self._forms.locals_of(self._tensors))
