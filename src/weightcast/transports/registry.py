@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 
 from weightcast.errors import InvalidInput, Unsupported
+from weightcast.plugins import entry_points_of, refusal
 from weightcast.transports.base import Facts, Transport
 
 ENTRY_POINT_GROUP = "weightcast.transports"
@@ -23,8 +24,7 @@ class TransportRegistry:
 
     def __init__(self, points: Iterable[EntryPoint] | None = None) -> None:
         """``points``: instead of the entry points of installed packages."""
-        found = entry_points(group=ENTRY_POINT_GROUP) if points is None else points
-        self._points = {point.name: point for point in found}
+        self._points = entry_points_of(ENTRY_POINT_GROUP, points)
         self._transports: dict[str, Transport] = {}
         self._failures: dict[str, str] = {}
 
@@ -100,6 +100,10 @@ class TransportRegistry:
         if point is None:
             # Not remembered: the name may be registered later.
             raise Unsupported(f"no transport {name!r}", hint=f"Known: {', '.join(self.names())}")
+        forbidden = refusal(point)
+        if forbidden is not None:
+            self._failures[name] = forbidden
+            return
         try:
             transport = point.load()()
         except Exception as error:  # noqa: BLE001

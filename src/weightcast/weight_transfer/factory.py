@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from importlib.metadata import entry_points
 from typing import Any, ClassVar
 
 from weightcast.errors import InvalidInput, Unsupported
+from weightcast.plugins import VARIABLE, entry_points_of, refusal
 from weightcast.receiver.base import LiveModel
 from weightcast.weight_transfer.base import WeightTransferEngine, WorkerRank
 from weightcast.weight_transfer.config import WeightTransferConfig
@@ -38,7 +38,7 @@ class WeightTransferEngineFactory:
     @classmethod
     def names(cls) -> tuple[str, ...]:
         """All backends that can be asked for: registered ones and those of installed packages."""
-        return tuple(sorted({*cls._loaders, *(point.name for point in entry_points(group=ENTRY_POINT_GROUP))}))
+        return tuple(sorted({*cls._loaders, *entry_points_of(ENTRY_POINT_GROUP)}))
 
     @classmethod
     def engine_class(cls, name: str) -> type[AnyEngine]:
@@ -46,10 +46,13 @@ class WeightTransferEngineFactory:
         if name in cls._loaders:
             loader: Callable[[], Any] = cls._loaders[name]
         else:
-            points = entry_points(group=ENTRY_POINT_GROUP, name=name)
-            if not points:
+            point = entry_points_of(ENTRY_POINT_GROUP).get(name)
+            if point is None:
                 raise Unsupported(f"no weight transfer backend {name!r}", hint=f"Known: {', '.join(cls.names())}")
-            loader = next(iter(points)).load
+            forbidden = refusal(point)
+            if forbidden is not None:
+                raise Unsupported(f"weight transfer backend {name!r}: {forbidden}", hint=f"Add it to {VARIABLE}")
+            loader = point.load
         try:
             return loader()  # type: ignore[no-any-return]
         except (ImportError, AttributeError) as error:
