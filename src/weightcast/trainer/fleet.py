@@ -84,6 +84,8 @@ class Fleet:
         self._holder = Holder(source)
         self.engines: list[EngineLink] = []
         self.epoch = 0
+        self.number_used = 0
+        """The highest version number that this trainer has used or found in its log."""
         self.expected: dict[str, ExpectedDigest | SharedDigest] = {}
         self._content_key: str | None = None
         self.ties = Ties(ranks)
@@ -143,7 +145,8 @@ class Fleet:
             workers.append(WorkerLink(member, landings))
         layouts = [worker.landings.layout for worker in workers]
         engine.places = places_of(self.ranks.manifest, self.ranks.holdings, layouts, self._settings.unused)
-        engine.greet(workers)
+        others = [other.highest for other in self.engines if other is not engine]
+        engine.greet(workers, max([self.number_used, engine.highest, *others]))
         if engine.places.unused:
             left_out = engine.places.unused
             logger.info("%s does without %d published tensors: %s", engine.name, len(left_out), shown(left_out))

@@ -10,7 +10,7 @@ from weightcast.control.coordinator import Member
 from weightcast.deadline import Deadline
 from weightcast.digest import version_number
 from weightcast.dtypes import itemsize_of
-from weightcast.errors import DeadlineExceeded, EngineError, PeerLost, WeightcastError
+from weightcast.errors import DeadlineExceeded, EngineError, PeerLost, ProtocolError, WeightcastError
 from weightcast.manifest import Manifest
 from weightcast.messages import Failed, Landings
 from weightcast.plan import Plan
@@ -19,6 +19,11 @@ from weightcast.trainer.places import Places
 from weightcast.transports.base import Transport
 
 UNKNOWN = "unknown"
+BELIEVED_NUMBER = 10**12
+"""The highest version number that a trainer believes of an engine while it knows of none itself: thousands of years of rounds."""
+BELIEVED_LEAD = 10**9
+"""How far an engine may be ahead of what the trainer knows. Numbers go on after what is believed, so whoever lies cannot use them
+up: they have MAX_DIGITS digits (see digest)."""
 
 
 class SendingEnd(Protocol):
@@ -73,6 +78,16 @@ class WorkerLink:
             self.end = None
 
 
+def _believed(number: int, known: int) -> int:
+    limit = known + BELIEVED_LEAD if known else BELIEVED_NUMBER
+    if number > limit:
+        raise ProtocolError(
+            f"it says that it has had version number {number}, and {known or 'none'} is the highest that this trainer knows of",
+            hint="Restart the engine, whose numbers begin anew then; or give the Publisher the log= of the one before it",
+        )
+    return number
+
+
 @dataclass(slots=True)
 class EngineLink:
     """One engine of the fleet. ``broken`` says why it has to be set up again, or admitted again (``joined`` False).
@@ -102,13 +117,13 @@ class EngineLink:
     def in_place(self) -> bool:
         return any(worker.in_place for worker in self.workers)
 
-    def greet(self, workers: list[WorkerLink]) -> None:
+    def greet(self, workers: list[WorkerLink], known: int = 0) -> None:
         """Take over what its workers said when they joined. Workers that serve different things are an engine that serves
-        no version."""
+        no version. ``known`` is the highest number that the trainer knows of; ProtocolError for one that nobody can believe."""
         hellos = [worker.member.hello for worker in workers]
         self.version, self.digest = hellos[0].version, hellos[0].digest
         self.dirty = any(hello.dirty for hello in hellos) or len({(h.version, h.digest) for h in hellos}) > 1
-        self.highest = max(max(hello.highest, version_number(hello.version)) for hello in hellos)
+        self.highest = _believed(max(max(hello.highest, version_number(hello.version)) for hello in hellos), known)
         self.workers, self.broken, self.joined = workers, "not set up", True
 
     def learn(self, status: Mapping[str, Any]) -> None:
