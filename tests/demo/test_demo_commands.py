@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -21,6 +22,7 @@ import torch
 import uvicorn
 from rich.console import Console
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
 from weightcast import Publisher
@@ -38,6 +40,7 @@ from weightcast.server import create_app
 from weightcast.testing.callers import serving
 from weightcast.testing.models import build_tiny_model
 from weightcast.testing.scripted_engine import ScriptedEngine
+from weightcast.trainer.sources import checkpoint_tensors
 from weightcast.transports.base import Facts
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(180)]
@@ -62,7 +65,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def weightcast(*arguments: object, token: str | None = None) -> Result:
     environment = {"WEIGHTCAST_TOKEN": token, "COLUMNS": "200"}
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], env=environment)
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], env=environment)
+    for live, checkpoint in re.findall(r"digest of what is live (\w+), of the checkpoint (\w+)", result.output):
+        assert (live == checkpoint) == (result.exit_code == 0), result.output
+    return result
 
 
 @contextmanager
@@ -115,7 +121,7 @@ def test_push_status_and_verify_agree(server: ServerProcess, checkpoint: Path, t
 
     verified = weightcast("verify", server.url, "--checkpoint", checkpoint, token=server.token)
     assert verified.exit_code == 0, verified.output
-    assert report.digest in verified.output
+    assert "digest of what is live" in verified.output
 
     tensors = load_file(checkpoint / "model.safetensors")
     name = "model.layers.1.mlp.up_proj.weight"
@@ -148,6 +154,43 @@ def test_verify_looks_at_what_is_live(arch: str, dtype: str, tmp_path: Path) -> 
         spoilt = weightcast("verify", url, "--checkpoint", folder)
         assert spoilt.exit_code == 1, (name, spoilt.output)
         assert "1 different" in spoilt.output
+
+
+@pytest.mark.parametrize(
+    ("dtype", "engine_dtype"), [(torch.bfloat16, "float32"), (torch.bfloat16, "bfloat16"), (None, "bfloat16")], ids=str
+)
+def test_what_was_published_is_what_a_checkpoint_in_that_type_says(
+    dtype: torch.dtype | None, engine_dtype: str, tmp_path: Path
+) -> None:
+    """float32 masters, a checkpoint saved in bfloat16, and engines of either type: equal, by digests that are equal."""
+    folder = build_tiny_model(tmp_path / "m", "qwen3_moe", "float32")
+    module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    llm = AsyncLLM(folder, dtype=engine_dtype, num_threads=1)
+    with served(llm) as url:
+        for kind in ("module", "state dict", "module"):
+            with torch.no_grad():
+                for parameter in module.parameters():
+                    parameter.add_(torch.randn_like(parameter) * 0.01)
+            saved = {name: value.contiguous() for name, value in checkpoint_tensors(module).items()}
+            source = module if kind == "module" else saved
+            with Publisher(source, [url], dtype=dtype, timeout_s=30) as publisher:
+                report = publisher.publish()
+            rounded = tmp_path / f"{report.number}"
+            rounded.mkdir()
+            save_file({name: value.bfloat16() for name, value in saved.items()}, rounded / "model.safetensors")
+            verified = weightcast("verify", url, "--checkpoint", rounded)
+            assert verified.exit_code == 0, verified.output
+            assert "digest of what is live" in verified.output
+            save_file(saved, rounded / "model.safetensors")
+            exact = weightcast("verify", url, "--checkpoint", rounded)
+            assert (exact.exit_code == 0) == (engine_dtype == "bfloat16"), exact.output
+            if dtype is not None:
+                for name, value in saved.items():
+                    saved[name] = value.bfloat16()
+                with Publisher(saved, [url], timeout_s=30) as publisher:
+                    again = publisher.publish()
+                assert again.version.partition("-")[2] == report.version.partition("-")[2]
+                assert again.digest == report.digest
 
 
 @pytest.mark.parametrize("more", [{"num_hidden_layers": 4}, {"attention_bias": True}])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -35,7 +34,6 @@ def command(
 ) -> None:
     """Compare an engine's live weights with CHECKPOINT. Exit status 1 unless they are proven equal."""
     from weightcast.deadline import Deadline
-    from weightcast.digest import LayoutDigest
     from weightcast.trainer.clients.http import HttpEngineClient
     from weightcast.trainer.comparison import compare
     from weightcast.trainer.places import check_patterns, refuse_idle
@@ -48,20 +46,14 @@ def command(
         try:
             patterns = check_patterns(unused or ())
             refuse_idle(patterns, source.manifest)
-            committed = client.status(deadline).get("digest")
             comparison = compare(client, source, deadline, patterns)
-            check = partial(deadline.check, "digesting the checkpoint")
-            whole = f"{LayoutDigest(source.manifest, source.layout).of(source.memory, check):016x}"
         finally:
             source.close()
             client.close()
     out = console()
     out.print(f"{client.name} serves {comparison.version}", highlight=False, soft_wrap=True)
-    out.print(
-        f"digest that the live version was committed with {committed or '(none)'}, of the checkpoint {whole}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    live, checkpointed = comparison.digests
+    out.print(f"digest of what is live {live}, of the checkpoint {checkpointed}", highlight=False, soft_wrap=True)
     _print(comparison, out)
     left_out = f", but for {len(comparison.unused)} tensors that the engine does without" if comparison.unused else ""
     out.print(f"[green]equal[/green]{left_out}" if comparison.proven else "[bold red]not proven equal[/bold red]")

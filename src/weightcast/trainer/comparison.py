@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -29,6 +30,16 @@ class Comparison:
     """The checkpoint's tensors that the engine does not hold and should."""
     unused: tuple[str, ...] = ()
     """Those that it does not hold and rightly does without."""
+    live: Mapping[str, str] = field(default_factory=dict)
+    """Type and digest of each live tensor, by the checkpoint's names."""
+    checkpoint: Mapping[str, str] = field(default_factory=dict)
+    """The same of the checkpoint's tensors that the engine should hold, cast to the types that they have there."""
+
+    @property
+    def digests(self) -> tuple[str, str]:
+        """One digest of all that is live and one of the same of the checkpoint, both in the engine's types: they are equal exactly where
+        all tensors are."""
+        return _digest_of(self.live), _digest_of(self.checkpoint)
 
     @property
     def proven(self) -> bool:
@@ -53,25 +64,28 @@ def compare(
     tensors = answer.get("tensors")
     if not isinstance(tensors, dict) or not all(isinstance(entry, dict) for entry in tensors.values()):
         raise EngineError("the engine gives no digests of its live tensors", engine=client.name)
-    equal, different, unproven = [], [], {}
+    unproven, live = {}, {}
     for name, entry in tensors.items():
         if name not in source.manifest or not entry.get("digest"):
             unproven[name] = str(entry.get("reason") or "not a tensor of the checkpoint")
-        elif entry["digest"] == _digest(source, name, str(entry.get("dtype")), deadline):
-            equal.append(name)
         else:
-            different.append(name)
-    return _with_the_rest(
-        source,
-        tensors,
-        Comparison(
-            version=str(answer.get("weight_version")),
-            equal=tuple(equal),
-            different=tuple(different),
-            unproven=unproven,
-        ),
-        unused,
-        deadline,
+            live[name] = f"{entry.get('dtype')} {entry['digest']}"
+    found = _compared(source, str(answer.get("weight_version")), live, unproven, deadline)
+    return _with_the_rest(source, tensors, found, unused, deadline)
+
+
+def _compared(
+    source: SafetensorsSource, version: str, live: dict[str, str], unproven: Mapping[str, str], deadline: Deadline
+) -> Comparison:
+    """What is found of live tensors (type and digest by name) that the checkpoint has, too."""
+    checkpoint = {name: _digest(source, name, held.split()[0], deadline) for name, held in live.items()}
+    return Comparison(
+        version=version,
+        equal=tuple(name for name in live if live[name] == checkpoint[name]),
+        different=tuple(name for name in live if live[name] != checkpoint[name]),
+        unproven=unproven,
+        live=live | dict(unproven),
+        checkpoint=checkpoint,
     )
 
 
@@ -82,13 +96,14 @@ def _with_the_rest(
     missing = [spec for spec in source.manifest.tensors if spec.name not in held]
     left_out = matching(unused, [spec.name for spec in missing]) | {s.name for s in missing if is_computed(s)}
     placed = [spec for spec in source.manifest.tensors if spec.name in held]
-    equal, different, absent = list(found.equal), list(found.different), []
+    equal, different, absent, checkpoint = list(found.equal), list(found.different), [], dict(found.checkpoint)
     for spec in missing:
         if spec.name not in left_out:
+            own = checkpoint[spec.name] = _digest(source, spec.name, spec.dtype, deadline)
             partner = partner_of(spec, placed)
             if partner is None:
                 absent.append(spec.name)
-            elif _digest(source, spec.name, spec.dtype, deadline) != _digest(source, partner, spec.dtype, deadline):
+            elif own != _digest(source, partner, spec.dtype, deadline):
                 different.append(spec.name)
             elif partner in found.equal:
                 equal.append(spec.name)
@@ -98,6 +113,8 @@ def _with_the_rest(
         different=tuple(different),
         absent=tuple(absent),
         unused=tuple(spec.name for spec in missing if spec.name in left_out),
+        live={**found.live, **{name: checkpoint[name] for name in equal if name not in found.live}},
+        checkpoint=checkpoint,
     )
 
 
@@ -109,22 +126,22 @@ def _by_name(
     live: Any = details.get("checksums") if isinstance(details, dict) else None
     if not isinstance(live, dict) or not live:
         raise EngineError("the engine gives no checksums of its live tensors", engine=client.name)
-    known = [name for name in live if name in source.manifest]
-    expected = {name: _digest(source, name, source.manifest[name].dtype, deadline) for name in known}
-    found = Comparison(
-        version=str(status.get("weight_version")),
-        equal=tuple(name for name in known if live[name] == expected[name]),
-        different=tuple(name for name in known if live[name] != expected[name]),
-        unproven={name: "the checkpoint has no tensor of this name" for name in live if name not in source.manifest},
-    )
+    known = {name: f"{source.manifest[name].dtype} {live[name]}" for name in live if name in source.manifest}
+    unproven = {name: "the checkpoint has no tensor of this name" for name in live if name not in source.manifest}
+    found = _compared(source, str(status.get("weight_version")), known, unproven, deadline)
     return _with_the_rest(source, live, found, unused, deadline)
 
 
 def _digest(source: SafetensorsSource, name: str, dtype: str, deadline: Deadline) -> str:
-    """Hex digest of one tensor of the checkpoint, cast as the engine's loader casts it."""
+    """Type and hex digest of one tensor of the checkpoint, cast as the engine's loader casts it."""
     deadline.check("digesting the checkpoint")
     values = source.tensor(name)
     try:
-        return f"{digest_tensor(values.to(dtype_of(dtype))):016x}"
+        return f"{dtype} {digest_tensor(values.to(dtype_of(dtype))):016x}"
     except InvalidInput:
         raise EngineError(f"the engine holds {name} in an unknown type, {dtype[:40]!r}") from None
+
+
+def _digest_of(tensors: Mapping[str, str]) -> str:
+    lines = "\n".join(f"{name} {said}" for name, said in sorted(tensors.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()[:16]
