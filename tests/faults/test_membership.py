@@ -86,9 +86,10 @@ def test_a_server_that_joins_serves_nothing_before_it_is_current(stack: ExitStac
         assert time.monotonic() < end, joiner.tail()
         assert not joiner.is_dead, joiner.tail()
         time.sleep(0.1)
-    health = httpx.get(f"{joiner.url}/health", timeout=5)
-    assert health.status_code == 503
-    assert "waiting for the first weights" in health.text
+    assert httpx.get(f"{joiner.url}/health", timeout=5).status_code == 200
+    ready = httpx.get(f"{joiner.url}/ready", timeout=5)
+    assert ready.status_code == 503
+    assert "waiting for the first weights" in ready.text
     ask = {"model": "policy", "prompt": [5, 6, 7], "max_tokens": 4}
     assert httpx.post(f"{joiner.url}/v1/completions", json=ask, timeout=10).status_code == 503
     commits = other.call("num_syncs")
@@ -96,7 +97,7 @@ def test_a_server_that_joins_serves_nothing_before_it_is_current(stack: ExitStac
     assert report is not None
     assert report.version == first.version
     assert other.call("num_syncs") == commits
-    answer = httpx.get(f"{joiner.url}/health", timeout=5)
+    answer = httpx.get(f"{joiner.url}/ready", timeout=5)
     assert answer.status_code == 200
     assert answer.json()["weight_version"] == first.version
     version, checksums = joiner.checksums()

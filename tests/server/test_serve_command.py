@@ -70,9 +70,10 @@ def test_waits_for_weights_and_reports_its_configuration(model: Path, tmp_path: 
     options = ("--wait-for-weights", "--load-format", "dummy", "--weight-transfer-config", config, "--host", "0.0.0.0")
     with serving(model, tmp_path, *options, WEIGHTCAST_TOKEN=token) as server:
         url = server.url.replace("0.0.0.0", "127.0.0.1")
-        health = httpx.get(f"{url}/health")
-        assert health.status_code == 503
-        assert health.json()["error"]["type"] == "EngineError"
+        assert httpx.get(f"{url}/health").status_code == 200
+        ready = httpx.get(f"{url}/ready")
+        assert ready.status_code == 503
+        assert ready.json()["error"]["type"] == "EngineError"
         assert httpx.post(f"{url}/v1/completions", json={"prompt": "x"}).status_code == 503
         info = httpx.get(f"{url}/server_info").json()["vllm_config"]
         assert info["weight_transfer_config"] == {"backend": "weightcast", "mode": "in_place"}

@@ -35,6 +35,7 @@ GUARDED = [
 ]
 OPEN = [
     "/health",
+    "/ready",
     "/metrics",
     "/v1/models",
     "/server_info",

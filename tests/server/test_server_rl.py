@@ -312,16 +312,21 @@ async def test_shutdown_and_init_again(http: httpx.AsyncClient) -> None:
     await post(http, "/start_weight_update")
 
 
-async def test_health_follows_the_engine() -> None:
+async def test_alive_is_not_ready() -> None:
     engine = ScriptedEngine(wait_for_weights=True)
     async with client_for(engine) as http:
-        answer = await http.get("/health")
+        assert (await http.get("/health")).json() == {"status": "ok", "weight_version": "default", "ready": False}
+        answer = await http.get("/ready")
         assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
         assert "waiting for weights" in answer.json()["error"]["message"]
         await post(http, "/init_weight_transfer_engine", INIT)
         await post(http, "/start_weight_update")
         await post(http, "/update_weights", UPDATE)
         await post(http, "/finish_weight_update", {"weight_version": "1"})
-        assert (await http.get("/health")).json() == {"status": "ok", "weight_version": "1"}
+        assert (await http.get("/health")).json() == {"status": "ok", "weight_version": "1", "ready": True}
+        assert (await http.get("/ready")).json() == {"status": "ready", "weight_version": "1"}
         engine.dirty = True
+        assert (await http.get("/health")).status_code == 200, "the next update heals it: no reason to restart it"
+        assert (await http.get("/ready")).status_code == 503
+        await engine.shutdown()
         assert (await http.get("/health")).status_code == 503

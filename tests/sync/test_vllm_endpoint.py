@@ -12,11 +12,16 @@ from starlette.routing import Route
 from weightcast.engines.vllm.endpoint import WeightcastEndpoints
 from weightcast.testing.scripted_vllm import Failure, ScriptedVllm
 
-STOCK = {"/finish_weight_update": ["POST"], "/get_world_size": ["GET"], "/weight_info": ["GET"]}
+TOLD = ["/init_weight_transfer_engine", "/start_weight_update", "/update_weights"]
+STOCK = {"/finish_weight_update": ["POST"], "/get_world_size": ["GET"], "/weight_info": ["GET"]} | {
+    key: ["POST"] for key in TOLD
+}
 
 
 async def server(engine: ScriptedVllm, *, development: bool) -> httpx.AsyncClient:
     async def stock(request: Request) -> JSONResponse:
+        if b"fail" in await request.body():
+            return JSONResponse({"stock": "failed"}, 500)
         return JSONResponse({"stock": request.url.path})
 
     routes = [Route(path, stock, methods=methods) for path, methods in STOCK.items()]
@@ -75,3 +80,43 @@ async def test_an_update_of_vllms_own_routes_lets_a_held_engine_go_on() -> None:
             assert (await client.post("/finish_weight_update")).status_code == status_code
             assert (engine.paused, worker.held) == (number == 1, number == 1)
     assert engine.label == "2-x"
+
+
+@pytest.mark.parametrize("path", TOLD)
+@pytest.mark.parametrize(("kind", "status_code"), [("StateError", 409), ("InvalidInput", 422), ("DigestMismatch", 424)])
+async def test_a_call_that_a_worker_refused_is_not_answered_200(path: str, kind: str, status_code: int) -> None:
+    engine = ScriptedVllm(2)
+    async with await server(engine, development=True) as client:
+        answer = await client.post(path, json={})
+        assert (answer.status_code, answer.json()) == (200, {"stock": path})
+        engine.workers[1].error = kind
+        answer = await client.post(path, json={})
+    assert answer.status_code == status_code
+    assert answer.json()["error"]["type"] == kind
+
+
+@pytest.mark.parametrize("path", [*TOLD, "/finish_weight_update"])
+async def test_with_another_backend_vllms_routes_answer_by_themselves(path: str) -> None:
+    engine = ScriptedVllm()
+    engine.vllm_config.weight_transfer_config.backend = "nccl"
+    async with await server(engine, development=True) as client:
+        answer = await client.post(path, json={})
+    assert (answer.status_code, answer.json()) == (200, {"stock": path})
+    assert engine.calls == []
+
+
+async def test_an_error_of_vllms_own_is_passed_on() -> None:
+    engine = ScriptedVllm()
+    async with await server(engine, development=True) as client:
+        answer = await client.post("/start_weight_update", json={"fail": True})
+    assert (answer.status_code, answer.json()) == (500, {"stock": "failed"})
+
+
+async def test_ready_says_whether_requests_are_served() -> None:
+    engine = ScriptedVllm()
+    async with await server(engine, development=False) as client:
+        assert (await client.get("/ready")).json() == {"status": "ready", "weight_version": "default"}
+        engine.workers[0].dirty = True
+        answer = await client.get("/ready")
+    assert answer.status_code == 503
+    assert "of no version" in answer.json()["error"]["message"]

@@ -61,7 +61,11 @@ def command(
     seed: Annotated[int, typer.Option(help="Seed of dummy weights and of unseeded requests.")] = 0,
     num_threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch.")] = None,
     wait_for_weights: Annotated[
-        bool, typer.Option("--wait-for-weights", help="Answer 503 until the first weights have come.")
+        bool,
+        typer.Option(
+            "--wait-for-weights",
+            help="Generate nothing before the first weights have come: /ready answers 503 until then, /health 200.",
+        ),
     ] = False,
     weight_transfer_config: Annotated[
         str | None, typer.Option(help='JSON, such as \'{"backend": "weightcast", "mode": "staged"}\'.')
@@ -180,7 +184,7 @@ def _serve(
                     "weightcast: no token: only this machine may change weights (--token-file, WEIGHTCAST_TOKEN)"
                 )
             if transfer.wait_for_weights:
-                typer.echo("weightcast: /health answers 503 until the first weights have come")
+                typer.echo("weightcast: /ready and /v1 answer 503 until the first weights have come")
             typer.echo(f"weightcast: serving {engine.model_name} at {url}")
             write_ready(url)
 

@@ -139,9 +139,9 @@ class _Training:
         return report, report.digests_match and served == (report.version, report.digest)
 
     def _expect_ready(self) -> None:
-        reply = self.client.get("/health")
+        reply = self.client.get("/ready")
         if reply.status_code != 200:
-            raise EngineError(f"the server has weights and /health answers {reply.status_code}: {reply.text[:200]}")
+            raise EngineError(f"the server has weights and /ready answers {reply.status_code}: {reply.text[:200]}")
 
 
 def _conclude(run: Run, console: Console) -> Verdict:

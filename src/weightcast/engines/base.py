@@ -108,7 +108,7 @@ class RequestOutput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStatus:
-    """A snapshot for /health, /metrics, /weightcast/status and the command line."""
+    """A snapshot for /health, /ready, /metrics, /weightcast/status and the command line."""
 
     model: str
     weight_version: str
@@ -131,6 +131,8 @@ class EngineStatus:
     backend: str
     num_weight_bytes: int | None = None
     """Bytes of weights that were received; None where nobody counts them."""
+    alive: bool = True
+    """False once the engine will never serve again. One that waits for weights, or whose weights are of no version, is alive."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,6 +8,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from weightcast.engines.base import EngineStatus
 from weightcast.errors import EngineError, InvalidInput, Unsupported
 from weightcast.server.body import query_flag
 from weightcast.server.context import ServerContext
@@ -22,6 +23,13 @@ _REFUSED = {
     "/sleep": "this engine does not give up its memory; stop the server instead",
     "/wake_up": "this engine never sleeps",
 }
+
+
+def readiness(status: EngineStatus, model: str) -> Response:
+    """The answer of /ready: 503 with the reason until requests are served."""
+    if not status.ready:
+        raise EngineError(f"not serving: {status.reason}", engine=model)
+    return json_response({"status": "ready", "weight_version": status.weight_version})
 
 
 class InfoRoutes:
@@ -39,7 +47,8 @@ class InfoRoutes:
         config_format = (QueryParam(name="config_format", schema={"type": "string", "enum": ["json", "text"]}),)
         reads = [
             get("/v1/models", self.models, "The served model", "openai", guard="api_key"),
-            get("/health", self.health, "200 when requests are served", "info"),
+            get("/health", self.health, "200 while weights can be received", "info"),
+            get("/ready", self.ready, "200 when requests are served", "info"),
             get("/metrics", self.metrics, "Prometheus metrics", "info", media_type="text/plain"),
             get("/server_info", self.server_info, "How the engine is configured", "rl", query=config_format),
             get("/is_paused", self.is_paused, "Whether generation is paused", "rl"),
@@ -67,10 +76,14 @@ class InfoRoutes:
         return json_response({"object": "list", "data": [model]})
 
     async def health(self, request: Request) -> Response:
+        """Alive is not ready: trainers wait for this before they send the weights that an engine waits for."""
         status = await self._engine.status()
-        if not status.ready:
-            raise EngineError(f"not serving: {status.reason}", engine=self._context.model_name)
-        return json_response({"status": "ok", "weight_version": status.weight_version})
+        if not status.alive:
+            raise EngineError(f"not alive: {status.reason}", engine=self._context.model_name)
+        return json_response({"status": "ok", "weight_version": status.weight_version, "ready": status.ready})
+
+    async def ready(self, request: Request) -> Response:
+        return readiness(await self._engine.status(), self._context.model_name)
 
     async def metrics(self, request: Request) -> Response:
         try:

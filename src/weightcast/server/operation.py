@@ -86,7 +86,7 @@ def _refuse(operation: Operation, error: WeightcastError) -> Response:
     guarded = operation.guard != "open"
     response = error_response(error, changes_weights=operation.changes_weights, guarded=guarded)
     level = logging.WARNING if response.status_code in (401, 424) or response.status_code >= 500 else logging.INFO
-    if operation.path == "/health":
+    if operation.path in ("/health", "/ready"):
         level = logging.DEBUG  # asked every second by whoever waits
     logger.log(level, "%s %s: %d %s", operation.method, operation.path, response.status_code, error)
     return response

@@ -116,11 +116,11 @@ class EngineHost:
         async def world_size(request: Request) -> Response:
             return JSONResponse({"world_size": len(self._workers)})
 
-        async def health(request: Request) -> Response:
+        async def ready(request: Request) -> Response:
             status = await self._engine.status()
             return JSONResponse({"ready": status.ready}, 200 if status.ready else 503)
 
-        return [Route("/get_world_size", world_size), Route("/health", health)]
+        return [Route("/get_world_size", world_size), Route("/ready", ready)]
 
     def url(self) -> str:
         return self._url

@@ -244,6 +244,7 @@ class ScriptedEngine:
             num_syncs=self._num_syncs,
             world_size=1,
             backend="scripted",
+            alive=not self.is_shut_down,
         )
 
     async def shutdown(self) -> None:

@@ -212,6 +212,7 @@ class Engine:
             world_size=1,
             backend=self._transfer.config.backend,
             num_weight_bytes=self._transfer.num_weight_bytes,
+            alive=self._thread.alive,
         )
 
     def shutdown(self, timeout_s: float = _STOP_TIMEOUT_S) -> None:

@@ -3,8 +3,8 @@
 vLLM loads it only where VLLM_PLUGINS names it; ``plugin.register`` sees to that when the command line asks for the backend. The
 token is WEIGHTCAST_TOKEN; without one the routes that change anything answer clients of this machine only.
 
-In development mode one route of vLLM's is answered here instead: its own /finish_weight_update names the version that the trainer
-asks for without knowing what became of the update, because the workers never raise.
+In development mode vLLM's own weight routes are answered here: the workers never raise, so vLLM takes every call for done, and its
+/finish_weight_update names the version that the trainer asks for without knowing what became of the update.
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from weightcast.engines.vllm.front import VllmControl
+from weightcast.engines.vllm.stock_routes import TOLD, OwnRoute, told
 from weightcast.secret import usable_token
 from weightcast.server.auth import TokenAuth, guards_of
 from weightcast.server.body import query_flag, read_struct
 from weightcast.server.control_routes import MAX_BODY_NBYTES, control_router
+from weightcast.server.info_routes import readiness
 from weightcast.server.operation import Operation, routes_of
 from weightcast.server.replies import json_response
-from weightcast.vllm_eras import BACKEND
+from weightcast.vllm_eras import BACKEND, has_backend
 
 TOKEN_VARIABLE = "WEIGHTCAST_TOKEN"
 FINISH = "/finish_weight_update"
@@ -53,12 +55,34 @@ class WeightcastEndpoints:
         app.router.routes.extend(control_router(self._control, auth).routes)
         missing = [operation for operation in self._open_operations() if operation.path not in present]
         app.router.routes.extend(routes_of(missing, guards))
-        if FINISH in present:
-            app.router.routes[:0] = routes_of([self._finish_operation()], guards)
+        before = routes_of(self._before_stock(app.router.routes), guards)
+        app.router.routes[:0] = [OwnRoute(route, self._is_ours) for route in before]
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         if engine_client is not None:
             self._control.attach(engine_client)
+
+    def _before_stock(self, routes: list[Any]) -> list[Operation]:
+        """What answers in place of vLLM's weight routes, those that it serves."""
+        stock = {path: route for route in routes if (path := getattr(route, "path", None)) in (*TOLD, FINISH)}
+        own = [self._told_operation(path, stock[path]) for path in TOLD if path in stock]
+        return [*own, self._finish_operation()] if FINISH in stock else own
+
+    def _is_ours(self) -> bool:
+        return self._control.is_attached and has_backend(self._control.front.engine.config)
+
+    def _told_operation(self, path: str, theirs: Any) -> Operation:
+        return Operation(
+            method="POST",
+            path=path,
+            handler=told(theirs, self._check),
+            summary="As vLLM's; an error when a worker could not carry the call out",
+            tag=BACKEND,
+            changes_weights=True,
+        )
+
+    async def _check(self) -> None:
+        await self._control.front.raise_outcome()
 
     def _open_operations(self) -> list[Operation]:
         return [
@@ -74,6 +98,13 @@ class WeightcastEndpoints:
                 path="/weight_info",
                 handler=self._weight_info,
                 summary="Which version is live",
+                tag=BACKEND,
+            ),
+            Operation(
+                method="GET",
+                path="/ready",
+                handler=self._ready,
+                summary="200 when requests are served",
                 tag=BACKEND,
             ),
         ]
@@ -99,6 +130,10 @@ class WeightcastEndpoints:
     async def _world_size(self, request: Request) -> Response:
         size = await self._control.front.get_world_size(query_flag(request, "include_dp", True))
         return json_response({"world_size": size})
+
+    async def _ready(self, request: Request) -> Response:
+        status = await self._control.status()
+        return readiness(status, status.model)
 
     async def _weight_info(self, request: Request) -> Response:
         return json_response({"weight_version": await self._control.front.get_weight_version()})

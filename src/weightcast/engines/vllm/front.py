@@ -18,7 +18,7 @@ from weightcast.known import known
 from weightcast.manifest import Manifest
 from weightcast.outcome import WorkerOutcome, common_version, first_error, why_unfit
 from weightcast.server.control import details_of
-from weightcast.vllm_eras import BACKEND, has_backend, require_backend, served_engine
+from weightcast.vllm_eras import BACKEND, require_backend, served_engine
 from weightcast.vllm_eras.port import ServedPort
 from weightcast.weight_transfer.weightcast import WeightcastInitInfo
 
@@ -43,15 +43,9 @@ class VllmFront:
         self._raise_first(await self._call("shutdown"))
 
     async def close_update(self, label: str | None) -> None:
-        """End an update of vLLM's own routes: named ``label`` when every worker carried it out, else the first error is raised.
-
-        Updates of other backends than weightcast's are ended as vLLM does.
-        """
+        """End an update of vLLM's own routes: named ``label`` when every worker carried it out, else the first error is raised."""
+        self.require_backend()
         await self.engine.close_update()
-        if not has_backend(self.engine.config):
-            if label is not None:
-                await self.engine.set_label(label)
-            return
         outcomes = await self._call("status")
         error = first_error(outcomes)
         await self.name_or_hold(outcomes)
@@ -60,6 +54,15 @@ class VllmFront:
         if label is not None:
             await self.engine.set_label(label)
         self.num_syncs += 1
+
+    async def raise_outcome(self) -> None:
+        """Raise what the last call of vLLM's own routes came to, if any worker could not carry it out; what is then of no version is
+        held."""
+        outcomes = await self._call("status")
+        error = first_error(outcomes)
+        if error is not None:
+            await self.name_or_hold(outcomes)
+            raise error
 
     async def get_world_size(self, include_dp: bool = True) -> int:
         return self.engine.world_size(include_dp)
@@ -109,6 +112,7 @@ class VllmFront:
             num_syncs=self.num_syncs,
             world_size=self.engine.world_size(),
             backend=BACKEND,
+            alive=not self.engine.gone(),
         )
 
     def require_backend(self) -> None:
@@ -149,6 +153,10 @@ class VllmControl:
         """Take the server's EngineClient."""
         self._front = VllmFront(client)
         self._committer = AsyncCommitter(self._front.port)
+
+    @property
+    def is_attached(self) -> bool:
+        return self._front is not None
 
     @property
     def front(self) -> VllmFront:

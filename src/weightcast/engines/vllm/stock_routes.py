@@ -1,0 +1,61 @@
+"""vLLM's own weight routes, answered with what became of the call: its workers never raise, so vLLM takes every call for done.
+
+Each stands before the route of vLLM's that it answers for, and is as open as that. With another backend than weightcast's they are
+not there, and vLLM's routes answer by themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Match, Route
+from starlette.types import Message, Receive, Scope, Send
+
+TOLD = ("/init_weight_transfer_engine", "/start_weight_update", "/update_weights")
+
+
+class OwnRoute(Route):
+    """A route that is there while ``is_ours`` says so."""
+
+    def __init__(self, route: Route, is_ours: Callable[[], bool]) -> None:
+        super().__init__(route.path, route.endpoint, methods=list(route.methods or ()))
+        self._is_ours = is_ours
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        """As of any route, or none."""
+        return super().matches(scope) if self._is_ours() else (Match.NONE, {})
+
+
+def told(theirs: BaseRoute, check: Callable[[], Awaitable[None]]) -> Callable[[Request], Awaitable[Response]]:
+    """A handler that answers as ``theirs`` does, unless ``check`` raises after it succeeded."""
+
+    async def handler(request: Request) -> Response:
+        sent: list[Message] = []
+
+        async def keep(message: Message) -> None:
+            sent.append(message)
+
+        _, found = theirs.matches(request.scope)
+        request.scope.update(found)
+        await theirs.handle(request.scope, request.receive, keep)
+        answer = _Sent(sent)
+        if 200 <= answer.status_code < 300:
+            await check()
+        return answer
+
+    return handler
+
+
+class _Sent(Response):
+    """An answer that was made already."""
+
+    def __init__(self, messages: list[Message]) -> None:
+        super().__init__(status_code=int(messages[0]["status"]) if messages else 500)
+        self._messages = messages
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> Any:
+        for message in self._messages:
+            await send(message)
