@@ -124,3 +124,14 @@ def test_tensors_without_a_place_and_tied_ones_with_other_values_are_refused(tmp
         with pytest.raises(RoundFailed, match=r"lm_head\.weight.*model\.embed_tokens\.weight"):
             publisher.publish()
         assert offline.answers(llm) == served
+
+
+def test_one_engine_given_twice_is_told(model: Path) -> None:
+    with offline.engine(model) as llm:
+        with (
+            Publisher(random_state_dict(model), [llm, llm], timeout_s=60) as publisher,
+            pytest.raises(StateError, match="are one engine"),
+        ):
+            publisher.connect()
+        with Publisher(random_state_dict(model), [llm], timeout_s=60) as publisher:
+            assert publisher.publish().digests_match

@@ -34,6 +34,9 @@ class JoinInfo(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=
     """Leave a trainer that is still alive; without it a second trainer is refused."""
     session: str = ""
     """Names the trainer's publisher: the same one may join again while the engine still believes in its former stay."""
+    left: tuple[str, ...] = ()
+    """Names of engines that the publisher dismissed lately: an engine that still believes in its stay under one of them may join under
+    another name."""
 
     def __post_init__(self) -> None:
         if not self.address.startswith("tcp://"):

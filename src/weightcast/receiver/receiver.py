@@ -47,7 +47,8 @@ class Receiver:
         self._num_bytes_before = 0
 
     def join(self, info: JoinInfo, world_size: int | None = None) -> None:
-        """Join a trainer. StateError when another one is alive and ``info.takeover`` is not set.
+        """Join a trainer. StateError when another one is alive and ``info.takeover`` is not set, or when the same one has this engine
+        in its fleet under another name.
 
         ``world_size``, if given, is how many workers join from now on: an engine may learn that only from its trainer.
         """
@@ -55,6 +56,17 @@ class Receiver:
         if old is not None and old.lost is None and not info.takeover and info.session != old.id:
             raise StateError(
                 "another trainer publishes to this engine", phase="join", hint="Close it, or join with takeover"
+            )
+        if (
+            old is not None
+            and old.lost is None
+            and info.session == old.id
+            and old.engine not in (info.engine, *info.left)
+        ):
+            raise StateError(
+                f"{old.engine!r} and {info.engine!r} are one engine",
+                phase="join",
+                hint="Give each engine once, under one name",
             )
         self.leave()
         self._world_size = world_size or self._world_size

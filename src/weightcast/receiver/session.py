@@ -96,6 +96,8 @@ class Session:
         self._model = model
         self._mode_wish = mode
         self.round = round
+        self.engine = info.engine
+        """The name by which the trainer knows this engine."""
         self.lost: str | None = None
         self.proven_digest = 0
         """Digest of what this round's transfer left in its target memory."""

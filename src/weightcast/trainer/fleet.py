@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -48,6 +49,8 @@ logger = logging.getLogger(__name__)
 
 WORD_TIMEOUT_S = 0.5
 """How long a worker whose connection broke is asked for its own reason."""
+MAX_LEFT = 64
+"""How many dismissed engines are told of: those before them have heard of their dismissal."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +84,7 @@ class Fleet:
         self._coordinator = coordinator
         self._settings = settings
         self._session = secrets.token_hex(8)
+        self._left: deque[str] = deque(maxlen=MAX_LEFT)
         self._holder = Holder(source)
         self.engines: list[EngineLink] = []
         self.epoch = 0
@@ -132,6 +136,7 @@ class Fleet:
                 "timeout_s": deadline.limit_s(),
                 "takeover": self._settings.takeover,
                 "session": self._session,
+                "left": list(self._left),
                 "world_size": world_size,
             },
             deadline,
@@ -380,6 +385,7 @@ class Fleet:
         self._close_workers(engine, "it closed the publisher, or dismissed this engine")
         engine.client.close()
         self.engines.remove(engine)
+        self._left.append(engine.name)
 
     def find(self, name: str) -> EngineLink:
         """The engine of that name; StateError lists the fleet when there is none."""

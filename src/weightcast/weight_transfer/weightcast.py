@@ -28,6 +28,7 @@ class WeightcastInitInfo(InitInfo, kw_only=True, forbid_unknown_fields=True):
     timeout_s: float = 60.0
     takeover: bool = False
     session: str = ""
+    left: tuple[str, ...] = ()
     world_size: int | None = None
     """How many workers the trainer has join, all replicas of the engine included: replicas of vLLM do not know."""
 
@@ -45,6 +46,7 @@ class WeightcastInitInfo(InitInfo, kw_only=True, forbid_unknown_fields=True):
             timeout_s=self.timeout_s,
             takeover=self.takeover,
             session=self.session,
+            left=self.left,
         )
 
 
