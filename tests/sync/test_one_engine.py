@@ -2,21 +2,24 @@
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import uvicorn
 
 from weightcast import Publisher
+from weightcast.deadline import Deadline
 from weightcast.engines.base import InferenceEngine
 from weightcast.engines.embedded import LLM, AsyncLLM
-from weightcast.errors import StateError
+from weightcast.errors import InvalidInput, StateError
 from weightcast.server import create_app
 from weightcast.testing.local_engine import DictModel, LocalEngine
 from weightcast.testing.models import build_tiny_model, random_state_dict
+from weightcast.trainer.clients import AsyncEngineClient, RayEngineClient
 
 TOLD = "are one engine"
 
@@ -69,8 +72,8 @@ def test_one_server_under_two_names(path: Path, takeover: bool) -> None:
 def test_one_object_twice(path: Path) -> None:
     weights = random_state_dict(path)
     llm = LLM(path)
-    with Publisher(weights, [llm, llm], timeout_s=30) as publisher, pytest.raises(StateError, match=TOLD):
-        publisher.connect()
+    with pytest.raises(InvalidInput, match=TOLD):
+        Publisher(weights, [llm, llm], timeout_s=30)
     with Publisher(weights, [llm], timeout_s=30) as publisher:
         publisher.publish()
         with pytest.raises(StateError, match=TOLD):
@@ -83,12 +86,27 @@ def test_one_object_twice(path: Path) -> None:
 async def test_one_object_of_an_event_loop_twice(path: Path) -> None:
     engine = AsyncLLM(path, num_threads=1)
     try:
-        with Publisher(random_state_dict(path), [engine, engine], timeout_s=30) as publisher:
+        with pytest.raises(InvalidInput, match=TOLD):
+            Publisher(random_state_dict(path), [engine, engine], timeout_s=30)
+        loop = asyncio.get_running_loop()
+        with Publisher(random_state_dict(path), [engine], timeout_s=30) as publisher:
+            await asyncio.to_thread(publisher.connect)
             with pytest.raises(StateError, match=TOLD):
-                await asyncio.to_thread(publisher.connect)
+                await asyncio.to_thread(publisher.add, AsyncEngineClient(engine, loop))
+            assert (await asyncio.to_thread(publisher.publish)).ok
             await asyncio.to_thread(publisher.close)
     finally:
         await engine.shutdown()
+
+
+class Named(LocalEngine):
+    """Workers that others call under other names. An engine's calls come one after the other."""
+
+    turn: threading.Lock
+
+    def init(self, init_info: Mapping[str, Any], deadline: Deadline) -> None:
+        with self.turn:
+            super().init(init_info, deadline)
 
 
 @pytest.fixture
@@ -97,9 +115,11 @@ def workers() -> Iterator[Callable[[str], LocalEngine]]:
     tensors = {"w": torch.randn(6, 5), "b": torch.randn(3)}
     first = LocalEngine("first", [DictModel(tensors, rows=(rank, 2)) for rank in range(2)])
 
+    turn = threading.Lock()
+
     def named(name: str) -> LocalEngine:
-        other = LocalEngine(name, [])
-        other.models, other.workers = first.models, first.workers
+        other = Named(name, [])
+        other.models, other.workers, other.turn = first.models, first.workers, turn
         return other
 
     yield named
@@ -127,3 +147,22 @@ def test_a_dismissed_engine_may_come_back_under_another_name(workers: Callable[[
             weights["w"].copy_(torch.randn(6, 5))
             assert publisher.publish().engines[0].name == str(number)
         assert torch.equal(torch.cat([m.parameters()["w"] for m in workers("x").models]), weights["w"])
+
+
+def test_clients_of_one_actor_are_one_engine() -> None:
+    class Handle:
+        """Handles of one Ray actor are equal, and not the same object."""
+
+        def __init__(self, actor: str) -> None:
+            self.actor = actor
+
+        def __eq__(self, other: object) -> bool:
+            return isinstance(other, Handle) and other.actor == self.actor
+
+        def __hash__(self) -> int:
+            return hash(self.actor)
+
+    weights = {"w": torch.randn(3)}
+    with pytest.raises(InvalidInput, match=TOLD):
+        Publisher(weights, [RayEngineClient(Handle("a")), RayEngineClient(Handle("a"))])
+    Publisher(weights, [RayEngineClient(Handle("a")), RayEngineClient(Handle("b"))]).close()

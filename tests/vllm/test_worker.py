@@ -9,8 +9,9 @@ from tests.vllm import offline
 
 from weightcast import Publisher
 from weightcast.engines.vllm import api
-from weightcast.errors import PlanMismatch, RoundFailed, StateError
+from weightcast.errors import InvalidInput, PlanMismatch, RoundFailed, StateError
 from weightcast.testing.models import build_tiny_model, random_state_dict
+from weightcast.trainer.clients import VllmClient
 
 
 @pytest.fixture
@@ -128,10 +129,13 @@ def test_tensors_without_a_place_and_tied_ones_with_other_values_are_refused(tmp
 
 def test_one_engine_given_twice_is_told(model: Path) -> None:
     with offline.engine(model) as llm:
-        with (
-            Publisher(random_state_dict(model), [llm, llm], timeout_s=60) as publisher,
-            pytest.raises(StateError, match="are one engine"),
-        ):
-            publisher.connect()
+        with pytest.raises(InvalidInput, match="are one engine"):
+            Publisher(random_state_dict(model), [llm, llm], timeout_s=60)
         with Publisher(random_state_dict(model), [llm], timeout_s=60) as publisher:
             assert publisher.publish().digests_match
+            other = VllmClient(llm)
+            other.target = None
+            for engine in (llm, other):
+                with pytest.raises(StateError, match="are one engine"):
+                    publisher.add(engine)
+                assert publisher.publish().digests_match

@@ -14,7 +14,7 @@ from weightcast.digest import version_name, version_number
 from weightcast.dtypes import name_of
 from weightcast.errors import RoundFailed, StateError, WeightcastError
 from weightcast.report.model import Report
-from weightcast.trainer.clients import EngineClient, SyncEngine, make_client
+from weightcast.trainer.clients import EngineClient, SyncEngine, make_client, twins
 from weightcast.trainer.clients.urls import engine_name
 from weightcast.trainer.fleet import Fleet, FleetSettings
 from weightcast.trainer.links import EngineLink
@@ -169,8 +169,11 @@ class Lead:
 
     def _add(self, engine: str | EngineClient | SyncEngine, deadline: Deadline) -> Report | None:
         link = EngineLink(make_client(engine, token=self._token))
-        if any(other.name == link.name for other in self._fleet.engines):
-            raise StateError(f"{link.name} is in the fleet already")
+        for other in self._fleet.engines:
+            if twins([other.client, link.client]):
+                if link.client is not other.client:
+                    link.client.close()
+                raise StateError(f"{link.name} is in the fleet already: it and {other.name} are one engine")
         self._check_settings()
         current = self._numbers.current()
         self._fleet.engines.append(link)

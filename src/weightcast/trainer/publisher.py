@@ -14,7 +14,7 @@ from weightcast.messages import ModeWish
 from weightcast.report.model import Report
 from weightcast.secret import usable_token
 from weightcast.trainer.addresses import address_beside, address_towards
-from weightcast.trainer.clients import EngineClient, SyncEngine, make_client
+from weightcast.trainer.clients import EngineClient, SyncEngine, make_client, twins
 from weightcast.trainer.fleet import FleetSettings
 from weightcast.trainer.lead import Lead
 from weightcast.trainer.metrics import TrainerMetrics
@@ -127,9 +127,12 @@ class Publisher:
             return
         try:
             clients = [make_client(engine, token=token) for engine in engines]
-            names = [client.name for client in clients]
-            if len(set(names)) < len(names):
-                raise InvalidInput(f"an engine is listed twice: {', '.join(sorted(names))}", field="engines")
+            if same := twins(clients):
+                for client in clients:
+                    client.close()
+                raise InvalidInput(
+                    f"an engine is listed twice: {same[0]!r} and {same[1]!r} are one engine", field="engines"
+                )
             settings = FleetSettings(
                 transport=None if transport == "auto" else transport,
                 mode=mode,

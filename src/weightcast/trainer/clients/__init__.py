@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 from weightcast.errors import InvalidInput
@@ -27,6 +28,16 @@ def make_client(engine: str | EngineClient | SyncEngine | OfflineEngine, *, toke
     if isinstance(engine, OfflineEngine):
         return VllmClient(engine)
     return InProcessEngineClient(engine)
+
+
+def twins(clients: Sequence[EngineClient]) -> tuple[str, str] | None:
+    """The names of two clients of one engine, as far as it can be told here: they have the same name, or the same object."""
+    for number, client in enumerate(clients):
+        for other in clients[:number]:
+            same = client.target is not None and (client.target is other.target or client.target == other.target)
+            if same or client.name == other.name:
+                return other.name, client.name
+    return None
 
 
 def _client_on_loop(engine: Any) -> EngineClient:
@@ -57,4 +68,5 @@ __all__ = [
     "VllmClient",
     "VllmDevClient",
     "make_client",
+    "twins",
 ]

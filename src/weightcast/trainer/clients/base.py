@@ -72,6 +72,8 @@ class EngineClient(ABC):
     kind: str
     host: str
     """Where the engine is, as this process sees it; the trainer's address is chosen by it."""
+    target: object = None
+    """The engine's object in this process, or a handle of it: clients with equal ones reach one engine."""
 
     @abstractmethod
     def world_size(self, deadline: Deadline) -> int:

@@ -66,7 +66,7 @@ class AsyncEngineClient(EngineClient):
     host = "127.0.0.1"
 
     def __init__(self, engine: Any, loop: asyncio.AbstractEventLoop) -> None:
-        self._engine = engine
+        self._engine = self.target = engine
         self.name = f"async-{next(_numbers)}"
         self._calls = LoopCalls(loop, self.name)
         self._committer = AsyncCommitter(AsyncEnginePort(engine, wrapped=True))

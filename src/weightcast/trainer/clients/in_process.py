@@ -44,7 +44,7 @@ class InProcessEngineClient(EngineClient):
     host = "127.0.0.1"
 
     def __init__(self, engine: SyncEngine) -> None:
-        self._engine = engine
+        self._engine = self.target = engine
         self.name = f"in-process-{next(_numbers)}"
         self._helper = Helper(self.name)
         self._pauser = Helper(f"{self.name}-pause")

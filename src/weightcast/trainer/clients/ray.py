@@ -45,7 +45,7 @@ class RayEngineClient(EngineClient):
     kind = "ray"
 
     def __init__(self, actor: Any, *, host: str = "127.0.0.1") -> None:
-        self._actor = actor
+        self._actor = self.target = actor
         self.host = host
         self.name = f"ray-{next(_numbers)}"
 

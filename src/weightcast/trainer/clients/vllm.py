@@ -46,7 +46,7 @@ class VllmClient(RpcEngineClient):
     pause_forgets = False
 
     def __init__(self, engine: OfflineEngine) -> None:
-        self._engine = offline_engine(engine)
+        self._engine, self.target = offline_engine(engine), engine
         self.name = f"vllm-{next(_numbers)}"
         self._helper = Helper(self.name)
 
@@ -101,7 +101,7 @@ class AsyncVllmClient(EngineClient):
     host = "127.0.0.1"
 
     def __init__(self, engine: Any, loop: asyncio.AbstractEventLoop) -> None:
-        self._port = ServedPort(served_engine(engine))
+        self._port, self.target = ServedPort(served_engine(engine)), engine
         self.name = f"vllm-async-{next(_numbers)}"
         self._calls = LoopCalls(loop, self.name)
         self._committer = AsyncCommitter(self._port)
