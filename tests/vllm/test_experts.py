@@ -6,15 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from tests.vllm import offline
 from tests.vllm.test_parallel import PROMPTS, TWO_CORES
 from tests.vllm.weights import fill, replace
+from torch.distributed.fsdp import fully_shard
 
 from weightcast import Publisher
 from weightcast.errors import RoundFailed
 from weightcast.testing.models import build_tiny_model, random_state_dict
+from weightcast.testing.ranks import run_ranks
 from weightcast.testing.vllm_server import Served, vllm_server
+from weightcast.trainer.sources import checkpoint_tensors
 
 Answers = list[tuple[list[int], list[float]]]
 FAULTY = Path(__file__).parent / "faulty"
@@ -81,6 +86,58 @@ def test_experts_are_those_of_a_fresh_load(served: Served, model: Path, start: A
         report = publisher.publish()
         assert report.digests_match
         assert (served.answers(PROMPTS), served.version) == (start, report.version)
+
+
+def test_a_module_s_fused_experts_are_those_of_a_fresh_load(served: Served, model: Path, start: Answers) -> None:
+    module = module_of(model)
+    with Publisher(module, [served.url], token=served.token, timeout_s=60) as publisher:
+        for _ in range(2):
+            fill(checkpoint_tensors(module), random_state_dict(model))
+            assert publisher.publish().digests_match
+            assert served.answers(PROMPTS) != start
+        fill(checkpoint_tensors(module), load_file(model / "model.safetensors"))
+        report = publisher.publish()
+        assert report.digests_match
+        assert (served.answers(PROMPTS), served.version) == (start, report.version)
+
+
+def test_shards_of_fused_experts_are_those_of_a_fresh_load(
+    served: Served, model: Path, start: Answers, tmp_path: Path
+) -> None:
+    """FSDP2 over three ranks, which divide neither the four experts nor most of the other tensors."""
+    for is_random in (True, False):
+        folder = tmp_path / str(is_random)
+        folder.mkdir()
+        versions = run_ranks(
+            publish_shards, 3, str(folder), str(model), served.url, served.token, is_random, timeout_s=200
+        )
+        assert set(versions) == {served.version}
+        assert (served.answers(PROMPTS) == start) != is_random
+
+
+def publish_shards(rank: int, size: int, folder: str, model: str, url: str, token: str, is_random: bool) -> str:
+    """Publish the checkpoint twice, or other values."""
+    store = dist.FileStore(f"{folder}/store", size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+    module = module_of(Path(model))
+    for layer in module.model.layers:
+        fully_shard(layer)
+    fully_shard(module)
+    with Publisher(module, [url], token=token, timeout_s=60) as publisher:
+        for _ in range(2):
+            with torch.no_grad():
+                for value in module.parameters() if is_random else ():
+                    value.to_local().mul_(torch.rand(()) + 1.5)
+            report = publisher.publish()
+            assert report.digests_match
+    dist.destroy_process_group()
+    return report.version
+
+
+def module_of(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
 
 
 def test_whole_experts_go_to_the_worker_that_has_them(model: Path) -> None:
