@@ -20,6 +20,7 @@ from weightcast import Publisher, cpu
 from weightcast.errors import InvalidInput
 from weightcast.testing.local_engine import DictModel, LocalEngine
 from weightcast.trainer.sources import SourceLike
+from weightcast.transports.files import CHECKPOINT_ROOT
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOADED = ("norm.weight", "head.weight")
@@ -138,8 +139,9 @@ def test_what_is_live_is_the_published_value_in_the_engines_type(
 
 @pytest.mark.parametrize("transport", ["shm", "tcp"])
 def test_a_checkpoint_folder_is_published_as_it_is(
-    transport: str, engines: Callable[..., LocalEngine], tmp_path: Path
+    transport: str, engines: Callable[..., LocalEngine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv(CHECKPOINT_ROOT, str(tmp_path))
     policy = Policy()
     fleet = a_fleet(engines, state(policy))
     for number, dtype in enumerate((*TYPES, None), start=1):
