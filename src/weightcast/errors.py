@@ -3,6 +3,7 @@
     WeightcastError
     ├── InvalidInput          bad value from a caller; nothing changed                    (HTTP 422)
     ├── StateError            the call is fine, the moment is not                         (HTTP 409)
+    │   └── BaseMismatch      a round builds on other weights than the worker serves
     ├── AuthError             missing or wrong token, ticket or key                       (HTTP 401)
     ├── Unsupported           a case nobody handles, with what to do instead              (HTTP 422)
     ├── ProtocolError         a message that is malformed, unknown or of another version
@@ -106,6 +107,12 @@ class StateError(WeightcastError):
 
     http_status = 409
     default_hint = "Wait for what it names, then call again"
+
+
+class BaseMismatch(StateError):
+    """A worker serves other weights than the trainer takes it to serve, as after a roll-back that the trainer did not order."""
+
+    default_hint = "Call publish() again: the engine is asked first what it serves"
 
 
 class AuthError(WeightcastError):
@@ -298,6 +305,7 @@ _BY_NAME = {
     for kind in (
         InvalidInput,
         StateError,
+        BaseMismatch,
         AuthError,
         Unsupported,
         ProtocolError,

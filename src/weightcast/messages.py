@@ -114,11 +114,15 @@ class Ready(Message, frozen=True, kw_only=True, tag="ready"):
 
 
 class Begin(Message, frozen=True, kw_only=True, tag="begin"):
-    """Coordinator: a round is open. Staged workers start to receive; in-place workers wait for the commit."""
+    """Coordinator: a round is open. Staged workers start to receive; in-place workers wait for the commit.
+
+    ``base`` is the digest of the content that this worker serves, as far as the trainer knows (empty: none that was published); a
+    worker that serves another one refuses the round. None where the trainer cannot tell: the round is for whatever is there.
+    """
 
     epoch: Count
     round: Count
-    base: str
+    base: str | None
     timeout_s: Timeout
 
 

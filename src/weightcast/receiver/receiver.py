@@ -80,7 +80,10 @@ class Receiver:
             dirty=self.dirty,
             highest=self.highest,
         )
-        self._session = Session(info, self._model, identity, self._mode, self._round, self._loaded)
+        self._session = Session(info, self._model, identity, self._mode, self._round, self._serves, self._loaded)
+
+    def _serves(self) -> str | None:
+        return None if self.dirty else self.content
 
     @property
     def num_bytes(self) -> int:

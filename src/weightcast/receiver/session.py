@@ -22,6 +22,7 @@ from weightcast.cuda.wait import own_stream, wait_stream
 from weightcast.deadline import Deadline
 from weightcast.digest import LayoutDigest, combine
 from weightcast.errors import (
+    BaseMismatch,
     DeadlineExceeded,
     ErrorForm,
     PeerLost,
@@ -91,8 +92,10 @@ class Session:
         identity: Identity,
         mode: str,
         round: WorkerRound,
+        serves: Callable[[], str | None],
         loaded: LoadedTensors | None = None,
     ) -> None:
+        """``serves`` gives the digest of the content that is live now, or None for weights of no version."""
         self._model = model
         self._mode_wish = mode
         self.round = round
@@ -105,6 +108,7 @@ class Session:
         """Whether the last ``receive`` may have written anything."""
         self.num_bytes = 0
         """Bytes received in rounds of this stay."""
+        self._serves = serves
         self._loaded = loaded
         self._epoch = 0
         self._ends: list[WorkerEnd] = []
@@ -214,7 +218,9 @@ class Session:
     def _open(self, begin: Begin) -> None:
         # Here and not with the transfer: an approval may follow before the session's thread gets to it.
         id = RoundId(epoch=begin.epoch, round=begin.round)
-        if self.round.begin(id, Deadline(begin.timeout_s)):
+        if self.round.id < id and begin.base not in (None, self._serves()):
+            self._refuse_base(id, begin.base)
+        elif self.round.begin(id, Deadline(begin.timeout_s)):
             if self.mode == "staged":
                 self._tasks.put(lambda: self._stage(begin))
         elif self.round.id < id:
@@ -224,6 +230,19 @@ class Session:
             self.send_failure(id, "begin", error)
         else:
             logger.info("round %s is stale, the present one is %s", id, self.round.id)
+
+    def _refuse_base(self, id: RoundId, base: str | None) -> None:
+        """The trainer is mistaken in what is live here. The round is over before it began, so that an order to commit it is told so."""
+        serves = self._serves()
+        what = "weights of no version" if serves is None else f"content {serves or '(never published)'}"
+        error: StateError = BaseMismatch(
+            f"this worker serves {what}, the round builds on {base or '(never published)'}"
+        )
+        try:
+            self.round.fence(id, error.message)
+        except StateError as busy:
+            error = busy
+        self.send_failure(id, "begin", error)
 
     def _on_lost(self, reason: str) -> None:
         self.lost = reason

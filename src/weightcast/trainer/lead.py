@@ -235,7 +235,6 @@ class Lead:
             self._coordinator,
             number=number,
             round=self._rounds,
-            base=engines[0].version,
             pause=self._pause,
             clear_cache=self._clear_cache,
             deadline=deadline,

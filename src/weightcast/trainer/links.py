@@ -114,6 +114,11 @@ class EngineLink:
         return self.client.name
 
     @property
+    def base(self) -> str | None:
+        """Digest of the content that its workers serve, empty for one that nobody published; None where that cannot be told."""
+        return None if self.dirty or self.version == UNKNOWN else self.digest
+
+    @property
     def in_place(self) -> bool:
         return any(worker.in_place for worker in self.workers)
 

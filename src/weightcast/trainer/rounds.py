@@ -73,7 +73,6 @@ class Round:
         *,
         number: int,
         round: int,
-        base: str,
         pause: str,
         clear_cache: bool,
         deadline: Deadline,
@@ -86,7 +85,7 @@ class Round:
         raised as it is."""
         self._fleet, self._engines, self._source = fleet, engines, source
         self._coordinator = coordinator
-        self._number, self._round, self._epoch, self._base = number, round, fleet.epoch, base
+        self._number, self._round, self._epoch = number, round, fleet.epoch
         self._pause, self._clear_cache = pause, clear_cache
         self._deadline, self._timeline = deadline, timeline
         self._require: Require = require
@@ -197,14 +196,19 @@ class Round:
         """Make the values visible to those who pull them."""
         for engine, worker in workers:
             if _pulls(worker):
-                self._outcomes.guard(engine, "begin", partial(self._send_bytes, worker, self._deadline))
+                self._outcomes.guard(engine, "begin", partial(self._show_one, engine, worker))
+
+    def _show_one(self, engine: EngineLink, worker: WorkerLink) -> None:
+        try:
+            self._send_bytes(worker, self._deadline)
+        except TransportError as error:
+            self._ask_why(engine, worker, error, Committed if worker.in_place else Staged, "begin")
 
     def _tell_begin(self, workers: list[tuple[EngineLink, WorkerLink]]) -> None:
-        for _, worker in workers:
+        for engine, worker in workers:
             worker.at = (self._epoch, self._round)
-            self._tell(
-                worker, Begin(epoch=self._epoch, round=self._round, base=self._base, timeout_s=self._deadline.limit_s())
-            )
+            timeout_s = self._deadline.limit_s()
+            self._tell(worker, Begin(epoch=self._epoch, round=self._round, base=engine.base, timeout_s=timeout_s))
 
     def _stage(self, engine: EngineLink, worker: WorkerLink) -> None:
         """Send (if it is pushed) and wait until the worker has all bytes and their digest."""

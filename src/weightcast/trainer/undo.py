@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from weightcast.control.coordinator import Coordinator
 from weightcast.deadline import Deadline
-from weightcast.errors import DeadlineExceeded, PeerLost, StateError, WeightcastError
+from weightcast.errors import BaseMismatch, DeadlineExceeded, PeerLost, StateError, WeightcastError
 from weightcast.messages import Abort
 from weightcast.report.logs import about
 from weightcast.trainer.links import UNKNOWN, EngineLink
@@ -37,6 +37,8 @@ class WayBack:
             self._coordinator.send(worker.member, abort)
         if outcome.may_be_committed:
             self._roll_back(engine, outcome, deadline)
+        if isinstance(outcome.error, BaseMismatch):
+            engine.version = UNKNOWN  # the next round asks it first
         if outcome.error is not None or not self._is_reusable(engine):
             engine.broken = "its last round failed"
 
