@@ -50,6 +50,19 @@ _MLA = {
     "first_k_dense_replace": 1,
     "moe_intermediate_size": 32,
 }
+_MAMBA = {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 8, "chunk_size": 16, "intermediate_size": 128}
+_HYBRID = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 16}
+_NEMOTRON = {"mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 16, "n_groups": 2, "head_dim": 32}
+_GRANITE = {
+    **_HYBRID,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "layer_types": ["mamba", "attention"],
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "shared_intermediate_size": 64,
+    "position_embedding_type": "rope",
+}
 _RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", _HEAD),
     "qwen2": ("qwen2", {}),
@@ -62,6 +75,15 @@ _RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v3": ("deepseek_v3", _MLA),
     "gpt_oss": ("gpt_oss", {**_WINDOWED, "num_local_experts": 4, "num_experts_per_tok": 2}),
 }
+
+_ELSEWHERE: dict[str, tuple[str, dict[str, Any]]] = {
+    "mamba2": ("mamba2", _MAMBA),
+    "nemotron_h": ("nemotron_h", {**_NEMOTRON, "num_hidden_layers": 4, "hybrid_override_pattern": "M*M-"}),
+    "falcon_h1": ("falcon_h1", {**_HYBRID, "mamba_d_ssm": 128, "mamba_chunk_size": 16, "head_dim": 32}),
+    "granitemoehybrid": ("granitemoehybrid", _GRANITE),
+    "phi": ("phi", {"num_attention_heads": 2, "num_key_value_heads": 2}),
+}
+"""Architectures that other engines than the embedded one run."""
 
 ARCHS: tuple[str, ...] = tuple(_RECIPES)
 """Architectures that ``build_tiny_model`` knows; ``qwen3_tied`` shares embeddings and head, ``gpt_oss`` has attention sinks."""
@@ -82,9 +104,10 @@ def build_tiny_model(
         tied: whether embeddings and output head share their weights; None keeps the architecture's default.
         config_overrides: fields of the architecture's config.
     """
-    if arch not in _RECIPES:
-        raise InvalidInput(f"unknown arch {arch!r}; known: {', '.join(ARCHS)}", field="arch")
-    model_type, fields = _RECIPES[arch]
+    recipes = {**_RECIPES, **_ELSEWHERE}
+    if arch not in recipes:
+        raise InvalidInput(f"unknown arch {arch!r}; known: {', '.join(recipes)}", field="arch")
+    model_type, fields = recipes[arch]
     overrides = dict(config_overrides)
     if tied is not None:
         overrides["tie_word_embeddings"] = tied

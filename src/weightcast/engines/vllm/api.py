@@ -6,13 +6,16 @@ checkpoint tensors are taken. After loading, a layer may have another, *live* fo
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from weightcast.errors import Unsupported
 
@@ -29,6 +32,8 @@ try:
         get_layerwise_info,
     )
     from vllm.model_executor.model_loader.reload.sanitize import restore_layer_refs
+    from vllm.model_executor.model_loader.utils import initialize_model, process_weights_after_loading
+    from vllm.utils.torch_utils import set_default_torch_dtype
 except ImportError as error:
     raise Unsupported(
         f"this vLLM has no layerwise reload: {error}", hint="weightcast works with vLLM 0.26 to 0.33"
@@ -197,3 +202,112 @@ def own_tensors(layer: nn.Module) -> Mapping[str, torch.Tensor]:
         for name, tensor in group.items()
         if tensor is not None
     }
+
+
+def build_twin(
+    vllm_config: Any, device: torch.device, *, tied: bool, num_layers: int | None = None
+) -> tuple[nn.Module, Any]:
+    """The same model built anew, without weights, and its configuration. The engine's own model is not touched.
+
+    Args:
+        tied: whether the engine's output head shares the weight of its embeddings, which vLLM decides when it loads.
+        num_layers: so many of its layers only.
+    """
+    config = copy.copy(vllm_config)
+    config.compilation_config = copy.copy(vllm_config.compilation_config)
+    # Layers put themselves down here by name, and a name may come once.
+    config.compilation_config.static_forward_context = {}
+    config.compilation_config.static_all_moe_layers = []
+    config.compilation_config.mode = type(config.compilation_config.mode)(0)  # nothing is compiled for a twin
+    if num_layers is not None:
+        config.model_config = _with_layers(config.model_config, num_layers)
+    with set_default_torch_dtype(config.model_config.dtype), device:
+        model: nn.Module = initialize_model(vllm_config=config, model_config=config.model_config)
+    if tied:
+        _tie(model)
+    return model, config
+
+
+def _with_layers(model_config: Any, count: int) -> Any:
+    shorter = copy.copy(model_config)
+    shorter.hf_config = copy.deepcopy(model_config.hf_config)
+    shorter.hf_text_config = shorter.hf_config.get_text_config()
+    shorter.hf_text_config.num_hidden_layers = count
+    return shorter
+
+
+def _tie(model: nn.Module) -> None:
+    """As vLLM ties a head that turned out to equal the embeddings; a head that is tied already stays."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, VocabParallelEmbedding)]
+    heads = [(name, layer) for name, layer in layers if isinstance(layer, ParallelLMHead)]
+    embeddings = [layer for _, layer in layers if not isinstance(layer, ParallelLMHead)]
+    if len(heads) == len(embeddings) == 1 and heads[0][1].weight is not embeddings[0].weight:
+        parent, _, own = heads[0][0].rpartition(".")
+        setattr(model.get_submodule(parent), own, heads[0][1].tie_weights(embeddings[0]))
+
+
+@contextmanager
+def keeping_parameters(model: nn.Module) -> Iterator[None]:
+    """Some loaders register a parameter anew while they load (an output head's bias). Inside, such a one is the same memory as the
+    one before it, so that what is recorded there is a landing. For recording only: processing may replace what it wants."""
+    modules = {id(layer) for layer in model.modules()}
+    here = threading.get_ident()
+
+    def keep(layer: nn.Module, name: str, new: nn.Parameter | None) -> nn.Parameter | None:
+        former = layer._parameters.get(name) if id(layer) in modules and threading.get_ident() == here else None
+        if new is None or former is None or former is new or former.is_meta:
+            return None
+        if (former.shape, former.dtype) != (new.shape, new.dtype):
+            return None
+        return nn.Parameter(former.data, requires_grad=False)
+
+    hook = register_module_parameter_registration_hook(keep)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+Look = Callable[[nn.Module], None]
+
+
+@contextmanager
+def before_processing(layer: nn.Module, look: Look) -> Iterator[None]:
+    """Have a look at the layer whenever its weights are loaded and not yet processed. Layers without a method have no such moment:
+    they compute with what was loaded, where it was."""
+    method = quant_method(layer)
+    if method is None:
+        yield
+        return
+    process = method.process_weights_after_loading
+
+    def looked(loaded: nn.Module) -> None:
+        if loaded is layer:
+            look(loaded)
+        process(loaded)
+
+    method.process_weights_after_loading = looked
+    try:
+        yield
+    finally:
+        del method.process_weights_after_loading
+
+
+def load_anew(
+    model: nn.Module, vllm_config: Any, device: torch.device, tensors: Iterator[tuple[str, torch.Tensor]]
+) -> None:
+    """Load a model that was just built as vLLM's loader does when an engine starts."""
+    with set_current_vllm_config(vllm_config), set_default_torch_dtype(vllm_config.model_config.dtype):
+        model.load_weights(tensors)  # type: ignore[operator]
+        if any(getattr(quant_method(layer), "uses_meta_device", False) for layer in model.modules()):
+            finalize_layerwise_reload(model, vllm_config.model_config)
+        process_weights_after_loading(model, vllm_config.model_config, device)
+    model.eval()
+
+
+def shares_head(model: nn.Module) -> bool:
+    """Whether an output head and the embeddings are one parameter."""
+    weights = [layer._parameters.get("weight") for layer in model.modules() if is_embedding(quant_method(layer))]
+    return len({id(weight) for weight in weights}) < len(weights)

@@ -134,8 +134,8 @@ def _prepare(
 ) -> LayerTensors:
     built, live = api.load_format(layer), api.own_tensors(layer)
     tensors = dict(live)
+    saved.append((layer, dict(layer._parameters), dict(layer._buffers)))
     if not as_it_is:
-        saved.append((layer, dict(layer._parameters), dict(layer._buffers)))
         # Some names (biases) are not in the metadata: their live tensors have the form that the loader wants.
         forms = {**{n: t for n, t in live.items() if n not in built and n in _UNLISTED}, **built}
         tensors = {}

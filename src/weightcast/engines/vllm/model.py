@@ -8,7 +8,7 @@ layer half filled is refused while nothing is written yet.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,9 +18,12 @@ from torch import nn
 from weightcast.digest import digest_tensor
 from weightcast.engines.vllm import api
 from weightcast.engines.vllm.check import names_that_differ
+from weightcast.engines.vllm.derived import Kept, kept_by_layer, renewed_by_reload
 from weightcast.engines.vllm.formats import LayerTensors, classify, in_load_format, tied_embeddings
 from weightcast.engines.vllm.mirror import Mirror, Slots, landings_in, plan_mirror
-from weightcast.errors import LoadError, PlanMismatch, WeightcastError
+from weightcast.engines.vllm.reach import Alias, reachable
+from weightcast.engines.vllm.twin import Findings, Original, findings_of
+from weightcast.errors import LoadError, PlanMismatch, Unsupported, WeightcastError
 from weightcast.held import HeldTensor, held_tensors
 from weightcast.layout import Layout, Placement
 from weightcast.manifest import Manifest
@@ -40,7 +43,14 @@ class VllmModel(LiveModel):
     On CPU, ``memory`` is the mirror that layers take their weights from, on other devices the weights themselves.
     """
 
-    def __init__(self, model: nn.Module, vllm_config: Any, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        vllm_config: Any,
+        device: torch.device,
+        twin_of: tuple[set[str], list[Alias]] | None = None,
+    ) -> None:
+        """``twin_of``: what is known of the engine's model already, when this is a twin of that."""
         self.model = model
         self.device = device
         self.relocatable = device.type == "cpu"
@@ -48,8 +58,11 @@ class VllmModel(LiveModel):
         self._landable = classify(model, device)
         self._weights = Memory([]) if self.relocatable else _live_memory(model, self._landable)
         self._form: Slots | None = None
+        self._kept: dict[str, list[Kept]] = {}
         self._mirror = Mirror({}, {}, Memory([]))
         self._checked: dict[str, set[str]] = {}
+        self._twin_of = twin_of
+        self._findings: dict[str, Findings] = {}
 
     def memory(self) -> Memory:
         return self._mirror.live if self.relocatable else self._weights
@@ -79,9 +92,11 @@ class VllmModel(LiveModel):
         """Landings in the landable layers; everything that touches another layer goes through the loader.
 
         Ask for ``memory()`` afterwards. Raises PlanMismatch when a layer would be filled in part, LoadError when vLLM's loader
-        refuses a tensor.
+        refuses a tensor, Unsupported when a round would leave something that the model computes with at old values.
         """
-        with self._landed(manifest) as (layers, numbers, _, through, landings):
+        places = reachable(self.model)
+        with self._landed(manifest) as (layers, numbers, recording, through, landings):
+            self._kept = kept_by_layer(self._aliases(manifest, recording), places)
             if self.relocatable:
                 landings = self._mirror_of(layers, numbers, landings, manifest)
         return Layout(
@@ -124,6 +139,7 @@ class VllmModel(LiveModel):
         with (
             api.current_config(self._vllm_config),
             in_load_format(self.model, self._landable, live=live) as layers,
+            api.keeping_parameters(self.model),
         ):
             stand_ins = [t for layer in layers if not (live and layer.landable) for t in layer.tensors]
             memory = Memory([*(self._weights.storages if live else ()), *_storages(stand_ins)])
@@ -133,6 +149,8 @@ class VllmModel(LiveModel):
 
     def _distrusted(self, manifest: Manifest) -> set[str]:
         """Names that land elsewhere than vLLM's own loader writes them; asked once for each form of a model."""
+        if self._twin_of is not None:
+            return self._twin_of[0]
         form = manifest.digest
         if form not in self._checked:
             with self._recorded(manifest, live=False) as (_, _, memory, recording):
@@ -141,6 +159,34 @@ class VllmModel(LiveModel):
             logger.warning("%d tensors go through vLLM's loader: it writes them in a way of its own: %s",
                            len(found), _shown(sorted(found)))  # fmt: skip
         return self._checked[form]
+
+    def _aliases(self, manifest: Manifest, recording: Recording) -> list[Alias]:
+        """Views of weights that the model keeps beside them; asked once for each form of a model.
+
+        Raises Unsupported, with their places, when a round would leave tensors at old values.
+        """
+        if self._twin_of is not None:
+            return self._twin_of[1]
+        form = manifest.digest
+        if form not in self._findings:
+            original = Original(
+                model=self.model, vllm_config=self._vllm_config, device=self.device, tied=api.shares_head(self.model)
+            )
+            alike = {later: earlier for earlier, later in reversed(recording.overlaps)}
+            used = Manifest.of([spec for spec in manifest.tensors if spec.name not in set(recording.unused)])
+            self._findings[form] = findings_of(original, used, alike, self._adopted_by(manifest))
+        found = self._findings[form]
+        if found.stale:
+            raise Unsupported(
+                f"after an update {len(found.stale)} tensors of this model would differ from those of a fresh load: "
+                f"{_shown(found.stale)}",
+                hint="Restart the engine with each checkpoint, or serve the model with weightcast's own engine",
+            )
+        return found.aliases
+
+    def _adopted_by(self, manifest: Manifest) -> Callable[[nn.Module, Any, list[Alias]], LiveModel]:
+        distrusted = self._distrusted(manifest)
+        return lambda twin, config, found: VllmModel(twin, config, self.device, (distrusted, found))
 
     def _mirror_of(
         self, layers: Sequence[LayerTensors], numbers: dict[int, int], landings: list[Placement], manifest: Manifest
@@ -155,7 +201,12 @@ class VllmModel(LiveModel):
     def load_weights(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
         """Through vLLM's layerwise reload. Broad except on purpose: the loader is foreign code; LoadError says what it said."""
         try:
-            with torch.no_grad(), _without_reload_noise(), api.layerwise_reload(self.model, self._vllm_config):
+            with (
+                torch.no_grad(),
+                _without_reload_noise(),
+                renewed_by_reload(self.model, self._kept),
+                api.layerwise_reload(self.model, self._vllm_config),
+            ):
                 self._load(tensors)
             with torch.no_grad(), api.current_config(self._vllm_config):
                 for layer in tied_embeddings(self.model):

@@ -1,0 +1,105 @@
+"""Everything that a model's forward pass can read: parameters, buffers, and tensors that modules keep as plain attributes.
+
+Plain attributes are neither saved nor loaded by torch, and no reload knows of them: a view of a parameter that was taken when the
+model was built, or a copy of one that was made once, stays what it was.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import nn
+
+_OWN_DICTS = frozenset({"_parameters", "_buffers", "_modules"})
+_HELPERS = "vllm."
+"""Objects of classes from here are looked into as well: attention and quantisation keep their kernels in such."""
+
+
+@dataclass(frozen=True, slots=True)
+class Alias:
+    """A tensor that was a view of a parameter when the model was built; ``offset`` counts elements from the parameter's first."""
+
+    place: str
+    layer: str
+    own: str
+    offset: int
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    def of(self, parameter: torch.Tensor) -> torch.Tensor:
+        """The same view of another tensor of the parameter's form."""
+        return parameter.detach().as_strided(self.sizes, self.strides, int(parameter.storage_offset()) + self.offset)
+
+
+def reachable(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Tensors by the place that they are kept at, such as ``layers.0.mixer.conv_weights`` or ``attn.impl.sinks``."""
+    return {place: value for place, value in _places(model) if isinstance(value, torch.Tensor)}
+
+
+def reachable_numbers(model: nn.Module) -> dict[str, float]:
+    """Floating-point numbers by the place that they are kept at: scales that were read from a tensor once."""
+    return {place: value for place, value in _places(model) if isinstance(value, float)}
+
+
+def aliases(model: nn.Module) -> list[Alias]:
+    """The views of parameters that the model keeps beside them; ask right after it was built."""
+    owners: dict[int, tuple[str, str, torch.Tensor]] = {}
+    parameters = set()
+    for name, layer in model.named_modules():
+        for own, parameter in layer._parameters.items():
+            if parameter is not None:
+                parameters.add(id(parameter))
+                owners.setdefault(parameter.untyped_storage()._cdata, (name, own, parameter))
+    found = []
+    for place, tensor in reachable(model).items():
+        owner = owners.get(tensor.untyped_storage()._cdata)
+        if owner is None or id(tensor) in parameters or tensor.dtype != owner[2].dtype or not tensor.numel():
+            continue
+        offset = int(tensor.storage_offset()) - int(owner[2].storage_offset())
+        found.append(Alias(place, owner[0], owner[1], offset, tuple(tensor.shape), tuple(tensor.stride())))
+    return found
+
+
+def _places(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    for name, layer in model.named_modules():
+        prefix = f"{name}." if name else ""
+        for own, tensor in (*layer._parameters.items(), *layer._buffers.items()):
+            yield prefix + own, tensor
+        for own, value in layer.__dict__.items():
+            if own not in _OWN_DICTS:
+                yield from _inside(prefix + own, value)
+                if _is_helper(value):
+                    for inner, part in vars(value).items():
+                        yield from _inside(f"{prefix}{own}.{inner}", part)
+
+
+def _inside(place: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """The value itself, and what a list, a mapping or a function holds of others."""
+    yield place, value
+    match value:
+        case list() | tuple():
+            yield from ((f"{place}[{number}]", item) for number, item in enumerate(value))
+        case Mapping():
+            yield from ((f"{place}[{key}]", item) for key, item in value.items())
+        case functools.partial():
+            yield from ((f"{place}({number})", item) for number, item in enumerate(value.args))
+            yield from ((f"{place}({key})", item) for key, item in value.keywords.items())
+        case FunctionType(__closure__=tuple() as cells):
+            yield from ((f"{place}({number})", _content(cell)) for number, cell in enumerate(cells))
+
+
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not filled yet
+        return None
+
+
+def _is_helper(value: Any) -> bool:
+    kind = type(value)
+    return kind.__module__.startswith(_HELPERS) and not isinstance(value, nn.Module) and hasattr(value, "__dict__")
