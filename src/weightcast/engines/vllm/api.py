@@ -263,7 +263,7 @@ def keeping_parameters(model: nn.Module) -> Iterator[None]:
             return None
         return nn.Parameter(former.data, requires_grad=False)
 
-    hook = register_module_parameter_registration_hook(keep)
+    hook = register_module_parameter_registration_hook(keep)  # type: ignore[arg-type]
     try:
         yield
     finally:

@@ -26,7 +26,7 @@ from weightcast.layout import Layout
 from weightcast.manifest import Manifest
 from weightcast.memory import Memory
 from weightcast.receiver.base import LiveModel
-from weightcast.receiver.staging import free_nbytes
+from weightcast.receiver.place import free_nbytes
 
 logger = logging.getLogger(__name__)
 
