@@ -47,8 +47,8 @@ class Values:
     def __init__(self, manifest: Manifest, alike: Mapping[str, str]) -> None:
         self._specs = {spec.name: spec for spec in manifest.tensors}
         self._alike = alike
-        generator = torch.Generator().manual_seed(0x5EED)
-        self._cells = torch.rand(_PERIOD, generator=generator) * 0.99 + 0.01
+        generator = torch.Generator("cpu").manual_seed(0x5EED)
+        self._cells = torch.rand(_PERIOD, generator=generator, dtype=torch.float32, device="cpu") * 0.99 + 0.01
 
     def __call__(self, name: str) -> torch.Tensor:
         spec = self._specs[name]
@@ -62,7 +62,7 @@ class Values:
     def uniform(self, name: str) -> torch.Tensor:
         """A tensor of one value, in the memory of one element."""
         spec = self._specs[name]
-        return torch.full((1,), 0.5, dtype=torch.float32).to(dtype_of(spec.dtype)).expand(spec.shape)
+        return torch.full((1,), 0.5, dtype=torch.float32, device="cpu").to(dtype_of(spec.dtype)).expand(spec.shape)
 
     def items(self, make: Callable[[str], torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
         """All names with what ``make`` makes for them, one at a time."""
@@ -217,7 +217,11 @@ def _answers(model: nn.Module, config: Any) -> Iterator[tuple[str, torch.Tensor]
     for name, layer in model.named_modules():
         size = getattr(layer, "input_size_per_partition", None) or getattr(layer, "embedding_dim", None)
         if size and hasattr(layer, "cpu_linear"):
-            given = torch.linspace(-1, 1, 3 * size, dtype=torch.float32).view(3, size).to(config.model_config.dtype)
+            given = (
+                torch.linspace(-1, 1, 3 * size, dtype=torch.float32, device="cpu")
+                .view(3, size)
+                .to(config.model_config.dtype)
+            )
             yield f"{name}()", api.quant_method(layer).apply(layer, given, None)
 
 
