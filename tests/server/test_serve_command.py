@@ -125,3 +125,12 @@ def test_refuses_bad_options(model: Path, arguments: tuple[str, ...], wanted: st
 
 def test_refuses_a_missing_model(tmp_path: Path) -> None:
     assert str(tmp_path / "nothing") in refused(tmp_path / "nothing").replace(os.linesep, "")
+
+
+@pytest.mark.parametrize(
+    ("backend", "said"),
+    [("nccl", "the nccl backend needs a GPU"), ("mistyped", "no weight transfer backend 'mistyped'")],
+)
+def test_refuses_a_backend_that_cannot_work_here(model: Path, backend: str, said: str) -> None:
+    config = json.dumps({"backend": backend})
+    assert said in refused(model, "--device", "cpu", "--port", 0, "--weight-transfer-config", config)

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
 import msgspec
+import torch
 
 from weightcast.errors import InvalidInput
 from weightcast.invalid import invalid_input
@@ -65,6 +66,10 @@ class WeightTransferEngine(ABC, Generic[InitT, UpdateT]):
         self.config = config
         self.model = model
         self.worker = worker
+
+    @classmethod
+    def check_device(cls, device: torch.device) -> None:
+        """Raise Unsupported where this backend can move no weights to ``device``; asked before an engine starts to serve."""
 
     def parse_init_info(self, data: Mapping[str, Any]) -> InitT:
         """Validate a decoded JSON object; raises InvalidInput that names the field."""

@@ -96,13 +96,17 @@ class VllmNcclEngine(WeightTransferEngine[VllmNcclInitInfo, VllmNcclUpdateInfo])
     init_info_cls = VllmNcclInitInfo
     update_info_cls = VllmNcclUpdateInfo
 
-    def __init__(self, config: WeightTransferConfig, model: LiveModel, worker: WorkerRank) -> None:
-        super().__init__(config, model, worker)
-        if model.device.type != "cuda":
+    @classmethod
+    def check_device(cls, device: torch.device) -> None:
+        if device.type != "cuda":
             raise Unsupported(
-                f"the nccl backend needs a GPU, the model is on {model.device}",
+                f"the nccl backend needs a GPU, the model is on {device}",
                 hint='Use the "weightcast" backend, which works on a CPU, too',
             )
+
+    def __init__(self, config: WeightTransferConfig, model: LiveModel, worker: WorkerRank) -> None:
+        super().__init__(config, model, worker)
+        self.check_device(model.device)
         self._init_info: VllmNcclInitInfo | None = None
         self._comm: Communicator | None = None
         self._specs: tuple[TensorSpec, ...] = ()

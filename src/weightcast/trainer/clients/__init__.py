@@ -23,6 +23,8 @@ def make_client(engine: str | EngineClient | SyncEngine | OfflineEngine, *, toke
         return engine
     if isinstance(engine, str):
         return HttpEngineClient(engine, token=token)
+    if type(engine).__module__.partition(".")[0] == "ray":
+        raise InvalidInput("a Ray actor needs a client of its own", field="engines", hint="Give RayEngineClient(actor)")
     if asyncio.iscoroutinefunction(getattr(engine, "update_weights", None)):
         return _client_on_loop(engine)
     if isinstance(engine, OfflineEngine):

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from weightcast.deadline import Deadline
-from weightcast.errors import DeadlineExceeded, EngineError, ErrorForm, PeerLost
+from weightcast.errors import DeadlineExceeded, EngineError, ErrorForm, InvalidInput, PeerLost
 from weightcast.known import known
 from weightcast.trainer.clients.base import CommitOrder, CommitReply, EngineClient
 
@@ -32,6 +32,8 @@ class PublishedTo:
         from weightcast.trainer.clients import make_client
 
         try:
+            if getattr(self, "llm", None) is None:
+                raise InvalidInput(f"{type(self).__name__} has no engine yet", field="llm", hint="Set its self.llm")
             if self._client is None:
                 self._client = make_client(self.llm)
             return {"value": getattr(self._client, method)(*arguments, Deadline(timeout_s))}
@@ -45,6 +47,12 @@ class RayEngineClient(EngineClient):
     kind = "ray"
 
     def __init__(self, actor: Any, *, host: str = "127.0.0.1") -> None:
+        if getattr(actor, "weightcast_call", None) is None:
+            raise InvalidInput(
+                f"{type(actor).__name__} is no Ray actor that a Publisher can call",
+                field="engines",
+                hint="Give the actor's class the base weightcast.trainer.clients.PublishedTo, and set its self.llm",
+            )
         self._actor = self.target = actor
         self.host = host
         self.name = f"ray-{next(_numbers)}"
