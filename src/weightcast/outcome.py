@@ -13,6 +13,7 @@ import msgspec
 from weightcast.errors import EngineError, ErrorForm, Unsupported, WeightcastError
 from weightcast.held import HeldTensor
 from weightcast.known import known
+from weightcast.quoted import quoted
 
 
 class WorkerOutcome(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,7 +41,7 @@ def outcomes_from(answers: Sequence[Any]) -> list[WorkerOutcome]:
         outcomes = msgspec.convert(list(answers), known(list[WorkerOutcome]))
     except msgspec.ValidationError as error:
         raise EngineError(
-            f"the engine's workers answered something else: {error}",
+            f"the engine's workers answered something else: {quoted(str(error))}",
             hint='Start it with --weight-transfer-config \'{"backend": "weightcast"}\'',
         ) from None
     if not outcomes:

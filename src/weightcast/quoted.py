@@ -13,7 +13,6 @@ import msgspec
 TEXT_CHARACTERS = 2000
 NAME_CHARACTERS = 300
 TRACE_CHARACTERS = 8000
-MAX_ENTRIES = 10_000
 MAX_DEPTH = 8
 
 
@@ -29,16 +28,15 @@ def quoted_lines(text: str, limit: int = TRACE_CHARACTERS) -> str:
 
 
 def quoted_json(value: Any, depth: int = MAX_DEPTH) -> Any:
-    """A decoded JSON value whose texts, keys included, are ``quoted``; what is nested or listed without end is cut off."""
+    """A decoded JSON value whose texts, keys included, are ``quoted``; what is nested without end is cut off."""
     if isinstance(value, str):
         return quoted(value)
     if depth == 0:
         return None
     if isinstance(value, dict):
-        entries = list(value.items())[:MAX_ENTRIES]
-        return {quoted(str(key), NAME_CHARACTERS): quoted_json(entry, depth - 1) for key, entry in entries}
+        return {quoted(str(key), NAME_CHARACTERS): quoted_json(entry, depth - 1) for key, entry in value.items()}
     if isinstance(value, list):
-        return [quoted_json(entry, depth - 1) for entry in value[:MAX_ENTRIES]]
+        return [quoted_json(entry, depth - 1) for entry in value]
     return value
 
 
@@ -49,7 +47,7 @@ def quote_fields(record: msgspec.Struct) -> None:
         if isinstance(value, str):
             msgspec.structs.force_setattr(record, name, quoted(value))
         elif isinstance(value, tuple) and value and isinstance(value[0], str):
-            clean = tuple(quoted(text, NAME_CHARACTERS) for text in value[:MAX_ENTRIES])
+            clean = tuple(quoted(text, NAME_CHARACTERS) for text in value)
             msgspec.structs.force_setattr(record, name, clean)
 
 

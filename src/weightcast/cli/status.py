@@ -14,11 +14,13 @@ from rich.text import Text
 
 from weightcast.cli.shared import TokenFileOption, TokenOption, chosen_token, console, reported_errors
 from weightcast.errors import WeightcastError
+from weightcast.quoted import quoted
 
 if TYPE_CHECKING:
     from weightcast.trainer.clients.http import HttpEngineClient
 
 Row = Mapping[str, Any] | WeightcastError
+CELL_CHARACTERS = 400
 COLUMNS = ("engine", "model", "version", "digest", "state", "running", "waiting", "syncs")
 
 
@@ -82,7 +84,7 @@ def status_table(clients: Sequence[HttpEngineClient], rows: Sequence[Row]) -> Ta
         table.add_column(name, justify="right" if name in ("running", "waiting", "syncs") else "left", overflow="fold")
     for client, row in zip(clients, rows, strict=True):
         if isinstance(row, WeightcastError):
-            table.add_row(client.name, "", "", "", Text(f"{type(row).__name__}: {row.message}", "red"))
+            table.add_row(client.name, "", "", "", _cell(f"{type(row).__name__}: {row.message}", "red"))
         else:
             table.add_row(client.name, *_cells(row))
     return table
@@ -91,17 +93,22 @@ def status_table(clients: Sequence[HttpEngineClient], rows: Sequence[Row]) -> Ta
 def _cells(row: Mapping[str, Any]) -> list[Text]:
     digest = row.get("digest")
     return [
-        Text(str(row.get("model", "?"))),
-        Text(str(row.get("weight_version", "?"))),
-        Text(str(digest) if digest else "-"),
+        _cell(row.get("model", "?")),
+        _cell(row.get("weight_version", "?")),
+        _cell(digest) if digest else Text("-"),
         _state(row),
-        *(Text(str(row.get(name, "?"))) for name in ("num_running", "num_waiting", "num_syncs")),
+        *(_cell(row.get(name, "?")) for name in ("num_running", "num_waiting", "num_syncs")),
     ]
+
+
+def _cell(value: object, style: str = "") -> Text:
+    """A table shows each text of a server's on a few lines at most."""
+    return Text(quoted(str(value), CELL_CHARACTERS), style)
 
 
 def _state(row: Mapping[str, Any]) -> Text:
     if row.get("dirty"):
         return Text("dirty", "bold red")
     if not row.get("ready"):
-        return Text(f"not ready: {row.get('reason') or 'no reason given'}", "yellow")
+        return _cell(f"not ready: {row.get('reason') or 'no reason given'}", "yellow")
     return Text("paused", "yellow") if row.get("paused") else Text("ready", "green")

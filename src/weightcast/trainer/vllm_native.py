@@ -256,7 +256,7 @@ class _Server:
                 f"{method} {path} took longer than {deadline.timeout_s:g} s", engine=self._url
             ) from None
         except (httpcore.NetworkError, httpcore.ProtocolError) as error:
-            raise PeerLost(f"{method} {path}: {error or type(error).__name__}", engine=self._url) from None
+            raise PeerLost(f"{method} {path}: {quoted(str(error)) or type(error).__name__}", engine=self._url) from None
         if not 200 <= response.status < 300:
             text = quoted(response.content[:2000].decode(errors="replace"))
             raise EngineError(f"{method} {path} answered {response.status}: {text}", engine=self._url)

@@ -15,6 +15,7 @@ from weightcast.errors import AnswerLost as AnswerLost
 from weightcast.errors import EngineError
 from weightcast.known import known
 from weightcast.messages import Seconds
+from weightcast.quoted import NAME_CHARACTERS, quoted
 
 PhaseName = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
 
@@ -40,8 +41,8 @@ class CommitReply:
         try:
             phases = msgspec.convert(self.phases, known(dict[PhaseName, Seconds]))
         except msgspec.ValidationError as error:
-            raise EngineError(f"the engine's answer to the commit makes no sense: {error}") from None
-        object.__setattr__(self, "phases", phases)
+            raise EngineError(f"the engine's answer to the commit makes no sense: {quoted(str(error))}") from None
+        object.__setattr__(self, "phases", {quoted(name, NAME_CHARACTERS): seconds for name, seconds in phases.items()})
 
 
 def round_order(order: CommitOrder, deadline: Deadline) -> RoundOrder:

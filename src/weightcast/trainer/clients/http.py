@@ -18,7 +18,7 @@ from weightcast.deadline import Deadline
 from weightcast.errors import DeadlineExceeded, EngineError, ErrorForm, PeerLost, WeightcastError
 from weightcast.known import known
 from weightcast.manifest import Manifest
-from weightcast.quoted import quoted_json
+from weightcast.quoted import quoted, quoted_json
 from weightcast.trainer.clients import wire
 from weightcast.trainer.clients.base import AnswerLost, CommitOrder, CommitReply, EngineClient
 from weightcast.trainer.clients.urls import endpoint_of
@@ -67,15 +67,14 @@ class HttpEngineClient(EngineClient):
         self._call("POST", "/weightcast/rollback", deadline, body)
 
     def status(self, deadline: Deadline) -> Mapping[str, Any]:
-        status: dict[str, Any] = quoted_json(self._call("GET", "/weightcast/status", deadline))
+        status = self._call("GET", "/weightcast/status", deadline)
         if not isinstance(status.get("weight_version"), str) or not isinstance(status.get("dirty"), bool):
             raise self._no_engine("GET /weightcast/status answered 200 without saying what is served", _NO_ROUTES)
         return status
 
     def checksums(self, deadline: Deadline) -> Mapping[str, Any]:
         """The status with its details, digests of all live tensors among them; needs the token."""
-        answer: dict[str, Any] = quoted_json(self._call("GET", "/weightcast/status?checksums=true", deadline))
-        return answer
+        return self._call("GET", "/weightcast/status?checksums=true", deadline)
 
     def tensor_digests(self, manifest: Manifest, deadline: Deadline) -> Mapping[str, Any]:
         """What lies in the live weights of each tensor of a checkpoint; Unsupported where the engine does not know."""
@@ -95,12 +94,15 @@ class HttpEngineClient(EngineClient):
             ) from error
         except httpcore.ConnectError as error:
             raise PeerLost(
-                f"{method} {path}: {error}", reached=False, engine=self.name, hint="Is the server running?"
+                f"{method} {path}: {quoted(str(error))}", reached=False, engine=self.name, hint="Is the server running?"
             ) from error
         except (httpcore.NetworkError, httpcore.ProtocolError) as error:
-            raise AnswerLost(f"{method} {path}: {error or type(error).__name__}", engine=self.name) from error
+            raise AnswerLost(
+                f"{method} {path}: {quoted(str(error)) or type(error).__name__}", engine=self.name
+            ) from error
         if 200 <= response.status < 300:
-            return wire.json_object(response.content)
+            answer: dict[str, Any] = quoted_json(wire.json_object(response.content))
+            return answer
         raise self._error(method, path, response)
 
     def _error(self, method: str, path: str, response: httpcore.Response) -> WeightcastError:

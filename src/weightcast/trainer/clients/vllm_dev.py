@@ -92,10 +92,12 @@ class VllmDevClient(RpcEngineClient):
             ) from None
         except httpcore.ConnectError as error:
             raise PeerLost(
-                f"{method} {path}: {error}", reached=False, engine=self.name, hint="Is the server running?"
+                f"{method} {path}: {quoted(str(error))}", reached=False, engine=self.name, hint="Is the server running?"
             ) from None
         except (httpcore.NetworkError, httpcore.ProtocolError) as error:
-            raise AnswerLost(f"{method} {path}: {error or type(error).__name__}", engine=self.name) from None
+            raise AnswerLost(
+                f"{method} {path}: {quoted(str(error)) or type(error).__name__}", engine=self.name
+            ) from None
         if 200 <= response.status < 300:
             return wire.json_object(response.content)
         if response.status == 404 and may_be_absent:
