@@ -179,6 +179,12 @@ class PeerLost(TransportError):
         """False: nobody listened there, so what was asked for was not carried out."""
 
 
+class NotShared(TransportError):
+    """Memory of a process of this host cannot be opened from here; the transports that need that are no use for the pair."""
+
+    default_hint = "Trainer and worker have to be one user with the same capabilities and namespaces; else ask for another transport"
+
+
 class GroupBroken(TransportError):
     """A transfer that several workers share ended because of another one of them, whose own error says why."""
 
@@ -314,6 +320,7 @@ _BY_NAME = {
         DigestMismatch,
         ShadowError,
         TransportError,
+        NotShared,
         GroupBroken,
         PeerLost,
         AnswerLost,

@@ -192,6 +192,8 @@ class RankAnswer(Message, frozen=True, kw_only=True, tag="rank_answer"):
 
     number: Count
     body: bytes
+    failed: bool = False
+    """The body has an error: who waits for others before this answer need not."""
 
 
 AnyMessage = (

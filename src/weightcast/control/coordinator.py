@@ -31,6 +31,7 @@ from weightcast.messages import (
     Heartbeat,
     Hello,
     Message,
+    RankAnswer,
     Refused,
     decode,
     encode,
@@ -64,8 +65,9 @@ class Member:
     """Bytes that its next message may have beyond FRAME_NBYTES; used up by the first that does, unless ``is_trusted``."""
     is_trusted: bool = False
     joiner: Joiner = field(default_factory=Joiner)
-    on_trouble: Callable[[Failed | None], None] | None = None
-    """Called on the I/O thread with each Failed message, and with None when the worker is lost; must not block."""
+    on_trouble: Callable[[Failed | RankAnswer | None], None] | None = None
+    """Called on the I/O thread with each Failed message and each answer that failed, and with None when the member is lost; must
+    not block."""
 
     def lose(self, reason: str) -> None:
         if self.lost is None:
@@ -324,7 +326,9 @@ class Coordinator:
             return
         with self._changed:
             member.inbox.append(message)
-            if isinstance(message, Failed) and member.on_trouble is not None:
+            if member.on_trouble is not None and (
+                isinstance(message, Failed) or (isinstance(message, RankAnswer) and message.failed)
+            ):
                 member.on_trouble(message)
             self._changed.notify_all()
 

@@ -6,8 +6,10 @@ real thing.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
+import struct
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -28,6 +30,7 @@ from weightcast.testing.local_engine import DictModel, LocalEngine
 from weightcast.testing.ranks import Peer, RankFailed
 from weightcast.trainer.clients.base import CommitOrder, CommitReply, EngineClient
 
+CAPABILITY_VERSION = 0x20080522
 Shapes = Mapping[str, tuple[tuple[int, ...], str]]
 
 
@@ -85,6 +88,13 @@ class EngineSide:
         """Pretend that a GPU has so much free memory from now on."""
         real = place.free_nbytes
         place.free_nbytes = lambda device: device_nbytes if device.type == "cuda" else real(device)
+
+    def drop_capabilities(self) -> None:
+        """Have none from now on, whoever this process runs as."""
+        header, none = struct.pack("=Ii", CAPABILITY_VERSION, 0), bytes(24)
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.capset(header, none):
+            raise OSError(ctypes.get_errno(), "capset")
 
     def make(self, method: str, *args: Any) -> Any:
         """A call of the engine; ``args`` end with a timeout."""

@@ -24,15 +24,14 @@ from weightcast.errors import (
     PeerLost,
     PlanMismatch,
     StateError,
-    Unsupported,
     WeightcastError,
 )
-from weightcast.facts import Facts
 from weightcast.layout import image_layout, most_placements
 from weightcast.manifest import Manifest
 from weightcast.messages import MAX_FRAME_NBYTES, Landings, ModeWish, Offer, Ready, Setup, Welcome
 from weightcast.names import shown
 from weightcast.plan import Plan, compile_plan, plan_digest
+from weightcast.trainer.choice import Choice
 from weightcast.trainer.groups import Group, groups_of, mates_of
 from weightcast.trainer.holder import Holder
 from weightcast.trainer.links import EngineLink, SendingEnd, WorkerLink
@@ -43,7 +42,6 @@ from weightcast.trainer.ranks.leader import LEADER, SharedDigest
 from weightcast.trainer.sources.base import Source
 from weightcast.trainer.ties import Ties
 from weightcast.transports.base import TrainerEnd, Transport
-from weightcast.transports.registry import registry
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +91,7 @@ class Fleet:
         self.expected: dict[str, ExpectedDigest | SharedDigest] = {}
         self._content_key: str | None = None
         self.ties = Ties(ranks)
+        self._choice = Choice(ranks, settings.transport)
         coordinator.greet_with(self._welcome)
 
     def _welcome(self, member: Member) -> Welcome:
@@ -173,11 +172,12 @@ class Fleet:
         """Begin an epoch for these engines; returns the errors of those that did not get ready, by name.
 
         An engine whose pairs broke because of another one that failed is in no error: it has to be set up again without
-        that one.
+        that one. Neither is one whose transport turned out to be of no use: it has to be set up again with the next best.
         """
         self.epoch = self._coordinator.epoch = self.epoch + 1
         self._part(engines)
         failures: dict[str, WeightcastError] = {}
+        again: set[str] = set()
         for engine in engines:
             engine.broken = "set-up did not finish"
             self._coordinator.clear_inboxes(worker.member for worker in engine.workers)
@@ -185,11 +185,14 @@ class Fleet:
                 for worker in engine.workers:
                     worker.close_end()
                     worker.at = (self.epoch, 0)
-                    self._choose(worker)
+                    self._choice.choose(worker)
         engines = [engine for engine in engines if engine.name not in failures]
-        self._adopt(
-            {w.transport.name for e in engines for w in e.workers if w.transport is not None}, engines, deadline
-        )
+        errors = self._adopt(engines, deadline)
+        for engine in engines:
+            for worker in engine.workers:
+                if worker.transport is not None and worker.transport.name in errors:
+                    self._blame(engine, worker, errors[worker.transport.name], failures, again, by_trainer=True)
+        engines = [engine for engine in engines if engine.name not in {*failures, *again}]
         if any(self.ties.doubtful(engine) for engine in engines):
             self.ranks.refresh(deadline)
         for engine in engines:
@@ -203,27 +206,45 @@ class Fleet:
         for engine in present:
             engine.mates = mates[engine.name]
         for group in groups:
-            self._offer(group, deadline, failures)
+            self._offer(group, deadline, failures, again)
         for engine in present:
-            if engine.name in failures:
+            if engine.name in {*failures, *again}:
                 for worker in engine.workers:
                     worker.close_end()  # nobody waits for it in another group
-        pairs = [(e, w) for e in engines if e.name not in failures for w in e.workers]
+        pairs = [(e, w) for e in engines if e.name not in {*failures, *again} for w in e.workers]
         with ThreadPoolExecutor(max(1, len(pairs))) as pool:
-            futures = [(engine, pool.submit(self._connect, worker, deadline)) for engine, worker in pairs]
+            futures = [(pool.submit(self._connect, worker, deadline), engine, worker) for engine, worker in pairs]
         cut_off: dict[str, WeightcastError] = {}
-        for engine, future in futures:
-            with _noting(engine, failures):
-                try:
-                    future.result()
-                except GroupBroken as error:
-                    cut_off[engine.name] = error
-        if not failures:
+        for future, engine, worker in futures:
+            try:
+                future.result()
+            except GroupBroken as error:
+                cut_off[engine.name] = error
+            except WeightcastError as error:
+                self._blame(engine, worker, error, failures, again, by_trainer=False)
+        if not failures and not again:
             failures = cut_off
         for engine in engines:
-            if engine.name not in failures and engine.name not in cut_off:
+            if engine.name not in {*failures, *again, *cut_off}:
                 engine.broken = None
         return failures
+
+    def _blame(
+        self,
+        engine: EngineLink,
+        worker: WorkerLink,
+        error: WeightcastError,
+        failures: dict[str, WeightcastError],
+        again: set[str],
+        *,
+        by_trainer: bool,
+    ) -> None:
+        """Note that an engine is not set up, or that it has to be ``again``, with another transport for this worker."""
+        if engine.name not in failures and self._choice.pass_over(engine, worker, error, by_trainer=by_trainer):
+            again.add(engine.name)
+        else:
+            failures.setdefault(engine.name, error.at(engine=engine.name, phase="setup"))
+            again.discard(engine.name)
 
     def _part(self, engines: Sequence[EngineLink]) -> None:
         """Engines that shared pairs with these have to be set up again, too."""
@@ -240,23 +261,26 @@ class Fleet:
             if engine.mates != mates[engine.name]:
                 engine.broken = "its transfers are shared with other engines than those of the round"
 
-    def _choose(self, worker: WorkerLink) -> None:
-        worker.transport, worker.reason = _common_transport(
-            self.ranks.facts(), worker.member.hello.facts, self._settings.transport
-        )
-        logger.info("%s worker %d: %s", worker.member.engine, worker.member.rank, worker.reason)
-
-    def _adopt(self, transports: Iterable[str], engines: Sequence[EngineLink], deadline: Deadline) -> None:
-        """Let each transport make the memory of all ranks reachable, once; a moved memory is the source's from then on, and
-        engines whose pairs read the former one have to be set up again."""
-        names = sorted(set(transports))
-        moved = self._holder.adopt(names)
-        if self.ranks.adopt(names, deadline) or moved:
+    def _adopt(self, engines: Sequence[EngineLink], deadline: Deadline) -> dict[str, WeightcastError]:
+        """Let each of their transports make the memory of all ranks reachable, once; errors by transport. A moved memory is the
+        source's from then on, and engines whose pairs read the former one have to be set up again."""
+        before, moved = self._source.memory, False
+        errors: dict[str, WeightcastError] = {}
+        for name in sorted({w.transport.name for e in engines for w in e.workers if w.transport is not None}):
+            try:
+                self._holder.adopt([name])
+                moved = self.ranks.adopt([name], deadline) or moved
+            except (PeerLost, DeadlineExceeded):
+                raise
+            except WeightcastError as error:
+                errors[name] = error
+        if moved or self._source.memory is not before:
             self.expected.clear()
             self.ties.forget()
             for engine in self.engines:
                 if engine not in engines and engine.broken is None:
                     engine.broken = "the source's memory moved"
+        return errors
 
     def _expect(self, worker: WorkerLink, deadline: Deadline) -> None:
         """Compile the worker's plan, and be ready to digest what it gets."""
@@ -277,6 +301,7 @@ class Fleet:
         group: Group,
         deadline: Deadline,
         failures: dict[str, WeightcastError],
+        again: set[str],
     ) -> None:
         """Make the sending side of a group's pairs and tell its workers; an error is that of all its engines."""
         transport = group[0][1].transport
@@ -284,8 +309,8 @@ class Fleet:
         try:
             opened = self._open(transport, group[0][1].plan, len(group), deadline)
         except WeightcastError as error:
-            for engine, _ in group:
-                failures.setdefault(engine.name, copy(error).at(engine=engine.name, phase="setup"))
+            for engine, worker in group:
+                self._blame(engine, worker, copy(error), failures, again, by_trainer=True)
             return
         for (_, worker), (end, offers) in zip(group, opened, strict=True):
             worker.end = end
@@ -415,20 +440,3 @@ def _noting(engine: EngineLink, failures: dict[str, WeightcastError]) -> Iterato
         yield
     except WeightcastError as error:
         failures.setdefault(engine.name, error.at(engine=engine.name, phase="setup"))
-
-
-def _common_transport(ranks: Sequence[Facts], worker: Facts, wanted: str | None) -> tuple[Transport, str]:
-    """The best transport that every trainer rank can use with a worker, and why; Unsupported when there is none."""
-    choices = [registry().choose(facts, worker, wanted) for facts in ranks]
-    if len({transport.name for transport, _ in choices}) == 1:
-        return choices[0]
-    reasons = []
-    for name in registry().names():
-        try:
-            for facts in ranks:
-                transport, _ = registry().choose(facts, worker, name)
-        except Unsupported as error:
-            reasons.append(error.message)
-            continue
-        return transport, f"{name} (the best that all trainer ranks can use)"
-    raise Unsupported(f"no transport that all trainer ranks can use: {'; '.join(reasons)}")

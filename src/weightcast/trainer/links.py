@@ -12,7 +12,7 @@ from weightcast.digest import version_number
 from weightcast.dtypes import itemsize_of
 from weightcast.errors import DeadlineExceeded, EngineError, PeerLost, ProtocolError, WeightcastError
 from weightcast.manifest import Manifest
-from weightcast.messages import Failed, Landings
+from weightcast.messages import Failed, Landings, RankAnswer
 from weightcast.plan import Plan
 from weightcast.trainer.clients.base import EngineClient
 from weightcast.trainer.places import Places
@@ -48,6 +48,8 @@ class WorkerLink:
     plan: Plan = field(default_factory=dict)
     reason: str = ""
     plan_digest: str = ""
+    unusable: dict[str, str] = field(default_factory=dict)
+    """Transports that were tried with this worker and cannot be used, and why."""
     end: SendingEnd | None = None
     digest_key: str = ""
     at: tuple[int, int] = (0, 0)
@@ -56,10 +58,11 @@ class WorkerLink:
     def __post_init__(self) -> None:
         self.member.on_trouble = self._wake
 
-    def _wake(self, failed: Failed | None) -> None:
+    def _wake(self, trouble: Failed | RankAnswer | None) -> None:
         """End a wait for a worker that is lost, or that has said that it will not come."""
         end = self.end
-        if end is not None and (failed is None or (failed.epoch, failed.round) == self.at):
+        is_here = isinstance(trouble, Failed) and (trouble.epoch, trouble.round) == self.at
+        if end is not None and (trouble is None or is_here):
             end.abort()
 
     def named(self, error: WeightcastError) -> WeightcastError:

@@ -29,7 +29,7 @@ import msgspec
 import numpy as np
 import torch
 
-from weightcast.errors import PeerLost, TransportError
+from weightcast.errors import NotShared, PeerLost, TransportError
 
 logger = logging.getLogger(__name__)
 
@@ -177,11 +177,12 @@ def _open(ref: ArenaRef) -> int:
     try:
         descriptor = os.open(f"/proc/{ref.pid}/fd/{ref.descriptor}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM):
+            raise NotShared(f"cannot open the shared memory of trainer process {ref.pid}: {error.strerror}") from None
         if error.errno == errno.ENOENT or _is_gone(ref.pid):
             raise PeerLost(f"trainer process {ref.pid} is gone, or has released its shared memory") from None
         raise TransportError(
-            f"cannot open the shared memory of trainer process {ref.pid}: {error}",
-            hint="Trainer and worker must run as one user in one process namespace; else ask for tcp",
+            f"cannot open the shared memory of trainer process {ref.pid}: {error}", hint="Ask for tcp"
         ) from None
     stat = os.fstat(descriptor)
     if (stat.st_dev, stat.st_ino, stat.st_size) != (ref.device, ref.inode, ref.nbytes) or not _is_sealed(descriptor):

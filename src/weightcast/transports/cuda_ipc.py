@@ -19,7 +19,16 @@ import torch
 from weightcast.cuda import driver
 from weightcast.cuda.wait import new_event, new_stream, wait_device, wait_event, wait_queued
 from weightcast.deadline import Deadline
-from weightcast.errors import InvalidInput, ProtocolError, StateError, TransportError, Unsupported, WeightcastError
+from weightcast.errors import (
+    InvalidInput,
+    NotShared,
+    PeerLost,
+    ProtocolError,
+    StateError,
+    TransportError,
+    Unsupported,
+    WeightcastError,
+)
 from weightcast.known import known
 from weightcast.manifest import Manifest
 from weightcast.memory import Memory
@@ -331,7 +340,12 @@ class CudaIpcWorkerEnd(WorkerEnd):
             offer = self._offer
             link = PairLink.dial_to(offer.address, offer.port, offer.secret, deadline, self._pair.guard)
             self._pair.hold(link)
-            self._map(torch.device("cuda", torch.cuda.current_device()))
+            try:
+                self._map(torch.device("cuda", torch.cuda.current_device()))
+            except TransportError as error:
+                if isinstance(error, PeerLost):
+                    raise
+                raise NotShared(f"cannot map the trainer's GPU memory: {error.message}") from error
             link.meet(deadline)
 
     def prepare(self, memory: Memory, manifest: Manifest) -> None:

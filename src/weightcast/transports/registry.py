@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib.metadata import EntryPoint
+from types import MappingProxyType
 
 from weightcast.errors import InvalidInput, Unsupported
 from weightcast.plugins import entry_points_of, refusal
@@ -14,6 +15,9 @@ ENTRY_POINT_GROUP = "weightcast.transports"
 
 PREFERENCE = ("cuda_ipc", "shm", "nccl", "tcp")
 """Best first; others come after these, in alphabetical order."""
+
+
+NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
 class TransportRegistry:
@@ -58,14 +62,17 @@ class TransportRegistry:
             raise Unsupported(f"transport {name!r}: {reason}", hint=f"Available: {', '.join(self.available())}")
         return self._transports[name]
 
-    def choose(self, trainer: Facts, worker: Facts, wanted: str | None = None) -> tuple[Transport, str]:
+    def choose(
+        self, trainer: Facts, worker: Facts, wanted: str | None = None, unusable: Mapping[str, str] = NOTHING
+    ) -> tuple[Transport, str]:
         """The best transport that both sides can use, and why none better was taken, in words for a user.
 
+        ``unusable`` are transports that were tried, with the reason why they are passed over.
         ``wanted`` is honoured or refused by name: Unsupported carries the reason. It also says so when nothing fits.
         """
         if wanted is not None:
             transport = self.get(wanted)
-            reason = self._obstacle(wanted, trainer, worker)
+            reason = unusable.get(wanted) or self._obstacle(wanted, trainer, worker)
             if reason is not None:
                 raise Unsupported(
                     f"transport {wanted!r} was asked for and cannot be used: {reason}",
@@ -74,7 +81,7 @@ class TransportRegistry:
             return transport, f"{wanted} (asked for)"
         passed_over: list[str] = []
         for name in self.names():
-            reason = self._obstacle(name, trainer, worker)
+            reason = unusable.get(name) or self._obstacle(name, trainer, worker)
             if reason is None:
                 why = "; ".join(passed_over)
                 return self.get(name), f"{name} ({why})" if why else f"{name} (first choice)"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from weightcast.deadline import Deadline
-from weightcast.errors import TransportError, WeightcastError
+from weightcast.deadline import LEAST_S, Deadline
+from weightcast.errors import DeadlineExceeded, TransportError, WeightcastError
 from weightcast.trainer.ranks.leader import Ranks
 from weightcast.trainer.ranks.orders import Abort, Connect, Order, Release, Send
 from weightcast.transports.base import TrainerEnd
@@ -21,6 +21,7 @@ class SharedEnd:
         self._ranks, self._own, self._pairs = ranks, own, pairs
         self._aborted = False
         self._closed = False
+        self._first_failure: int | None = None
         ranks.keep(self)
 
     def connect(self, deadline: Deadline) -> None:
@@ -44,6 +45,12 @@ class SharedEnd:
         )
         return sum(sent) + others
 
+    def heard_failure(self, number: int) -> None:
+        """Another rank could not do its part: nobody waits for the rest."""
+        if self._first_failure is None:
+            self._first_failure = number
+        self.abort()
+
     def abort(self) -> None:
         self._aborted = True
         for rank, pair in self._pairs.items():
@@ -65,21 +72,38 @@ class SharedEnd:
     def _everywhere(
         self, order: Callable[[int], Order], own: Callable[[], None], deadline: Deadline, phase: str
     ) -> int:
-        """Order the others, do the own part, hear the others; the sum of their values."""
+        """Order the others, do the own part, hear the others; the sum of their values. Raises what failed first."""
 
         def cancelled() -> WeightcastError | None:
             return TransportError("the pair was aborted", phase=phase) if self._aborted else None
 
+        posted: dict[int, int] = {}
         try:
-            posted = {rank: self._ranks.tell(rank, order(pair)) for rank, pair in self._pairs.items()}
+            for rank, pair in self._pairs.items():
+                posted[rank] = self._ranks.tell(rank, order(pair), self)
             own()
             return sum(
                 self._ranks.hear(rank, number, deadline, phase=phase, cancelled=cancelled).value
                 for rank, number in posted.items()
             )
         except WeightcastError as error:
+            first = self._first_failure
             self.abort()
             lost = self._ranks.lost(phase)
             if lost is not None:
                 raise lost from error
+            for rank, number in posted.items():
+                if number == first:
+                    self._raise_told(rank, number, phase, error)
             raise
+        finally:
+            self._ranks.unwatch(posted.values())
+
+    def _raise_told(self, rank: int, number: int, phase: str, error: WeightcastError) -> None:
+        """Raise the error that a rank has told of, unless that is ``error`` itself: then nothing is left to be heard."""
+        try:
+            self._ranks.hear(rank, number, Deadline(LEAST_S), phase=phase)
+        except DeadlineExceeded:
+            return
+        except WeightcastError as told:
+            raise told from error

@@ -143,7 +143,7 @@ class Follower:
         self._orders.put(None)
 
     def _answer(self, message: RankOrder, answer: Answer) -> None:
-        self._link.send(RankAnswer(number=message.number, body=encode(answer)))
+        self._link.send(RankAnswer(number=message.number, body=encode(answer), failed=answer.error is not None))
 
     # -- collective calls: those of Lead, which has the arguments
 

@@ -62,6 +62,13 @@ class Abortable(Protocol):
     def abort(self) -> None: ...
 
 
+class Watcher(Protocol):
+    """What waits for several ranks at once."""
+
+    def heard_failure(self, number: int) -> None:
+        """The order of that number failed. Called on the I/O thread: must not block."""
+
+
 class Ranks:
     """The other ranks of the trainer, by rank. Calls end by their deadline; thread-safe but for ``collectively``."""
 
@@ -73,6 +80,7 @@ class Ranks:
         self._pairs = itertools.count(1)
         self._call = 0
         self._open: set[Abortable] = set()
+        self._watchers: dict[int, Watcher] = {}
         self._lock = threading.Lock()
         self.manifest = source.manifest
         """What all ranks together publish, once they have met in a call."""
@@ -146,8 +154,13 @@ class Ranks:
         for member in members.values():
             self.post(member, order)
 
-    def _wake(self, failed: Failed | None) -> None:
-        """A rank is gone: end whatever waits for bytes that it will not send."""
+    def _wake(self, trouble: Failed | RankAnswer | None) -> None:
+        """A rank is gone, or could not do its part: end whatever waits for bytes that it will not send."""
+        if isinstance(trouble, RankAnswer):
+            watcher = self._watchers.get(trouble.number)
+            if watcher is not None:
+                watcher.heard_failure(trouble.number)
+            return
         with self._lock:
             pairs = list(self._open)
         for pair in pairs:
@@ -155,9 +168,11 @@ class Ranks:
 
     # -- orders
 
-    def post(self, member: Member, order: Order) -> int:
-        """Give an order and do not wait; its number."""
+    def post(self, member: Member, order: Order, watcher: Watcher | None = None) -> int:
+        """Give an order and do not wait; its number. ``watcher`` is told at once when it fails, until ``unwatch``."""
         number = next(self._numbers)
+        if watcher is not None:
+            self._watchers[number] = watcher
         self._coordinator.send(member, RankOrder(call=self._call, number=number, body=encode(order)))
         return number
 
@@ -295,9 +310,14 @@ class Ranks:
             raise
         return made
 
-    def tell(self, rank: int, order: Order) -> int:
+    def tell(self, rank: int, order: Order, watcher: Watcher | None = None) -> int:
         """``post`` by rank."""
-        return self.post(self._members[rank], order)
+        return self.post(self._members[rank], order, watcher)
+
+    def unwatch(self, numbers: Iterable[int]) -> None:
+        """Nobody needs to be told any more of orders that fail."""
+        for number in numbers:
+            self._watchers.pop(number, None)
 
     def keep(self, pair: Abortable) -> None:
         """Abort this pair when a rank is lost, until ``drop``."""
