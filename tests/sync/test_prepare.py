@@ -29,3 +29,25 @@ def test_prepare_may_be_called_at_any_time_while_the_publisher_is_open() -> None
             publisher.prepare()
     finally:
         engine.stop()
+
+
+def test_nothing_is_digested_for_workers_that_left() -> None:
+    tensors = {"w": torch.randn(12, 5), "b": torch.randn(7)}
+    stays = LocalEngine("a", [DictModel(tensors, rows=(i, 2)) for i in range(2)])
+    with Publisher(tensors, [stays], timeout_s=20) as publisher:
+        publisher.publish()
+        expected = set(publisher._part.expected)
+        for size in (3, 4):
+            leaves = LocalEngine("b", [DictModel(tensors, rows=(i, size)) for i in range(size)])
+            publisher.add(leaves)
+            assert len(publisher._part.expected) == len(expected) + size
+            comes_again = LocalEngine("b", [DictModel(tensors, rows=(i, 6)) for i in range(6)])
+            leaves.stop()
+            leaves.models, leaves.workers = comes_again.models, comes_again.workers
+            tensors["w"].normal_()
+            assert publisher.publish().digests_match
+            assert all(model.holds(tensors) for engine in (stays, leaves) for model in engine.models)
+            assert len(publisher._part.expected) == len(expected) + 6
+            publisher.remove("b")
+            assert set(publisher._part.expected) == expected
+        assert publisher.publish().digests_match

@@ -133,7 +133,7 @@ def three_rounds(
     if rank == 0:
         models = [DictModel(start, rows=(i, workers)) for i in range(workers)]
     engines = [LocalEngine("a", models)] if rank == 0 else []
-    late = LocalEngine("b", [DictModel(start)] if rank == 0 else [])
+    late = LocalEngine("b", [DictModel(start, rows=(i, 3)) for i in range(3)] if rank == 0 else [])
     versions = []
     try:
         with Publisher(
@@ -160,12 +160,15 @@ def three_rounds(
                 assert publisher.last_report == report
                 versions.append(report.version)
                 if number == 1:
+                    expected = set(publisher._part.expected)
                     caught_up = publisher.add(late)
                     assert caught_up is not None
                     assert caught_up.version == report.version
                     models += late.models
                     assert all(model.holds(whole) for model in models)
+            assert set(publisher._part.expected) >= expected
             publisher.remove("b")
+            assert set(publisher._part.expected) == expected, "nothing is digested for those who left"
     finally:
         for engine in [*engines, late]:
             engine.stop()

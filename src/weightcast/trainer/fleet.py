@@ -227,6 +227,7 @@ class Fleet:
         for engine in engines:
             if engine.name not in {*failures, *again, *cut_off}:
                 engine.broken = None
+        self._forget_unneeded()
         return failures
 
     def _blame(
@@ -411,6 +412,15 @@ class Fleet:
         engine.client.close()
         self.engines.remove(engine)
         self._left.append(engine.name)
+        self._forget_unneeded()
+
+    def _forget_unneeded(self) -> None:
+        """Expect no digests any more that only workers needed who have left, on all ranks: each costs a look at all values."""
+        needed = {worker.digest_key for engine in self.engines for worker in engine.workers} | {self._content_key}
+        for key in self.expected.keys() - needed:
+            del self.expected[key]
+        ties = {tie for engine in self.engines for tie in self.ties.doubtful(engine)}
+        self.ranks.keep_expected([*self.expected, *self.ties.keep(ties)])
 
     def find(self, name: str) -> EngineLink:
         """The engine of that name; StateError lists the fleet when there is none."""

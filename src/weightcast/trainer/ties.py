@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import partial
 
 from weightcast.deadline import Deadline
 from weightcast.memory import Memory
+from weightcast.plan import Plan
 from weightcast.trainer.links import EngineLink
 from weightcast.trainer.places import Tie
 from weightcast.trainer.proof import ExpectedDigest, plan_key
@@ -34,8 +36,14 @@ class Ties:
         return self._digests[tie]
 
     def _expected(self, tie: Tie, name: str, deadline: Deadline) -> ExpectedDigest | SharedDigest:
-        plan = tie.copies(name, self._ranks.manifest, self._ranks.holdings)
-        return self._ranks.expected(f"{plan_key(plan)} of {tie.shape}", plan, deadline, tie.manifest())
+        plan = self._plan(tie, name)
+        return self._ranks.expected(self._key(tie, name), plan, deadline, tie.manifest())
+
+    def _plan(self, tie: Tie, name: str) -> Plan:
+        return tie.copies(name, self._ranks.manifest, self._ranks.holdings)
+
+    def _key(self, tie: Tie, name: str) -> str:
+        return f"{plan_key(self._plan(tie, name))} of {tie.shape}"
 
     def check(self, engine: EngineLink, memory: Memory, deadline: Deadline) -> None:
         """Raise PlanMismatch where tensors that the engine keeps as one have different values in the source's memory."""
@@ -44,6 +52,11 @@ class Ties:
             first, second = self.digests(tie, deadline)
             if first.of(memory, check) != second.of(memory, check):
                 raise tie.unequal()
+
+    def keep(self, ties: Collection[Tie]) -> set[str]:
+        """Forget the digests of all ties but these; returns the keys of what is left."""
+        self._digests = {tie: digests for tie, digests in self._digests.items() if tie in ties}
+        return {self._key(tie, name) for tie in self._digests for name in tie.names}
 
     def forget(self) -> None:
         """The source's memory moved, or is not needed any more."""

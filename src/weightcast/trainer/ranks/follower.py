@@ -43,6 +43,7 @@ from weightcast.trainer.ranks.orders import (
     Enter,
     Expect,
     Finish,
+    Keep,
     Pair,
     Refresh,
     Release,
@@ -250,6 +251,9 @@ class Follower:
                 self.expected[order.key] = ExpectedDigest(
                     order.manifest or self._manifest, order.copies, self._source.memory
                 )
+            case Keep():
+                for key in self.expected.keys() - set(order.keys):
+                    del self.expected[key]
             case Pair():
                 return Answer(offers=self._open(order))
             case Refresh():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Protocol, TypeVar
 
@@ -34,6 +34,7 @@ from weightcast.trainer.ranks.orders import (
     Enter,
     Expect,
     Finish,
+    Keep,
     Order,
     Pair,
     Refresh,
@@ -277,6 +278,12 @@ class Ranks:
         for rank, number in posted.items():
             self.hear(rank, number, deadline, phase="setup")
         return SharedDigest(self, key, own, others)
+
+    def keep_expected(self, keys: Iterable[str]) -> None:
+        """Have the other ranks expect nothing any more but what has these keys; nobody waits for that."""
+        order = Keep(keys=tuple(sorted(keys)))
+        for member in self._members.values():
+            self.post(member, order)
 
     def pair(
         self, transport: str, plan: Plan, count: int, bucket_nbytes: int, deadline: Deadline

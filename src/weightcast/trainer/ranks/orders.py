@@ -46,6 +46,12 @@ class Expect(Order, frozen=True, kw_only=True, tag="expect"):
     manifest: Manifest | None = None
 
 
+class Keep(Order, frozen=True, kw_only=True, tag="keep"):
+    """Expect nothing any more but what has these keys: nobody needs the rest."""
+
+    keys: tuple[str, ...]
+
+
 class Pair(Order, frozen=True, kw_only=True, tag="pair"):
     """Make your ends of the pairs with a group of workers that want these copies; their offers in the order of the pairs'
     numbers in the answer's ``offers``."""
@@ -131,7 +137,9 @@ class Finish(Order, frozen=True, kw_only=True, tag="finish"):
         )
 
 
-AnyOrder = Enter | Survey | Agree | Adopt | Expect | Pair | Connect | Send | Refresh | Digest | Abort | Release | Finish
+AnyOrder = (
+    Enter | Survey | Agree | Adopt | Expect | Keep | Pair | Connect | Send | Refresh | Digest | Abort | Release | Finish
+)
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
