@@ -192,7 +192,7 @@ class RankAnswer(Message, frozen=True, kw_only=True, tag="rank_answer"):
 
     number: Count
     body: bytes
-    failed: bool = False
+    failed: bool
     """The body has an error: who waits for others before this answer need not."""
 
 

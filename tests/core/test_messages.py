@@ -57,7 +57,7 @@ EXAMPLES: list[Message] = [
     Abort(epoch=1, round=2, reason="r"),
     Failed(epoch=1, round=2, error=ErrorForm(kind="PeerLost", message="m", hint="h", phase="transfer"), dirty=True),
     RankOrder(call=3, number=17, body=b"\x81\xff"),
-    RankAnswer(number=17, body=b"\x00"),
+    RankAnswer(number=17, body=b"\x00", failed=True),
 ]
 
 

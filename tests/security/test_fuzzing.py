@@ -204,7 +204,7 @@ LIES: st.SearchStrategy[Message | bytes] = st.one_of(
         dirty=st.booleans(),
     ),
     st.builds(Refused, error=ERRORS),
-    st.builds(RankAnswer, number=ANY_NUMBER, body=st.binary(max_size=4)),
+    st.builds(RankAnswer, number=ANY_NUMBER, body=st.binary(max_size=4), failed=st.booleans()),
     st.builds(RankOrder, call=ANY_NUMBER, number=ANY_NUMBER, body=st.binary(max_size=4)),
     st.builds(Bye, reason=TEXT),
 )
