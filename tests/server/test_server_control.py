@@ -72,7 +72,9 @@ async def test_without_a_pause(http: httpx.AsyncClient, engine: ScriptedEngine) 
     await post(http, "commit", order(pause="none", clear_cache=False))
     assert steps(engine) == ["start_weight_update", "update_weights", "finish_weight_update"]
     await post(http, "commit", order(pause="none", clear_cache=True))
-    assert engine.named("reset_prefix_cache") == [True]
+    assert engine.named("pause_generation") == [{"mode": "keep", "clear_cache": True}], (
+        "no step between change and cleaning"
+    )
 
 
 async def test_rollback(http: httpx.AsyncClient, engine: ScriptedEngine) -> None:

@@ -2,7 +2,7 @@
 
     asleep       an engine that sleeps is refused before any worker is touched
     standing     does the engine compute? If not: is the pause weightcast's, or somebody else's?
-    pause        as the order says; always where several workers must change together, and where the engine is held
+    pause        as the order says; always where caches are cleared, where several workers change together, where the engine is held
     apply        the round goes live in every worker, or is taken back
     take_back    where some workers could not carry a commit out, or what follows it failed, all return to the version before
     forget       keys and values that the former weights computed, unless the pause dropped them
@@ -142,7 +142,9 @@ class _Round:
     def _pause(self) -> Generator[Do, Any, bool]:
         """Returns whether cached keys and values are forgotten with that."""
         order, standing = self._order, self._standing
-        if order.pause == "none" and not standing.must_pause and not (standing.paused and not self._is_theirs):
+        # Without a pause a step could come in between the change and the cleaning of caches, or between two workers' changes.
+        needed = order.clear_cache or standing.must_pause or (standing.paused and not self._is_theirs)
+        if order.pause == "none" and not needed:
             return False
         mode = "keep" if order.pause == "none" else order.pause
         self._orders.owes = not self._is_theirs

@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeVar
 
 from weightcast.commit.machine import Do, Orders
 from weightcast.commit.order import RoundAnswer, RoundOrder, Serving, Standing
+from weightcast.commit.updates import named
 from weightcast.deadline import Deadline
 from weightcast.errors import DeadlineExceeded, EngineError
 from weightcast.report.logs import about
@@ -114,7 +115,7 @@ class _Run:
 
     def failed(self, do: Do, error: BaseException) -> None:
         self._count(do)
-        self._advance = partial(self._steps.throw, error)
+        self._advance = partial(self._steps.throw, named(error) if isinstance(error, Exception) else error)
 
     def _count(self, do: Do) -> None:
         phase = do.step.phase

@@ -61,10 +61,14 @@ class ScriptedEngine:
         self.is_shut_down = False
         self._letters = [int(self.tokenizer.convert_tokens_to_ids(letter)) for letter in _LETTERS]
         self._waits_for_weights = wait_for_weights
-        self._failures: dict[str, list[Exception]] = {}
+        self.seconds: dict[str, float] = {}
+        """How long a call of weight transfer or of pausing takes, by the method's name."""
+        self._failures: dict[str, list[tuple[Exception, bool]]] = {}
         self._initialised = False
         self._round_open = False
         self._pending: str | None = None
+        self._before: tuple[Any, str] | None = None
+        """The round that is live, and the version before it."""
         self._num_syncs = 0
         self._num_tokens = 0
         self._paused: PauseMode | None = None
@@ -74,11 +78,12 @@ class ScriptedEngine:
 
     # Scripting
 
-    def fail(self, method: str, error: Exception, times: int = 1) -> None:
-        """Make the next ``times`` calls of ``method`` raise ``error``; "token" fails in the middle of generating."""
+    def fail(self, method: str, error: Exception, times: int = 1, *, dirty: bool = False) -> None:
+        """Make the next ``times`` calls of ``method`` raise ``error``; "token" fails in the middle of generating. ``dirty``: the
+        weights are of no version afterwards."""
         if method != "token" and not callable(getattr(self, method, None)):
             raise InvalidInput(f"ScriptedEngine has no method {method!r}", field="method")
-        self._failures.setdefault(method, []).extend([error] * times)
+        self._failures.setdefault(method, []).extend([(error, dirty)] * times)
 
     def named(self, method: str) -> list[Any]:
         """The arguments of all calls of ``method``, in order."""
@@ -143,6 +148,7 @@ class ScriptedEngine:
     async def pause_generation(self, mode: PauseMode = "abort", clear_cache: bool = True) -> None:
         self._record("pause_generation", {"mode": mode, "clear_cache": clear_cache})
         self._paused = mode
+        await self._take_time("pause_generation")
         if mode == "abort":
             await self.abort()
         async with self._changed:
@@ -152,6 +158,7 @@ class ScriptedEngine:
 
     async def resume_generation(self) -> None:
         self._record("resume_generation", None)
+        await self._take_time("resume_generation")
         self._paused = None
         async with self._changed:
             self._changed.notify_all()
@@ -180,8 +187,10 @@ class ScriptedEngine:
         self._round_open = True
 
     async def update_weights(self, update_info: Mapping[str, Any]) -> None:
+        update_info = update_info.get("update_info", update_info)
         if not self._round_open:
             raise StateError("no weight update is open", hint="Call start_weight_update first")
+        await self._take_time("update_weights")
         try:
             self._record("update_weights", dict(update_info))
             if not update_info:
@@ -189,7 +198,19 @@ class ScriptedEngine:
         except Exception:
             self._round_open = False
             raise
-        self._pending = update_info.get("version")
+        self._pending = self._scripted_version(update_info)
+
+    def _scripted_version(self, update_info: Mapping[str, Any]) -> str | None:
+        """What an update makes live. A roll-back of the round that is live returns to the version before it."""
+        action, id = update_info.get("action"), (update_info.get("epoch"), update_info.get("round"))
+        if action == "commit" and (self._before is None or self._before[0] != id):
+            self._before = (id, self.version)
+        if action != "rollback":
+            return update_info.get("version")
+        if self._before is None or self._before[0] != id:
+            return self.version
+        before, self._before = self._before[1], None
+        return before
 
     async def finish_weight_update(self, weight_version: str | None = None) -> None:
         if not self._round_open:
@@ -197,7 +218,9 @@ class ScriptedEngine:
         self._record("finish_weight_update", weight_version)
         self._round_open = False
         self._num_syncs += 1
-        self._waits_for_weights = self.dirty = False
+        self._waits_for_weights = False
+        # A roll-back that has nothing to take back heals nothing.
+        self.dirty = self.dirty and self._pending == self.version
         self.version = weight_version or self._pending or f"sync-{self._num_syncs}"
         self._pending = None
 
@@ -260,7 +283,13 @@ class ScriptedEngine:
     def _raise_scripted(self, method: str) -> None:
         waiting = self._failures.get(method)
         if waiting:
-            raise waiting.pop(0)
+            error, dirty = waiting.pop(0)
+            self.dirty = self.dirty or dirty
+            raise error
+
+    async def _take_time(self, method: str) -> None:
+        if self.seconds.get(method):
+            await asyncio.sleep(self.seconds[method])
 
     def _prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
         if self.is_shut_down:
@@ -294,7 +323,7 @@ class ScriptedEngine:
             return
         waiting = self._failures.get("token")
         if waiting:
-            state.error = str(waiting.pop(0))
+            state.error = str(waiting.pop(0)[0])
             self._end(state, "error")
             return
         for output in state.outputs:

@@ -37,6 +37,7 @@ class ScriptedWorker:
     error: str = ""
     fails: dict[str, Failure] = field(default_factory=dict)
     """By action, "commit" and "rollback" for the two kinds of update; each is used once."""
+    num_updates: int = 0
     _before: tuple[int, str] | None = None
     """The round that is live, and the version before it."""
 
@@ -52,11 +53,12 @@ class ScriptedWorker:
         }  # fmt: skip
 
     def _carry_out(self, name: str, payload: Mapping[str, Any]) -> str:
+        self.num_updates += name in ("commit", "rollback")
         failure = self.fails.pop(name, None)
         if failure is not None:
             self.dirty = self.dirty or failure.dirty
             return failure.kind
-        if name == "commit":
+        if name == "commit" and (self._before is None or self._before[0] != payload["round"]):
             self._before, self.version, self.dirty = (payload["round"], self.version), payload["version"], False
         if name == "rollback" and self._before is not None and self._before[0] == payload["round"]:
             if self.in_place:

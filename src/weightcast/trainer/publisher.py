@@ -45,7 +45,7 @@ class Publisher:
             exchange, which halves the time that requests in flight stand still.
         timeout_s: deadline of ``connect`` and of each ``publish``, all waits in it included.
         pause: what happens to requests in flight while the commit runs: "keep" (frozen, then continued), "wait", "abort" or
-            "none" (the engine only makes sure that no step runs meanwhile).
+            "none" (the engine only makes sure that no step runs meanwhile; as "keep" where caches are cleared or several workers change).
         clear_cache: recompute keys and values of kept requests under the new weights, and forget cached prefixes.
         require: "all": every engine reaches the next version or none does. "live": an engine that fails is dropped from the round
             and the others go on; the report names it, and later rounds try to have it back.
