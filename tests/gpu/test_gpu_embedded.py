@@ -18,11 +18,9 @@ DEVICE, PULL, PUSH = "cuda", "cuda_ipc", "nccl"
 
 
 def trainer_model(folder: Path) -> Any:
-    """A transformers model; a state dict where its experts are fused in another way than in checkpoints."""
+    """A transformers model, whose experts are fused in another way than in checkpoints."""
     from transformers import AutoModelForCausalLM
 
-    if "num_experts" in (folder / "config.json").read_text():
-        return {name: value.to(DEVICE) for name, value in random_state_dict(folder).items()}
     return AutoModelForCausalLM.from_pretrained(folder, dtype="float32").to(DEVICE)
 
 
@@ -32,7 +30,7 @@ def next_step(model: Any, folder: Path, number: int) -> Path:
 
     weights = random_state_dict(folder)
     with torch.no_grad():
-        for name, tensor in (model if isinstance(model, dict) else checkpoint_tensors(model)).items():
+        for name, tensor in checkpoint_tensors(model).items():
             if name in weights:
                 tensor.copy_(weights[name])
     return save_checkpoint(folder.parent / f"step-{number}", weights, like=folder)

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -75,16 +75,18 @@ def test_all_ranks_publish_what_is_sharded_or_replicated_over_all_of_them(tmp_pa
 
 
 def ask(rank: int, size: int, folder: str) -> list[str]:
-    """What the errors say, after each way out of them was gone."""
+    """What the errors say; each way that they name is gone."""
     begin(rank, size, folder)
     pairs = [dist.new_group([0, 1]), dist.new_group([2])]
     own = pairs[0] if rank < 2 else pairs[1]
     told = []
+    cut = distribute_tensor(torch.randn(4, 6), DeviceMesh("cpu", [0, 1]), [Shard(0)])
     sources: list[Any] = [
         linear(1),
         linear(1).state_dict(),
-        DistributedDataParallel(linear(1), process_group=own),
         folder,
+        DistributedDataParallel(linear(1), process_group=own),
+        {"weight": cut},
     ]
     for source in sources:
         with pytest.raises(InvalidInput) as caught:
@@ -110,12 +112,13 @@ def ask(rank: int, size: int, folder: str) -> list[str]:
 
 
 def test_what_does_not_tell_which_ranks_publish_it_is_asked_about(tmp_path: Path) -> None:
-    for rank, (module, state, wrapped, checkpoint) in enumerate(run_ranks(ask, 3, str(tmp_path))):
+    for rank, (module, state, checkpoint, wrapped, cut) in enumerate(run_ranks(ask, 3, str(tmp_path))):
         for text in (module, state, checkpoint):
             assert "torch.distributed has 3 ranks, and the source does not tell which of them publish it" in text
             assert "process_group=torch.distributed.group.WORLD" in text
             assert "process_group=None" in text
         assert f"the source is of ranks {[2] if rank == 2 else [0, 1]}" in wrapped
+        assert "the source is of ranks [0, 1]" in cut
 
 
 def train(rank: int, size: int, folder: str, port: int) -> list[str]:
