@@ -237,6 +237,26 @@ def test_half_of_a_model_is_neither_pushed_nor_called_equal(more: dict[str, obje
         assert set(report["unused"]) == set(wanted) - set(before)
 
 
+def test_push_and_verify_under_other_names(tmp_path: Path) -> None:
+    folder = build_tiny_model(tmp_path / "m", "qwen3")
+    tensors = {name: torch.randn_like(tensor) for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file({f"base_model.model.{name}": value for name, value in tensors.items()}, tmp_path / "model.safetensors")
+    llm = AsyncLLM(folder, num_threads=1)
+    with served(llm) as url:
+        refused = weightcast("push", tmp_path, "--to", url)
+        assert refused.exit_code == 1
+        assert "rename={'base_model.model.': ''}" in refused.output
+        option = ("--rename", "base_model.model.=")
+        assert weightcast("push", tmp_path, "--to", url, *option).exit_code == 0
+        live = dict(llm.engine.model.named_parameters())
+        assert all(torch.equal(value.detach(), tensors[name]) for name, value in live.items())
+        assert weightcast("verify", url, "--checkpoint", tmp_path, *option).exit_code == 0
+        assert weightcast("verify", url, "--checkpoint", tmp_path).exit_code == 1
+        wrong = weightcast("push", tmp_path, "--to", url, "--rename", "base_model.model.")
+        assert wrong.exit_code == 1
+        assert "OLD=NEW" in wrong.output
+
+
 def test_verify_of_a_checkpoint_that_lists_tied_tensors_twice(tmp_path: Path) -> None:
     folder = build_tiny_model(tmp_path / "m", "qwen3_tied")
     tensors = load_file(folder / "model.safetensors")

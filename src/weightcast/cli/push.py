@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from weightcast.cli.shared import (
+    RenameOption,
     TimeoutOption,
     TokenFileOption,
     TokenOption,
@@ -55,6 +56,7 @@ def command(
     ] = "cpu",
     pause: Annotated[Pause, typer.Option(help="Requests in flight: freeze, finish, end, or leave alone.")] = Pause.keep,
     unused: UnusedOption = None,
+    rename: RenameOption = None,
     takeover: Annotated[bool, typer.Option("--takeover", help="Also when a trainer is connected: it is left.")] = False,
     timeout: TimeoutOption = 300.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as one line of JSON.")] = False,
@@ -71,6 +73,7 @@ def command(
             pause=pause,
             takeover=takeover,
             unused=unused or [],
+            rename=rename or [],
             timeout_s=timeout,
         )
     if as_json:
@@ -92,14 +95,16 @@ def _push(
     pause: Pause,
     takeover: bool,
     unused: list[str],
+    rename: list[str],
     timeout_s: float,
 ) -> Report:
     from weightcast import Publisher
     from weightcast.deadline import Deadline
     from weightcast.trainer.sources import SafetensorsSource
+    from weightcast.trainer.sources.renaming import renames
 
     with Publisher(
-        SafetensorsSource(checkpoint, device=device, deadline=Deadline(timeout_s)),
+        SafetensorsSource(checkpoint, device=device, deadline=Deadline(timeout_s), rename=renames(rename)),
         engines=urls,
         token=token,
         transport=transport,

@@ -38,6 +38,15 @@ UnusedOption = Annotated[
         show_default=False,
     ),
 ]
+RenameOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--rename",
+        metavar="OLD=NEW",
+        help="Prefix of the checkpoint's names and what engines have in its place; repeat it for several.",
+        show_default=False,
+    ),
+]
 
 
 def chosen_token(token: str | None, token_file: Path | None) -> str | None:

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from weightcast.cli.shared import (
+    RenameOption,
     TimeoutOption,
     TokenFileOption,
     TokenOption,
@@ -30,6 +31,7 @@ def command(
     token: TokenOption = None,
     token_file: TokenFileOption = None,
     unused: UnusedOption = None,
+    rename: RenameOption = None,
     timeout: TimeoutOption = 120.0,
 ) -> None:
     """Compare an engine's live weights with CHECKPOINT. Exit status 1 unless they are proven equal."""
@@ -37,12 +39,13 @@ def command(
     from weightcast.trainer.clients.http import HttpEngineClient
     from weightcast.trainer.comparison import compare
     from weightcast.trainer.places import check_patterns, refuse_idle
+    from weightcast.trainer.sources.renaming import renames
     from weightcast.trainer.sources.safetensors import SafetensorsSource
 
     with reported_errors():
         deadline = Deadline(timeout)
         client = HttpEngineClient(url, token=chosen_token(token, token_file))
-        source = SafetensorsSource(checkpoint, deadline=deadline)
+        source = SafetensorsSource(checkpoint, deadline=deadline, rename=renames(rename or ()))
         try:
             patterns = check_patterns(unused or ())
             refuse_idle(patterns, source.manifest)

@@ -21,7 +21,7 @@ from weightcast.trainer.metrics import TrainerMetrics
 from weightcast.trainer.outcomes import Require
 from weightcast.trainer.places import check_patterns, refuse_idle
 from weightcast.trainer.ranks import Follower, GivenGroup, Group, check_complete, chosen_group
-from weightcast.trainer.sources import SourceLike, make_source
+from weightcast.trainer.sources import Rename, SourceLike, make_source
 from weightcast.trainer.turns import Turns, undisturbed
 from weightcast.transports.facts import outward_address
 
@@ -39,6 +39,8 @@ class Publisher:
         dtype: publish the floating-point tensors of a module or a state dict in this type (float64, float32, float16 or bfloat16): what goes
             live is the value rounded to it, then cast to the engine's type. None: each tensor is published in its own type, and the
             engine's types decide. Integers and float8 tensors stay as they are.
+        rename: other names for checkpoint tensors, where engines have them under other prefixes: a mapping of prefixes, such as
+            {"model.language_model.": "model."}, of which the longest counts, or a function of a name.
         transport: "auto" or a transport's name.
         mode: "auto", "staged" or "in_place"; an engine's own setting counts before it.
         shadows: staged copies that an engine keeps where its memory has room. With 2 a commit is one copy instead of an
@@ -63,7 +65,7 @@ class Publisher:
             for a source with DTensors over all ranks, for a module that DistributedDataParallel wraps, and for any module under
             accelerate (so under TRL, too); InvalidInput for other sources, which do not tell. ``connect``, ``publish``, ``add`` and ``remove`` are then collective: every rank makes
             the same calls in the same order, and all return the same report or raise the same error. Rank 0 leads; what the
-            others give besides source, dtype, timeout_s and address is not looked at.
+            others give besides source, dtype, rename, timeout_s and address is not looked at.
         metrics_port: serve Prometheus metrics on this port of the loopback interface; 0 chooses one (``metrics_port`` says which).
 
     One call at a time: a call that comes while another thread makes one is a StateError, but for ``close``. A forked child has the
@@ -79,6 +81,7 @@ class Publisher:
         *,
         token: str | None = None,
         dtype: torch.dtype | None = None,
+        rename: Rename | None = None,
         transport: str = "auto",
         mode: ModeWish = "auto",
         shadows: int = 1,
@@ -103,7 +106,7 @@ class Publisher:
             _check_choices(pause, mode, shadows, require)
             patterns = check_patterns(unused)
             token = usable_token(token)
-            self._source = make_source(source, dtype=dtype)
+            self._source = make_source(source, dtype=dtype, rename=rename)
             if group is None:
                 refuse_idle(patterns, self._source.manifest)
                 check_complete(self._source.manifest, {0: self._source.layout}, hint=SHARDED_HINT)

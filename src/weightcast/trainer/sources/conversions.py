@@ -23,6 +23,7 @@ from weightcast.record.boxes import Box, TooManyBoxes, Walk, boxes_of
 from weightcast.record.recorder import Recorder
 from weightcast.record.tensors import RecordingTensor, Untraceable, sources_of, whole
 from weightcast.trainer.sources.absent import refuse_absent
+from weightcast.trainer.sources.renaming import Rename, renamed
 from weightcast.trainer.sources.shards import Part, part_of
 from weightcast.trainer.sources.wrappers import plain_names, unwrapped, wrapped_name
 
@@ -51,6 +52,11 @@ class Content(NamedTuple):
 
     tensors: Mapping[str, torch.Tensor]
     forms: Sequence[Form]
+
+    def renamed(self, rename: Rename | None) -> Content:
+        """The same checkpoint tensors under other names."""
+        new = renamed((form.name for form in self.forms), rename)
+        return Content(self.tensors, [form._replace(name=new[form.name]) for form in self.forms])
 
     @classmethod
     def plain(cls, tensors: Mapping[str, torch.Tensor]) -> Content:

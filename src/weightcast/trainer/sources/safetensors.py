@@ -18,6 +18,7 @@ from weightcast.memory import FileSpan, Memory
 from weightcast.quoted import quoted
 from weightcast.safetensors_format import MAX_TENSORS, Header, open_regular, read_header
 from weightcast.trainer.sources.base import Source, wait_for_stream
+from weightcast.trainer.sources.renaming import Rename, renamed
 
 MAX_INDEX_NBYTES = 64 * 2**20
 SUFFIX = ".safetensors"
@@ -106,7 +107,12 @@ class SafetensorsSource(Source):
     """
 
     def __init__(
-        self, folder: str | Path, *, device: torch.device | str = "cpu", deadline: Deadline | None = None
+        self,
+        folder: str | Path,
+        *,
+        device: torch.device | str = "cpu",
+        deadline: Deadline | None = None,
+        rename: Rename | None = None,
     ) -> None:
         """``deadline`` ends the reading of headers of a folder with very many tensors."""
         self.folder = Path(folder)
@@ -140,6 +146,10 @@ class SafetensorsSource(Source):
                     storage, offset = len(storages) - 1, 0
                 placements.append(_placed(spec, storage, offset))
         self._stamp = _stamp(self.folder)
+        if rename is not None:
+            new = renamed((spec.name for spec in specs), rename)
+            specs = [msgspec.structs.replace(spec, name=new[spec.name]) for spec in specs]
+            placements = [_named(placement, new[placement.region.name]) for placement in placements]
         self.manifest = Manifest.of(specs)
         placements.sort(key=lambda placement: placement.region.name)
         self.memory = Memory(storages, files=files)
@@ -179,6 +189,10 @@ class SafetensorsSource(Source):
     def check_form(self) -> None:
         if _stamp(self.folder) != self._stamp:
             raise StateError(f"the files of {self.folder} changed since connect()", hint="Connect again")
+
+
+def _named(placement: Placement, name: str) -> Placement:
+    return msgspec.structs.replace(placement, region=msgspec.structs.replace(placement.region, name=name))
 
 
 def _usable(device: torch.device | str) -> torch.device:

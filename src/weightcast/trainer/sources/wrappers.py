@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from weightcast.errors import InvalidInput, Unsupported
+from weightcast.trainer.sources.renaming import Rename, renamed
 
 ALWAYS = ("_orig_mod", "_checkpoint_wrapped_module")
 """Names under which torch.compile and activation checkpointing keep what they wrap, wherever they are in a name."""
@@ -35,12 +36,14 @@ def plain_names(module: nn.Module, names: Iterable[str]) -> dict[str, str]:
     return _distinct((name, _plain_name(module, name)) for name in names)
 
 
-def read_through(tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-    """The same mapping under names without wrappers; each look-up of a tensor is one of the mapping's own."""
+def read_through(tensors: Mapping[str, torch.Tensor], rename: Rename | None = None) -> Mapping[str, torch.Tensor]:
+    """The same mapping under names without wrappers, renamed; each look-up of a tensor is one of the mapping's own."""
     if not all(isinstance(name, str) for name in tensors):
         raise InvalidInput("the mapping has names that are no text", field="source")
     is_parallel = bool(tensors) and all(name.startswith(f"{PARALLEL}.") for name in tensors)
     names = _distinct((name, _without_wrappers(name, is_parallel)) for name in tensors)
+    new = renamed(names.values(), rename)
+    names = {name: new[plain] for name, plain in names.items()}
     is_plain = type(tensors).__getitem__ in (dict.__getitem__, OrderedDict.__getitem__)
     if is_plain and all(name == plain for name, plain in names.items()):
         return tensors
