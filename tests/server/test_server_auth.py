@@ -107,6 +107,7 @@ STRANGE = [
     ("127.0.0.1", {**LOCAL, "x-real-ip": "127.0.0.1"}),
     ("127.0.0.1", {**LOCAL, "via": "1.1 proxy"}),
     ("::ffff:127.0.0.1", {**LOCAL, "via": "1.1 proxy"}),
+    ("203.0.113.9", {**LOCAL, "x-forwarded-for": "203.0.113.9"}),  # the address that uvicorn takes from the header
 ]  # fmt: skip
 OURS = [
     ("127.0.0.1", {}),

@@ -146,6 +146,17 @@ def test_an_error_comes_over_http_as_it_was_raised(server: Answer) -> None:
         plain.rollback(1, 1, Deadline(5))
 
 
+def test_a_traceback_is_for_those_who_showed_the_token() -> None:
+    try:
+        raise KeyError("a private thing")
+    except KeyError as error:
+        told = ErrorForm.of(error).error()
+    for guarded in (True, False):
+        body = json.loads(bytes(error_response(told, changes_weights=True, guarded=guarded).body))
+        assert ("Traceback" in body["error"]["detail"]["trace"]) is guarded
+        assert "Traceback" not in body["error"]["message"]
+
+
 def test_a_server_that_is_no_engine_is_an_engine_error(server: Answer) -> None:
     for body in ({"detail": "hi"}, [1, 2], {"world_size": "two"}, {"world_size": -1}):
         with (

@@ -10,6 +10,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from weightcast.engines.vllm.endpoint import WeightcastEndpoints
+from weightcast.errors import InvalidInput
 from weightcast.testing.scripted_vllm import Failure, ScriptedVllm
 
 TOLD = ["/init_weight_transfer_engine", "/start_weight_update", "/update_weights"]
@@ -120,3 +121,45 @@ async def test_ready_says_whether_requests_are_served() -> None:
         answer = await client.get("/ready")
     assert answer.status_code == 503
     assert "of no version" in answer.json()["error"]["message"]
+
+
+STRANGE = [
+    {"x-forwarded-for": "203.0.113.9"}, {"forwarded": "for=127.0.0.1"}, {"x-real-ip": "127.0.0.1"}, {"via": "1.1 proxy"},
+    {"host": "evil.example"}, {"origin": "https://evil.example"}, {"origin": "http://127.0.0.1:1"}, {"origin": "null"},
+    {"sec-fetch-site": "cross-site"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("headers", STRANGE, ids=lambda headers: " ".join(headers))
+async def test_without_a_token_proxies_and_pages_of_other_sites_get_nowhere(
+    monkeypatch: pytest.MonkeyPatch, headers: dict[str, str]
+) -> None:
+    monkeypatch.delenv("WEIGHTCAST_TOKEN", raising=False)
+    engine = ScriptedVllm()
+    async with await server(engine, development=True) as client:
+        for path in ("init", "commit", "rollback", "shutdown", "digests"):
+            answer = await client.post(f"/weightcast/{path}", content=b"{}", headers=headers)
+            assert (answer.status_code, answer.json()["error"]["type"]) == (401, "AuthError"), path
+        for path in ("/weightcast/status", "/weightcast/rounds", "/weightcast", "/weightcast/metrics", "/ready"):
+            assert (await client.get(path, headers=headers)).status_code == 401, path
+        for path in (*TOLD, "/finish_weight_update"):
+            assert (await client.post(path, json={}, headers=headers)).status_code == 401, path
+        assert (await client.get("/weightcast/status")).status_code == 200
+    monkeypatch.setenv("WEIGHTCAST_TOKEN", "t0ken")
+    async with await server(engine, development=True) as client:
+        assert (await client.get("/weightcast/status", headers=headers)).status_code == 200
+        assert (
+            await client.post("/weightcast/shutdown", headers={**headers, "x-weightcast-token": "t0ken"})
+        ).status_code == 200
+
+
+async def test_a_token_that_no_header_carries_ends_the_server_at_its_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WEIGHTCAST_TOKEN", "s3cret token")
+    with pytest.raises(InvalidInput, match="WEIGHTCAST_TOKEN must be") as caught:
+        await server(ScriptedVllm(), development=False)
+    assert "s3cret" not in str(caught.value)
+    monkeypatch.setenv("WEIGHTCAST_TOKEN", "s3cret\n")
+    async with await server(ScriptedVllm(), development=False) as client:
+        assert (
+            await client.post("/weightcast/shutdown", headers={"authorization": "Bearer s3cret"})
+        ).status_code == 200

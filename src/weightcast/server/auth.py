@@ -84,6 +84,7 @@ class TokenAuth:
         if request.client is None or is_loopback(request.client.host):
             _check_direct(request)
         else:
+            _check_unforwarded(request)
             _check_page(request)
 
 
@@ -125,12 +126,17 @@ def _check_client(request: HTTPConnection) -> None:
         raise AuthError(f"without a token this route answers loopback only, not {client}", hint=_TOKEN_HINT)
 
 
-def _check_direct(request: HTTPConnection) -> None:
-    """Refuse what a proxy passed on, another name for this machine, and pages of other sites."""
+def _check_unforwarded(request: HTTPConnection) -> None:
+    """Refuse what a proxy passed on. Who asks then is not known: uvicorn takes the client's address from such headers, too."""
     for name in request.headers:
         if name in FORWARDING_HEADERS or name.startswith("x-forwarded"):
             header = quoted(name, NAME_CHARACTERS)
             raise AuthError(f"without a token nothing is answered that a proxy passed on ({header})", hint=_TOKEN_HINT)
+
+
+def _check_direct(request: HTTPConnection) -> None:
+    """Refuse what a proxy passed on, another name for this machine, and pages of other sites."""
+    _check_unforwarded(request)
     host = request.headers.get("host")
     authority = authority_of(host)
     if host is not None and (authority is None or not is_loopback(authority[0])):

@@ -1,0 +1,62 @@
+"""A stock vLLM server without a token, which trusts forwarding headers of anybody: proxies and pages of other sites get nowhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from tests.vllm.weights import replace
+
+from weightcast import Publisher
+from weightcast.testing.models import build_tiny_model, random_state_dict
+from weightcast.testing.vllm_server import Served, vllm_server
+
+OPEN = ["/weightcast/status", "/weightcast/rounds", "/weightcast", "/weightcast/metrics", "/get_world_size", "/ready"]
+GUARDED = ["init", "commit", "rollback", "shutdown", "digests"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_model(tmp_path_factory.mktemp("strangers") / "m", "qwen3", dtype="bfloat16", head_dim=32)
+
+
+@pytest.fixture(scope="module")
+def served(model: Path) -> Iterator[Served]:
+    with vllm_server(model, env={"WEIGHTCAST_TOKEN": "", "FORWARDED_ALLOW_IPS": "*"}) as running:
+        yield running
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"X-Forwarded-For": "203.0.113.9"},
+        {"X-Forwarded-For": "127.0.0.1", "X-Forwarded-Proto": "http"},
+        {"Forwarded": "for=127.0.0.1"},
+        {"X-Real-IP": "127.0.0.1"},
+        {"Via": "1.1 proxy"},
+        {"Host": "evil.example"},
+        {"Origin": "https://evil.example", "Content-Type": "text/plain"},
+        {"Origin": "http://127.0.0.1:1", "Content-Type": "text/plain"},
+        {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"},
+    ],
+    ids=lambda headers: " ".join(headers),
+)
+def test_what_comes_through_a_proxy_or_from_a_page_is_refused(served: Served, headers: dict[str, str]) -> None:
+    for path in GUARDED:
+        answer = httpx.post(f"{served.url}/weightcast/{path}", content=b"{}", headers=headers, timeout=30)
+        assert (answer.status_code, answer.json()["error"]["type"]) == (401, "AuthError"), path
+    for path in OPEN:
+        answer = httpx.get(served.url + path, headers=headers, timeout=30)
+        assert (answer.status_code, answer.json()["error"]["type"]) == (401, "AuthError"), path
+
+
+def test_this_machine_publishes_without_a_token(served: Served, model: Path) -> None:
+    weights = random_state_dict(model)
+    with Publisher(weights, [served.url], timeout_s=60) as publisher:
+        replace(weights, model)
+        assert publisher.publish().digests_match
+    page = httpx.get(f"{served.url}/weightcast", timeout=30)
+    assert page.headers["x-frame-options"] == "DENY"
+    assert "frame-ancestors 'none'" in page.headers["content-security-policy"]
