@@ -68,8 +68,20 @@ class PipedLlm:
     def get_weight_version(self) -> str:
         return str(self._make("get_weight_version"))
 
-    def reset_prefix_cache(self) -> bool:
-        return bool(self._make("reset_prefix_cache"))
+    def status(self) -> Any:
+        return self._make("status")
+
+    def is_paused(self) -> bool:
+        return bool(self._make("is_paused"))
+
+    def pause_generation(self, mode: Any, clear_cache: bool, /) -> None:
+        self._make("pause_generation", mode, clear_cache)
+
+    def resume_generation(self) -> None:
+        self._make("resume_generation")
+
+    def reset_prefix_cache(self, reset_running_requests: bool = False) -> bool:
+        return bool(self._make("reset_prefix_cache", reset_running_requests))
 
     def tokens(self) -> list[list[int]]:
         return self.peer.call("tokens", timeout_s=90)
