@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import gc
+import os
+import signal
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,13 +15,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weightcast import Publisher
+from weightcast.deadline import Deadline
 from weightcast.digest import LayoutDigest
-from weightcast.errors import InvalidInput, RoundFailed, ShadowError
+from weightcast.errors import DeadlineExceeded, InvalidInput, RoundFailed, ShadowError
 from weightcast.layout import Placement, Region
+from weightcast.manifest import Manifest, TensorSpec
 from weightcast.memory import Memory
-from weightcast.receiver import exchange, place, shadow
+from weightcast.receiver import exchange, place, shadow, taking
+from weightcast.receiver.staging import make_target
+from weightcast.receiver.taking import taking_memory
 from weightcast.room import host_room_nbytes
 from weightcast.testing.local_engine import DictModel, LocalEngine
+from weightcast.testing.ranks import RankFailed, run_ranks
 from weightcast.transports import shm
 
 SHAPES = {"embed": (50, 33), "w": (128, 65), "scale": (7,), "norm": (64,)}
@@ -237,3 +246,62 @@ def test_a_system_that_does_not_tell_stages_nothing(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(place, "host_room_nbytes", lambda: None)
     with pytest.raises(ShadowError, match="cannot tell"):
         place.free_nbytes(torch.device("cpu"))
+
+
+class _Machine:
+    """A pretended host with so much memory, which all processes see by one file: what they took is appended to it."""
+
+    def __init__(self, path: str, nbytes: int) -> None:
+        self._path, self._nbytes = Path(path), nbytes
+
+    def free(self, device: torch.device) -> int:
+        left = self._nbytes - sum(map(int, self._path.read_text().split()))
+        time.sleep(0.05)  # others look meanwhile
+        return left
+
+    def take(self, nbytes: int, *_: object) -> torch.Tensor:
+        time.sleep(0.05)
+        with self._path.open("a") as file:
+            file.write(f"{nbytes}\n")
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+
+def _join(rank: int, size: int, path: str, dies: int) -> str:
+    """Make a target on the pretended host, which has room for two and a half; one process is killed while it takes memory."""
+    model = DictModel({name: torch.zeros(shape) for name, shape in SHAPES.items()})
+    manifest = Manifest.of(TensorSpec(name=name, dtype="float32", shape=shape) for name, shape in SHAPES.items())
+    host = _Machine(path, int(2.5 * model.memory().nbytes * place.CHECK_HEADROOM))
+    place.free_nbytes = host.free  # type: ignore[assignment]
+
+    def take(*args: Any) -> torch.Tensor:
+        if rank == dies:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return host.take(*args)
+
+    shadow.new_storage = take
+    return make_target(model, manifest, model.layout(manifest), "auto", 1, None, Deadline(60))[0]
+
+
+def test_workers_of_one_host_share_the_room(tmp_path: Path) -> None:
+    taken = tmp_path / "taken"
+    taken.write_text("")
+    assert sorted(run_ranks(_join, 4, str(taken), -1)) == ["in_place", "in_place", "staged", "staged"]
+
+
+def test_a_worker_that_is_killed_while_it_takes_memory_holds_up_nobody(tmp_path: Path) -> None:
+    taken = tmp_path / "taken"
+    taken.write_text("")
+    with pytest.raises(RankFailed, match="SIGKILL"):
+        run_ranks(_join, 1, str(taken), 0)
+    assert sorted(run_ranks(_join, 3, str(taken), -1)) == ["in_place", "staged", "staged"]
+
+
+def test_a_folder_of_somebody_else_holds_no_locks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with taking_memory(torch.device("cpu"), Deadline(20)):
+        with pytest.raises(DeadlineExceeded, match="other workers"), taking_memory(torch.device("cpu"), Deadline(0.1)):
+            pass
+        assert taking._folder() is not None
+        monkeypatch.setattr(os, "geteuid", lambda: 12345)
+        monkeypatch.setattr(taking, "Path", lambda path: tmp_path)
+        (tmp_path / "weightcast-12345").mkdir()
+        assert taking._folder() is None

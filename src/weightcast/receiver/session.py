@@ -43,7 +43,6 @@ from weightcast.messages import (
     Hello,
     Landings,
     Message,
-    Mode,
     Ready,
     Refused,
     Setup,
@@ -53,9 +52,8 @@ from weightcast.messages import (
 )
 from weightcast.plan import compile_plan, plan_digest
 from weightcast.receiver.base import LiveModel
-from weightcast.receiver.loader_area import LoadedTensors, area_sizes, with_area
-from weightcast.receiver.place import choose_place
-from weightcast.receiver.staging import Target
+from weightcast.receiver.loader_area import LoadedTensors, with_area
+from weightcast.receiver.staging import make_target
 from weightcast.report.logs import about
 from weightcast.round import Approval, Phase, RoundId, WorkerRound
 from weightcast.transports.base import WorkerEnd
@@ -164,26 +162,16 @@ class Session:
         layout = self._model.layout(self.manifest)
         layout.check(self.manifest)
         self.layout: Layout = with_area(layout, self.manifest)
-        self.mode, self.target = self._make_target(answer.mode, answer.shadows)
+        # The engine's own wish counts before the trainer's.
+        wish = self._mode_wish if self._mode_wish != "auto" else answer.mode
+        self.mode, self.target = make_target(
+            self._model, self.manifest, self.layout, wish, answer.shadows, self._loaded, deadline
+        )
         self._digest = LayoutDigest(self.manifest, self.layout, gaps_are_zero=self.target.memory().is_arena)
         shadow_nbytes, place = self.target.shadow_nbytes, self.target.place
         where = str(place or self._model.device) if shadow_nbytes else ""
         logger.info("weights come %s; %d bytes beside them (%s)", self.mode, shadow_nbytes, where or "nowhere")
         self.link.send(Landings(layout=self.layout, mode=self.mode, shadow_nbytes=shadow_nbytes, shadow=where))
-
-    def _make_target(self, trainer_wish: str, copies: int) -> tuple[Mode, Target]:
-        """The engine's own wish counts before the trainer's; "auto" stages where a second copy fits on the device."""
-        wish = self._mode_wish if self._mode_wish != "auto" else trainer_wish
-        if wish != "in_place":
-            areas = area_sizes(self.layout, self._loaded)
-            try:
-                place = choose_place(self._model, areas, copies, host=wish == "staged")
-                return "staged", Target(self._model, self.manifest, self.layout, place=place, loaded=self._loaded)
-            except WeightcastError as error:
-                if wish == "staged":
-                    raise
-                logger.info("weights will be written in place: %s", str(error))
-        return "in_place", Target(self._model, self.manifest, self.layout, place=None)
 
     # -- on the I/O thread
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 
 from weightcast.cuda.wait import wait_stream
@@ -10,12 +12,41 @@ from weightcast.errors import ShadowError
 from weightcast.layout import Layout
 from weightcast.manifest import Manifest
 from weightcast.memory import Memory
+from weightcast.messages import Mode
 from weightcast.receiver.base import LiveModel
-from weightcast.receiver.loader_area import LoadedTensors, LoaderArea
-from weightcast.receiver.place import Place, new_storage
+from weightcast.receiver.loader_area import LoadedTensors, LoaderArea, area_sizes
+from weightcast.receiver.place import Place, choose_place, new_storage
 from weightcast.receiver.shadow import Shadow, combined
+from weightcast.receiver.taking import taking_memory
+
+logger = logging.getLogger(__name__)
 
 FILL_TIMEOUT_S = 60.0
+
+
+def make_target(
+    model: LiveModel,
+    manifest: Manifest,
+    layout: Layout,
+    wish: str,
+    copies: int,
+    loaded: LoadedTensors | None,
+    deadline: Deadline,
+) -> tuple[Mode, Target]:
+    """A target over a layout of ``with_area`` in the mode that is wished: "auto" stages where a second copy fits on the device.
+
+    Raises ShadowError where "staged" does not fit. Workers of one host make theirs one after the other.
+    """
+    if wish != "in_place":
+        try:
+            with taking_memory(model.device, deadline):
+                place = choose_place(model, area_sizes(layout, loaded), copies, host=wish == "staged")
+                return "staged", Target(model, manifest, layout, place=place, loaded=loaded)
+        except ShadowError as error:
+            if wish == "staged":
+                raise
+            logger.info("weights will be written in place: %s", str(error))
+    return "in_place", Target(model, manifest, layout, place=None)
 
 
 class Target:
