@@ -15,6 +15,11 @@ from weightcast.held import HeldTensor
 from weightcast.known import known
 from weightcast.quoted import quoted
 
+WEIGHTS = "weights"
+"""vLLM's tag of the memory that weights lie in."""
+NO_VERSION = "none"
+"""What an engine serves whose weights were lost in its sleep."""
+
 
 class WorkerOutcome(msgspec.Struct, frozen=True, kw_only=True):
     """One worker's answer: what it serves now, and the error that the call ended with, if it did."""
@@ -29,6 +34,9 @@ class WorkerOutcome(msgspec.Struct, frozen=True, kw_only=True):
     tensors: dict[str, HeldTensor] = {}
     held: bool = False
     """The engine was paused because of its weights, by weightcast and nobody else; whoever heals it lets it go on."""
+
+    asleep: tuple[str, ...] = ()
+    """What the engine's sleep has unmapped in this worker: "weights", "kv_cache", or other tags of vLLM's."""
 
     def raised(self) -> WeightcastError | None:
         """The error as it was raised in the worker."""
@@ -66,11 +74,25 @@ def require_all(outcomes: Sequence[WorkerOutcome], world_size: int) -> None:
 def why_unfit(outcomes: Sequence[WorkerOutcome]) -> str:
     """Why the engine must not compute with what its workers hold; empty when all of them serve one clean version."""
     dirty = [str(outcome.rank) for outcome in outcomes if outcome.dirty]
+    lost = [str(outcome.rank) for outcome in outcomes if outcome.dirty and outcome.weight_version == NO_VERSION]
+    if lost:
+        return f"the weights of worker {', '.join(lost)} were lost in its sleep"
     if dirty:
         return f"the weights of worker {', '.join(dirty)} are of no version: an update failed half-way"
     if len({outcome.weight_version for outcome in outcomes}) > 1:
         return f"the workers do not agree: {_told(outcomes)}"
     return ""
+
+
+def why_asleep(outcomes: Sequence[WorkerOutcome]) -> str:
+    """Why the workers' weights cannot be touched now; empty when they can."""
+    asleep = [str(outcome.rank) for outcome in outcomes if WEIGHTS in outcome.asleep]
+    return f"the weights of worker {', '.join(asleep)} are not mapped" if asleep else ""
+
+
+def sleeps(outcomes: Sequence[WorkerOutcome]) -> bool:
+    """Whether anything of the engine sleeps: then its scheduler must not go on."""
+    return any(outcome.asleep for outcome in outcomes)
 
 
 def common_version(outcomes: Sequence[WorkerOutcome]) -> str:

@@ -20,6 +20,10 @@ class LiveModel(ABC):
     relocatable: bool = False
     """True: parameters may be rebound to other storages (no captured graphs, no packed kernels hold their addresses)."""
 
+    def why_asleep(self) -> str:
+        """Why the weights cannot be touched now: the engine sleeps and has unmapped them. Empty when they can."""
+        return ""
+
     @property
     def prepare_nbytes(self) -> int:
         """What ``prepare`` takes beside the memory that it is given; staging is refused where it does not fit."""

@@ -37,6 +37,10 @@ class LoadedTensors:
     layout_digest: bytes
     area: torch.Tensor
 
+    def in_host_memory(self) -> LoadedTensors:
+        """The same tensors where they take nothing from a GPU that others want."""
+        return LoadedTensors(self.layout_digest, self.area.cpu())
+
     def fits(self, layout: Layout) -> bool:
         """Whether a layout of ``with_area`` has the same tensors at the same places."""
         return bool(layout.through_loader) and self.layout_digest == _digest(layout)

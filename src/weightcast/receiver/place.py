@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -45,6 +46,13 @@ def free_nbytes(device: torch.device) -> int:
     if room is None:
         raise ShadowError("cannot tell how much memory is free", hint="Ask for mode in_place")
     return room
+
+
+def give_back(device: torch.device) -> None:
+    """Have the GPU's memory that nothing uses any more be free for others, and not for torch alone."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def choose_place(model: LiveModel, areas: Sequence[int], copies: int, *, host: bool) -> Place:

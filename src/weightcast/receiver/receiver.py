@@ -10,8 +10,10 @@ from weightcast.deadline import Deadline
 from weightcast.digest import version_number
 from weightcast.errors import DigestMismatch, LoadError, StateError, WeightcastError
 from weightcast.messages import Committed
+from weightcast.outcome import NO_VERSION
 from weightcast.receiver.base import LiveModel
 from weightcast.receiver.loader_area import LoadedTensors
+from weightcast.receiver.place import give_back
 from weightcast.receiver.session import Identity, Session
 from weightcast.round import Approval, Phase, RoundId, WorkerRound
 from weightcast.transports.facts import local_facts
@@ -19,6 +21,8 @@ from weightcast.transports.facts import local_facts
 logger = logging.getLogger(__name__)
 
 INITIAL_VERSION = "default"
+LEAVES = "the engine leaves"
+WAKE_HINT = "Wake its weights up, then publish again"
 APPROVAL_TIMEOUT_S = 5.0
 """A commit holds up the engine's thread, and its approval was sent before it: it comes at once or never."""
 
@@ -52,6 +56,7 @@ class Receiver:
 
         ``world_size``, if given, is how many workers join from now on: an engine may learn that only from its trainer.
         """
+        self._require_awake("join")
         old = self._session
         if old is not None and old.lost is None and not info.takeover and info.session != old.id:
             raise StateError(
@@ -107,6 +112,7 @@ class Receiver:
         session = self._require_session()
         if self._round.id == id and self._round.phase is Phase.COMMITTED:
             return
+        self._require_awake("commit")
         patience = deadline.part(at_most_s=APPROVAL_TIMEOUT_S)
         approval = self._round.wait_for_approval(id, patience, version)
         self.highest = max(self.highest, version_number(approval.version))
@@ -144,6 +150,7 @@ class Receiver:
         half-way the worker is dirty.
         """
         session, before = self._require_session(), self._before
+        self._require_awake("rollback")
         reversible = session.mode == "staged" and before is not None
         phase = self._round.fence(id, "the trainer took it back", reversible=reversible)
         if phase is Phase.COMMITTED:
@@ -163,15 +170,37 @@ class Receiver:
         self._before = None
         self._round.rolled_back(id)
 
-    def leave(self) -> None:
+    def leave(self, reason: str = LEAVES) -> None:
         """Leave the trainer, if any, and free shadow and transports; idempotent."""
+        self._leave(reason, keeps=True)
+
+    def _leave(self, reason: str, *, keeps: bool) -> None:
+        """``keeps``: what is live through the loader can be returned to when the next trainer's round fails."""
         if self._session is not None:
-            self._loaded = self._session.target.loaded() or self._loaded
-            self._session.close()
+            self._loaded = (self._session.target.loaded() or self._loaded) if keeps else None
+            self._session.close(reason)
             self._num_bytes_before += self._session.num_bytes
             self._session = None
             self._model.forget()
+            if self._loaded is not None and self._model.device.type == "cuda":
+                self._loaded = self._loaded.in_host_memory()
+            give_back(self._model.device)
         self._before = None
+
+    def sleep(self, *, loses: bool) -> None:
+        """The engine is about to unmap its weights: leave the trainer, whose next round joins anew once they are back.
+
+        ``loses``: what the weights are now will not come back. Then no version is served until a round was committed.
+        """
+        self._leave("the engine goes to sleep", keeps=not loses)
+        if loses:
+            self._loaded = None
+            self.version, self.content, self.dirty = NO_VERSION, "", True
+
+    def _require_awake(self, phase: str) -> None:
+        reason = self._model.why_asleep()
+        if reason:
+            raise StateError(f"the engine is asleep: {reason}", phase=phase, hint=WAKE_HINT)
 
     def _require_session(self) -> Session:
         if self._session is None:

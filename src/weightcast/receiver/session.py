@@ -303,6 +303,9 @@ class Session:
     def _stage(self, begin: Begin) -> None:
         id = RoundId(epoch=begin.epoch, round=begin.round)
         try:
+            asleep = self._model.why_asleep()
+            if asleep:
+                raise StateError(f"the engine is asleep: {asleep}", hint="Wake its weights up, then publish again")
             memory = self.target.memory()
             nbytes, transfer_s, digest = self.receive(id, memory, Deadline(begin.timeout_s))
             start = time.perf_counter()

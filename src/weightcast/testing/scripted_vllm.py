@@ -34,6 +34,8 @@ class ScriptedWorker:
     version: str = "default"
     dirty: bool = False
     held: bool = False
+    asleep: tuple[str, ...] = ()
+    """Tags of the memory that a sleep has unmapped."""
     error: str = ""
     fails: dict[str, Failure] = field(default_factory=dict)
     """By action, "commit" and "rollback" for the two kinds of update; each is used once."""
@@ -49,6 +51,7 @@ class ScriptedWorker:
             self.held = bool(payload["held"])
         return {
             "rank": self.rank, "weight_version": self.version, "digest": "", "dirty": self.dirty, "held": self.held,
+            "asleep": self.asleep,
             "error": {"kind": self.error, "message": f"{name} failed"} if self.error else None,
         }  # fmt: skip
 
@@ -202,6 +205,6 @@ def _config(num_workers: int, num_replicas: int) -> Any:
             data_parallel_size=num_replicas,
         ),
         weight_transfer_config=SimpleNamespace(backend="weightcast"),
-        model_config=SimpleNamespace(model="scripted"),
+        model_config=SimpleNamespace(model="scripted", enable_sleep_mode=False),
         cache_config=SimpleNamespace(num_gpu_blocks=4, block_size=16),
     )

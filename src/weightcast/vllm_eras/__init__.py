@@ -10,7 +10,15 @@ from typing import Any
 
 from weightcast.errors import Unsupported
 from weightcast.vllm_eras import v0_26, v0_27, v0_32
-from weightcast.vllm_eras.base import BACKEND, CALL, OfflineEngine, ServedEngine, has_backend, require_backend
+from weightcast.vllm_eras.base import (
+    BACKEND,
+    CALL,
+    OfflineEngine,
+    ServedEngine,
+    has_backend,
+    may_sleep,
+    require_backend,
+)
 
 _SERVED: tuple[type[ServedEngine], ...] = (v0_32.Served, v0_27.Served, v0_26.Served)
 _OFFLINE: tuple[type[OfflineEngine], ...] = (v0_27.Offline, v0_26.Offline)
@@ -39,6 +47,7 @@ __all__ = [
     "OfflineEngine",
     "ServedEngine",
     "has_backend",
+    "may_sleep",
     "offline_engine",
     "require_backend",
     "served_engine",

@@ -146,6 +146,11 @@ class OfflineEngine(ABC):
 NOT_FORGOTTEN = "vLLM keeps keys and values that former weights computed"
 
 
+def may_sleep(config: Any) -> bool:
+    """Whether the engine was started with vLLM's sleep mode."""
+    return bool(getattr(config.model_config, "enable_sleep_mode", False))
+
+
 def has_backend(config: Any) -> bool:
     """Whether the engine was started with weightcast's weight transfer."""
     transfer = getattr(config, "weight_transfer_config", None)

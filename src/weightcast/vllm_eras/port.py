@@ -13,8 +13,8 @@ from weightcast.commit.order import RoundOrder, Serving, Standing
 from weightcast.commit.updates import update_info
 from weightcast.deadline import Deadline
 from weightcast.errors import EngineError, WeightcastError
-from weightcast.outcome import WorkerOutcome, outcomes_from, require_all
-from weightcast.vllm_eras.base import ServedEngine, require_backend
+from weightcast.outcome import WorkerOutcome, outcomes_from, require_all, sleeps, why_asleep
+from weightcast.vllm_eras.base import ServedEngine, may_sleep, require_backend
 
 T = TypeVar("T")
 
@@ -29,8 +29,8 @@ class ServedPort:
         return self.engine.gone()
 
     async def asleep(self, deadline: Deadline) -> str:
-        """Nothing: vLLM is not asked for that."""
-        return ""
+        """Workers say what vLLM has unmapped in them; one without sleep mode is not asked."""
+        return why_asleep(await self.ask("status")) if may_sleep(self.engine.config) else ""
 
     async def standing(self, deadline: Deadline) -> Standing:
         must_pause = self.engine.world_size() > 1
@@ -64,7 +64,9 @@ class ServedPort:
         await self.ask("hold", {"held": True})
 
     async def resume(self, was_held: bool, deadline: Deadline) -> None:
-        await self._named(self.engine.resume())
+        """A scheduler whose keys and values sleep is let go on by whoever wakes them up, and not before."""
+        if not (may_sleep(self.engine.config) and sleeps(await self.ask("status"))):
+            await self._named(self.engine.resume())
         if was_held:
             await self.ask("hold", {"held": False})
 

@@ -124,6 +124,12 @@ class WeightcastEngine(WeightTransferEngine[WeightcastInitInfo, WeightcastUpdate
         self._open = False
         self.receiver.leave()
 
+    def sleep(self, *, loses: bool) -> None:
+        """See Receiver.sleep. A label that somebody gave goes with the weights."""
+        self._open = False
+        self._label = None if loses else self._label
+        self.receiver.sleep(loses=loses)
+
     @property
     def weight_version(self) -> str:
         return self._label or self.receiver.version

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -268,6 +269,15 @@ def keeping_parameters(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         hook.remove()
+
+
+def sleeping_tags() -> tuple[str, ...]:
+    """Tags of the memory that vLLM's sleep has unmapped in this process."""
+    module = sys.modules.get("vllm.device_allocator.cumem")
+    allocator = None if module is None else module.CuMemAllocator.instance
+    if allocator is None:
+        return ()
+    return tuple(sorted({data.tag for data in tuple(allocator.pointer_to_data.values()) if data.is_asleep}))
 
 
 Look = Callable[[nn.Module], None]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
+from functools import wraps
 from typing import Any
 
 import msgspec
@@ -17,6 +18,7 @@ from vllm.distributed.weight_transfer.base import WeightTransferEngine as VllmEn
 from vllm.v1.worker.worker_base import WorkerBase
 
 import vllm
+from weightcast.engines.vllm import api
 from weightcast.engines.vllm.model import VllmModel
 from weightcast.engines.vllm.parallelism import worker_rank
 from weightcast.engines.vllm.versions import check_version
@@ -30,6 +32,8 @@ from weightcast.weight_transfer.config import WeightTransferConfig
 from weightcast.weight_transfer.weightcast import WeightcastEngine, WeightcastInitInfo, WeightcastUpdateInfo
 
 logger = logging.getLogger(__name__)
+
+HEARD = "_weightcast_heard"
 
 
 class VllmBackend(VllmEngine):  # type: ignore[misc]
@@ -49,6 +53,7 @@ class VllmBackend(VllmEngine):  # type: ignore[misc]
         self._apply_s = 0.0
         self._held = False
         install_call()
+        hear_sleep()
 
     # -- vLLM's contract
 
@@ -117,11 +122,29 @@ class VllmBackend(VllmEngine):  # type: ignore[misc]
                 self._error = InvalidInput(f"no such call: {action!r}", field="action")
         return _record(self._outcome())
 
+    def before_sleep(self, level: int) -> None:
+        """vLLM is about to unmap this worker's memory: what lies beside it goes as well. From level 2 on weights do not come back.
+
+        Never raises, and what became of the last update stays known.
+        """
+        if self._engine is None and level < 2:
+            return
+        before = (self._error, self._apply_s)
+        self._carry_out(lambda engine: engine.sleep(loses=level >= 2))
+        self._error, self._apply_s = before
+
     def _asked(self, question: Callable[[VllmModel], dict[str, Any]]) -> dict[str, Any]:
         """Answer about the model, not about an engine: asking must not settle who this worker is, which only joining tells. What
         became of the last update stays known, too."""
         before, answer = (self._error, self._apply_s), dict[str, Any]()
-        self._keep_error(lambda: answer.update(question(self._model())))
+
+        def ask() -> None:
+            model = self._model()
+            if asleep := model.why_asleep():
+                raise StateError(f"the engine is asleep: {asleep}", hint="Wake its weights up, then ask again")
+            answer.update(question(model))
+
+        self._keep_error(ask)
         record = _record(msgspec.structs.replace(self._outcome(), **answer))
         self._error, self._apply_s = before
         return record
@@ -151,6 +174,7 @@ class VllmBackend(VllmEngine):  # type: ignore[misc]
 
     def _outcome(self) -> WorkerOutcome:
         engine, error = self._engine, self._error
+        asleep = api.sleeping_tags()
         return WorkerOutcome(
             rank=self._rank.rank,
             weight_version=engine.weight_version if engine is not None else "default",
@@ -159,6 +183,7 @@ class VllmBackend(VllmEngine):  # type: ignore[misc]
             error=None if error is None else ErrorForm.of(error),
             apply_s=self._apply_s,
             held=self._held,
+            asleep=asleep,
         )
 
     def _carry_out(self, work: Callable[[WeightcastEngine], None]) -> None:
@@ -200,6 +225,25 @@ def install_call() -> None:
 
     if not hasattr(WorkerBase, CALL):
         setattr(WorkerBase, CALL, weightcast_call)
+
+
+def hear_sleep() -> None:
+    """Have this process's worker say beforehand that it goes to sleep; idempotent."""
+    from vllm.v1.worker.gpu_worker import Worker
+
+    sleep = Worker.sleep
+    if hasattr(sleep, HEARD):
+        return
+
+    @wraps(sleep)
+    def heard(worker: Any, level: int = 1) -> Any:
+        backend = getattr(worker, "weight_transfer_engine", None)
+        if isinstance(backend, VllmBackend):
+            backend.before_sleep(level)
+        return sleep(worker, level)
+
+    setattr(heard, HEARD, True)
+    Worker.sleep = heard
 
 
 def _no_backend(worker: Any) -> dict[str, Any]:

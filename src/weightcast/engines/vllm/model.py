@@ -29,6 +29,7 @@ from weightcast.layout import Layout, Placement
 from weightcast.manifest import Manifest
 from weightcast.memory import Memory, bytes_of
 from weightcast.names import renaming_hint
+from weightcast.outcome import WEIGHTS
 from weightcast.receiver.base import LiveModel
 from weightcast.record import Recording, record_layout
 
@@ -63,6 +64,10 @@ class VllmModel(LiveModel):
         self._checked: dict[str, set[str]] = {}
         self._twin_of = twin_of
         self._findings: dict[str, Findings] = {}
+        self._layouts: dict[str, Layout] = {}
+
+    def why_asleep(self) -> str:
+        return "vLLM has unmapped its weights" if WEIGHTS in api.sleeping_tags() else ""
 
     def memory(self) -> Memory:
         return self._mirror.live if self.relocatable else self._weights
@@ -94,16 +99,23 @@ class VllmModel(LiveModel):
         Ask for ``memory()`` afterwards. Raises PlanMismatch when a layer would be filled in part, LoadError when vLLM's loader
         refuses a tensor, Unsupported when a round would leave something that the model computes with at old values.
         """
+        known = self._layouts.get(manifest.digest)
+        if known is not None:
+            return known
         places = reachable(self.model)
         with self._landed(manifest) as (layers, numbers, recording, through, landings):
             self._kept = kept_by_layer(self._aliases(manifest, recording), places)
             if self.relocatable:
                 landings = self._mirror_of(layers, numbers, landings, manifest)
-        return Layout(
+        layout = Layout(
             placements=tuple(landings),
             storage_nbytes=tuple(storage.numel() for storage in self.memory().storages),
             through_loader=tuple(spec.name for spec in manifest.tensors if spec.name in through),
         )
+        if not self.relocatable:
+            # Sleep leaves parameters where they are: who joins again after it need not record again.
+            self._layouts = {manifest.digest: layout}
+        return layout
 
     def held_tensors(self, manifest: Manifest) -> dict[str, HeldTensor]:
         """What lies here of each tensor of a checkpoint; changes nothing. Raises what ``layout`` does."""

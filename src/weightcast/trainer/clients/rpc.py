@@ -15,7 +15,7 @@ from weightcast.commit.shells import Committer
 from weightcast.commit.updates import update_info
 from weightcast.deadline import Deadline
 from weightcast.errors import WeightcastError
-from weightcast.outcome import WorkerOutcome, first_error, outcomes_from, require_all, why_unfit
+from weightcast.outcome import WorkerOutcome, first_error, outcomes_from, require_all, why_asleep, why_unfit
 from weightcast.trainer.clients.base import CommitOrder, CommitReply, EngineClient, round_order, way_back
 from weightcast.trainer.clients.helper import Helper
 
@@ -55,6 +55,10 @@ class RpcEngineClient(EngineClient):
     @abstractmethod
     def name_version(self, version: str, deadline: Deadline) -> None:
         """Label what the engine's outputs are made with."""
+
+    def may_sleep(self) -> bool:
+        """Whether the engine may be asleep. Where that is not known its workers refuse by themselves."""
+        return False
 
     def init(self, init_info: Mapping[str, Any], deadline: Deadline) -> None:
         size = self.num_workers(deadline)
@@ -116,8 +120,8 @@ class WorkersPort:
         self._client = client
 
     def asleep(self, deadline: Deadline) -> str:
-        """Nothing: vLLM is not asked for that."""
-        return ""
+        """Workers say what vLLM has unmapped in them; an engine that cannot sleep is not asked."""
+        return why_asleep(self._client.ask("status", {}, deadline)) if self._client.may_sleep() else ""
 
     def standing(self, deadline: Deadline) -> Standing:
         client = self._client

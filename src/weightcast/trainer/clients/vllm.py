@@ -16,7 +16,7 @@ from weightcast.trainer.clients.base import CommitOrder, CommitReply, EngineClie
 from weightcast.trainer.clients.helper import Helper
 from weightcast.trainer.clients.in_loop import LoopCalls
 from weightcast.trainer.clients.rpc import RpcEngineClient, status_of
-from weightcast.vllm_eras import offline_engine, require_backend, served_engine
+from weightcast.vllm_eras import may_sleep, offline_engine, require_backend, served_engine
 from weightcast.vllm_eras.port import ServedPort
 
 T = TypeVar("T")
@@ -53,6 +53,9 @@ class VllmClient(RpcEngineClient):
     def init(self, init_info: Mapping[str, Any], deadline: Deadline) -> None:
         require_backend(self._engine.config)
         super().init(init_info, deadline)
+
+    def may_sleep(self) -> bool:
+        return may_sleep(self._engine.config)
 
     def world_size(self, deadline: Deadline) -> int:
         return self._run(self._engine.world_size, deadline)
