@@ -39,7 +39,6 @@ from weightcast.trainer.places import places_of
 from weightcast.trainer.proof import ExpectedDigest, plan_key, whole_copies
 from weightcast.trainer.ranks import Ranks, SharedEnd
 from weightcast.trainer.ranks.leader import LEADER, SharedDigest
-from weightcast.trainer.sources.base import Source
 from weightcast.trainer.ties import Ties
 from weightcast.transports.base import TrainerEnd, Transport
 
@@ -76,14 +75,13 @@ PLANNING_SHARE = 0.5
 class Fleet:
     """All engines of one Publisher, their plans and pairs. Not thread-safe: one call at a time."""
 
-    def __init__(self, source: Source, coordinator: Coordinator, settings: FleetSettings, ranks: Ranks) -> None:
-        self._source = source
+    def __init__(self, holder: Holder, coordinator: Coordinator, settings: FleetSettings, ranks: Ranks) -> None:
+        self._holder = holder
         self.ranks = ranks
         self._coordinator = coordinator
         self._settings = settings
         self._session = secrets.token_hex(8)
         self._left: deque[str] = deque(maxlen=MAX_LEFT)
-        self._holder = Holder(source)
         self.engines: list[EngineLink] = []
         self.epoch = 0
         self.number_used = 0
@@ -103,6 +101,22 @@ class Fleet:
             heartbeat_s=self._coordinator.heartbeat_s,
             silence_s=self._coordinator.silence_s,
         )
+
+    def take_up(self, *, is_other_form: bool) -> None:
+        """The source is another one now: engines have to be set up again, and join again where its manifest is another one."""
+        self._forget_memory()
+        for engine in self.engines:
+            for worker in engine.workers:
+                worker.close_end()
+            if is_other_form:
+                engine.joined, engine.broken = False, "the source has another form"
+            elif engine.broken is None:
+                engine.broken = "the source was made anew"
+
+    def _forget_memory(self) -> None:
+        """What was compiled for the source's memory is of no use any more."""
+        self.expected.clear()
+        self.ties.forget()
 
     # -- admission
 
@@ -197,7 +211,7 @@ class Fleet:
             self.ranks.refresh(deadline)
         for engine in engines:
             with _noting(engine, failures):
-                self.ties.check(engine, self._source.memory, deadline)
+                self.ties.check(engine, self._holder.source.memory, deadline)
                 for worker in engine.workers:
                     self._expect(worker, deadline)
         present = [engine for engine in engines if engine.name not in failures]
@@ -265,19 +279,18 @@ class Fleet:
     def _adopt(self, engines: Sequence[EngineLink], deadline: Deadline) -> dict[str, WeightcastError]:
         """Let each of their transports make the memory of all ranks reachable, once; errors by transport. A moved memory is the
         source's from then on, and engines whose pairs read the former one have to be set up again."""
-        before, moved = self._source.memory, False
+        before, moved = self._holder.source.memory, False
         errors: dict[str, WeightcastError] = {}
         for name in sorted({w.transport.name for e in engines for w in e.workers if w.transport is not None}):
             try:
                 self._holder.adopt([name])
                 moved = self.ranks.adopt([name], deadline) or moved
-            except (PeerLost, DeadlineExceeded):
+            except (PeerLost, DeadlineExceeded, StateError):
                 raise
             except WeightcastError as error:
                 errors[name] = error
-        if moved or self._source.memory is not before:
-            self.expected.clear()
-            self.ties.forget()
+        if moved or self._holder.source.memory is not before:
+            self._forget_memory()
             for engine in self.engines:
                 if engine not in engines and engine.broken is None:
                     engine.broken = "the source's memory moved"
@@ -331,7 +344,7 @@ class Fleet:
             own = transport.trainer_ends(
                 count,
                 plan[LEADER],
-                self._source.memory,
+                self._holder.source.memory,
                 bucket_nbytes=bucket_nbytes,
                 address=settings.address,
             )
@@ -365,7 +378,7 @@ class Fleet:
         """Copies that stand for everything that is published, each value once, however many ranks hold it."""
         manifest = self.ranks.manifest
         if self.ranks.alone:
-            return {LEADER: tuple(whole_copies(manifest, self._source.layout))}
+            return {LEADER: tuple(whole_copies(manifest, self._holder.source.layout))}
         return compile_plan(manifest, self.ranks.holdings, image_layout(manifest))
 
     def _connect(self, worker: WorkerLink, deadline: Deadline) -> None:
@@ -433,8 +446,7 @@ class Fleet:
         """Dismiss all engines and free all transports; idempotent."""
         for engine in list(self.engines):
             self.remove(engine)
-        self.expected.clear()
-        self.ties.forget()
+        self._forget_memory()
         self._holder.release()
 
 

@@ -17,6 +17,7 @@ from weightcast.report.model import Report
 from weightcast.trainer.clients import EngineClient, SyncEngine, make_client, twins
 from weightcast.trainer.clients.urls import engine_name
 from weightcast.trainer.fleet import Fleet, FleetSettings
+from weightcast.trainer.holder import Holder
 from weightcast.trainer.links import EngineLink
 from weightcast.trainer.numbers import Numbers
 from weightcast.trainer.outcomes import Require
@@ -45,7 +46,7 @@ class Lead:
 
     def __init__(
         self,
-        source: Source,
+        holder: Holder,
         clients: Sequence[EngineClient],
         settings: FleetSettings,
         *,
@@ -58,19 +59,23 @@ class Lead:
         silence_s: float,
         log: str | Path | None,
     ) -> None:
-        self._source, self._token, self._timeout_s = source, token, timeout_s
+        self._holder, self._token, self._timeout_s = holder, token, timeout_s
         self._pause, self._clear_cache, self._require = pause, clear_cache, require
         self._address, self._unused = settings.address, settings.unused
         links = [EngineLink(client) for client in clients]
         self.records = Records(links, log=log)
         self._coordinator = Coordinator(settings.address, silence_s=silence_s)
-        self._ranks = Ranks(source, self._coordinator, size)
-        self._fleet = Fleet(source, self._coordinator, settings, self._ranks)
+        self._ranks = Ranks(holder, self._coordinator, size)
+        self._fleet = Fleet(holder, self._coordinator, settings, self._ranks)
         self._fleet.engines = links
         self._presence = Presence(self._fleet, require, timeout_s)
         self._numbers = Numbers(self._fleet, self.records.last_number)
         self._rounds = 0
         self._was_connected = False
+
+    @property
+    def _source(self) -> Source:
+        return self._holder.source
 
     @property
     def engines(self) -> Sequence[EngineLink]:
@@ -130,7 +135,29 @@ class Lead:
         """Raise InvalidInput for what can be told only once all ranks have said what they hold."""
         refuse_idle(self._unused, self._ranks.manifest)
 
+    def _renew(self, deadline: Deadline) -> None:
+        """Look at the source anew, on all ranks."""
+        manifest, source = self._ranks.manifest, self._source
+        is_other_form = True
+        try:
+            if not self._ranks.renew(deadline):
+                return
+            is_other_form = self._ranks.manifest != manifest
+        except WeightcastError:
+            # Other ranks may have taken up theirs.
+            if self._ranks.alone and self._source is source:
+                raise
+            self._take_up(is_other_form)
+            raise
+        self._take_up(is_other_form)
+
+    def _take_up(self, is_other_form: bool) -> None:
+        for engine in self._fleet.engines:
+            self._presence.forget(engine)  # an attempt that runs knows the former manifest
+        self._fleet.take_up(is_other_form=is_other_form)
+
     def _connect(self, deadline: Deadline) -> None:
+        self._renew(deadline)
         self._check_settings()
         failures = self._presence.bring_up(self._fleet.engines, deadline)
         if self._presence.is_too_little(failures):
@@ -196,6 +223,7 @@ class Lead:
         if not self._fleet.engines:
             raise StateError("the fleet has no engine", hint="Give engines= or call add()")
         if not self._was_connected:
+            self._renew(deadline)
             self._check_settings()
         timeline = Timeline()
         with timeline.phase("prepare"):

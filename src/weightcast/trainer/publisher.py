@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
@@ -16,12 +17,13 @@ from weightcast.secret import usable_token
 from weightcast.trainer.addresses import address_beside, address_towards
 from weightcast.trainer.clients import EngineClient, SyncEngine, make_client, twins
 from weightcast.trainer.fleet import FleetSettings
+from weightcast.trainer.holder import Holder
 from weightcast.trainer.lead import Lead
 from weightcast.trainer.metrics import TrainerMetrics
 from weightcast.trainer.outcomes import Require
 from weightcast.trainer.places import check_patterns, refuse_idle
 from weightcast.trainer.ranks import Follower, GivenGroup, Group, check_complete, chosen_group
-from weightcast.trainer.sources import Rename, SourceLike, make_source
+from weightcast.trainer.sources import Rename, Source, SourceLike, make_source
 from weightcast.trainer.turns import Turns, undisturbed
 from weightcast.transports.facts import outward_address
 
@@ -106,7 +108,7 @@ class Publisher:
             _check_choices(pause, mode, shadows, require)
             patterns = check_patterns(unused)
             token = usable_token(token)
-            self._source = make_source(source, dtype=dtype, rename=rename)
+            self._holder = Holder(partial(make_source, source, dtype=dtype, rename=rename))
             if group is None:
                 refuse_idle(patterns, self._source.manifest)
                 check_complete(self._source.manifest, {0: self._source.layout}, hint=SHARDED_HINT)
@@ -121,7 +123,7 @@ class Publisher:
             # Rank 0's control channel carries everything from here on.
             info = group.introduce(deadline, None)
             self._part = Follower(
-                self._source,
+                self._holder,
                 info,
                 rank=group.rank,
                 size=group.size,
@@ -148,7 +150,7 @@ class Publisher:
                 share=require == "all",
             )
             self._part = lead = Lead(
-                self._source,
+                self._holder,
                 clients,
                 settings,
                 size=1 if group is None else group.size,
@@ -173,13 +175,19 @@ class Publisher:
             self.close()
             raise
 
+    @property
+    def _source(self) -> Source:
+        return self._holder.source
+
     # -- life
 
     def connect(self, timeout_s: float | None = None) -> None:
         """Join all engines and connect all transports; learns what they serve, so that version numbers go on from there.
 
         Engines that do not serve what the others do, as after a restart, are brought to it beside them if the source still has
-        it; otherwise they get the next version. May be called at any time to have lost engines back before the next round.
+        it; otherwise they get the next version. May be called at any time to have lost engines back before the next round, and after
+        the source's tensors were moved, replaced or given another form: the source is looked at anew, and engines join again where the
+        form is another one. An engine that has no place for it is a PlanMismatch that names tensors.
         Raises the error of an engine that cannot be connected (require="live": when none can); the publisher stays usable, and
         ``publish`` tries again what is not connected.
         """
@@ -211,7 +219,6 @@ class Publisher:
                 return  # sockets and engines are the parent's
             with torch.inference_mode(False):
                 self._part.close()
-                self._source.close()
 
     def __enter__(self) -> Publisher:
         return self

@@ -47,6 +47,7 @@ from weightcast.trainer.ranks.orders import (
     Pair,
     Refresh,
     Release,
+    Renew,
     Send,
     Survey,
     decode_order,
@@ -70,9 +71,9 @@ _Item = tuple[RankOrder, AnyOrder]
 class Follower:
     """One rank's part of the calls of a Publisher of several ranks. Not thread-safe: one call at a time."""
 
-    def __init__(self, source: Source, info: JoinInfo, *, rank: int, size: int, address: str) -> None:
-        self._source, self._rank, self._address = source, rank, address
-        self._holder = Holder(source)
+    def __init__(self, holder: Holder, info: JoinInfo, *, rank: int, size: int, address: str) -> None:
+        source = holder.source
+        self._holder, self._rank, self._address = holder, rank, address
         self._manifest: Manifest = source.manifest
         self.expected: dict[str, ExpectedDigest] = {}
         """Digests that rounds need of what this rank holds, by key."""
@@ -99,6 +100,10 @@ class Follower:
                 highest=0,
             )
         )
+
+    @property
+    def _source(self) -> Source:
+        return self._holder.source
 
     def close(self) -> None:
         """Leave rank 0 and free what transports made; idempotent."""
@@ -240,6 +245,11 @@ class Follower:
                     raise StateError(f"it calls {what}(), rank 0 calls {order.what}()")
             case Survey():
                 return Answer(manifest=self._source.manifest, layout=self._source.layout)
+            case Renew():
+                renewed = self._holder.renew()
+                if renewed:
+                    self.expected.clear()
+                return Answer(moved=renewed)
             case Agree():
                 self._manifest = order.manifest
             case Adopt():

@@ -24,6 +24,7 @@ from weightcast.memory import Memory
 from weightcast.messages import Failed, Offer, RankAnswer, RankOrder
 from weightcast.plan import Plan
 from weightcast.report.model import Report
+from weightcast.trainer.holder import Holder
 from weightcast.trainer.proof import ExpectedDigest
 from weightcast.trainer.ranks.coverage import check_complete
 from weightcast.trainer.ranks.orders import (
@@ -39,6 +40,7 @@ from weightcast.trainer.ranks.orders import (
     Pair,
     Refresh,
     Release,
+    Renew,
     Survey,
     decode_answer,
     encode,
@@ -73,8 +75,8 @@ class Watcher(Protocol):
 class Ranks:
     """The other ranks of the trainer, by rank. Calls end by their deadline; thread-safe but for ``collectively``."""
 
-    def __init__(self, source: Source, coordinator: Coordinator, size: int = 1) -> None:
-        self._source, self._coordinator, self._size = source, coordinator, size
+    def __init__(self, holder: Holder, coordinator: Coordinator, size: int = 1) -> None:
+        self._holder, self._coordinator, self._size = holder, coordinator, size
         self._members: dict[int, Member] = {}
         self._layouts: dict[int, Layout] = {}
         self._numbers = itertools.count(1)
@@ -83,10 +85,14 @@ class Ranks:
         self._open: set[Abortable] = set()
         self._watchers: dict[int, Watcher] = {}
         self._lock = threading.Lock()
-        self.manifest = source.manifest
+        self.manifest = holder.source.manifest
         """What all ranks together publish, once they have met in a call."""
         self.deadline = Deadline(1.0)
         """That of the call that runs."""
+
+    @property
+    def _source(self) -> Source:
+        return self._holder.source
 
     @property
     def alone(self) -> bool:
@@ -166,6 +172,24 @@ class Ranks:
             pairs = list(self._open)
         for pair in pairs:
             pair.abort()
+
+    def renew(self, deadline: Deadline) -> bool:
+        """Have all ranks, this one too, look at their sources anew; True when one of them made another one.
+
+        When a rank cannot, its error is raised, and what the others hold is learnt in the next call.
+        """
+        posted = {rank: self.post(member, Renew()) for rank, member in self._members.items()}
+        known, self._layouts = self._layouts, {}
+        renewed = self._holder.renew()
+        answers = [self.hear(rank, number, deadline, phase="join") for rank, number in posted.items()]
+        if any(answer.moved for answer in answers) or (renewed and posted):
+            self._survey(deadline)
+            return True
+        self._layouts = known
+        if renewed:
+            self.manifest = self._source.manifest
+            check_complete(self.manifest, {LEADER: self._source.layout})
+        return renewed
 
     # -- orders
 

@@ -26,6 +26,10 @@ class Survey(Order, frozen=True, kw_only=True, tag="survey"):
     """Say what you hold: ``manifest`` and ``layout`` in the answer."""
 
 
+class Renew(Order, frozen=True, kw_only=True, tag="renew"):
+    """Look at what you publish anew; ``moved`` in the answer when you hold it elsewhere or in another form."""
+
+
 class Agree(Order, frozen=True, kw_only=True, tag="agree"):
     """What all ranks together publish."""
 
@@ -138,7 +142,21 @@ class Finish(Order, frozen=True, kw_only=True, tag="finish"):
 
 
 AnyOrder = (
-    Enter | Survey | Agree | Adopt | Expect | Keep | Pair | Connect | Send | Refresh | Digest | Abort | Release | Finish
+    Enter
+    | Survey
+    | Renew
+    | Agree
+    | Adopt
+    | Expect
+    | Keep
+    | Pair
+    | Connect
+    | Send
+    | Refresh
+    | Digest
+    | Abort
+    | Release
+    | Finish
 )
 
 

@@ -14,6 +14,8 @@ from weightcast.dtypes import name_of
 from weightcast.errors import StateError
 from weightcast.trainer.sources.shards import is_distributed, shard_of
 
+AGAIN_HINT = "Call connect() to publish the mapping as it is now"
+
 _placements = attrgetter("placements")
 _dtype = attrgetter("dtype")
 
@@ -36,6 +38,9 @@ class Forms:
     @torch.no_grad()
     def locals_of(self, tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         """What this process holds of each tensor, in the order of names; StateError names the first that changed."""
+        if len(tensors) > len(self._names):
+            new = next(name for name in tensors if name not in set(self._names))
+            raise StateError(f"{new!r} came into the mapping since connect()", hint=AGAIN_HINT)
         values: list[Any] = list(map(tensors.get, self._names))
         if NoneType in map(type, values):
             self._name_the_change(values)
@@ -77,9 +82,9 @@ class Forms:
     def _name_the_change(self, values: list[Any]) -> None:
         for name, before, value in zip(self._names, self._known, values, strict=True):
             if value is None:
-                raise StateError(f"{name!r} was published at connect() and is gone")
+                raise StateError(f"{name!r} was published at connect() and is gone", hint=AGAIN_HINT)
             if (now := _form(value)) != before:
-                raise StateError(f"{name!r} was {before} at connect() and is {now}", hint="Connect again")
+                raise StateError(f"{name!r} was {before} at connect() and is {now}", hint=AGAIN_HINT)
 
 
 def _form(value: torch.Tensor) -> str:

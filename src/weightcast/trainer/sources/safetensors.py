@@ -188,7 +188,10 @@ class SafetensorsSource(Source):
 
     def check_form(self) -> None:
         if _stamp(self.folder) != self._stamp:
-            raise StateError(f"the files of {self.folder} changed since connect()", hint="Connect again")
+            raise StateError(
+                f"the files of {self.folder} changed since connect()",
+                hint="Call connect() to publish the files as they are now",
+            )
 
 
 def _named(placement: Placement, name: str) -> Placement:
