@@ -6,7 +6,6 @@ holding and a landing are both placements; only the side differs. Storages are f
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable
 
@@ -59,8 +58,22 @@ class Region(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def overlap(regions: Iterable[Region]) -> bool:
-    """Whether two of some regions of one tensor share an element."""
-    return any(one.intersect(other) is not None for one, other in itertools.combinations(regions, 2))
+    """Whether two of some regions of one tensor share an element.
+
+    Regions are swept along the dimension in which most of them differ, so thousands of rows take no longer than they have to.
+    """
+    found = [region for region in regions if region.numel]
+    if not found or not found[0].sizes:
+        return len(found) > 1
+    dim = max(range(len(found[0].sizes)), key=lambda d: len({region.offsets[d] for region in found}))
+    found.sort(key=lambda region: region.offsets[dim])
+    reached: list[Region] = []
+    for region in found:
+        reached = [other for other in reached if other.offsets[dim] + other.sizes[dim] > region.offsets[dim]]
+        if any(region.intersect(other) is not None for other in reached):
+            return True
+        reached.append(region)
+    return False
 
 
 def contiguous_strides(sizes: tuple[int, ...]) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from weightcast.layout import (
     image_layout,
     is_padded,
     most_placements,
+    overlap,
 )
 from weightcast.manifest import Manifest, TensorSpec, align
 from weightcast.memory import Memory
@@ -103,6 +105,21 @@ def fill(memory: Memory, layout: Layout, values: dict[str, torch.Tensor]) -> Non
     for p in layout.placements:
         view = memory.view(p.storage, p.dtype, p.offset, p.region.sizes, p.strides)
         view.copy_(box_of(values[p.region.name], p.region))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_overlaps_are_found_as_by_comparing_all_pairs(data: st.DataObject) -> None:
+    rank = data.draw(st.integers(0, 3))
+    numbers = st.tuples(*[st.integers(0, 4)] * rank)
+    boxes = data.draw(st.lists(st.tuples(numbers, numbers), max_size=6))
+    regions = [Region(name="t", offsets=offsets, sizes=sizes) for offsets, sizes in boxes]
+    pairs = itertools.combinations([set(_elements(region)) for region in regions], 2)
+    assert overlap(regions) == any(one & other for one, other in pairs)
+
+
+def _elements(region: Region) -> Iterator[tuple[int, ...]]:
+    return itertools.product(*map(lambda start, size: range(start, start + size), region.offsets, region.sizes))
 
 
 def box_of(whole: torch.Tensor, region: Region) -> torch.Tensor:
