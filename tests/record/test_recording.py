@@ -381,3 +381,45 @@ def test_zero_size_and_scalar_tensors():
         parameters["one"].copy_(w["one"].reshape(()))
 
     assert len(check_replay(load, tensors, parameters).layout.placements) == 2
+
+
+def test_a_loader_that_knows_no_such_tensor_goes_on_with_the_next():
+    tensors = {name: random_tensor((3,)) for name in ("a", "no such", "b", "neither", "c")}
+    parameters = {name: random_tensor((3,)) for name in ("a", "b", "c")}
+    live = live_memory(parameters)
+
+    def load(items):
+        for name, tensor in items:
+            parameters[name].copy_(tensor)
+
+    manifest = Manifest.of(
+        TensorSpec(name=name, dtype="float32", shape=tuple(tensor.shape)) for name, tensor in tensors.items()
+    )
+    asked = []
+
+    def refuses(error, name):
+        asked.append((type(error), name))
+        return isinstance(error, KeyError)
+
+    recording = record_layout(load, manifest, live, "cpu", refuses)
+    assert set(recording.unused) == {"no such", "neither"}
+    assert {p.region.name for p in recording.layout.placements} == {"a", "b", "c"}
+    assert set(asked) == {(KeyError, "no such"), (KeyError, "neither")}
+    with pytest.raises(LoadError, match=r"no such|neither"):
+        record_layout(load, manifest, live, "cpu")
+
+
+def test_what_a_refused_tensor_had_landed_before_counts_as_unfilled():
+    parameter = random_tensor((4,))
+    memory = live_memory({"p": parameter})
+
+    def load(items):
+        for _, tensor in items:
+            parameter[:2].copy_(tensor[:2])
+            raise KeyError("p")
+
+    manifest = Manifest.of([TensorSpec(name="p", dtype="float32", shape=(4,))])
+    recording = record_layout(load, manifest, memory, "cpu", lambda error, name: True)
+    assert recording.unused == ("p",)
+    assert recording.layout.placements == ()
+    assert recording.unwritten() == {0: [(0, 16)]}

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from weightcast.deadline import Deadline
-from weightcast.errors import EngineError, PeerLost, StateError
+from weightcast.errors import EngineError, PeerLost, PlanMismatch, StateError
 from weightcast.manifest import TensorSpec
 from weightcast.testing.local_engine import DictModel
 from weightcast.trainer import vllm_native
@@ -181,6 +181,29 @@ def test_an_update_that_fails_at_its_first_chunk_is_over_and_leaves_the_engine_d
     engine.update_weights(engine.parse_update_info(update_of(EMPTY_LAST)))
     engine.finish_weight_update("9")
     assert (engine.weight_version, engine.dirty) == ("9", False)
+
+
+def test_tensors_that_the_model_has_no_place_for_are_refused_and_change_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = {"w": torch.randn(5), "b": torch.randn(3)}
+    more = {"w": torch.randn(5), "layers.2.w": torch.randn(4), "b": torch.randn(3)}
+    engine = engine_of(before, monkeypatch, 8)
+    assert isinstance(engine.model, DictModel)
+    for values, is_known in ((before, True), (more, False), (before, True)):
+        publisher, _ = publisher_of(values)
+        publisher.connect()
+        publisher.publish()
+        engine.start_weight_update()
+        if is_known:
+            engine.update_weights(engine.parse_update_info(update_of(values)))
+            engine.finish_weight_update("7")
+        else:
+            with pytest.raises(PlanMismatch, match=r"no place for 1 of 3 tensors: layers\.2\.w"):
+                engine.update_weights(engine.parse_update_info(update_of(values)))
+        assert FakeComm.wire == [], "the trainer has sent all of it"
+        assert (engine.weight_version, engine.dirty) == ("7", False)
+        assert all(torch.equal(value, engine.model._loaded[name]) for name, value in before.items())
 
 
 def test_a_server_that_refuses_after_nccl_connected_leaves_no_communicator() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -63,6 +63,11 @@ class LiveModel(ABC):
     @abstractmethod
     def load_weights(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
         """Load whole checkpoint tensors through the engine's own loader, in place; raises LoadError."""
+
+    def unknown(self, names: Sequence[str]) -> Sequence[str]:
+        """Those of the names that ``load_weights`` would refuse, as the model has no place for them, as far as that is known
+        beforehand."""
+        return ()
 
     @abstractmethod
     def checksums(self) -> dict[str, str]:

@@ -124,6 +124,10 @@ class DictModel(LiveModel):
     def rebind(self, memory: Memory) -> None:
         self._memory = memory
 
+    def unknown(self, names: Sequence[str]) -> Sequence[str]:
+        known = self.parameters()
+        return [name for name in names if name not in known]
+
     def load_weights(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
         for name, value in tensors:
             self._loaded[name].copy_(value)

@@ -16,8 +16,9 @@ from weightcast.cuda.nccl import Communicator
 from weightcast.cuda.wait import new_event
 from weightcast.deadline import Deadline
 from weightcast.dtypes import dtype_of
-from weightcast.errors import InvalidInput, StateError, Unsupported, WeightcastError
+from weightcast.errors import InvalidInput, PlanMismatch, StateError, Unsupported, WeightcastError
 from weightcast.manifest import TensorSpec
+from weightcast.names import shown
 from weightcast.receiver.base import LiveModel
 from weightcast.vllm_wire import (
     DEFAULT_BUFFER_NBYTES,
@@ -147,6 +148,11 @@ class VllmNcclEngine(WeightTransferEngine[VllmNcclInitInfo, VllmNcclUpdateInfo])
         if not specs:
             raise InvalidInput("no tensors, and no update before this one to repeat", field="names")
         arrivals = _Arrivals(self._comm, self._chunks(update_info, specs), Deadline(TIMEOUT_S))
+        lost = self.model.unknown([spec.name for spec in specs])
+        if lost:
+            self._open = False
+            arrivals.drain()  # the trainer sends all of it, and would wait for whoever does not receive
+            raise PlanMismatch(f"the engine has no place for {len(lost)} of {len(specs)} tensors: {shown(lost)}")
         self._dirty = self._failed = True
         try:
             self.model.load_weights(iter(arrivals))

@@ -91,6 +91,10 @@ class CheckpointLoader:
         groups, _ = self._grouped(shapes)
         return self._problems(groups, shapes)
 
+    def unknown(self, names: Iterable[str]) -> list[str]:
+        """The names without a place in the model."""
+        return self._grouped(names)[1]
+
     def checkpoint_names(self, live_names: Sequence[str]) -> list[str]:
         """What checkpoints call the pieces of live tensors."""
         forms = {name: torch.empty_like(self._live[name], device="meta") for name in live_names}

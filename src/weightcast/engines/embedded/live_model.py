@@ -92,6 +92,9 @@ class EmbeddedModel(LiveModel):
         with torch.no_grad():
             self._loader.load(tensors)
 
+    def unknown(self, names: Sequence[str]) -> Sequence[str]:
+        return self._loader.unknown(names)
+
     def checksums(self) -> dict[str, str]:
         """Digest of each live tensor's bytes by its first name; tied ones appear once."""
         return {slot.names[0]: f"{digest_tensor(slot.tensor):016x}" for slot in self._slots}
