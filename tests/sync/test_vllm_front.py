@@ -193,3 +193,24 @@ async def test_an_unknown_object_is_refused_by_name() -> None:
         VllmControl().attach(Deadline(1))
     with pytest.raises(WeightcastError, match="not up yet"):
         _ = VllmControl().front
+
+
+@pytest.mark.parametrize("call", ["commit", "init", "status", "digests"])
+async def test_a_call_ends_when_the_engine_dies(call: str) -> None:
+    """vLLM leaves such a call unanswered, and its server waits for the connection before it ends."""
+    client = ScriptedVllm()
+    control = control_of(client)
+    calls = {
+        "commit": lambda: commit(control, 1, timeout_s=600.0),
+        "init": lambda: control.front.init_weight_transfer_engine({}),
+        "status": control.status,
+        "digests": lambda: control.front.checksums(),
+    }
+    client.seconds = dict.fromkeys(("commit", "init", "status", "checksums"), 0.3)
+    running = asyncio.ensure_future(calls[call]())
+    await asyncio.sleep(0.1)
+    client.die()
+    for attempt in (running, calls[call]()):
+        with pytest.raises(EngineError) as caught:
+            await attempt
+        assert caught.value.hint == "Restart the engine, then publish again"

@@ -33,10 +33,6 @@ class AsyncEnginePort:
     def __init__(self, engine: Any, *, wrapped: bool) -> None:
         self._engine, self._wrapped = engine, wrapped
 
-    def gone(self) -> str:
-        """Nothing: the engine's own calls raise once it is gone."""
-        return ""
-
     async def asleep(self, deadline: Deadline) -> str:
         """Nothing: an engine of this kind does not sleep."""
         return ""

@@ -18,7 +18,7 @@ from weightcast.commit.machine import Do, Orders
 from weightcast.commit.order import RoundAnswer, RoundOrder, Serving, Standing
 from weightcast.commit.updates import named
 from weightcast.deadline import Deadline
-from weightcast.errors import DeadlineExceeded, EngineError
+from weightcast.errors import DeadlineExceeded
 from weightcast.report.logs import about
 
 logger = logging.getLogger(__name__)
@@ -27,17 +27,10 @@ T = TypeVar("T")
 
 OWED_S = 10.0
 """Resuming is owed to the engine's users also when the round's time is up; but an engine that hangs must not keep the lock."""
-LOOK_S = 0.25
-"""How often a wait looks whether the engine is still there."""
-GONE_HINT = "Restart the engine, then publish again"
 
 
 class AsyncPort(Protocol):
     """An engine as the asynchronous shell asks it. Methods are those of machine.Step; errors are WeightcastErrors."""
-
-    def gone(self) -> str:
-        """Why the engine answers nothing any more; empty while it may."""
-        ...
 
     async def asleep(self, deadline: Deadline) -> str:
         """Why the weights are not where they can be changed; empty when they are."""
@@ -198,24 +191,14 @@ class AsyncCommitter:
         patience = _patience(do, deadline)
         work = asyncio.ensure_future(getattr(self._port, do.step.value)(*do.arguments, patience))
         try:
-            return await self._result(work, do, patience)
+            await asyncio.wait({work}, timeout=None if do.step.runs_to_its_end else patience.limit_s())
+            if not work.done():
+                raise DeadlineExceeded(f"{do.what} took longer than {patience.timeout_s:g} s", hint=do.hint)
+            return work.result()
         finally:
             if not work.done():
                 work.add_done_callback(_log_late_failure)
                 work.cancel()
-
-    async def _result(self, work: asyncio.Future[Any], do: Do, patience: Deadline) -> Any:
-        """What a step came to. A step that runs to its end is given up only where the engine is gone."""
-        while True:
-            limit_s = LOOK_S if do.step.runs_to_its_end else min(LOOK_S, patience.limit_s())
-            await asyncio.wait({work}, timeout=limit_s)
-            if work.done():
-                return work.result()
-            gone = self._port.gone()
-            if gone:
-                raise EngineError(f"{do.what}: {gone}", hint=GONE_HINT)
-            if patience.passed and not do.step.runs_to_its_end:
-                raise DeadlineExceeded(f"{do.what} took longer than {patience.timeout_s:g} s", hint=do.hint)
 
 
 async def within(deadline: Deadline, work: Coroutine[Any, Any, T], what: str, background: set[asyncio.Task[Any]]) -> T:

@@ -14,6 +14,11 @@ from typing import Any
 
 from weightcast.errors import StateError
 
+
+class EngineDeadError(Exception):
+    """As vLLM's: a process of the engine has ended."""
+
+
 ERAS = ("0.26", "0.27", "0.32")
 
 
@@ -83,6 +88,7 @@ class ScriptedVllm:
         self.seconds: dict[str, float] = {}
         """How long the core takes for a call, by the call's name."""
         self.keeps_cache = False
+        self.errored = False
         self.renderer = SimpleNamespace(clear_mm_cache_async=self._nothing)
         self._paused = [False] * num_replicas
         self._turn = asyncio.Lock()
@@ -138,7 +144,13 @@ class ScriptedVllm:
     async def _ask(self, method: str, *arguments: Any, engine: int) -> Any:
         return await asyncio.shield(asyncio.ensure_future(self._in_turn(engine, method, arguments)))
 
+    def die(self) -> None:
+        """A process of the engine ends: what was asked is never answered, and what is asked is refused."""
+        self.errored = True
+
     async def _in_turn(self, replica: int, method: str, arguments: tuple[Any, ...]) -> Any:
+        if self.errored:
+            raise EngineDeadError("EngineCore encountered an issue. See stack trace (above) for the root cause.")
         action, payload = arguments[2] if method == "collective_rpc" else (method, {})
         name = payload.get("action", action)
         if name not in ("status", "is_scheduler_paused"):
@@ -147,6 +159,8 @@ class ScriptedVllm:
             if name.startswith("pause"):
                 self._paused[replica] = True
             await asyncio.sleep(self.seconds.get(name.partition(" ")[0], 0))
+            while self.errored:
+                await asyncio.sleep(3600)
             if method == "collective_rpc":
                 share = len(self.workers) // len(self._paused)
                 return [w.call(action, payload) for w in self.workers[replica * share : (replica + 1) * share]]

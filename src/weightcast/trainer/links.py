@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -55,12 +56,17 @@ class WorkerLink:
     at: tuple[int, int] = (0, 0)
     """The (epoch, round) that the pair is used for now; round 0 is the set-up."""
 
+    waiting: Deadline | None = None
+    """What a call to its engine waits by, which ends when the worker is lost."""
+
     def __post_init__(self) -> None:
         self.member.on_trouble = self._wake
 
     def _wake(self, trouble: Failed | RankAnswer | None) -> None:
         """End a wait for a worker that is lost, or that has said that it will not come."""
-        end = self.end
+        end, waiting = self.end, self.waiting
+        if trouble is None and waiting is not None:
+            waiting.cancel()
         is_here = isinstance(trouble, Failed) and (trouble.epoch, trouble.round) == self.at
         if end is not None and (trouble is None or is_here):
             end.abort()
@@ -150,6 +156,25 @@ class EngineLink:
             for placement in worker.landings.layout.placements
             if manifest[placement.region.name].dtype == dtype and itemsize_of(placement.dtype) > itemsize_of(dtype)
         }
+
+    @contextmanager
+    def while_there(self, deadline: Deadline) -> Iterator[Deadline]:
+        """A part of the deadline that ends when a worker is lost. PeerLost in place of the DeadlineExceeded of that."""
+        part = deadline.part()
+        for worker in self.workers:
+            worker.waiting = part
+        try:
+            if self.lost() is not None:
+                part.cancel()
+            yield part
+        except DeadlineExceeded as error:
+            reason = self.lost()
+            if reason is None:
+                raise
+            raise PeerLost(f"the worker is gone: {reason}", engine=self.name, worker=self.suspect()) from error
+        finally:
+            for worker in self.workers:
+                worker.waiting = None
 
     def suspect(self) -> int | None:
         """The rank of the worker that a failure is about which names none: the only one, or the one that is lost."""

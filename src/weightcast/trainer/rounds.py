@@ -330,7 +330,8 @@ class Round:
         first, lost = True, None
         while True:
             try:
-                return engine.client.commit(order, self._deadline)
+                with engine.while_there(self._deadline) as waiting:
+                    return engine.client.commit(order, waiting)
             except DeadlineExceeded as error:
                 if lost is not None:
                     raise lost from error  # that is what happened; the repetition only ran out of time

@@ -12,6 +12,7 @@ CALL = "weightcast_call"
 """The workers' method that ``collective_rpc`` reaches the backend by."""
 
 BACKEND = "weightcast"
+GONE_HINT = "Restart the engine, then publish again"
 
 
 class ServedEngine(ABC):

@@ -6,6 +6,7 @@ heals the engine, maybe another process of the server, lets it go on.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Mapping
 from typing import Any, TypeVar
 
@@ -14,9 +15,12 @@ from weightcast.commit.updates import update_info
 from weightcast.deadline import Deadline
 from weightcast.errors import EngineError, WeightcastError
 from weightcast.outcome import WorkerOutcome, outcomes_from, require_all, sleeps, why_asleep
-from weightcast.vllm_eras.base import ServedEngine, may_sleep, require_backend
+from weightcast.vllm_eras.base import GONE_HINT, ServedEngine, may_sleep, require_backend
 
 T = TypeVar("T")
+
+LOOK_S = 0.25
+"""How often a wait looks whether the engine is still there."""
 
 
 class ServedPort:
@@ -24,9 +28,6 @@ class ServedPort:
 
     def __init__(self, engine: ServedEngine) -> None:
         self.engine = engine
-
-    def gone(self) -> str:
-        return self.engine.gone()
 
     async def asleep(self, deadline: Deadline) -> str:
         """Workers say what vLLM has unmapped in them; one without sleep mode is not asked."""
@@ -78,12 +79,17 @@ class ServedPort:
         return outcomes
 
     async def _named(self, call: Awaitable[T]) -> T:
-        """What vLLM raises becomes EngineError, with what to do about it."""
+        """The call's result; EngineError for what vLLM raises, and once the engine is dead: vLLM leaves such calls unanswered."""
+        work = asyncio.ensure_future(call)
         try:
-            return await call
+            while not (await asyncio.wait({work}, timeout=LOOK_S))[0]:
+                if gone := self.engine.gone():
+                    raise EngineError(gone, hint=GONE_HINT)
+            return work.result()
         except WeightcastError:
             raise
         except Exception as error:
-            gone = self.gone()
-            hint = "Restart the engine, then publish again" if gone else None
+            hint = GONE_HINT if self.engine.gone() else None
             raise EngineError(f"vLLM raised {type(error).__name__}: {error}", hint=hint) from error
+        finally:
+            work.cancel()

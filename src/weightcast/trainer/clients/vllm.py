@@ -17,6 +17,7 @@ from weightcast.trainer.clients.helper import Helper
 from weightcast.trainer.clients.in_loop import LoopCalls
 from weightcast.trainer.clients.rpc import RpcEngineClient, status_of
 from weightcast.vllm_eras import may_sleep, offline_engine, require_backend, served_engine
+from weightcast.vllm_eras.base import GONE_HINT
 from weightcast.vllm_eras.port import ServedPort
 
 T = TypeVar("T")
@@ -148,4 +149,5 @@ def _named(work: Callable[[], T], engine: str) -> T:
         error.at(engine=engine)
         raise
     except Exception as error:
-        raise EngineError(f"vLLM raised {type(error).__name__}: {error}", engine=engine) from error
+        hint = GONE_HINT if type(error).__name__ == "EngineDeadError" else None
+        raise EngineError(f"vLLM raised {type(error).__name__}: {error}", engine=engine, hint=hint) from error
