@@ -94,6 +94,7 @@ async def test_a_call_that_a_worker_refused_is_not_answered_200(path: str, kind:
         answer = await client.post(path, json={})
     assert answer.status_code == status_code
     assert answer.json()["error"]["type"] == kind
+    assert engine.calls.count("finish") == (path != "/init_weight_transfer_engine"), "no update stays open"
 
 
 @pytest.mark.parametrize("path", [*TOLD, "/finish_weight_update"])

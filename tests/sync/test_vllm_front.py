@@ -173,7 +173,7 @@ async def test_an_update_of_vllms_own_routes_is_named_only_when_every_worker_car
     assert client.label == "default"
     client.workers[1].error = ""
     await front.close_update("7-y")
-    assert (client.label, client.calls.count("finish")) == ("7-y", 2)
+    assert (client.label, client.calls.count("finish")) == ("7-y", 1)
 
 
 async def test_an_engine_of_another_backend_is_not_asked() -> None:

@@ -18,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from weightcast.engines.vllm.front import VllmControl
-from weightcast.engines.vllm.stock_routes import TOLD, OwnRoute, told
+from weightcast.engines.vllm.stock_routes import INIT, TOLD, OwnRoute, told
 from weightcast.secret import usable_token
 from weightcast.server.auth import TokenAuth, guards_of
 from weightcast.server.body import query_flag, read_struct
@@ -75,14 +75,17 @@ class WeightcastEndpoints:
         return Operation(
             method="POST",
             path=path,
-            handler=told(theirs, self._check),
+            handler=told(theirs, self._check if path == INIT else self._check_and_close),
             summary="As vLLM's; an error when a worker could not carry the call out",
             tag=BACKEND,
             changes_weights=True,
         )
 
     async def _check(self) -> None:
-        await self._control.front.raise_outcome()
+        await self._control.front.raise_outcome(closes=False)
+
+    async def _check_and_close(self) -> None:
+        await self._control.front.raise_outcome(closes=True)
 
     def _open_operations(self) -> list[Operation]:
         return [

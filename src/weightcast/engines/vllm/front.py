@@ -45,6 +45,7 @@ class VllmFront:
     async def close_update(self, label: str | None) -> None:
         """End an update of vLLM's own routes: named ``label`` when every worker carried it out, else the first error is raised."""
         self.require_backend()
+        await self.raise_outcome(closes=False)
         await self.engine.close_update()
         outcomes = await self._call("status")
         error = first_error(outcomes)
@@ -55,14 +56,17 @@ class VllmFront:
             await self.engine.set_label(label)
         self.num_syncs += 1
 
-    async def raise_outcome(self) -> None:
+    async def raise_outcome(self, *, closes: bool) -> None:
         """Raise what the last call of vLLM's own routes came to, if any worker could not carry it out; what is then of no version is
-        held."""
+        held. ``closes``: as for a call that raises in vLLM's worker, no update is open after that."""
         outcomes = await self._call("status")
         error = first_error(outcomes)
-        if error is not None:
-            await self.name_or_hold(outcomes)
-            raise error
+        if error is None:
+            return
+        if closes:
+            await self.engine.close_update()
+        await self.name_or_hold(outcomes)
+        raise error
 
     async def get_world_size(self, include_dp: bool = True) -> int:
         return self.engine.world_size(include_dp)

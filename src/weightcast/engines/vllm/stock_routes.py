@@ -14,7 +14,8 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Match, Route
 from starlette.types import Message, Receive, Scope, Send
 
-TOLD = ("/init_weight_transfer_engine", "/start_weight_update", "/update_weights")
+INIT = "/init_weight_transfer_engine"
+TOLD = (INIT, "/start_weight_update", "/update_weights")
 
 
 class OwnRoute(Route):
