@@ -6,6 +6,8 @@ import copy
 import io
 import pickle
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,9 +20,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from weightcast import Publisher
-from weightcast.errors import StateError
+from weightcast.errors import InvalidInput, PlanMismatch, StateError, TransportError, WeightcastError
 from weightcast.testing.local_engine import DictModel, LocalEngine
 from weightcast.testing.models import build_tiny_model
+from weightcast.transports.shm import ShmTransport
 
 
 class Odd(nn.Module):
@@ -272,6 +275,72 @@ def test_what_something_else_refers_to_is_not_moved_away_from_it(
         with pytest.raises(StateError, match=r"moved since connect\(\): 'embed\.weight'"):
             publisher.publish()
     assert "'first', 'second', 'embed.weight' stay where they are" in caplog.text
+
+
+def test_a_publisher_that_could_not_be_made_or_connected_leaves_the_module_as_it_was(
+    engine: LocalEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, twin = Odd(), Odd()
+    randomise(module, twin)
+    places = [value.data_ptr() for value in module.state_dict().values()]
+    with pytest.raises(InvalidInput):
+        Publisher(module, [engine], mode="sideways", timeout_s=10)  # type: ignore[arg-type]
+    with Publisher(module, ["http://127.0.0.1:9"], timeout_s=5) as publisher, pytest.raises(WeightcastError):
+        publisher.publish()
+    with Publisher(nn.Linear(2, 2), [engine], timeout_s=10) as publisher, pytest.raises(PlanMismatch):
+        publisher.connect()
+    assert [value.data_ptr() for value in module.state_dict().values()] == places
+
+    def refuse(*args: object, **more: object) -> None:
+        raise TransportError("no pair today")
+
+    with Publisher(module, [engine], transport="shm", timeout_s=10) as publisher:
+        with monkeypatch.context() as patched:
+            patched.setattr(ShmTransport, "trainer_ends", refuse)
+            with pytest.raises(TransportError, match="no pair today"):
+                publisher.connect()
+        check_as_before(module, twin)
+        randomise(module, twin)
+        publisher.publish()
+        assert engine.models[0].holds(state(twin))
+    check_as_before(module, twin)
+
+
+def test_a_close_from_another_thread_ends_a_round_and_leaves_the_values(engine: LocalEngine) -> None:
+    module, twin = Odd(), Odd()
+    reached, go_on = threading.Event(), threading.Event()
+
+    def wait_in_commit(phase: str) -> None:
+        if phase == "commit":
+            reached.set()
+            assert go_on.wait(20)
+
+    publisher = Publisher(module, [engine], transport="shm", timeout_s=10)
+    publisher.publish()
+    randomise(module, twin)
+    engine.before = wait_in_commit
+    errors: list[Exception] = []
+
+    def publish() -> None:
+        try:
+            publisher.publish()
+        except WeightcastError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=publish)
+    thread.start()
+    assert reached.wait(20)
+    closer = threading.Thread(target=publisher.close)
+    closer.start()
+    time.sleep(0.2)
+    go_on.set()
+    closer.join(20)
+    thread.join(20)
+    assert not closer.is_alive()
+    assert not thread.is_alive()
+    check_as_before(module, twin)
+    with pytest.raises(StateError, match="closed"):
+        publisher.publish()
 
 
 def test_aliases_that_are_made_between_rounds_stay_aliases(engine: LocalEngine) -> None:

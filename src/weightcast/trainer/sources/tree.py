@@ -70,9 +70,10 @@ class Tree:
         for name, held in self._published.items():
             value = now.get(name)
             if value is not held and (value is None or is_distributed(value) or not is_distributed(held)):
-                what = "is gone from the module" if value is None else "of the module was replaced by another tensor"
+                if value is None:
+                    raise StateError(f"{name!r} is gone from the module since connect()", hint=AGAIN_HINT)
                 raise StateError(
-                    f"{name!r} {what} since connect()",
+                    f"{name!r} of the module was replaced by another tensor since connect()",
                     hint=f"Copy new values into it (with torch.no_grad(): parameter.copy_(values)). {AGAIN_HINT}",
                 )
         known = set(map(id, self._then.values()))
