@@ -14,6 +14,7 @@ from weightcast.control.link import ControlLink, JoinInfo
 from weightcast.deadline import Deadline
 from weightcast.errors import DigestMismatch, ErrorForm, StateError, TransportError
 from weightcast.messages import AnyMessage, Hello, RankAnswer, RankOrder
+from weightcast.trainer.holder import Holder
 from weightcast.trainer.ranks.end import SharedEnd
 from weightcast.trainer.ranks.leader import RANKS, Ranks
 from weightcast.trainer.ranks.orders import Abort, Answer, AnyOrder, decode_order, encode
@@ -58,7 +59,7 @@ def meet() -> Iterator[Callable[..., Ranks]]:
     links: list[ControlLink] = []
 
     def made(*replies: Reply) -> Ranks:
-        ranks = Ranks(make_source({"w": torch.randn(3)}), coordinator, len(replies) + 1)
+        ranks = Ranks(Holder(lambda: make_source({"w": torch.randn(3)})), coordinator, len(replies) + 1)
         info = JoinInfo(
             address=f"tcp://127.0.0.1:{coordinator.port}",
             public_key=coordinator.public_key,
