@@ -105,6 +105,31 @@ def test_in_place_and_float32(tmp_path: Path) -> None:
     pushed_and_fresh(build(tmp_path / "m", "qwen3", dtype="float32"), mode="in_place")
 
 
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("arch", ["qwen3", "qwen3_moe"])
+def test_float32_masters_land_in_the_engines_own_types(tmp_path: Path, arch: str, dtype: torch.dtype | None) -> None:
+    """Without vLLM's loader: values are cast where they land. The engine is in bfloat16."""
+    path = build(tmp_path / "m", arch)
+    seen = []
+    with offline.engine(path) as llm:
+        masters = {name: value.float() for name, value in random_state_dict(path).items()}
+        with Publisher(masters, [llm], dtype=dtype, timeout_s=60) as publisher:
+            for number in range(2):
+                for name, value in random_state_dict(path).items():
+                    masters[name] = value.float() * (1 + torch.rand_like(value, dtype=torch.float32) / 100)
+                assert publisher.publish().digests_match
+                engine = worker_of(llm).weight_transfer_engine._engine
+                through = engine.receiver._session.layout.through_loader
+                assert all(".experts." in name for name in through), "packed ones only, as in the engine's own type"
+                published = {n: (v if dtype is None else v.to(dtype)).bfloat16() for n, v in masters.items()}
+                folder = save_checkpoint(tmp_path / f"push-{number}", published, like=path)
+                seen.append((folder, offline.answers(llm)))
+    assert seen[0][1] != seen[1][1]
+    for folder, got in seen:
+        with offline.engine(folder) as llm:
+            assert offline.answers(llm) == got
+
+
 def worker_of(llm: Any) -> Any:
     """The worker of an engine in this process."""
     return llm.llm_engine.model_executor.driver_worker.worker
