@@ -17,6 +17,7 @@ from weightcast.deadline import Deadline
 from weightcast.digest import LayoutDigest
 from weightcast.errors import DigestMismatch, RoundFailed, StateError, Unsupported
 from weightcast.receiver.place import CHECK_HEADROOM, free_nbytes
+from weightcast.replay import GPU_BLOCK_NBYTES
 from weightcast.testing.local_engine import DictModel
 from weightcast.testing.peer_engine import PeerEngine
 from weightcast.trainer.sources import ModuleSource
@@ -72,9 +73,11 @@ class Masters(nn.ParameterDict):
             value.copy_(torch.randn(value.shape))
 
 
-def contents(policy: nn.Module, dtypes: dict[str, torch.dtype] | None = None) -> dict[str, bytes]:
+def contents(
+    policy: nn.Module | Mapping[str, torch.Tensor], dtypes: dict[str, torch.dtype] | None = None
+) -> dict[str, bytes]:
     found = {}
-    for name, value in policy.state_dict().items():
+    for name, value in (policy.state_dict() if isinstance(policy, nn.Module) else policy).items():
         value = value.to((dtypes or {}).get(name, value.dtype))
         found[name] = value.contiguous().reshape(-1).view(torch.uint8).cpu().numpy().tobytes()
     return found
@@ -113,16 +116,37 @@ def test_every_round_arrives(engine: PeerEngine, transport: str, way: str) -> No
             assert worker.shadow == place
 
 
-@pytest.mark.parametrize("transport", [PULL, PUSH])
-def test_master_weights_are_cast_on_the_way(engine: PeerEngine, transport: str) -> None:
-    shapes = {name: (shape, "bfloat16") for name, (shape, dtype) in SHAPES.items() if dtype in ("bfloat16", "float32")}
-    engine.build(shapes, mode="in_place", device=DEVICE)
+@pytest.mark.parametrize(
+    ("kept", "published"),
+    [
+        ("bfloat16", None),
+        ("bfloat16", torch.bfloat16),
+        ("float32", torch.bfloat16),
+        ("float32", torch.float16),
+        ("float16", torch.bfloat16),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(("transport", "way"), list(itertools.product((PULL, PUSH), WAYS)))
+def test_master_weights_go_live_as_they_are_published(
+    engine: PeerEngine, transport: str, way: str, kept: str, published: torch.dtype | None
+) -> None:
+    """float32 masters, cast through the published type to the engine's, one tensor in more than one block. The engine keeps
+    another one in float32."""
+    options, shadows, *_ = WAYS[way]
+    shapes = {name: (shape, kept) for name, (shape, dtype) in SHAPES.items() if dtype in ("bfloat16", "float32")}
+    shapes |= {"large": ((GPU_BLOCK_NBYTES // 4 // 2048 + 500, 2048), kept), "norm": (SHAPES["norm"][0], "float32")}
+    engine.build(shapes, device=DEVICE, **options)
     policy = Masters(shapes)
-    with Publisher(policy, [engine], transport=transport, dtype=torch.bfloat16, timeout_s=30) as publisher:
-        for _ in range(3):
+    with Publisher(policy, [engine], transport=transport, dtype=published, shadows=shadows, timeout_s=60) as publisher:
+        for number in range(3):
             policy.step()
+            if number == 2:
+                publisher.prepare()
             assert publisher.publish().digests_match
-            assert engine.peer.call("contents") == contents(policy, dict.fromkeys(shapes, torch.bfloat16))
+            expected = {name: value if published is None else value.to(published) for name, value in policy.items()}
+            kinds = {name: getattr(torch, dtype) for name, (_, dtype) in shapes.items()}
+            assert engine.peer.call("contents") == contents(expected, kinds)
 
 
 @pytest.fixture

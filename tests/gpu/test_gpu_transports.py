@@ -212,7 +212,7 @@ class TestNccl(GpuSuite):
             finally:
                 second.close()
 
-    @pytest.mark.parametrize("name", ["strided", "casts", "dtypes"])
+    @pytest.mark.parametrize("name", ["strided", "casts", "published", "dtypes"])
     def test_a_group_of_two_workers(self, worker: Peer, name: str) -> None:
         """Three ranks on one GPU: each worker finds all bytes, round after round, whatever was there before."""
         seed = random.SystemRandom().getrandbits(32)
