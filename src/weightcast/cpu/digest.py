@@ -33,6 +33,8 @@ from weightcast.memory import Memory
 if TYPE_CHECKING:
     from weightcast.cpu.runs import Pieces, Table
 
+RUN_NBYTES = 2**15
+"""Torch takes about as long for one more run as for so many bytes."""
 KERNEL_PART_NBYTES = 2**23
 TORCH_PART_NBYTES = 2**18
 """Bytes of a box that are digested at a time; torch's part stays in the cache."""
@@ -47,7 +49,8 @@ class CpuDigest:
 
     def __init__(self, runs: Sequence[DigestRun], boxes: Sequence[StridedBox], memory: Memory) -> None:
         self._memory = memory
-        self._kernels = kernels_for(sum(run.nbytes for run in runs) + sum(box.nbytes for box in boxes))
+        nbytes = sum(run.nbytes for run in runs) + sum(box.nbytes for box in boxes)
+        self._kernels = kernels_for(nbytes + len(runs) * RUN_NBYTES)
         self._addresses = [storage.data_ptr() for storage in memory.storages]
         self._runs = list(runs)
         self._boxes = [_simplest(box, in_memory=self._kernels is not None) for box in boxes]

@@ -28,8 +28,8 @@ from weightcast.weight_transfer.weightcast import WeightcastEngine
 
 
 class DictModel(LiveModel):
-    """Named parameters in one arena. ``rows`` = (rank, world_size) keeps only that slice of dimension 0 of tensors that have one
-    divisible by world_size, as a tensor-parallel worker would; names in ``through_loader`` are loaded by copy; each name in ``tied``
+    """Named parameters in one arena, in the order of their names. ``rows`` = (rank, world_size) keeps only that slice of dimension 0
+    of tensors that have one divisible by world_size, as a tensor-parallel worker would; names in ``through_loader`` are loaded by copy; each name in ``tied``
     lies where the tensor lies that it is tied to."""
 
     def __init__(
@@ -52,7 +52,7 @@ class DictModel(LiveModel):
         self._loaded = {name: tensors[name].clone().to(self.device) for name in self._through}
         self.initial = {name: value.clone() for name, value in self._loaded.items()}
         self.fail_load: Exception | None = None
-        for name, value in tensors.items():
+        for name, value in sorted(tensors.items()):
             if name in self._through:
                 continue
             region = self._region(name, tuple(value.shape))
