@@ -37,8 +37,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from weightcast import geometry as geo
 from weightcast.dtypes import dtype_of
-from weightcast.layout import Layout, Placement, contiguous_strides
+from weightcast.layout import Layout, Placement
 from weightcast.manifest import ALIGNMENT, Manifest
 from weightcast.memory import Memory
 
@@ -220,10 +221,9 @@ def run_of(placement: Placement, manifest: Manifest) -> DigestRun | None:
     inner = next((d for d, size in enumerate(sizes) if size > 1), len(sizes))
     if sizes[inner + 1 :] != spec.shape[inner + 1 :]:
         return None
-    expected = contiguous_strides(sizes)
-    if any(n > 1 and s != e for n, s, e in zip(sizes, placement.strides, expected, strict=True)):
+    if not geo.is_contiguous(sizes, placement.strides):
         return None
-    start = sum(o * s for o, s in zip(placement.region.offsets, contiguous_strides(spec.shape), strict=True))
+    start = geo.offset_of(placement.region.offsets, geo.contiguous_strides(spec.shape))
     position = manifest.positions[spec.name] + start * itemsize
     nbytes, is_whole = placement.region.numel * itemsize, placement.region.is_whole(spec)
     return DigestRun(placement.storage, placement.offset * itemsize, position, nbytes, is_whole)
@@ -299,8 +299,8 @@ class LayoutDigest:
 
 def _box_of(placement: Placement, manifest: Manifest) -> StridedBox:
     region, itemsize = placement.region, dtype_of(placement.dtype).itemsize
-    strides = contiguous_strides(manifest[region.name].shape)
-    start = sum(offset * stride for offset, stride in zip(region.offsets, strides, strict=True))
+    strides = geo.contiguous_strides(manifest[region.name].shape)
+    start = geo.offset_of(region.offsets, strides)
     return StridedBox(
         storage=placement.storage,
         offset=placement.offset * itemsize,
@@ -313,19 +313,20 @@ def _box_of(placement: Placement, manifest: Manifest) -> StridedBox:
 
 
 def _join(runs: Sequence[DigestRun], *, across_padding: bool) -> list[DigestRun]:
-    joined: list[DigestRun] = []
-    for run in sorted(runs, key=lambda r: (r.storage, r.offset, r.position)):
-        last = joined[-1] if joined else None
-        if last is not None and last.storage == run.storage:
-            gap = run.offset - last.offset - last.nbytes
-            # So near to the end of a tensor only the start of the next one is aligned.
-            padding = ALIGNMENT - 1 if across_padding and last.is_whole and run.offset % ALIGNMENT == 0 else 0
-            if 0 <= gap <= padding and gap == run.position - last.position - last.nbytes:
-                nbytes = run.offset + run.nbytes - last.offset
-                joined[-1] = DigestRun(last.storage, last.offset, last.position, nbytes, run.is_whole)
-                continue
-        joined.append(run)
-    return joined
+    # So near to the end of a tensor only the start of the next one is aligned.
+    found = geo.joined(
+        (
+            geo.Run(
+                (run.storage,),
+                (run.offset, run.position),
+                run.nbytes,
+                ALIGNMENT - 1 if across_padding and run.is_whole else 0,
+            )
+            for run in runs
+        ),
+        alignment=ALIGNMENT,
+    )
+    return [DigestRun(storage, offset, position, nbytes) for (storage,), (offset, position), nbytes, _ in found]
 
 
 def combine(digests: Iterable[int]) -> int:

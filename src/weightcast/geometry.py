@@ -7,6 +7,7 @@ the other end of a copy). Element order is row-major. Where a dimension has one 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -25,8 +26,12 @@ def contiguous_strides(sizes: Sequence[int]) -> Ints:
 
 def is_contiguous(sizes: Sequence[int], strides: Sequence[int]) -> bool:
     """Whether the elements lie one after the other, in row-major order."""
-    expected = contiguous_strides(sizes)
-    return all(size == 1 or have == want for size, have, want in zip(sizes, strides, expected, strict=True))
+    step = 1
+    for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
+        if size != 1 and stride != step:
+            return False
+        step *= max(size, 1)
+    return True
 
 
 def offset_of(index: Sequence[int], strides: Sequence[int]) -> int:
@@ -117,16 +122,21 @@ class Run(NamedTuple):
     slack: int = 0
 
 
-def joined(runs: Iterable[Run]) -> list[Run]:
-    """The runs in order of their places, joined where all places continue, also over the slack behind a run."""
+def joined(runs: Iterable[Run], *, alignment: int = 1) -> list[Run]:
+    """The runs in order of their places, joined where all places continue, also over the slack behind a run.
+
+    Slack is crossed only to a run that starts at multiples of ``alignment`` in all places.
+    """
     found: list[Run] = []
-    for run in sorted(runs, key=lambda run: (run.where, run.starts)):
-        last = found[-1] if found else None
-        if last is not None and last.where == run.where:
-            gaps = {start - before - last.nbytes for start, before in zip(run.starts, last.starts, strict=True)}
-            gap = gaps.pop()
-            if not gaps and 0 <= gap <= last.slack:
-                found[-1] = Run(last.where, last.starts, last.nbytes + gap + run.nbytes, run.slack)
+    last: Run | None = None
+    for run in sorted(runs, key=itemgetter(0, 1)):
+        where, starts, nbytes, slack = run
+        if last is not None and last.where == where:
+            gap = starts[0] - last.starts[0] - last.nbytes
+            is_near = gap == 0 or (0 < gap <= last.slack and not any(start % alignment for start in starts))
+            if is_near and all(b - a == starts[0] - last.starts[0] for a, b in zip(last.starts, starts, strict=True)):
+                found[-1] = last = Run(where, last.starts, last.nbytes + gap + nbytes, slack)
                 continue
         found.append(run)
+        last = run
     return found

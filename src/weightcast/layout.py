@@ -11,8 +11,10 @@ from collections.abc import Iterable
 
 import msgspec
 
+from weightcast import geometry as geo
 from weightcast.dtypes import dtype_of, itemsize_of
 from weightcast.errors import InvalidInput
+from weightcast.geometry import contiguous_strides as contiguous_strides
 from weightcast.manifest import ALIGNMENT, Manifest, TensorSpec, align
 
 PLACEMENTS_A_TENSOR = 256
@@ -76,15 +78,6 @@ def overlap(regions: Iterable[Region]) -> bool:
     return False
 
 
-def contiguous_strides(sizes: tuple[int, ...]) -> tuple[int, ...]:
-    """Row-major strides, in elements."""
-    strides, step = [], 1
-    for size in reversed(sizes):
-        strides.append(step)
-        step *= max(size, 1)
-    return tuple(reversed(strides))
-
-
 class Placement(msgspec.Struct, frozen=True, kw_only=True):
     """Where a region lies: ``storage`` number, ``offset`` and ``strides`` in elements of ``dtype``."""
 
@@ -106,10 +99,7 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def end_nbytes(self) -> int:
         """One past the last byte that the placement touches, from the start of its storage."""
-        if self.region.numel == 0:
-            return self.offset * itemsize_of(self.dtype)
-        last = self.offset + sum((n - 1) * s for n, s in zip(self.region.sizes, self.strides, strict=True))
-        return (last + 1) * itemsize_of(self.dtype)
+        return (self.offset + geo.span(self.region.sizes, self.strides)) * itemsize_of(self.dtype)
 
 
 def is_padded(placements: Iterable[Placement]) -> bool:
@@ -117,12 +107,7 @@ def is_padded(placements: Iterable[Placement]) -> bool:
     the start of another belong to nobody then."""
     return all(
         placement.offset * itemsize_of(placement.dtype) % ALIGNMENT == 0
-        and all(
-            size == 1 or have == want
-            for size, have, want in zip(
-                placement.region.sizes, placement.strides, contiguous_strides(placement.region.sizes), strict=True
-            )
-        )
+        and geo.is_contiguous(placement.region.sizes, placement.strides)
         for placement in placements
         if placement.region.numel
     )

@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import msgspec
 
+from weightcast import geometry as geo
 from weightcast.dtypes import itemsize_of
 from weightcast.errors import PlanMismatch
-from weightcast.layout import Layout, Placement, Region, contiguous_strides
+from weightcast.layout import Layout, Placement, Region
 from weightcast.manifest import ALIGNMENT, Manifest, TensorSpec
 
 
@@ -60,8 +61,8 @@ Plan = Mapping[int, tuple[Copy, ...]]
 
 def _offset_at(placement: Placement, region: Region) -> int:
     """Element offset of ``region`` (a box inside the placement's region) in the placement's storage."""
-    start = zip(region.offsets, placement.region.offsets, placement.strides, strict=True)
-    return placement.offset + sum((at - base) * stride for at, base, stride in start)
+    index = [at - base for at, base in zip(region.offsets, placement.region.offsets, strict=True)]
+    return placement.offset + geo.offset_of(index, placement.strides)
 
 
 def _copy(holding: Placement, landing: Placement, region: Region, spec: TensorSpec) -> Copy:
@@ -158,16 +159,16 @@ def _split_one(copy: Copy, max_nbytes: int) -> Iterator[Copy]:
     step = max(1, max_nbytes // row_nbytes)
     for start in range(0, copy.sizes[dim], step):
         size = min(step, copy.sizes[dim] - start)
-        yield from _split_one(_narrow(copy, dim, start, size), max_nbytes)
+        yield from _split_one(narrowed(copy, dim, start, size), max_nbytes)
 
 
-def _narrow(copy: Copy, dim: int, start: int, size: int) -> Copy:
-    offsets, sizes = list(copy.region.offsets), list(copy.region.sizes)
-    offsets[dim] += start
-    sizes[dim] = size
+def narrowed(copy: Copy, dim: int, start: int, size: int) -> Copy:
+    """A part of a copy: ``size`` indices of one dimension, from ``start`` on."""
+    region = copy.region
+    offsets = geo.replaced(region.offsets, dim, region.offsets[dim] + start)
     return msgspec.structs.replace(
         copy,
-        region=Region(name=copy.region.name, offsets=tuple(offsets), sizes=tuple(sizes)),
+        region=Region(name=region.name, offsets=offsets, sizes=geo.replaced(region.sizes, dim, size)),
         src_offset=copy.src_offset + start * copy.src_strides[dim],
         dst_offset=copy.dst_offset + start * copy.dst_strides[dim],
         is_whole=False,
@@ -194,9 +195,9 @@ def shared_landings(copies: Sequence[Copy]) -> set[int]:
     for index, copy in enumerate(copies):
         if copy.nbytes:
             itemsize = itemsize_of(copy.dst_dtype)
-            last = sum((size - 1) * stride for size, stride in zip(copy.sizes, copy.dst_strides, strict=True))
             start = copy.dst_offset * itemsize
-            extents.append((copy.dst_storage, start, start + (last + 1) * itemsize, index))
+            extent = geo.span(copy.sizes, copy.dst_strides) * itemsize
+            extents.append((copy.dst_storage, start, start + extent, index))
     shared: set[int] = set()
     storage, furthest, owner = -1, 0, -1
     for where, start, end, index in sorted(extents):
@@ -233,16 +234,11 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     """Ends with the end of a tensor (see Copy.is_whole)."""
 
 
-def _is_contiguous(sizes: Sequence[int], strides: Sequence[int]) -> bool:
-    expected = contiguous_strides(tuple(sizes))
-    return all(size == 1 or have == want for size, have, want in zip(sizes, strides, expected, strict=True))
-
-
 def as_run(copy: Copy) -> Run | None:
     """The copy as one run of bytes, or None when it is strided or casts."""
     if not copy.is_plain:
         return None
-    if not (_is_contiguous(copy.sizes, copy.src_strides) and _is_contiguous(copy.sizes, copy.dst_strides)):
+    if not (geo.is_contiguous(copy.sizes, copy.src_strides) and geo.is_contiguous(copy.sizes, copy.dst_strides)):
         return None
     itemsize = itemsize_of(copy.dst_dtype)
     return Run(
@@ -260,7 +256,7 @@ def merge(copies: Iterable[Copy], *, across_padding: bool = False) -> tuple[list
 
     ``across_padding`` (both memories are arenas) also joins over the zeros between one whole tensor and the next.
     """
-    runs: list[Run] = []
+    runs: list[geo.Run] = []
     rest: list[Copy] = []
     for copy in copies:
         if copy.region.numel == 0:
@@ -269,18 +265,11 @@ def merge(copies: Iterable[Copy], *, across_padding: bool = False) -> tuple[list
         if run is None:
             rest.append(copy)
         else:
-            runs.append(run)
-    runs.sort(key=lambda r: (r.src_storage, r.dst_storage, r.src_offset))
-    merged: list[Run] = []
-    for run in runs:
-        last = merged[-1] if merged else None
-        if last is not None and (last.src_storage, last.dst_storage) == (run.src_storage, run.dst_storage):
-            gap = run.src_offset - last.src_offset - last.nbytes
-            starts = run.src_offset % ALIGNMENT == run.dst_offset % ALIGNMENT == 0
-            padding = ALIGNMENT - 1 if across_padding and last.is_whole and starts else 0
-            if 0 <= gap <= padding and gap == run.dst_offset - last.dst_offset - last.nbytes:
-                nbytes = run.src_offset + run.nbytes - last.src_offset
-                merged[-1] = msgspec.structs.replace(last, nbytes=nbytes, is_whole=run.is_whole)
-                continue
-        merged.append(run)
+            slack = ALIGNMENT - 1 if across_padding and run.is_whole else 0
+            where, starts = (run.src_storage, run.dst_storage), (run.src_offset, run.dst_offset)
+            runs.append(geo.Run(where, starts, run.nbytes, slack))
+    merged = [
+        Run(src_storage=src, src_offset=src_offset, dst_storage=dst, dst_offset=dst_offset, nbytes=nbytes)
+        for (src, dst), (src_offset, dst_offset), nbytes, _ in geo.joined(runs, alignment=ALIGNMENT)
+    ]
     return merged, rest

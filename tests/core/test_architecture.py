@@ -23,6 +23,7 @@ CORE = {
     "round",
     "messages",
     "facts",
+    "geometry",
     "deadline",
     "secret",
     "invalid",

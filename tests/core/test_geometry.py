@@ -76,7 +76,8 @@ def test_boxes_rows_and_runs_name_the_elements_that_they_stand_for(data: st.Data
         for one, other in zip(*both.starts, strict=True)
     ]
     pairs = {(run.where, run.starts[0] + i, run.starts[1] + i) for run in runs for i in range(run.nbytes)}
-    merged = geo.joined(runs)
+    alignment = data.draw(st.integers(1, 2))
+    merged = geo.joined(runs, alignment=alignment)
     again = {(run.where, run.starts[0] + i, run.starts[1] + i) for run in merged for i in range(run.nbytes)}
     assert pairs <= again
     assert len(merged) <= len(runs)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from weightcast.layout import contiguous_strides
+from weightcast import geometry as geo
 
 MAX_BOXES = 4096
 """Views that fall into more boxes than this are slower to copy than to load; see TooManyBoxes."""
@@ -59,7 +59,7 @@ class _Grid:
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self.shape = shape
-        self.strides = contiguous_strides(shape)
+        self.strides = geo.contiguous_strides(shape)
         self.dims = [d for d, size in enumerate(shape) if size > 1]
 
     def dim_of(self, stride: int) -> int | None:
@@ -72,14 +72,9 @@ class _Grid:
 
 def _joined(walks: list[Walk]) -> list[Walk]:
     """Walks by falling stride, without single steps, joined where tensor and target both continue."""
-    joined: list[Walk] = []
-    for walk in sorted((w for w in walks if w.size > 1), key=lambda w: w.stride, reverse=True):
-        outer = joined[-1] if joined else None
-        if outer and outer.stride == walk.size * walk.stride and outer.target == walk.size * walk.target:
-            joined[-1] = Walk(outer.size * walk.size, walk.stride, walk.target)
-        else:
-            joined.append(walk)
-    return joined
+    falling = sorted(walks, key=lambda walk: walk.stride, reverse=True)
+    sizes, places = geo.collapse(*([walk[at] for walk in falling] for at in range(3)))
+    return [Walk(*walk) for walk in zip(sizes, *places, strict=True)]
 
 
 def _boxes(grid: _Grid, offset: int, walks: list[Walk], target: int) -> Iterator[Box]:

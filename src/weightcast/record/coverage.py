@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
+from weightcast import geometry as geo
 from weightcast.dtypes import itemsize_of
 from weightcast.layout import Placement
 
@@ -16,19 +18,8 @@ Starts = npt.NDArray[np.int64]
 def runs_of(placement: Placement) -> tuple[Starts, int]:
     """Start bytes of the runs that a placement touches in its storage, ascending, and the bytes of each run."""
     itemsize = itemsize_of(placement.dtype)
-    if placement.region.numel == 0:
-        return np.empty(0, np.int64), 0
-    walks = [(s, n) for n, s in zip(placement.region.sizes, placement.strides, strict=True) if n > 1]
-    length = 1
-    while walks and min(walks)[0] == length:
-        walk = min(walks)
-        walks.remove(walk)
-        length *= walk[1]
-    starts = np.array([placement.offset * itemsize], np.int64)
-    for stride, size in sorted(walks, reverse=True):
-        steps = np.arange(size, dtype=np.int64) * (stride * itemsize)
-        starts = (starts[:, None] + steps[None, :]).reshape(-1)
-    return starts, length * itemsize
+    rows = geo.touched(placement.region.sizes, placement.strides)
+    return np.sort((rows.starts[0].numpy() + placement.offset) * itemsize), rows.length * itemsize
 
 
 def unwritten_runs(placements: Sequence[Placement], storage: int, nbytes: int) -> list[tuple[int, int]]:
@@ -36,11 +27,9 @@ def unwritten_runs(placements: Sequence[Placement], storage: int, nbytes: int) -
     pieces = [runs_of(placement) for placement in placements if placement.storage == storage]
     starts = np.concatenate([start for start, _ in pieces]) if pieces else np.empty(0, np.int64)
     ends = np.concatenate([start + length for start, length in pieces]) if pieces else np.empty(0, np.int64)
-    order = np.argsort(starts, kind="stable")
-    starts = np.append(starts[order], nbytes)
-    reached = np.concatenate(([0], np.maximum.accumulate(ends[order])))
-    gaps = np.flatnonzero(starts > reached)
-    return [(int(reached[gap]), int(starts[gap])) for gap in gaps]
+    low, high = geo.union(torch.from_numpy(starts), torch.from_numpy(ends))
+    gaps = zip([0, *high.tolist()], [*low.tolist(), nbytes], strict=True)
+    return [(start, end) for start, end in gaps if start < end]
 
 
 def overlapping(placements: Sequence[Placement]) -> list[tuple[int, int]]:

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, cast
 import msgspec
 import torch
 
+from weightcast import geometry as geo
 from weightcast.dtypes import itemsize_of
 from weightcast.errors import InvalidInput, TransportError, Unsupported
-from weightcast.layout import Region
 from weightcast.memory import Memory
-from weightcast.plan import Copy, Run, merge
+from weightcast.plan import Copy, Run, merge, narrowed
 from weightcast.replay import Replay
 from weightcast.safetensors_format import open_regular, read_header
 
@@ -206,8 +206,7 @@ def _file(files: Sequence[OpenFile | None], storage: int) -> OpenFile:
 
 def _span_nbytes(copy: Copy) -> int:
     """Bytes of the source from the first to the last element of the box."""
-    last = sum((size - 1) * stride for size, stride in zip(copy.sizes, copy.src_strides, strict=True))
-    return (last + 1) * itemsize_of(copy.src_dtype)
+    return geo.span(copy.sizes, copy.src_strides) * itemsize_of(copy.src_dtype)
 
 
 def _cut(copy: Copy, max_span_nbytes: int) -> Iterator[Copy]:
@@ -217,20 +216,8 @@ def _cut(copy: Copy, max_span_nbytes: int) -> Iterator[Copy]:
         return
     dim = max(range(len(copy.sizes)), key=lambda d: (copy.sizes[d] - 1) * copy.src_strides[d])
     half = copy.sizes[dim] // 2
-    yield from _cut(_part(copy, dim, 0, half), max_span_nbytes)
-    yield from _cut(_part(copy, dim, half, copy.sizes[dim] - half), max_span_nbytes)
-
-
-def _part(copy: Copy, dim: int, start: int, size: int) -> Copy:
-    offsets, sizes = list(copy.region.offsets), list(copy.sizes)
-    offsets[dim] += start
-    sizes[dim] = size
-    return msgspec.structs.replace(
-        copy,
-        region=Region(name=copy.region.name, offsets=tuple(offsets), sizes=tuple(sizes)),
-        src_offset=copy.src_offset + start * copy.src_strides[dim],
-        dst_offset=copy.dst_offset + start * copy.dst_strides[dim],
-    )
+    yield from _cut(narrowed(copy, dim, 0, half), max_span_nbytes)
+    yield from _cut(narrowed(copy, dim, half, copy.sizes[dim] - half), max_span_nbytes)
 
 
 def _open(path: str) -> int:
