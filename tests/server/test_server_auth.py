@@ -213,3 +213,24 @@ def test_unusable_tokens_are_refused_without_their_value(value: str, field: str)
 async def test_a_token_that_was_read_with_its_newline_is_taken_without_it(engine: ScriptedEngine) -> None:
     async with client_for(engine, ServerConfig(token=" t0ken\r\n")) as http:
         assert (await http.post("/pause", headers={"authorization": "Bearer t0ken"})).status_code == 200
+
+
+async def test_refusals_that_anybody_can_cause_are_logged_once_a_minute(
+    engine: ScriptedEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with client_for(engine, ServerConfig(token="t0ken")) as http:
+        for _ in range(50):
+            assert (await http.post("/pause", headers={"authorization": "Bearer guess"})).status_code == 401
+            assert (await http.post("/v1/completions", content=b"{")).status_code == 422
+            assert (await http.post("/weightcast/commit", headers={"authorization": "Bearer t0ken"})).status_code == 422
+    lines = [record.getMessage() for record in caplog.records]
+    assert sum("/pause: 401" in line for line in lines) == 1
+    assert sum("/v1/completions: 422" in line for line in lines) == 1
+
+
+async def test_refusals_of_a_trainer_are_all_logged(engine: ScriptedEngine, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    async with client_for(engine, ServerConfig(token="t0ken")) as http:
+        for _ in range(3):
+            assert (await http.post("/weightcast/commit", headers={"authorization": "Bearer t0ken"})).status_code == 422
+    assert sum("/weightcast/commit: 422" in record.getMessage() for record in caplog.records) == 3

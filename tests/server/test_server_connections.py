@@ -19,8 +19,9 @@ import uvicorn
 from serve_process import serving
 
 from weightcast.server import ServerConfig, create_app
-from weightcast.server.connections import Connections, Limits, SeldomFilter
+from weightcast.server.connections import Connections, Limits
 from weightcast.server.run import bind, server_config, url_of
+from weightcast.server.seldom import SeldomFilter
 from weightcast.testing.models import build_tiny_model
 from weightcast.testing.scripted_engine import ScriptedEngine
 
@@ -166,7 +167,7 @@ def test_waiting_connections_give_way_and_requests_beyond_their_share_are_refuse
 
 
 def test_a_repeated_warning_is_logged_once_a_minute() -> None:
-    seldom = SeldomFilter()
+    seldom = SeldomFilter(logging.getLogger("uvicorn.error"))
     record = logging.LogRecord("uvicorn.error", logging.WARNING, "", 0, "Invalid HTTP request received.", None, None)
     assert [seldom.filter(record) for _ in range(5)] == [True, False, False, False, False]
 

@@ -100,3 +100,15 @@ def test_an_engine_is_removed_by_the_url_that_it_was_given_by() -> None:
         publisher.remove("http://u:s3cret@127.0.0.1:9/")
         with pytest.raises(StateError, match="no engine"):
             publisher.publish()
+
+
+def test_an_engines_name_is_one_printable_line() -> None:
+    class Named(HttpEngineClient):
+        def __init__(self, name: str) -> None:
+            super().__init__("http://127.0.0.1:9")
+            self.name = name
+
+    for name in ("two\nlines", "two  spaces", "\x1b[2J", "x" * 3000):
+        with pytest.raises(InvalidInput, match="printable text on one line") as caught:
+            Publisher({"w": torch.rand(2)}, [Named(name)])
+        assert str(caught.value).isprintable()

@@ -46,7 +46,12 @@ def command(
     token: TokenOption = None,
     token_file: TokenFileOption = None,
     api_key: Annotated[
-        str | None, typer.Option(envvar=API_KEY_VARIABLE, help="Key for /v1.", show_default=False)
+        str | None,
+        typer.Option(
+            envvar=API_KEY_VARIABLE,
+            help=f"Key for /v1. Every user of this machine sees it in the list of processes: better give {API_KEY_VARIABLE}.",
+            show_default=False,
+        ),
     ] = None,
     served_model_name: Annotated[str | None, typer.Option(help="Name in /v1/models.")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="Folder or hub name, if not beside the model.")] = None,

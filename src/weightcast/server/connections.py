@@ -19,12 +19,12 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from weightcast.server.replies import RequestRefused, error_response
+from weightcast.server.seldom import Seldom
 
 logger = logging.getLogger(__name__)
 
 MAX_CONNECTIONS = 4096
 SWEEP_S = 0.5
-QUIET_S = 60.0
 ACCEPTED_AT_ONCE = 32
 """How many connections asyncio accepts before anybody looks at them; as many descriptors are kept for them."""
 LISTEN_BACKLOG = 1024
@@ -71,39 +71,6 @@ def affordable(connections: int) -> int:
     return max(FEWEST, min(connections, soft - taken))
 
 
-class Seldom:
-    """Says something to the log at most once a minute, and how often it happened meanwhile."""
-
-    def __init__(self) -> None:
-        self._said: dict[str, float] = {}
-        self._unsaid: dict[str, int] = {}
-
-    def is_due(self, what: str) -> int:
-        """How often it happened since it was last said, this time included; 0 when that is not a minute ago."""
-        now = time.monotonic()
-        self._unsaid[what] = self._unsaid.get(what, 0) + 1
-        if now - self._said.get(what, -QUIET_S) < QUIET_S:
-            return 0
-        self._said[what] = now
-        return self._unsaid.pop(what)
-
-    def warn(self, what: str) -> None:
-        count = self.is_due(what)
-        if count:
-            logger.warning("%s (%d since this was last said; said once a minute)", what, count)
-
-
-class SeldomFilter(logging.Filter):
-    """Lets each message of a logger through once a minute: strangers decide how often uvicorn says that a request was invalid."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._seldom = Seldom()
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return record.levelno >= logging.ERROR or self._seldom.is_due(str(record.msg)) > 0
-
-
 class Connections:
     """The open connections of one server, oldest first. For the thread of the event loop."""
 
@@ -111,7 +78,7 @@ class Connections:
         self.limits = limits
         self._open: dict[BoundedProtocol, None] = {}
         self._sweep: asyncio.TimerHandle | None = None
-        self._seldom = Seldom()
+        self._seldom = Seldom(logger)
 
     def opened(self, connection: BoundedProtocol) -> None:
         """Take a connection in; where there is no place the oldest one that waits for a request goes, or else the newcomer."""

@@ -15,6 +15,7 @@ from starlette.routing import Route
 from weightcast.errors import ErrorForm, WeightcastError
 from weightcast.server.auth import Check, Guard
 from weightcast.server.replies import CLIENT_GONE, error_response
+from weightcast.server.seldom import Seldom
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ def routes_of(operations: Sequence[Operation], guards: Mapping[Guard, Check]) ->
 
 
 def _endpoint(operation: Operation, guards: Mapping[Guard, Check]) -> Handler:
-    check = guards.get(operation.guard)
+    check, refused = guards.get(operation.guard), Seldom(logger)
 
     async def endpoint(request: Request) -> Response:
         request.scope[SCOPE_ROUTE] = operation.path
@@ -67,7 +68,7 @@ def _endpoint(operation: Operation, guards: Mapping[Guard, Check]) -> Handler:
                 check(request)
             return await operation.handler(request)
         except WeightcastError as error:
-            return _refuse(operation, error)
+            return _refuse(operation, error, refused)
         except ClientDisconnect:
             return Response(status_code=CLIENT_GONE)
         except Exception as error:
@@ -82,11 +83,15 @@ def _endpoint(operation: Operation, guards: Mapping[Guard, Check]) -> Handler:
     return endpoint
 
 
-def _refuse(operation: Operation, error: WeightcastError) -> Response:
+def _refuse(operation: Operation, error: WeightcastError, refused: Seldom) -> Response:
+    """Answer with the error and log it; what anybody can cause is logged once a minute for each route and status."""
     guarded = operation.guard != "open"
     response = error_response(error, changes_weights=operation.changes_weights, guarded=guarded)
-    level = logging.WARNING if response.status_code in (401, 424) or response.status_code >= 500 else logging.INFO
+    status, what = response.status_code, f"{operation.method} {operation.path}: {response.status_code}"
     if operation.path in ("/health", "/ready"):
-        level = logging.DEBUG  # asked every second by whoever waits
-    logger.log(level, "%s %s: %d %s", operation.method, operation.path, response.status_code, error)
+        logger.debug("%s %s", what, error)  # asked every second by whoever waits
+    elif status == 401 or operation.guard != "token":
+        refused.warn(what, about=str(error))
+    else:
+        logger.log(logging.WARNING if status >= 424 else logging.INFO, "%s %s", what, error)
     return response

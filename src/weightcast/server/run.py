@@ -27,9 +27,9 @@ from weightcast.server.connections import (
     Connections,
     Limits,
     RequestRoom,
-    SeldomFilter,
     affordable,
 )
+from weightcast.server.seldom import SeldomFilter
 from weightcast.written import write_whole
 
 logger = logging.getLogger(__name__)
@@ -98,7 +98,8 @@ def run_server(
     book = Connections(Limits(connections=affordable(max_connections)))
     if book.limits.connections < max_connections:
         logger.info("%d connections at a time: this process may open no more files", book.limits.connections)
-    logging.getLogger("uvicorn.error").addFilter(SeldomFilter())
+    uvicorn_log = logging.getLogger("uvicorn.error")
+    uvicorn_log.addFilter(SeldomFilter(uvicorn_log))
 
     def listening() -> None:
         asyncio.get_running_loop().set_exception_handler(book.on_loop_error)

@@ -11,10 +11,11 @@ from weightcast.control.coordinator import Member
 from weightcast.deadline import Deadline
 from weightcast.digest import version_number
 from weightcast.dtypes import itemsize_of
-from weightcast.errors import DeadlineExceeded, EngineError, PeerLost, ProtocolError, WeightcastError
+from weightcast.errors import DeadlineExceeded, EngineError, InvalidInput, PeerLost, ProtocolError, WeightcastError
 from weightcast.manifest import Manifest
 from weightcast.messages import Failed, Landings, RankAnswer
 from weightcast.plan import Plan
+from weightcast.quoted import quoted
 from weightcast.trainer.clients.base import EngineClient
 from weightcast.trainer.places import Places
 from weightcast.transports.base import Transport
@@ -117,6 +118,11 @@ class EngineLink:
     """The highest version number that it may have served, as it said when it joined."""
     places: Places = field(default_factory=Places)
     """Which published tensors it has no place for, and which share one."""
+
+    def __post_init__(self) -> None:
+        name = self.client.name
+        if name != quoted(name):
+            raise InvalidInput(f"an engine's name is printable text on one line, not {name[:80]!r}", field="engines")
 
     @property
     def name(self) -> str:
