@@ -38,6 +38,9 @@ class WorkerOutcome(msgspec.Struct, frozen=True, kw_only=True):
     asleep: tuple[str, ...] = ()
     """What the engine's sleep has unmapped in this worker: "weights", "kv_cache", or other tags of vLLM's."""
 
+    num_syncs: int = 0
+    """Updates that this worker made live, whichever process of a server asked for them."""
+
     def raised(self) -> WeightcastError | None:
         """The error as it was raised in the worker."""
         return None if self.error is None else self.error.error(worker=self.rank)

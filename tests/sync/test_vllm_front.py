@@ -214,3 +214,11 @@ async def test_a_call_ends_when_the_engine_dies(call: str) -> None:
         with pytest.raises(EngineError) as caught:
             await attempt
         assert caught.value.hint == "Restart the engine, then publish again"
+
+
+async def test_updates_are_counted_by_the_workers_not_by_one_process_of_the_server() -> None:
+    client = ScriptedVllm(2)
+    controls = [control_of(client), control_of(client)]
+    for number in range(1, 6):
+        await commit(controls[number % 2], number)
+    assert [(await control.status()).num_syncs for control in controls] == [5, 5]

@@ -45,6 +45,7 @@ class ScriptedWorker:
     fails: dict[str, Failure] = field(default_factory=dict)
     """By action, "commit" and "rollback" for the two kinds of update; each is used once."""
     num_updates: int = 0
+    num_syncs: int = 0
     _before: tuple[int, str] | None = None
     """The round that is live, and the version before it."""
 
@@ -57,6 +58,7 @@ class ScriptedWorker:
         return {
             "rank": self.rank, "weight_version": self.version, "digest": "", "dirty": self.dirty, "held": self.held,
             "asleep": self.asleep,
+            "num_syncs": self.num_syncs,
             "error": {"kind": self.error, "message": f"{name} failed"} if self.error else None,
         }  # fmt: skip
 
@@ -68,6 +70,7 @@ class ScriptedWorker:
             return failure.kind
         if name == "commit" and (self._before is None or self._before[0] != payload["round"]):
             self._before, self.version, self.dirty = (payload["round"], self.version), payload["version"], False
+            self.num_syncs += 1
         if name == "rollback" and self._before is not None and self._before[0] == payload["round"]:
             if self.in_place:
                 return StateError.__name__

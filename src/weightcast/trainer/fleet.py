@@ -147,7 +147,7 @@ class Fleet:
                 "ticket": ticket,
                 "engine": engine.name,
                 "timeout_s": deadline.limit_s(),
-                "takeover": self._settings.takeover,
+                "takeover": self._settings.takeover and not engine.was_here,
                 "session": self._session,
                 "left": list(self._left),
                 "world_size": world_size,

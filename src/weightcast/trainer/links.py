@@ -108,6 +108,8 @@ class EngineLink:
     client: EngineClient
     workers: list[WorkerLink] = field(default_factory=list)
     joined: bool = False
+    was_here: bool = False
+    """It joined before. Takeover is spent with that: whoever has it now came later, and is not to be put out by its predecessor."""
     broken: str | None = "not set up"
     version: str = "default"
     digest: str = ""
@@ -145,6 +147,7 @@ class EngineLink:
         self.dirty = any(hello.dirty for hello in hellos) or len({(h.version, h.digest) for h in hellos}) > 1
         self.highest = _believed(max(max(hello.highest, version_number(hello.version)) for hello in hellos), known)
         self.workers, self.broken, self.joined = workers, "not set up", True
+        self.was_here = True
 
     def learn(self, status: Mapping[str, Any]) -> None:
         """Take over what the engine itself says that it serves; EngineError when it does not say that."""

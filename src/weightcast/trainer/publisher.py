@@ -53,7 +53,7 @@ class Publisher:
         clear_cache: recompute keys and values of kept requests under the new weights, and forget cached prefixes.
         require: "all": every engine reaches the next version or none does. "live": an engine that fails is dropped from the round
             and the others go on; the report names it, and later rounds try to have it back.
-        takeover: leave a trainer that is still connected to an engine; without it a second trainer is refused.
+        takeover: leave a trainer that is still connected to an engine when it first joins; without it a second trainer is refused.
         address: where engines reach this process; found by itself when omitted.
         bucket_nbytes: bytes of the pieces that tcp and nccl send, a multiple of 256; two are in flight. None: 8 MiB for tcp,
             256 MiB for nccl.

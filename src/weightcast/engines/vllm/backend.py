@@ -184,6 +184,7 @@ class VllmBackend(VllmEngine):  # type: ignore[misc]
             apply_s=self._apply_s,
             held=self._held,
             asleep=asleep,
+            num_syncs=engine.receiver.num_commits if engine is not None else 0,
         )
 
     def _carry_out(self, work: Callable[[WeightcastEngine], None]) -> None:

@@ -31,7 +31,6 @@ class VllmFront:
     def __init__(self, client: Any) -> None:
         self.engine = served_engine(client)
         self.port = ServedPort(self.engine)
-        self.num_syncs = 0
 
     async def init_weight_transfer_engine(self, init_info: Mapping[str, Any]) -> None:
         self.require_backend()
@@ -54,7 +53,6 @@ class VllmFront:
             raise error
         if label is not None:
             await self.engine.set_label(label)
-        self.num_syncs += 1
 
     async def raise_outcome(self, *, closes: bool) -> None:
         """Raise what the last call of vLLM's own routes came to, if any worker could not carry it out; what is then of no version is
@@ -113,7 +111,7 @@ class VllmFront:
             kv_capacity_tokens=(config.cache_config.num_gpu_blocks or 0) * config.cache_config.block_size,
             num_generated_tokens=0,
             num_preemptions=0,
-            num_syncs=self.num_syncs,
+            num_syncs=min(outcome.num_syncs for outcome in outcomes),
             world_size=self.engine.world_size(),
             backend=BACKEND,
             alive=not self.engine.gone(),
@@ -182,9 +180,7 @@ class VllmControl:
 
     async def carry_out(self, order: RoundOrder) -> RoundAnswer:
         self.front.require_backend()
-        answer = await self.committer.carry_out(order)
-        self.front.num_syncs += 1
-        return answer
+        return await self.committer.carry_out(order)
 
     async def shutdown(self) -> None:
         await self.front.shutdown_weight_transfer_engine()

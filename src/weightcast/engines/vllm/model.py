@@ -105,6 +105,7 @@ class VllmModel(LiveModel):
         places = reachable(self.model)
         with self._landed(manifest) as (layers, numbers, recording, through, landings):
             self._kept = kept_by_layer(self._aliases(manifest, recording), places)
+            through -= _kept_once(recording, through)
             if self.relocatable:
                 landings = self._mirror_of(layers, numbers, landings, manifest)
         layout = Layout(
@@ -297,6 +298,12 @@ def _through_loader(
                 through |= names
         grown = len(through) > before
     return through
+
+
+def _kept_once(recording: Recording, through: set[str]) -> set[str]:
+    """Names that the loader would write where it writes others: given both, it would be left to chance which one is live. Without a
+    place of their own their values are compared by the trainer."""
+    return {later for earlier, later in recording.overlaps if earlier in through and later in through}
 
 
 def _check_complete(layers: Sequence[LayerTensors], numbers: dict[int, int], recording: Recording) -> None:
