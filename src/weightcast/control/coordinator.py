@@ -366,7 +366,7 @@ class Coordinator:
         with self._changed:
             members = [member for member in self._members.values() if member.lost is None]
             for member in members:
-                member.last_heard += stalled_s
+                member.last_heard = min(now, member.last_heard + stalled_s)
                 if now - member.last_heard > self.silence_s:
                     member.lose(f"silent for {self.silence_s:g} s")
                     self._changed.notify_all()

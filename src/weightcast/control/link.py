@@ -130,7 +130,7 @@ class ControlLink:
 
     def _tick(self, stalled_s: float) -> None:
         now = time.monotonic()
-        self._last_heard += stalled_s
+        self._last_heard = min(now, self._last_heard + stalled_s)
         if now - self._last_sent >= self._heartbeat_s:
             self._last_sent = now
             self.send(Heartbeat())

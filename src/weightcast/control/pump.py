@@ -19,8 +19,6 @@ logger = logging.getLogger(__name__)
 TICK_S = 0.1
 HANDSHAKE_MS = 5000
 """A peer that has not shown a key by then is disconnected."""
-STALL_S = 1.0
-"""A tick that comes so late means that this process was stopped; what it did not hear meanwhile proves nothing."""
 LINGER_MS = 200
 KEEPALIVE_S = 15
 
@@ -46,7 +44,9 @@ def prepare(socket: zmq.Socket[bytes]) -> None:
 class Pump:
     """Runs ``on_frames(parts)`` for what arrives and ``on_tick(stalled_s)`` about every 0.1 s, both on its own thread.
 
-    ``stalled_s`` is how long the process stood still before this tick, 0.0 as a rule. ``on_unsent(parts)`` is called for a
+    ``stalled_s`` is how long this thread did not listen before this tick: the process stood still, other threads had their turn, or
+    a handler took long. What it did not hear meanwhile proves nothing, and what arrived meanwhile is handed over before the tick,
+    so that silence is judged only by a thread that listened. ``on_unsent(parts)`` is called for a
     message whose receiver is gone, ``on_disconnect()`` when the peer's connection closed. ``send`` may be called from any
     thread and returns at once. The pump owns the context and the socket: both are freed when its thread ends.
     """
@@ -126,10 +126,6 @@ class Pump:
             while True:
                 wait_s = max(0.0, last_tick + TICK_S - time.monotonic())
                 ready = dict(poller.poll(int(wait_s * 1000) + 1))
-                late_s = time.monotonic() - last_tick - TICK_S
-                if late_s >= STALL_S:
-                    last_tick = time.monotonic()
-                    self._guarded(lambda late_s=late_s: self._on_tick(late_s))  # type: ignore[misc]
                 if self._wake_reader in ready and not self._flush():
                     return
                 if self._socket in ready:
@@ -137,8 +133,11 @@ class Pump:
                 if self._monitor is not None and self._monitor in ready:
                     self._hear_monitor()
                 if time.monotonic() >= last_tick + TICK_S:
-                    last_tick = time.monotonic()
-                    self._guarded(lambda: self._on_tick(0.0))
+                    heard_all = self._receive_all()
+                    now = time.monotonic()
+                    stalled_s = now - last_tick - (TICK_S if heard_all else 0.0)
+                    last_tick = now
+                    self._guarded(lambda stalled_s=stalled_s: self._on_tick(stalled_s))  # type: ignore[misc]
         finally:
             self._free()
 
@@ -153,13 +152,15 @@ class Pump:
             self._wake_writer.close()
         self._context.term()
 
-    def _receive_all(self) -> None:
+    def _receive_all(self) -> bool:
+        """Hand over what has arrived; False when there is more of it."""
         for _ in range(64):
             try:
                 parts = self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
-                return
+                return True
             self._guarded(lambda parts=parts: self._on_frames(parts))  # type: ignore[misc]
+        return False
 
     def _hear_monitor(self) -> None:
         assert self._monitor is not None
