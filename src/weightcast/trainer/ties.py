@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection
 from functools import partial
 
 from weightcast.deadline import Deadline
+from weightcast.layout import Layout
 from weightcast.memory import Memory
 from weightcast.plan import Plan
 from weightcast.trainer.links import EngineLink
@@ -23,10 +25,22 @@ class Ties:
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
         self._digests: dict[Tie, Digests] = {}
+        self._seen: tuple[Layout, ...] = ()
+        self._is_one: dict[Tie, bool] = {}
+        """Whether both tensors were one memory in the layouts that were seen last: a round does not look through them again."""
 
     def doubtful(self, engine: EngineLink) -> list[Tie]:
         """Tensors that the engine keeps as one and that are not one memory here, either: only their values can tell."""
-        return [tie for tie in engine.places.ties if not tie.is_one_memory(self._ranks.holdings)]
+        if not engine.places.ties:
+            return []
+        holdings = self._ranks.holdings
+        layouts = tuple(holdings.values())
+        if len(layouts) != len(self._seen) or any(map(operator.is_not, layouts, self._seen)):
+            self._seen, self._is_one = layouts, {}
+        for tie in engine.places.ties:
+            if tie not in self._is_one:
+                self._is_one[tie] = tie.is_one_memory(holdings)
+        return [tie for tie in engine.places.ties if not self._is_one[tie]]
 
     def digests(self, tie: Tie, deadline: Deadline) -> Digests:
         """The digests of both tensors, equal exactly when their values are."""
