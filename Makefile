@@ -15,6 +15,7 @@ CHAOS_ARGS ?=
 SOAK_ARGS ?=
 FUZZ_ARGS ?=
 PYTEST_ARGS ?=
+JOBS ?= 2
 
 # Threads that spin while they wait take the cores from the other processes of a test or a demo.
 export OMP_WAIT_POLICY := PASSIVE
@@ -47,8 +48,8 @@ lint: $(STAMP) ## ruff: rules and format
 type: $(STAMP) ## mypy, strict
 	$(BIN)/mypy
 
-pytest: $(STAMP) ## the test suite alone; PYTEST_ARGS="-k name"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+pytest: $(STAMP) ## the test suite alone, a file on one of two processes; PYTEST_ARGS="-k name", JOBS=0 for one process
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 matrix: $(STAMP) ## every fault under every transport (five minutes); MATRIX_ARGS="--transports cuda_ipc,nccl --out DIR"
 	OMP_NUM_THREADS=1 $(BIN)/python -m weightcast.testing.matrix $(MATRIX_ARGS)

@@ -151,7 +151,6 @@ def _map_privately() -> None:
             # An exception would be lost here. A child that writes ends; the trainer's weights stay what they are.
             libc.mprotect(mapped.address, mapped.nbytes, mmap.PROT_READ)
     _shared.clear()  # what is private stays so in the child's own children, with what the child wrote
-    _shared.clear()  # what is private stays so in the child's own children, with what the child wrote
 
 
 def map_arena(ref: ArenaRef) -> torch.Tensor:
