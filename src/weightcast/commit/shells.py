@@ -189,16 +189,14 @@ class AsyncCommitter:
         if not do.owed:
             deadline.check(do.what)
         patience = _patience(do, deadline)
-        work = asyncio.ensure_future(getattr(self._port, do.step.value)(*do.arguments, patience))
+        work = getattr(self._port, do.step.value)(*do.arguments, patience)
         try:
-            await asyncio.wait({work}, timeout=None if do.step.runs_to_its_end else patience.limit_s())
-            if not work.done():
-                raise DeadlineExceeded(f"{do.what} took longer than {patience.timeout_s:g} s", hint=do.hint)
-            return work.result()
-        finally:
-            if not work.done():
-                work.add_done_callback(_log_late_failure)
-                work.cancel()
+            async with asyncio.timeout(None if do.step.runs_to_its_end else patience.limit_s()) as limit:
+                return await work
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise DeadlineExceeded(f"{do.what} took longer than {patience.timeout_s:g} s", hint=do.hint) from None
 
 
 async def within(deadline: Deadline, work: Coroutine[Any, Any, T], what: str, background: set[asyncio.Task[Any]]) -> T:
