@@ -13,7 +13,7 @@ from torch import nn
 from weightcast import Publisher
 from weightcast.engines.vllm import twin
 from weightcast.engines.vllm.reach import Alias, aliases, reachable
-from weightcast.errors import Unsupported, WeightcastError
+from weightcast.errors import ShadowError, Unsupported, WeightcastError
 from weightcast.testing.models import build_tiny_model, random_state_dict, save_checkpoint
 
 
@@ -164,3 +164,21 @@ def test_a_parameter_that_the_loader_registers_is_landed_in(tmp_path: Path) -> N
     for folder, got in seen:
         with offline.engine(folder) as llm:
             assert offline.answers(llm) == got
+
+
+@pytest.mark.parametrize(("arch", "refused"), [("qwen3", False), ("falcon_h1", True)])
+def test_without_room_for_a_twin_only_what_the_loader_writes_is_refused(
+    tmp_path: Path, arch: str, refused: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(twin, "free_nbytes", lambda device: 0)
+    path = build_tiny_model(tmp_path / "m", arch, dtype="bfloat16", head_dim=32)
+    with (
+        offline.engine(path) as llm,
+        Publisher(random_state_dict(path), [llm], timeout_s=60) as publisher,
+    ):
+        if refused:
+            with pytest.raises(ShadowError, match="a twin of it"):
+                publisher.connect()
+        else:
+            publisher.connect()
+            assert "were not looked for" in caplog.text

@@ -1,11 +1,13 @@
 """One worker of vLLM: wrong calls have answers, and an engine whose weights are of no version takes no request until it is healed."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from tests.vllm import offline
+from tests.vllm.weights import replace
 
 from weightcast import Publisher
 from weightcast.engines.vllm import api
@@ -139,3 +141,41 @@ def test_one_engine_given_twice_is_told(model: Path) -> None:
                 with pytest.raises(StateError, match="are one engine"):
                     publisher.add(engine)
                 assert publisher.publish().digests_match
+
+
+def test_a_worker_that_sleeps_touches_nothing_and_leaves(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPU workers do not sleep: the allocator is scripted, and vLLM's call is the one that its GPU worker would get."""
+    from vllm.device_allocator.cumem import CuMemAllocator
+    from vllm.v1.worker.gpu_worker import Worker
+
+    memory = {1: SimpleNamespace(tag="weights", is_asleep=False), 2: SimpleNamespace(tag="kv_cache", is_asleep=False)}
+    monkeypatch.setattr(CuMemAllocator, "instance", SimpleNamespace(pointer_to_data=memory))
+    weights = random_state_dict(model)
+    with offline.engine(model) as llm, Publisher(weights, [llm], timeout_s=60) as publisher:
+        assert hasattr(Worker.sleep, "_weightcast_heard")
+        backend = llm.llm_engine.model_executor.driver_worker.worker.weight_transfer_engine
+
+        def status() -> tuple[str, bool, tuple[str, ...]]:
+            (answer,) = llm.collective_rpc("weightcast_call", args=("status", {}))
+            return answer["weight_version"], answer["dirty"], tuple(answer["asleep"])
+
+        for level in (1, 2):
+            version = publisher.publish().version
+            before = offline.answers(llm)
+            backend.before_sleep(level)
+            assert not backend._engine.receiver.has_session
+            for data in memory.values():
+                data.is_asleep = True
+            assert status() == (*((version, False) if level == 1 else ("none", True)), ("kv_cache", "weights"))
+            with pytest.raises(RoundFailed, match="asleep"):
+                publisher.publish()
+            (answer,) = llm.collective_rpc("weightcast_call", args=("checksums", {}))
+            assert answer["error"]["kind"] == "StateError"
+            memory[1].is_asleep = False
+            if level == 1:
+                assert offline.answers(llm) == before
+            replace(weights, model)
+            version = publisher.publish().version
+            assert status() == (version, False, ("kv_cache",))
+            assert offline.answers(llm) != before
+            memory[2].is_asleep = False

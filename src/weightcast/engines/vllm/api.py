@@ -219,7 +219,8 @@ def build_twin(
     # Layers put themselves down here by name, and a name may come once.
     config.compilation_config.static_forward_context = {}
     config.compilation_config.static_all_moe_layers = []
-    config.compilation_config.mode = type(config.compilation_config.mode)(0)  # nothing is compiled for a twin
+    if config.compilation_config.mode is not None:
+        config.compilation_config.mode = type(config.compilation_config.mode)(0)  # nothing is compiled for a twin
     if num_layers is not None:
         config.model_config = _with_layers(config.model_config, num_layers)
     with set_default_torch_dtype(config.model_config.dtype), device:

@@ -23,7 +23,7 @@ from weightcast.engines.vllm.formats import LayerTensors, classify, in_load_form
 from weightcast.engines.vllm.mirror import Mirror, Slots, landings_in, plan_mirror
 from weightcast.engines.vllm.reach import Alias, reachable
 from weightcast.engines.vllm.twin import Findings, Original, findings_of
-from weightcast.errors import LoadError, PlanMismatch, Unsupported, WeightcastError
+from weightcast.errors import LoadError, PlanMismatch, ShadowError, Unsupported, WeightcastError
 from weightcast.held import HeldTensor, held_tensors
 from weightcast.layout import Layout, Placement
 from weightcast.manifest import Manifest
@@ -104,7 +104,7 @@ class VllmModel(LiveModel):
             return known
         places = reachable(self.model)
         with self._landed(manifest) as (layers, numbers, recording, through, landings):
-            self._kept = kept_by_layer(self._aliases(manifest, recording), places)
+            self._kept = kept_by_layer(self._aliases(manifest, recording, through), places)
             through -= _kept_once(recording, through)
             if self.relocatable:
                 landings = self._mirror_of(layers, numbers, landings, manifest)
@@ -173,10 +173,11 @@ class VllmModel(LiveModel):
                            len(found), _shown(sorted(found)))  # fmt: skip
         return self._checked[form]
 
-    def _aliases(self, manifest: Manifest, recording: Recording) -> list[Alias]:
+    def _aliases(self, manifest: Manifest, recording: Recording, through: set[str]) -> list[Alias]:
         """Views of weights that the model keeps beside them; asked once for each form of a model.
 
-        Raises Unsupported, with their places, when a round would leave tensors at old values.
+        Raises Unsupported, with their places, when a round would leave tensors at old values, and ShadowError where that cannot be
+        tried for want of room and vLLM's loader takes part. Where it does not, the weights are written where they are read.
         """
         if self._twin_of is not None:
             return self._twin_of[1]
@@ -187,7 +188,13 @@ class VllmModel(LiveModel):
             )
             alike = {later: earlier for earlier, later in reversed(recording.overlaps)}
             used = Manifest.of([spec for spec in manifest.tensors if spec.name not in set(recording.unused)])
-            self._findings[form] = findings_of(original, used, alike, self._adopted_by(manifest))
+            try:
+                self._findings[form] = findings_of(original, used, alike, self._adopted_by(manifest))
+            except ShadowError as error:
+                if through:
+                    raise
+                logger.warning("copies of weights that the model may keep were not looked for: %s", error)
+                return []
         found = self._findings[form]
         if found.stale:
             raise Unsupported(

@@ -32,8 +32,6 @@ logger = logging.getLogger(__name__)
 
 WHOLE_NBYTES = 256 * 2**20
 """The twin of a model of up to so many bytes is whole."""
-NUM_COPIES = 3
-"""A twin, what its layers are packed or quantised into, and what is published to it."""
 _PERIOD = 1_048_583
 """Prime, so that no two rows, slices or tensors begin alike."""
 
@@ -126,21 +124,32 @@ def findings_of(
 def _small(original: Original, manifest: Manifest) -> tuple[Original, Manifest]:
     """A large model's twin has only the first layers, as many as it takes to have one of each kind. Raises ShadowError where there
     is no room for it."""
-    nbytes = sum(meta.nbytes for layer in original.model.modules() for meta in api.load_format(layer).values())
-    if nbytes > WHOLE_NBYTES:
+    if sum(_sizes(original.model, None)) > WHOLE_NBYTES:
         layers, count = _layers_of_each_kind(original.model)
         if 0 < count < layers:
             original = replace(original, num_layers=count)
             manifest = Manifest.of([spec for spec in manifest.tensors if _number_in(spec.name) < count])
-            nbytes = sum(spec.nbytes for spec in manifest.tensors)
+    sizes = _sizes(original.model, original.num_layers)
+    # On CPU layers are packed beside what was published; elsewhere one tensor after the other is.
+    needed = 3 * sum(sizes) if original.device.type == "cpu" else sum(sizes) + 2 * max(sizes, default=0)
     free = free_nbytes(original.device)
-    if NUM_COPIES * nbytes > free:
+    if needed > free:
         raise ShadowError(
-            f"what a round leaves behind in this model is tried on a twin of it, which takes {NUM_COPIES * nbytes} bytes; "
+            f"what a round leaves behind in this model is tried on a twin of it, which takes {needed} bytes; "
             f"{free} are free on {original.device}",
             hint="Leave the engine more memory (vLLM: --gpu-memory-utilization)",
         )
     return original, manifest
+
+
+def _sizes(model: nn.Module, num_layers: int | None) -> list[int]:
+    """Bytes of this worker's tensors as they are loaded, of so many layers and what is outside of them."""
+    return [
+        meta.nbytes
+        for name, layer in model.named_modules()
+        if num_layers is None or _number_in(name) < num_layers
+        for meta in api.load_format(layer).values()
+    ]
 
 
 def _layers_of_each_kind(model: nn.Module) -> tuple[int, int]:
@@ -184,8 +193,12 @@ def publish(live: LiveModel, layout: Layout, make: Callable[[str], torch.Tensor]
     memory = live.memory()
     if live.relocatable:
         memory = Memory([storage.clone() for storage in memory.storages], is_arena=memory.is_arena)
+    name, whole = "", None
     for placement in layout.placements:
-        part = make(placement.region.name)
+        if whole is None or placement.region.name != name:
+            name = placement.region.name
+            whole = make(name)
+        part = whole
         for axis, (offset, size) in enumerate(zip(placement.region.offsets, placement.region.sizes, strict=True)):
             part = part.narrow(axis, offset, size)
         memory.view(
