@@ -12,9 +12,10 @@ from weightcast.errors import DigestMismatch, LoadError, StateError, WeightcastE
 from weightcast.messages import Committed
 from weightcast.outcome import NO_VERSION
 from weightcast.receiver.base import LiveModel
+from weightcast.receiver.greeting import Greeting, Identity
 from weightcast.receiver.loader_area import LoadedTensors
 from weightcast.receiver.place import give_back
-from weightcast.receiver.session import Identity, Session
+from weightcast.receiver.session import Session
 from weightcast.round import Approval, Phase, RoundId, WorkerRound
 from weightcast.transports.facts import local_facts
 
@@ -39,6 +40,7 @@ class Receiver:
         self._rank, self._world_size, self._mode = rank, world_size, mode
         self._round = WorkerRound()
         self._session: Session | None = None
+        self._greeting: Greeting | None = None
         self._before: tuple[str, str, bool] | None = None
         self._loaded: LoadedTensors | None = None
         self.version = INITIAL_VERSION
@@ -51,11 +53,21 @@ class Receiver:
         self._num_bytes_before = 0
 
     def join(self, info: JoinInfo, world_size: int | None = None) -> None:
-        """Join a trainer. StateError when another one is alive and ``info.takeover`` is not set, or when the same one has this engine
-        in its fleet under another name.
+        """Join a trainer, which ``greet`` may have begun. Raises as ``greet`` does, and what the trainer refuses with."""
+        greeting = self.greet(info, world_size)
+        self._greeting = None
+        self._session = Session(greeting, self._model, self._mode, self._round, self._serves, self._loaded)
 
-        ``world_size``, if given, is how many workers join from now on: an engine may learn that only from its trainer.
+    def greet(self, info: JoinInfo, world_size: int | None = None) -> Greeting:
+        """Leave the former trainer and say hello to this one; returns at once. The same again gives the same greeting, until it was
+        ``join``ed.
+
+        StateError when another trainer is alive and ``info.takeover`` is not set, or when the same one has this engine in its fleet
+        under another name. ``world_size``, if given, is how many workers join from now on: an engine may learn that only from its
+        trainer.
         """
+        if self._greeting is not None and self._greeting.info == info:
+            return self._greeting
         self._require_awake("join")
         old = self._session
         if old is not None and old.lost is None and not info.takeover and info.session != old.id:
@@ -76,16 +88,19 @@ class Receiver:
         self.leave()
         self._world_size = world_size or self._world_size
         self._round = WorkerRound()
-        identity = Identity(
-            rank=self._rank,
-            world_size=self._world_size,
-            facts=local_facts(self._model.device),
-            version=self.version,
-            digest=self.content,
-            dirty=self.dirty,
-            highest=self.highest,
+        self._greeting = Greeting(
+            info,
+            Identity(
+                rank=self._rank,
+                world_size=self._world_size,
+                facts=local_facts(self._model.device),
+                version=self.version,
+                digest=self.content,
+                dirty=self.dirty,
+                highest=self.highest,
+            ),
         )
-        self._session = Session(info, self._model, identity, self._mode, self._round, self._serves, self._loaded)
+        return self._greeting
 
     def _serves(self) -> str | None:
         return None if self.dirty else self.content
@@ -98,6 +113,11 @@ class Receiver:
     @property
     def joined(self) -> bool:
         return self._session is not None and self._session.lost is None
+
+    @property
+    def is_greeting(self) -> bool:
+        """Whether a trainer was greeted whose answer is still awaited."""
+        return self._greeting is not None and not self._greeting.is_over()
 
     @property
     def has_session(self) -> bool:
@@ -176,6 +196,9 @@ class Receiver:
 
     def _leave(self, reason: str, *, keeps: bool) -> None:
         """``keeps``: what is live through the loader can be returned to when the next trainer's round fails."""
+        if self._greeting is not None:
+            self._greeting.close(reason)
+            self._greeting = None
         if self._session is not None:
             self._loaded = (self._session.target.loaded() or self._loaded) if keeps else None
             self._session.close(reason)

@@ -13,26 +13,21 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import msgspec
 
-from weightcast.control.link import ControlLink, JoinInfo
 from weightcast.cuda.wait import own_stream, wait_stream
 from weightcast.deadline import Deadline
 from weightcast.digest import LayoutDigest, combine
 from weightcast.errors import (
     BaseMismatch,
-    DeadlineExceeded,
     ErrorForm,
     PeerLost,
     PlanMismatch,
-    ProtocolError,
     StateError,
     TransportError,
     WeightcastError,
 )
-from weightcast.facts import Facts
 from weightcast.layout import Layout
 from weightcast.memory import Memory
 from weightcast.messages import (
@@ -40,11 +35,9 @@ from weightcast.messages import (
     AnyMessage,
     Begin,
     Failed,
-    Hello,
     Landings,
     Message,
     Ready,
-    Refused,
     Setup,
     Staged,
     Verified,
@@ -52,6 +45,7 @@ from weightcast.messages import (
 )
 from weightcast.plan import compile_plan, plan_digest
 from weightcast.receiver.base import LiveModel
+from weightcast.receiver.greeting import Greeting
 from weightcast.receiver.loader_area import LoadedTensors, with_area
 from weightcast.receiver.staging import make_target
 from weightcast.report.logs import about
@@ -61,23 +55,8 @@ from weightcast.transports.registry import registry
 
 logger = logging.getLogger(__name__)
 
-GREETING_TIMEOUT_S = 5.0
-"""Joining holds up the engine's thread; a trainer that just asked for it answers in milliseconds."""
 RELEASE_TIMEOUT_S = 10.0
 """An aborted transfer lets go of its ends within a second; more means a transport that breaks its contract."""
-
-
-@dataclass(slots=True, kw_only=True)
-class Identity:
-    """Who a worker is when it says hello."""
-
-    rank: int
-    world_size: int
-    facts: Facts
-    version: str
-    digest: str
-    dirty: bool
-    highest: int
 
 
 class Session:
@@ -85,9 +64,8 @@ class Session:
 
     def __init__(
         self,
-        info: JoinInfo,
+        greeting: Greeting,
         model: LiveModel,
-        identity: Identity,
         mode: str,
         round: WorkerRound,
         serves: Callable[[], str | None],
@@ -97,7 +75,7 @@ class Session:
         self._model = model
         self._mode_wish = mode
         self.round = round
-        self.engine = info.engine
+        self.engine = greeting.info.engine
         """The name by which the trainer knows this engine."""
         self.lost: str | None = None
         self.proven_digest = 0
@@ -114,48 +92,20 @@ class Session:
         self._ends_free = threading.Condition()
         self._using_ends = 0
         self._leaving = False
-        self._greeting: queue.SimpleQueue[AnyMessage | str] = queue.SimpleQueue()
         self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="weightcast-receiver", daemon=True)
-        deadline = Deadline(info.timeout_s)
-        self.link = ControlLink(info, self._on_message, self._on_lost)
+        self.link = greeting.link
         try:
-            self._join(info, identity, deadline)
+            self._join(greeting.welcome(), Deadline(greeting.info.timeout_s))
         except BaseException:
             self.link.close("could not join")
             raise
         self._thread.start()
+        greeting.hand_over(self._on_message, self._on_lost)
 
     # -- joining, on the engine's thread
 
-    def _join(self, info: JoinInfo, identity: Identity, deadline: Deadline) -> None:
-        self.link.send(
-            Hello(
-                ticket=info.ticket,
-                engine=info.engine,
-                rank=identity.rank,
-                world_size=identity.world_size,
-                facts=identity.facts,
-                version=identity.version,
-                digest=identity.digest,
-                dirty=identity.dirty,
-                highest=identity.highest,
-            )
-        )
-        try:
-            answer = self._greeting.get(timeout=min(deadline.remaining_s(), GREETING_TIMEOUT_S))
-        except queue.Empty:
-            raise DeadlineExceeded(
-                f"the trainer at {info.address} did not answer in {min(info.timeout_s, GREETING_TIMEOUT_S):g} s",
-                phase="join",
-                hint="Check that this host reaches that address and that the public key is the trainer's",
-            ) from None
-        if isinstance(answer, str):
-            raise PeerLost(answer, phase="join")
-        if isinstance(answer, Refused):
-            raise answer.error.error(phase="join")
-        if not isinstance(answer, Welcome):
-            raise ProtocolError(f"expected a welcome, got {type(answer).__name__}", phase="join")
+    def _join(self, answer: Welcome, deadline: Deadline) -> None:
         self.manifest = answer.manifest
         self.id = answer.session
         self._silence_s = answer.silence_s
@@ -177,8 +127,6 @@ class Session:
 
     def _on_message(self, message: AnyMessage) -> None:
         match message:
-            case Welcome() | Refused():
-                self._greeting.put(message)
             case Setup():
                 self._begin_epoch(message)
             case Begin():
@@ -234,7 +182,6 @@ class Session:
 
     def _on_lost(self, reason: str) -> None:
         self.lost = reason
-        self._greeting.put(reason)
         self.round.abort_any(reason)
         # A commit that pulls can end without the trainer: its memory stays mapped, and the digest proves what came.
         if self.round.phase is not Phase.COMMITTING or not self._pulls:

@@ -26,6 +26,7 @@ from weightcast.errors import InvalidInput
 from weightcast.invalid import invalid_input
 from weightcast.known import known
 from weightcast.receiver.base import LiveModel
+from weightcast.receiver.greeting import Greeting
 from weightcast.weight_transfer.config import WeightTransferConfig
 
 
@@ -78,6 +79,11 @@ class WeightTransferEngine(ABC, Generic[InitT, UpdateT]):
     def parse_update_info(self, data: Mapping[str, Any]) -> UpdateT:
         """Validate a decoded JSON object; raises InvalidInput that names the field."""
         return _convert(data, self.update_info_cls)  # type: ignore[return-value]
+
+    def greet(self, init_info: InitT) -> Greeting | None:
+        """Begin to join a trainer; returns at once. Whoever waits for the greeting beside the engine's thread spares that thread a wait
+        in ``init_transfer_engine``, which follows with the same ``init_info``. None where there is nothing to wait for."""
+        return None
 
     @abstractmethod
     def init_transfer_engine(self, init_info: InitT) -> None:

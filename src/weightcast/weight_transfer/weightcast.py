@@ -12,6 +12,7 @@ from weightcast.control.link import JoinInfo
 from weightcast.deadline import Deadline
 from weightcast.errors import InvalidInput, StateError
 from weightcast.receiver.base import LiveModel
+from weightcast.receiver.greeting import Greeting
 from weightcast.receiver.receiver import Receiver
 from weightcast.round import RoundId
 from weightcast.weight_transfer.base import InitInfo, UpdateInfo, WeightTransferEngine, WorkerRank
@@ -80,10 +81,14 @@ class WeightcastEngine(WeightTransferEngine[WeightcastInitInfo, WeightcastUpdate
         self._updated = False
         self._label: str | None = None
 
-    def init_transfer_engine(self, init_info: WeightcastInitInfo) -> None:
-        """Join a trainer. An update that is open between two calls is closed: whoever opened it is gone, or was taken over."""
+    def greet(self, init_info: WeightcastInitInfo) -> Greeting:
         if init_info.world_size is not None:
             self.worker = WorkerRank(rank=self.worker.rank, world_size=init_info.world_size)
+        return self.receiver.greet(init_info.join_info(), self.worker.world_size)
+
+    def init_transfer_engine(self, init_info: WeightcastInitInfo) -> None:
+        """Join a trainer. An update that is open between two calls is closed: whoever opened it is gone, or was taken over."""
+        self.greet(init_info)
         self.receiver.join(init_info.join_info(), self.worker.world_size)
         self.close_update()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 import uuid
 import weakref
 from collections.abc import Callable, Sequence
@@ -163,7 +164,22 @@ class Engine:
         return self._thread.call(run)
 
     def init_transfer(self, init_info: Any) -> Future[None]:
-        return self.run_between_steps(lambda: self._transfer.init(unwrap(init_info, "init_info")))
+        """Join a trainer. Its first answer is waited for on a thread of its own, and steps go on meanwhile."""
+        info, joined = unwrap(init_info, "init_info"), Future[None]()
+
+        def join() -> None:
+            if not joined.set_running_or_notify_cancel():
+                return
+            try:
+                greeting = self.run_between_steps(lambda: self._transfer.greet(info)).result()
+                if greeting is not None:
+                    greeting.wait()
+                joined.set_result(self.run_between_steps(lambda: self._transfer.init(info)).result())
+            except Exception as error:  # noqa: BLE001 - it is the caller's
+                joined.set_exception(error)
+
+        threading.Thread(target=join, name="weightcast-join", daemon=True).start()
+        return joined
 
     def start_update(self) -> Future[None]:
         return self.run_between_steps(self._transfer.start)

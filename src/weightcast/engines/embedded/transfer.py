@@ -14,6 +14,7 @@ from weightcast.weight_transfer.factory import WeightTransferEngineFactory
 
 if TYPE_CHECKING:
     from weightcast.engines.embedded.live_model import EmbeddedModel
+    from weightcast.receiver.greeting import Greeting
 
 INITIAL_VERSION = "default"
 
@@ -58,6 +59,11 @@ class WeightTransfer:
         if self.config.wait_for_weights and (self.num_syncs == 0 or taken_back):
             return "waiting for the first weights"
         return ""
+
+    def greet(self, init_info: Mapping[str, Any]) -> Greeting | None:
+        """Begin to join; see WeightTransferEngine.greet."""
+        engine = self._created()
+        return engine.greet(engine.parse_init_info(_mapping(init_info, "init_info")))
 
     def init(self, init_info: Mapping[str, Any]) -> None:
         engine = self._created()

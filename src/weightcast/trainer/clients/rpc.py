@@ -6,6 +6,7 @@ update that succeeds lets it go on, whoever publishes it. The order of things is
 
 from __future__ import annotations
 
+import time
 from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +16,16 @@ from weightcast.commit.shells import Committer
 from weightcast.commit.updates import update_info
 from weightcast.deadline import Deadline
 from weightcast.errors import WeightcastError
-from weightcast.outcome import WorkerOutcome, first_error, outcomes_from, require_all, why_asleep, why_unfit
+from weightcast.outcome import (
+    WorkerOutcome,
+    first_error,
+    greeting_pauses,
+    outcomes_from,
+    require_all,
+    still_greeting,
+    why_asleep,
+    why_unfit,
+)
 from weightcast.trainer.clients.base import CommitOrder, CommitReply, EngineClient, round_order, way_back
 from weightcast.trainer.clients.helper import Helper
 
@@ -61,8 +71,17 @@ class RpcEngineClient(EngineClient):
         return False
 
     def init(self, init_info: Mapping[str, Any], deadline: Deadline) -> None:
-        size = self.num_workers(deadline)
-        self._raise_first(self.ask("init", {"init_info": dict(init_info), "world_size": size}, deadline))
+        payload = {"init_info": dict(init_info), "world_size": self.num_workers(deadline)}
+        try:
+            # Asked again and again, so that no worker's step waits for the trainer's answer.
+            for pause_s in greeting_pauses():
+                if not still_greeting(self.ask("greet", payload, deadline)):
+                    break
+                deadline.check("greeting the trainer")
+                time.sleep(pause_s)
+        except WeightcastError as error:
+            raise error.at(engine=self.name) from None
+        self._raise_first(self.ask("init", payload, deadline))
 
     def shutdown(self, deadline: Deadline) -> None:
         self._raise_first(self.ask("shutdown", {}, deadline))
