@@ -64,6 +64,7 @@ def test_a_loader_that_raises_half_way_leaves_version_n(
         if serving == "published":
             publisher.publish()
             replace(weights, model)
+        publisher.connect()  # which tries the loader as well, on a twin
         before, version = served.answers(PROMPTS), served.version
         assert (before == start) == (version == "default") == (serving == "as started")
         for rank in ranks:
