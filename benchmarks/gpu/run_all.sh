@@ -8,7 +8,7 @@ cd "$(dirname "$0")/../.."
 DEST=$OUT; export OUT="${TMPDIR:-/tmp}/gpu-out"; mkdir -p "$OUT"; rm -f "$OUT"/*.log
 keep() { tar -czf "$DEST/logs.tgz" -C "$OUT" . 2>/dev/null; cp -f "$OUT"/*.jsonl "$OUT"/matrix.* "$DEST" 2>/dev/null; true; }
 printf '[pytest]\nmarkers = gpu\naddopts = -p no:cacheprovider\n' >"$OUT/pytest.ini"   # the project's own needs more plug-ins
-parts=("$@"); [ ${#parts[@]} -eq 0 ] && parts=(tests kernels attention publish ipc nccl two-gpus matrix vllm-tests vllm stall)
+parts=("$@"); [ ${#parts[@]} -eq 0 ] && parts=(tests kernels attention publish ipc nccl two-gpus matrix vllm-tests vllm-two vllm stall)
 failed=(${SETUP_FAILED:+set-up})
 has_vllm() { [ -d "$SITE/vllm" ] || python3 -c 'import importlib.util as u, sys; sys.exit(u.find_spec("vllm") is None)'; }
 run() { # NAME SECONDS COMMAND...
@@ -31,7 +31,8 @@ for part in "${parts[@]}"; do
                       run "$part" 150 python3 benchmarks/gpu/bench_two_gpus.py ;;
         matrix) run matrix 150 python3 -m weightcast.testing.matrix --transports cuda_ipc,nccl --jobs 12 \
                     --budget "${BUDGET:-115}" --cell-timeout 60 --out "$OUT" ;;
-        vllm-tests) T=150 tests vllm-tests "${LIMIT:-200}" "${JOBS:-6}" tests/gpu/test_gpu_vllm.py ${K:+-k "$K"} ;;
+        vllm-tests) T=150 tests vllm-tests "${LIMIT:-200}" "${JOBS:-6}" tests/gpu/test_gpu_vllm{,_sleep}.py ${K:+-k "$K"} ;;
+        vllm-two) T=240 tests vllm-two "${LIMIT:-420}" 1 tests/gpu/test_gpu_two.py ${K:+-k "$K"} ;;
         vllm) for shape in ${SHAPES:-0.6B 8B MoE}; do   # a process each: what vLLM's ipc mapped is freed only with it
                   run "vllm-$shape" "${LIMIT:-200}" python3 benchmarks/gpu/bench_vllm.py "$shape"
               done ;;
@@ -44,7 +45,7 @@ for part in "${parts[@]}"; do
     [ -f "$OUT/$part.log" ] || continue
     echo "---- $part"
     case $part in
-        *tests) grep -E "^(FAILED|ERROR)|passed|failed|PASSED|FAILED|^E  |slowest|^[0-9.]+s (call|setup)" "$OUT/$part.log" | cut -c1-230 | tail -"${LINES_EACH:-40}" ;;
+        *tests|vllm-two) grep -E "^(FAILED|ERROR)|passed|failed|PASSED|FAILED|^E  |slowest|^[0-9.]+s (call|setup)" "$OUT/$part.log" | cut -c1-230 | tail -"${LINES_EACH:-40}" ;;
         *) grep -vE "^\(EngineCore|WARNING|^\[W" "$OUT/$part.log" | tail -"${LINES_EACH:-40}" | cut -c1-330 ;;
     esac
 done
