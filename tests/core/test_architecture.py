@@ -32,6 +32,7 @@ CORE = {
     "held",
     "quoted",
     "names",
+    "unix_urls",
 }
 PURE_LIBRARIES = {"torch", "msgspec", "weightcast"} | set(sys.stdlib_module_names)
 FORBIDDEN_IN_CORE = {"socket", "http", "asyncio", "multiprocessing", "subprocess", "pickle", "zmq", "httpx"}

@@ -31,8 +31,8 @@ class Served:
         return self.process.returncode, output
 
 
-def command_line(*arguments: object) -> list[str]:
-    return [sys.executable, "-c", START, "serve", *map(str, arguments)]
+def command_line(*arguments: object, start: str = START) -> list[str]:
+    return [sys.executable, "-c", start, "serve", *map(str, arguments)]
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -46,12 +46,20 @@ def _limit(descriptors: int) -> None:
 
 @contextmanager
 def serving(
-    model: Path, folder: Path, *arguments: object, timeout_s: float = 90.0, descriptors: int | None = None, **more: str
+    model: Path,
+    folder: Path,
+    *arguments: object,
+    timeout_s: float = 90.0,
+    descriptors: int | None = None,
+    unix_path: Path | None = None,
+    start: str = START,
+    **more: str,
 ) -> Iterator[Served]:
-    """Start a server on a free port and wait until it listens. ``descriptors``: how many files it may open."""
+    """Start a server, on a free port or a unix socket, and wait until it listens. ``descriptors``: how many files it may open."""
     ready = folder / "url"
+    address = ("--port", 0) if unix_path is None else ("--unix-socket", unix_path)
     process = subprocess.Popen(
-        command_line(model, "--port", 0, "--ready-file", ready, *arguments),
+        command_line(model, *address, "--ready-file", ready, *arguments, start=start),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         env=environment(**more),

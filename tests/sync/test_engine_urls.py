@@ -58,7 +58,7 @@ def test_user_and_password_leave_the_name_and_are_sent(url: str) -> None:
     clients = [HttpEngineClient(url), VllmDevClient(url)]
     for client in clients:
         assert (client.name, client.host) == ("http://h:8000", "h")
-        scheme, _, pair = client._headers["Authorization"].partition(" ")
+        scheme, _, pair = client._endpoint.headers["Authorization"].partition(" ")
         assert scheme == "Basic"
         user, _, password = url.removeprefix("http://").partition("@h")[0].partition(":")
         assert base64.b64decode(pair).decode() == f"{user}:{password}".replace("%3A", ":").replace("%40", "@")

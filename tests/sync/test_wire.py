@@ -19,6 +19,7 @@ from weightcast import Publisher
 from weightcast.deadline import Deadline
 from weightcast.testing.local_engine import DictModel, LocalEngine
 from weightcast.trainer.clients import wire
+from weightcast.trainer.clients.urls import endpoint_of
 
 ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}"
 
@@ -41,7 +42,7 @@ def deaf_port() -> Iterator[int]:
 
 
 def take(url: str, deadline: Deadline, content: bytes | None = None) -> httpcore.Response:
-    return wire.request("POST", url, {"Host": "here"}, content, deadline)
+    return wire.request("POST", endpoint_of(url), "/", content, deadline)
 
 
 def serve_once(context: ssl.SSLContext | None = None, read_nbytes: int = 1) -> tuple[threading.Thread, int]:

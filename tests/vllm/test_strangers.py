@@ -1,4 +1,5 @@
-"""A stock vLLM server without a token, which trusts forwarding headers of anybody: proxies and pages of other sites get nowhere."""
+"""A stock vLLM server without a token and without a checkpoint folder, which trusts forwarding headers of anybody: proxies and pages of
+other sites get nowhere, and no trainer has the engine open a file."""
 
 from __future__ import annotations
 
@@ -10,8 +11,12 @@ import pytest
 from tests.vllm.weights import replace
 
 from weightcast import Publisher
-from weightcast.testing.models import build_tiny_model, random_state_dict
+from weightcast.errors import Unsupported
+from weightcast.testing.models import build_tiny_model, random_state_dict, save_checkpoint
+from weightcast.testing.verified import comparison
 from weightcast.testing.vllm_server import Served, vllm_server
+from weightcast.transports.files import CHECKPOINT_ROOT
+from weightcast.transports.shm import ShmTransport
 
 OPEN = ["/weightcast/status", "/weightcast/rounds", "/weightcast", "/weightcast/metrics", "/get_world_size", "/ready"]
 GUARDED = ["init", "commit", "rollback", "shutdown", "digests"]
@@ -24,7 +29,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def served(model: Path) -> Iterator[Served]:
-    with vllm_server(model, env={"WEIGHTCAST_TOKEN": "", "FORWARDED_ALLOW_IPS": "*"}) as running:
+    with vllm_server(model, env={"WEIGHTCAST_TOKEN": "", "FORWARDED_ALLOW_IPS": "*", CHECKPOINT_ROOT: ""}) as running:
         yield running
 
 
@@ -60,3 +65,33 @@ def test_this_machine_publishes_without_a_token(served: Served, model: Path) -> 
     page = httpx.get(f"{served.url}/weightcast", timeout=30)
     assert page.headers["x-frame-options"] == "DENY"
     assert "frame-ancestors 'none'" in page.headers["content-security-policy"]
+
+
+def test_files_of_a_folder_that_nobody_allowed_are_not_opened(
+    served: Served, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = served.version
+    for number in range(2):
+        checkpoint = save_checkpoint(tmp_path / str(number), random_state_dict(model), model)
+        with (
+            Publisher(checkpoint, [served.url], transport="shm", timeout_s=60) as publisher,
+            pytest.raises(Unsupported, match=r"the engine opens no files in .*--checkpoint-root"),
+        ):
+            publisher.connect()
+        # A trainer that knows it and offers the file all the same.
+        with monkeypatch.context() as hostile:
+            hostile.setattr(ShmTransport, "refusal", lambda *_: None)
+            with (
+                Publisher(checkpoint, [served.url], transport="shm", timeout_s=60) as publisher,
+                pytest.raises(Unsupported, match="this engine opens no files in"),
+            ):
+                publisher.publish()
+        assert served.version == version
+        with Publisher(checkpoint, [served.url], timeout_s=60) as publisher:
+            report = publisher.publish()
+        assert report.digests_match
+        assert {worker.transport for engine in report.engines for worker in engine.workers} == {"tcp"}
+        found = comparison(served.url, served.token, checkpoint)
+        assert found.proven
+        assert len(found.equal) == len(random_state_dict(model))
+        version = report.version

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import socket
+from contextlib import AbstractContextManager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +16,7 @@ from weightcast.secret import usable_token
 
 ROOT_VARIABLE = "WEIGHTCAST_CHECKPOINT_ROOT"
 API_KEY_VARIABLE = "WEIGHTCAST_API_KEY"
+DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8000
 
 
 class LoadFormat(StrEnum):
@@ -41,8 +44,19 @@ class LogLevel(StrEnum):
 
 def command(
     model: Annotated[str, typer.Argument(help="Folder or hub name of the model.")],
-    host: Annotated[str, typer.Option(help="Address to bind; others than loopback need a token.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free port.")] = 8000,
+    host: Annotated[
+        str | None,
+        typer.Option(help="Address to bind; others than loopback need a token.", show_default="127.0.0.1"),
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="0 picks a free port.", show_default="8000")
+    ] = None,
+    unix_path: Annotated[
+        Path | None,
+        typer.Option(
+            "--unix-socket", help="Serve on a unix socket at this path, for this user alone, instead of host and port."
+        ),
+    ] = None,
     token: TokenOption = None,
     token_file: TokenFileOption = None,
     api_key: Annotated[
@@ -122,8 +136,7 @@ def command(
         _serve(
             model,
             arguments,
-            host,
-            port,
+            _bound(host, port, unix_path, given_token),
             given_token,
             usable_token(api_key or None, field="api_key"),
             max_body_mib << 20,
@@ -150,11 +163,29 @@ def _transfer_config(text: str | None, wait_for_weights: bool) -> dict[str, Any]
     return config | {"wait_for_weights": True} if wait_for_weights else config
 
 
+def _bound(
+    host: str | None, port: int | None, unix_path: Path | None, token: str | None
+) -> AbstractContextManager[socket.socket]:
+    """The socket to serve on, bound when the context begins or before."""
+    from weightcast.errors import InvalidInput
+    from weightcast.server.auth import check_host
+    from weightcast.server.run import bind
+    from weightcast.server.unix_socket import unix_socket
+
+    if unix_path is None:
+        check_host(host or DEFAULT_HOST, token)
+        return bind(host or DEFAULT_HOST, DEFAULT_PORT if port is None else port)
+    if host is not None or port is not None:
+        raise InvalidInput(
+            "--unix-socket takes the place of --host and --port", field="unix_socket", hint="Leave those out"
+        )
+    return unix_socket(unix_path)
+
+
 def _serve(
     model: str,
     arguments: dict[str, Any],
-    host: str,
-    port: int,
+    bound: AbstractContextManager[socket.socket],
     token: str | None,
     api_key: str | None,
     max_body_nbytes: int,
@@ -162,11 +193,9 @@ def _serve(
     ready_path: Path | None,
 ) -> None:
     """The address is bound before the model is loaded: a taken port is reported at once."""
-    from weightcast.server.auth import check_host
-    from weightcast.server.run import bind, ready_file, run_server, url_of
+    from weightcast.server.run import ready_file, run_server, url_of
 
-    check_host(host, token)
-    with bind(host, port) as sock, ready_file(ready_path) as write_ready:
+    with bound as sock, ready_file(ready_path) as write_ready:
         from weightcast.engines.embedded import AsyncLLM
         from weightcast.server import ServerConfig, create_app
         from weightcast.weight_transfer.config import WeightTransferConfig
@@ -185,15 +214,20 @@ def _serve(
         def announce() -> None:
             url = url_of(sock)
             if token is None:
-                typer.echo(
-                    "weightcast: no token: only this machine may change weights (--token-file, WEIGHTCAST_TOKEN)"
-                )
+                typer.echo(f"weightcast: no token: {_who(sock)} may change weights (--token-file, WEIGHTCAST_TOKEN)")
             if transfer.wait_for_weights:
                 typer.echo("weightcast: /ready and /v1 answer 503 until the first weights have come")
             typer.echo(f"weightcast: serving {engine.model_name} at {url}")
             write_ready(url)
 
         run_server(app, engine, sock, announce, max_connections=max_connections)
+
+
+def _who(sock: socket.socket) -> str:
+    """Who reaches a server that has no token."""
+    return (
+        "whoever may open the socket" if sock.family == socket.AF_UNIX else "every user of this machine, and no other,"
+    )
 
 
 def _configure_logging(level: str, form: LogFormat) -> None:

@@ -98,7 +98,7 @@ def _ask(endpoint: Endpoint) -> list[dict[str, Any]]:
     missing: list[dict[str, Any]] = [{"name": endpoint.url, "status": None, "rounds": []}]
     try:
         deadline = Deadline(ASK_TIMEOUT_S)
-        answer = wire.request("GET", f"{endpoint.url}/weightcast/rounds", endpoint.headers, None, deadline)
+        answer = wire.request("GET", endpoint, "/weightcast/rounds", None, deadline)
         if answer.status != HTTPStatus.OK:
             return missing
         engines = watched_engines(answer.content)

@@ -2,7 +2,8 @@
 
 Without a token four things must not get in although they come from a loopback address: a page of another site in the user's browser
 (a form, a rebound DNS name, a page of another port), and whatever a proxy on this machine passes on. So the Host header must name this
-machine, an Origin header the very server that is called, and headers that proxies add must be absent, on open routes as well.
+machine, an Origin header the very server that is called, and headers that proxies add must be absent, on open routes as well. A client
+that comes over a unix socket has no address; it is of this machine, and its own headers follow the same rules.
 """
 
 from __future__ import annotations

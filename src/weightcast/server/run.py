@@ -30,6 +30,7 @@ from weightcast.server.connections import (
     affordable,
 )
 from weightcast.server.seldom import SeldomFilter
+from weightcast.unix_urls import url_of_path
 from weightcast.written import write_whole
 
 logger = logging.getLogger(__name__)
@@ -60,6 +61,8 @@ def bind(host: str, port: int) -> socket.socket:
 
 def url_of(sock: socket.socket) -> str:
     """The URL that the socket will be served under."""
+    if sock.family == socket.AF_UNIX:
+        return url_of_path(sock.getsockname())
     host, port = sock.getsockname()[:2]
     return f"http://[{host}]:{port}" if sock.family == socket.AF_INET6 else f"http://{host}:{port}"
 

@@ -232,9 +232,8 @@ class _Server:
     """vLLM's HTTP routes, each call with the round's deadline and a connection of its own."""
 
     def __init__(self, url: str, token: str | None) -> None:
-        endpoint = endpoint_of(url, token)
-        self._url = endpoint.url
-        self._headers = {"Content-Type": "application/json", **endpoint.headers}
+        self._endpoint = endpoint_of(url, token)
+        self._url = self._endpoint.url
 
     def version(self, deadline: Deadline) -> tuple[int, ...]:
         """The server's vLLM version; a server that does not tell is taken for the newest."""
@@ -250,7 +249,7 @@ class _Server:
         deadline.check(f"{method} {path}")
         content = None if body is None else msgspec.json.encode(body)
         try:
-            response = wire.request(method, self._url + path, self._headers, content, deadline)
+            response = wire.request(method, self._endpoint, path, content, deadline)
         except httpcore.TimeoutException:
             raise DeadlineExceeded(
                 f"{method} {path} took longer than {deadline.timeout_s:g} s", engine=self._url

@@ -36,9 +36,8 @@ class HttpEngineClient(EngineClient):
     kind = "http"
 
     def __init__(self, url: str, *, token: str | None = None) -> None:
-        endpoint = endpoint_of(url, token)
-        self.host, self.name = endpoint.host, endpoint.url
-        self._headers = {"Content-Type": "application/json", **endpoint.headers}
+        self._endpoint = endpoint_of(url, token)
+        self.host, self.name = self._endpoint.host, self._endpoint.url
 
     def world_size(self, deadline: Deadline) -> int:
         path = "/get_world_size?include_dp=true"
@@ -87,14 +86,14 @@ class HttpEngineClient(EngineClient):
         deadline.check(f"{method} {path}")
         content = None if body is None else msgspec.json.encode(body)
         try:
-            response = wire.request(method, self.name + path, self._headers, content, deadline)
+            response = wire.request(method, self._endpoint, path, content, deadline)
         except httpcore.TimeoutException as error:
             raise DeadlineExceeded(
                 f"{method} {path} took longer than {deadline.timeout_s:g} s", engine=self.name
             ) from error
         except httpcore.ConnectError as error:
             raise PeerLost(
-                f"{method} {path}: {quoted(str(error))}", reached=False, engine=self.name, hint="Is the server running?"
+                f"{method} {path}: {quoted(str(error))}", reached=False, engine=self.name, hint=wire.hint_of(error)
             ) from error
         except (httpcore.NetworkError, httpcore.ProtocolError) as error:
             raise AnswerLost(

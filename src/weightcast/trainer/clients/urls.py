@@ -10,30 +10,39 @@ from urllib.parse import SplitResult, unquote, urlsplit, urlunsplit
 from weightcast.errors import InvalidInput
 from weightcast.quoted import NAME_CHARACTERS, quoted
 from weightcast.secret import usable_token
+from weightcast.unix_urls import MAX_PATH_NBYTES, SCHEME, path_of_url, url_of_path
 
-SHAPE = "an engine is http://host:port"
+SHAPE = "an engine is http://host:port, or unix:///path of a socket"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Endpoint:
-    """Where a server is, and what its calls carry. ``url`` is the engine's name: no secret is in it."""
+    """Where a server is, and what its calls carry. ``url`` is the engine's name: no secret is in it.
+
+    Calls go to ``base``, over the unix socket at ``socket_path`` where there is one.
+    """
 
     url: str
     host: str
     headers: Mapping[str, str]
+    base: str
+    socket_path: str | None = None
 
     def __repr__(self) -> str:
         return f"Endpoint({self.url})"
 
 
 def endpoint_of(url: str, token: str | None = None) -> Endpoint:
-    """The endpoint that an engine's URL names; raises InvalidInput for anything but http(s)://[user:password@]host[:port][/path].
+    """The endpoint that an engine's URL names; raises InvalidInput for anything but http(s)://[user:password@]host[:port][/path]
+    and unix:///path.
 
     User and password are sent as HTTP Basic; weightcast's servers take the password for the token. With a token as well they are for
     a proxy in between, and the token goes in a header of its own. The URL is checked as a whole: a port out of range, a bracket left
     open and a label too long for DNS are told apart by nobody later, they only end calls in the middle with errors of other libraries.
     """
     token = usable_token(token)
+    if url.lower().startswith(f"{SCHEME}:"):
+        return _unix_endpoint(url, token)
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
@@ -43,12 +52,30 @@ def endpoint_of(url: str, token: str | None = None) -> Endpoint:
         ValueError
     ):  # also a UnicodeError of the codec; its text would quote what stands in the URL, a password for example
         raise InvalidInput(f"{SHAPE}, not {_shown(url)}", field="engines") from None
-    if not usable or host is None or not url.isascii() or any(sign.isspace() or not sign.isprintable() for sign in url):
+    if not usable or host is None or not _is_plain(url):
         raise InvalidInput(f"{SHAPE}, not {_shown(url)}", field="engines")
     _refuse_more(parts, url)
     netloc = parts.netloc.rpartition("@")[2]
     clean = urlunsplit((parts.scheme, netloc, parts.path.rstrip("/"), "", ""))
-    return Endpoint(url=clean, host=host, headers=_credentials(parts, token))
+    return Endpoint(url=clean, host=host, headers=_credentials(parts, token), base=clean)
+
+
+def _unix_endpoint(url: str, token: str | None) -> Endpoint:
+    """A server of this host: HTTP over a unix socket. The name is the URL that the server announces."""
+    path = path_of_url(url) if _is_plain(url) else None
+    if path is None:
+        raise InvalidInput(
+            f"{SHAPE}, not {_shown(url)}",
+            field="engines",
+            hint=f"The path is absolute, has at most {MAX_PATH_NBYTES} bytes, and signs that no URL has as %XX",
+        )
+    return Endpoint(
+        url=url_of_path(path), host="127.0.0.1", headers=_bearer(token), base="http://localhost", socket_path=path
+    )
+
+
+def _is_plain(url: str) -> bool:
+    return url.isascii() and not any(sign.isspace() or not sign.isprintable() for sign in url)
 
 
 def engine_name(engine: str) -> str:
@@ -68,10 +95,13 @@ def _refuse_more(parts: SplitResult, url: str) -> None:
         raise InvalidInput(f"{SHAPE}, without a query or fragment, not {_shown(url)}", field="engines")
 
 
+def _bearer(token: str | None) -> dict[str, str]:
+    return {} if token is None else {"Authorization": f"Bearer {token}"}
+
+
 def _credentials(parts: SplitResult, token: str | None) -> dict[str, str]:
-    bearer = {} if token is None else {"Authorization": f"Bearer {token}"}
     if parts.username is None and parts.password is None:
-        return bearer
+        return _bearer(token)
     pair = f"{unquote(parts.username or '')}:{unquote(parts.password or '')}"
     basic = {"Authorization": f"Basic {b64encode(pair.encode()).decode()}"}
     return basic if token is None else {**basic, "X-Weightcast-Token": token}

@@ -28,9 +28,8 @@ class VllmDevClient(RpcEngineClient):
     kind = "vllm-dev"
 
     def __init__(self, url: str) -> None:
-        endpoint = endpoint_of(url)
-        self.host, self.name = endpoint.host, endpoint.url
-        self._headers = {"Content-Type": "application/json", **endpoint.headers}
+        self._endpoint = endpoint_of(url)
+        self.host, self.name = self._endpoint.host, self._endpoint.url
 
     def world_size(self, deadline: Deadline) -> int:
         """All workers. Unsupported for several replicas: vLLM passes on the first one's answers only."""
@@ -82,17 +81,17 @@ class VllmDevClient(RpcEngineClient):
         may_be_absent: bool = False,
     ) -> dict[str, Any]:
         deadline.check(f"{method} {path}")
-        url = self.name + path + (f"?{urlencode(query)}" if query else "")
+        asked = path + (f"?{urlencode(query)}" if query else "")
         content = None if body is None else msgspec.json.encode(body)
         try:
-            response = wire.request(method, url, self._headers, content, deadline)
+            response = wire.request(method, self._endpoint, asked, content, deadline)
         except httpcore.TimeoutException:
             raise DeadlineExceeded(
                 f"{method} {path} took longer than {deadline.timeout_s:g} s", engine=self.name
             ) from None
         except httpcore.ConnectError as error:
             raise PeerLost(
-                f"{method} {path}: {quoted(str(error))}", reached=False, engine=self.name, hint="Is the server running?"
+                f"{method} {path}: {quoted(str(error))}", reached=False, engine=self.name, hint=wire.hint_of(error)
             ) from None
         except (httpcore.NetworkError, httpcore.ProtocolError) as error:
             raise AnswerLost(

@@ -14,29 +14,34 @@ import select
 import socket
 import ssl
 import threading
-from collections.abc import Callable, Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import httpcore
 import msgspec
 
 from weightcast.deadline import Deadline
+from weightcast.trainer.clients.urls import Endpoint
 
 T = TypeVar("T")
 STEP_S = 0.2
+TRY_S = 0.02
 ANSWER_NBYTES = 64 * 2**20
 """What is read of an answer; digests of 100,000 tensors take a tenth of it."""
 Address = tuple[Any, ...]
 
 
-def request(
-    method: str, url: str, headers: Mapping[str, str], content: bytes | None, deadline: Deadline
-) -> httpcore.Response:
-    """One request over a connection of its own. Raises what httpcore does: TimeoutException, NetworkError, ProtocolError, which
-    an answer of more than ANSWER_NBYTES is, too."""
+def request(method: str, endpoint: Endpoint, path: str, content: bytes | None, deadline: Deadline) -> httpcore.Response:
+    """One request, of JSON if of anything, over a connection of its own. Raises what httpcore does: TimeoutException, NetworkError,
+    ProtocolError, which an answer of more than ANSWER_NBYTES is, too."""
+    headers = [("Content-Type", "application/json"), *endpoint.headers.items()]
     with (
-        httpcore.ConnectionPool(network_backend=_Backend(deadline), max_keepalive_connections=0) as pool,
-        pool.stream(method, url, headers=list(headers.items()), content=content) as response,
+        httpcore.ConnectionPool(
+            network_backend=_Backend(deadline), max_keepalive_connections=0, uds=endpoint.socket_path
+        ) as pool,
+        pool.stream(method, endpoint.base + path, headers=headers, content=content) as response,
     ):
         body = bytearray()
         for chunk in response.iter_stream():
@@ -55,6 +60,19 @@ def json_object(content: bytes) -> dict[str, Any]:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
+
+
+class SocketUnusable(httpcore.ConnectError):
+    """No server is reached by a unix socket; ``hint`` says what to do about that."""
+
+    def __init__(self, message: str, hint: str) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+def hint_of(error: httpcore.ConnectError) -> str:
+    """What to do where no connection was made."""
+    return error.hint if isinstance(error, SocketUnusable) else "Is the server running?"
 
 
 class _Backend(httpcore.NetworkBackend):
@@ -78,6 +96,11 @@ class _Backend(httpcore.NetworkBackend):
             except httpcore.ConnectError as refused:
                 error = refused
         raise error or httpcore.ConnectError(f"{host} has no address")
+
+    def connect_unix_socket(
+        self, path: str, timeout: float | None = None, socket_options: Iterable[Any] | None = None
+    ) -> httpcore.NetworkStream:
+        return _Stream(_connected_unix(path, self._deadline), self._deadline)
 
 
 def _resolved(host: str, port: int, deadline: Deadline) -> list[tuple[socket.AddressFamily, Address]]:
@@ -140,6 +163,35 @@ def _connected(family: socket.AddressFamily, address: Address, deadline: Deadlin
         connection.close()
         raise
     return connection
+
+
+def _connected_unix(path: str, deadline: Deadline) -> socket.socket:
+    """A connected unix socket. The kernel tells nobody when a full queue of connections has room again, so it is tried."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        connection.setblocking(False)
+        while (code := connection.connect_ex(path)) == errno.EAGAIN:
+            time.sleep(min(TRY_S, _step_s(deadline, httpcore.ConnectTimeout)))
+        if code:
+            raise _unusable(path, code)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _unusable(path: str, code: int) -> SocketUnusable:
+    """Why a connection over a unix socket was refused."""
+    if code in (errno.EACCES, errno.EPERM):
+        return SocketUnusable(
+            f"no permission to use {path}", "The permissions of the socket and its folders decide who calls its server"
+        )
+    running = "Is the server running?"
+    if code == errno.ECONNREFUSED and not Path(path).is_socket():
+        return SocketUnusable(f"{path} is no socket", "Give the path that the server announced")
+    if code == errno.ECONNREFUSED:
+        return SocketUnusable(f"nobody listens on {path}", running)
+    return SocketUnusable(f"{path}: {os.strerror(code)}", running)
 
 
 def _step_s(deadline: Deadline, error: type[httpcore.TimeoutException]) -> float:
