@@ -38,6 +38,10 @@ class TensorSpec(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if not self.name:
             raise InvalidInput("a tensor needs a name", field="name")
+        try:
+            self.name.encode()
+        except UnicodeEncodeError:
+            raise InvalidInput(f"the name {self.name!r} cannot be written as UTF-8", field="name") from None
         dtype_of(self.dtype)
         if any(size < 0 for size in self.shape):
             raise InvalidInput(f"{self.name}: negative size in shape {self.shape}", field="shape")

@@ -7,7 +7,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -144,6 +144,12 @@ def test_an_error_comes_over_http_as_it_was_raised(server: Answer) -> None:
     plain = HttpEngineClient(server({"error": {"message": "no room", "type": "ShadowError", "detail": 5}}, 424))
     with pytest.raises(ShadowError, match="no room"):
         plain.rollback(1, 1, Deadline(5))
+    # Routes that change no weights have the text alone, which ends with the hint.
+    text = json.loads(bytes(error_response(ShadowError("no room", hint="Buy memory")).body))
+    asked = HttpEngineClient(server(text, 500))
+    with pytest.raises(ShadowError) as caught:
+        asked.checksums(Deadline(5))
+    assert str(caught.value) == f"no room. Buy memory [engine {asked.name}]"
 
 
 def test_a_traceback_is_for_those_who_showed_the_token() -> None:
@@ -219,9 +225,10 @@ def test_an_answer_that_stays_lost_is_told_as_that_when_time_runs_out() -> None:
     attempt: Any = object.__new__(Round)
     attempt._epoch, attempt._round, attempt._proof = 1, 1, SimpleNamespace(version="1-ab")
     attempt._pause, attempt._clear_cache, attempt._deadline = "keep", True, Deadline(5)
-    engine: Any = SimpleNamespace(client=SimpleNamespace(commit=commit), name="a", lost=lambda: None)
+    client: Any = SimpleNamespace(commit=commit, name="a")
+    engine = EngineLink(client)
     with pytest.raises(AnswerLost, match="the connection broke") as caught:
-        attempt._order(engine, SimpleNamespace(may_be_committed=True))
+        attempt._order(engine, cast(Any, SimpleNamespace(may_be_committed=True)))
     assert isinstance(caught.value, PeerLost)
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import gc
+import re
 import socket
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from weightcast import Publisher
-from weightcast.errors import InvalidInput, Unsupported
+from weightcast.errors import InvalidInput, StateError, Unsupported
 from weightcast.testing.local_engine import DictModel, LocalEngine
 from weightcast.trainer.addresses import address_towards
 from weightcast.trainer.sources import SafetensorsSource, StateDictSource, make_source
@@ -71,3 +74,50 @@ def test_engines_on_hosts_without_ipv4_are_refused_by_name(
             address_towards({"six.invalid"})
     else:
         assert address_towards({"six.invalid"}) == "127.0.0.1"
+
+
+@pytest.mark.parametrize("value", [3, None, [1.0], WEIGHTS["w"].numpy()], ids=["int", "none", "list", "numpy"])
+def test_a_mapping_with_what_is_no_tensor_is_refused_by_name(value: object) -> None:
+    with pytest.raises(InvalidInput, match=f"'w' is no torch tensor, but of type {type(value).__name__}") as caught:
+        make_source({"a": WEIGHTS["w"], "w": value})  # type: ignore[dict-item]
+    assert caught.value.field == "source"
+
+
+def test_a_lazy_module_that_never_ran_is_refused_by_name() -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.LazyLinear(4))
+    with pytest.raises(Unsupported, match=r"'1\.weight' belongs to a lazy module.*Run the module once"):
+        make_source(module)
+    module(torch.randn(5, 2))
+    assert make_source(module).manifest["1.weight"].shape == (4, 3)
+
+
+def test_a_name_that_cannot_be_written_is_refused_before_an_engine_is_asked() -> None:
+    with pytest.raises(InvalidInput, match="cannot be written as UTF-8"):
+        make_source({"w\ud800": WEIGHTS["w"]})
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda value: value.tolist(), "of type list"),
+        (lambda value: value.to("meta"), "without values (on the meta device)"),
+        (lambda value: value.to_sparse(), "in the layout torch.sparse_coo"),
+    ],
+    ids=["list", "meta", "sparse"],
+)
+def test_a_mapping_whose_tensor_became_something_else_is_a_named_error_and_heals(
+    change: Callable[[torch.Tensor], Any], told: str
+) -> None:
+    tensors: dict[str, Any] = {"w": torch.randn(4, 5), "a": torch.empty(0), "z": torch.randn(3)}
+    engine = LocalEngine("local", [DictModel(tensors)])
+    with Publisher(tensors, [engine], timeout_s=20) as publisher:
+        publisher.publish()
+        kept = {name: value.clone() for name, value in tensors.items()}
+        tensors["w"] = change(tensors["w"])
+        with pytest.raises(StateError, match="'w' was .* at connect.* and is .*" + re.escape(told)):
+            publisher.publish()
+        assert engine.models[0].holds(kept)
+        tensors |= {"w": torch.randn(4, 5), "a": torch.empty(0)}
+        publisher.publish()
+        assert engine.models[0].holds(tensors)
+    engine.stop()

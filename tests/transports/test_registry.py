@@ -102,10 +102,20 @@ def test_a_wish_is_honoured_or_refused_by_name() -> None:
     found = TransportRegistry()
     transport, why = found.choose(_facts(), _facts(), "tcp")
     assert (transport.name, why) == ("tcp", "tcp (asked for)")
-    with pytest.raises(Unsupported, match="'shm' was asked for and cannot be used: other host"):
+    with pytest.raises(Unsupported, match=r"'shm' was asked for and cannot be used: other host.*transport=\"auto\""):
         found.choose(_facts(), _facts(host="i"), "shm")
     with pytest.raises(Unsupported, match="no transport 'pigeon'"):
         found.choose(_facts(), _facts(), "pigeon")
+
+
+class _Unusable(_Picky):
+    def __init__(self) -> None:
+        raise Unsupported("needs a unicorn", hint="Find one")
+
+
+def test_why_a_transport_cannot_be_had_is_told_in_its_own_words() -> None:
+    found = _with_entry_points(tcp="weightcast.transports.tcp:TcpTransport", horn=f"{__name__}:_Unusable")
+    assert found.failure("horn") == "needs a unicorn"
 
 
 def test_no_common_transport_says_why_for_each() -> None:

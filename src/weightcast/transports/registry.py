@@ -7,7 +7,7 @@ from functools import cache
 from importlib.metadata import EntryPoint
 from types import MappingProxyType
 
-from weightcast.errors import InvalidInput, Unsupported
+from weightcast.errors import InvalidInput, Unsupported, WeightcastError
 from weightcast.plugins import entry_points_of, refusal
 from weightcast.transports.base import Facts, Transport
 
@@ -76,7 +76,7 @@ class TransportRegistry:
             if reason is not None:
                 raise Unsupported(
                     f"transport {wanted!r} was asked for and cannot be used: {reason}",
-                    hint=_between(trainer, worker)[1],
+                    hint=_between(trainer, worker)[1] or 'transport="auto" takes one that can be used',
                 )
             return transport, f"{wanted} (asked for)"
         passed_over: list[str] = []
@@ -114,7 +114,8 @@ class TransportRegistry:
         try:
             transport = point.load()()
         except Exception as error:  # noqa: BLE001
-            self._failures[name] = f"{type(error).__name__}: {error}"
+            told = error.message if isinstance(error, WeightcastError) else f"{type(error).__name__}: {error}"
+            self._failures[name] = told
             return
         if not isinstance(transport, Transport):
             self._failures[name] = f"{point.value} is not a Transport"

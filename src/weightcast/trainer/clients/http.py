@@ -107,7 +107,7 @@ class HttpEngineClient(EngineClient):
     def _error(self, method: str, path: str, response: httpcore.Response) -> WeightcastError:
         error = wire.json_object(response.content).get("error")
         if isinstance(error, dict) and isinstance(error.get("message"), str):
-            return _form(error).error(engine=self.name)
+            return _raised(error, self.name)
         return self._no_engine(
             f"{method} {path} answered {response.status}", _NO_ROUTES if response.status == 404 else None
         )
@@ -116,9 +116,13 @@ class HttpEngineClient(EngineClient):
         return EngineError(message, engine=self.name, hint=hint)
 
 
-def _form(error: dict[str, Any]) -> ErrorForm:
-    """The error's form; servers that are not weightcast's own give one text and a class."""
+def _raised(error: dict[str, Any], engine: str) -> WeightcastError:
+    """The error that a server tells of. Where that is one text and a class, a text of weightcast's own ends with its hint already."""
     try:
-        return msgspec.convert(error["detail"], known(ErrorForm))
+        return msgspec.convert(error["detail"], known(ErrorForm)).error(engine=engine)
     except (KeyError, msgspec.ValidationError):
-        return ErrorForm(kind=str(error.get("type")), message=error["message"])
+        form = ErrorForm(kind=str(error.get("type")), message=error["message"])
+    told = form.error(engine=engine)
+    if type(told).__name__ == form.kind:
+        told.hint = None
+    return told

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch.nn.parameter import is_lazy
 
-from weightcast.errors import Unsupported
+from weightcast.errors import InvalidInput, Unsupported
 
 ZERO_HINT = (
     "On every rank publish a mapping with process_group=; its __getitem__ gathers the parameter that it is asked for:\n"
@@ -21,9 +22,20 @@ META_HINT = (
 
 
 def refuse_absent(tensors: Mapping[str, torch.Tensor]) -> None:
-    """Raise Unsupported naming the first tensor whose values are not here, and how to have them."""
+    """Raise Unsupported naming the first tensor whose values are not here, and how to have them; InvalidInput for what is no tensor."""
     for name, value in tensors.items():
         given: Any = value
+        if not isinstance(given, torch.Tensor):
+            raise InvalidInput(
+                f"{name!r} is no torch tensor, but of type {type(given).__name__}",
+                field="source",
+                hint="Give tensors only; torch.from_numpy() makes one of an array without a copy",
+            )
+        if is_lazy(given):
+            raise Unsupported(
+                f"{name!r} belongs to a lazy module and has neither shape nor values yet",
+                hint="Run the module once before it is published",
+            )
         if hasattr(given, "ds_shape"):
             raise Unsupported(
                 f"{name!r} is a ZeRO-3 parameter: its values of shape {tuple(given.ds_shape)} are spread over ranks by DeepSpeed",

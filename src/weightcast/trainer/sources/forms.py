@@ -45,11 +45,20 @@ class Forms:
         if NoneType in map(type, values):
             self._name_the_change(values)
         local = self._locals(values)
-        if self._identities(values, local) != self._seen:
-            if self._properties(values, local) != self._bulk:
+        now = self._present(values, local)
+        if now != self._seen:
+            if _are_placed(now) != _are_placed(self._seen) or self._properties(values, local) != self._bulk:
                 self._name_the_change(values)
-            self._seen = self._identities(values, local)
+            self._seen = now
         return local
+
+    def _present(self, values: list[Any], local: list[torch.Tensor]) -> tuple[list[int], ...]:
+        """The identities; StateError names what is no dense tensor any more."""
+        try:
+            return self._identities(values, local)
+        except (TypeError, RuntimeError):
+            self._name_the_change(values)
+            raise
 
     def _locals(self, values: list[Any]) -> list[torch.Tensor]:
         kinds = list(map(type, values))
@@ -87,9 +96,20 @@ class Forms:
                 raise StateError(f"{name!r} was {before} at connect() and is {now}", hint=AGAIN_HINT)
 
 
-def _form(value: torch.Tensor) -> str:
+def _are_placed(identities: tuple[list[int], ...]) -> list[bool]:
+    """Which tensors have an address: none without elements has one, nor on the meta device."""
+    return list(map(bool, identities[1]))
+
+
+def _form(value: object) -> str:
     """For the one message: what may not change between rounds."""
+    if not isinstance(value, torch.Tensor):
+        return f"of type {type(value).__name__}"
     text = f"{name_of(value.dtype)} {tuple(value.shape)}"
+    if value.is_meta:
+        return f"{text} without values (on the meta device)"
+    if value.layout is not torch.strided:
+        return f"{text} in the layout {value.layout}"
     if not is_distributed(value):
         return text
     return f"{text} with {tuple(shard_of(value).shape)} here by {tuple(_placements(value))}"

@@ -148,12 +148,13 @@ class ModuleSource(Source):
         self._note_places()
 
     def _move(self, arena: torch.Tensor, starts: list[int], *, references: int) -> None:
+        known = set(self._tenants.staying)
         self._tenants.move_into(arena, starts, references=references)
-        if self._tenants.staying:
+        if news := [number for number in self._tenants.staying if number not in known]:
             logger.warning(
-                "%s stay where they are and are copied in each round: something beside the module refers to their memory, such as "
-                "a state dict that is kept",
-                named(self._names_in(self._tenants.staying)),
+                "not moved, but copied in each round: %s. Something beside the module refers to their memory, such as a state dict "
+                "that is kept or a loss whose backward() is to come",
+                named(self._names_in(news)),
             )
 
     def close(self) -> None:
