@@ -165,6 +165,14 @@ async def test_without_a_token_this_machine_is_answered(
     assert await engine.is_paused()
 
 
+async def test_who_gives_no_token_hears_where_one_is_given(engine: ScriptedEngine) -> None:
+    async with client_for(engine, ServerConfig(token=secrets.token_urlsafe(16))) as http:
+        text = (await http.post("/weightcast/init")).text
+    assert all(
+        way in text for way in ("Authorization: Bearer", "Publisher(token=...)", "--token-file", "WEIGHTCAST_TOKEN")
+    )
+
+
 async def test_api_key(engine: ScriptedEngine) -> None:
     async with client_for(engine, ServerConfig(api_key="k3y", token="t0ken")) as http:
         for path in ("/v1/completions", "/v1/chat/completions"):

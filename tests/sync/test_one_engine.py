@@ -69,6 +69,13 @@ def test_one_server_under_two_names(path: Path, takeover: bool) -> None:
             assert torch.equal(live.detach(), weights["model.norm.weight"].to(live.dtype))
 
 
+def test_one_url_that_is_not_in_a_list(path: Path) -> None:
+    with pytest.raises(InvalidInput, match="engines is a list, not one URL") as caught:
+        Publisher(random_state_dict(path), "http://user:password@127.0.0.1:8000", timeout_s=30)
+    assert caught.value.field == "engines"
+    assert "password" not in str(caught.value)
+
+
 def test_one_object_twice(path: Path) -> None:
     weights = random_state_dict(path)
     llm = LLM(path)

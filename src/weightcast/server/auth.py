@@ -63,6 +63,9 @@ class TokenAuth:
     def __init__(self, token: str | None, *, what: str = "token") -> None:
         self._token = usable_token(token)
         self._what = what
+        self._hint = "Send 'Authorization: Bearer ...'"
+        if what == "token":
+            self._hint += ": Publisher(token=...), or --token-file or WEIGHTCAST_TOKEN of a command"
 
     def check(self, request: HTTPConnection) -> None:
         """Return if the caller may go on; AuthError otherwise, which does not say how close a wrong token was."""
@@ -72,7 +75,7 @@ class TokenAuth:
             return
         given = presented_token(request)
         if given is None:
-            raise AuthError(f"this route needs the {self._what}", hint="Send 'Authorization: Bearer ...'")
+            raise AuthError(f"this route needs the {self._what}", hint=self._hint)
         if not same_secret(given, self._token):
             raise AuthError(f"wrong {self._what}")
 

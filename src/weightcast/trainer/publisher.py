@@ -105,6 +105,7 @@ class Publisher:
         group = None if chosen is None else Group(chosen)
         deadline = Deadline(timeout_s)
         try:
+            _check_engines(engines)
             _check_choices(pause, mode, shadows, require)
             patterns = check_patterns(unused)
             token = usable_token(token)
@@ -309,6 +310,12 @@ class Publisher:
         if isinstance(self._part, Follower):
             raise StateError(f"this rank knows no {what}", hint="Ask trainer rank 0")
         return self._part
+
+
+def _check_engines(engines: object) -> None:
+    # A text is a sequence, too: of letters.
+    if isinstance(engines, str):
+        raise InvalidInput("engines is a list, not one URL", field="engines", hint="Give [url]")
 
 
 def _check_choices(pause: str, mode: str, shadows: int, require: str) -> None:
