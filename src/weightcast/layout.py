@@ -15,7 +15,7 @@ from weightcast import geometry as geo
 from weightcast.dtypes import dtype_of, itemsize_of
 from weightcast.errors import InvalidInput
 from weightcast.geometry import contiguous_strides as contiguous_strides
-from weightcast.manifest import ALIGNMENT, Manifest, TensorSpec, align
+from weightcast.manifest import ALIGNMENT, MAX_DIMS, Manifest, TensorSpec, align
 
 PLACEMENTS_A_TENSOR = 256
 """Placements in one layout for each tensor of the manifest, on average: loaders cut a tensor into a few dozen at most."""
@@ -33,6 +33,8 @@ class Region(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if len(self.offsets) != len(self.sizes):
             raise InvalidInput(f"region of {self.name}: {len(self.offsets)} offsets, {len(self.sizes)} sizes")
+        if len(self.sizes) > MAX_DIMS:
+            raise InvalidInput(f"region of {self.name}: {len(self.sizes)} dimensions, more than {MAX_DIMS}")
         if any(value < 0 for value in self.offsets + self.sizes):
             raise InvalidInput(f"region of {self.name}: negative offsets {self.offsets} or sizes {self.sizes}")
 

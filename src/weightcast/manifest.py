@@ -19,6 +19,8 @@ import msgspec
 from weightcast.dtypes import dtype_of, itemsize_of
 from weightcast.errors import InvalidInput
 
+MAX_DIMS = 64
+"""Dimensions that a tensor can have, as in torch. The product of a million sizes takes minutes, and no other thread runs meanwhile."""
 ALIGNMENT = 256
 """Bytes; every tensor of an image, an arena or a bucket starts at a multiple of it."""
 
@@ -43,6 +45,8 @@ class TensorSpec(msgspec.Struct, frozen=True, kw_only=True):
         except UnicodeEncodeError:
             raise InvalidInput(f"the name {self.name!r} cannot be written as UTF-8", field="name") from None
         dtype_of(self.dtype)
+        if len(self.shape) > MAX_DIMS:
+            raise InvalidInput(f"{self.name}: {len(self.shape)} dimensions, more than {MAX_DIMS}", field="shape")
         if any(size < 0 for size in self.shape):
             raise InvalidInput(f"{self.name}: negative size in shape {self.shape}", field="shape")
 

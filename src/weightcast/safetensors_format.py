@@ -18,6 +18,7 @@ import msgspec
 from weightcast.dtypes import itemsize_of
 from weightcast.errors import InvalidInput
 from weightcast.known import known
+from weightcast.manifest import MAX_DIMS
 from weightcast.quoted import quoted
 
 MAX_HEADER_NBYTES = 64 * 2**20
@@ -113,6 +114,8 @@ def _checked(entries: Mapping[str, _Entry], path: str, start: int, nbytes: int) 
         if entry.dtype not in DTYPES:
             raise _bad(path, f"tensor {shown} has the unknown type {quoted(entry.dtype)}")
         dtype = DTYPES[entry.dtype]
+        if len(entry.shape) > MAX_DIMS:
+            raise _bad(path, f"tensor {shown} has {len(entry.shape)} dimensions, more than {MAX_DIMS}")
         if any(size < 0 for size in entry.shape) or end - begin != math.prod(entry.shape) * itemsize_of(dtype):
             raise _bad(path, f"tensor {shown} has {end - begin} bytes, which its shape and type do not need")
         if begin != at:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import resource
 import socket
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 
 import pytest
 
 from weightcast.control import ControlLink, Coordinator, JoinInfo
 from weightcast.control.coordinator import FRAME_NBYTES, MOST_MESSAGES, Member
-from weightcast.control.pieces import PIECE_NBYTES
+from weightcast.control.pieces import PIECE_NBYTES, Joiner
 from weightcast.deadline import Deadline
 from weightcast.errors import PeerLost
 from weightcast.facts import Facts
@@ -47,15 +49,19 @@ def join(coordinator: Coordinator) -> Iterator[Callable[..., tuple[ControlLink, 
             engine="e",
         )
         links.append(ControlLink(info, lambda message: None, lambda reason: None))
-        facts = Facts(host="h", pid=os.getpid(), device="cpu")
-        about = {"version": "default", "digest": "", "dirty": False, "highest": 0}
-        links[-1].send(Hello(ticket=secret, engine="e", rank=0, world_size=1, facts=facts, **about))  # type: ignore[arg-type]
+        links[-1].send(_hello(secret))
         (member,) = coordinator.wait_members("e", 1, Deadline(10))
         return links[-1], member
 
     yield join
     for link in links:
         link.close()
+
+
+def _hello(ticket: str) -> Hello:
+    facts = Facts(host="h", pid=os.getpid(), device="cpu")
+    about = {"version": "default", "digest": "", "dirty": False, "highest": 0}
+    return Hello(ticket=ticket, engine="e", rank=0, world_size=1, facts=facts, **about)  # type: ignore[arg-type]
 
 
 def landings(nbytes: int) -> Landings:
@@ -170,3 +176,46 @@ def test_failed_messages_of_a_lost_member_are_not_heard(
     time.sleep(0.2)
     assert member.inbox == []
     assert troubles == []
+
+
+def test_a_frame_in_tiny_pieces_takes_the_memory_of_the_frame() -> None:
+    frame = os.urandom(2**17)
+    joiner = Joiner()
+    tracemalloc.start()
+    try:
+        assert joiner.add(b"\x01" + len(frame).to_bytes(8, "big") + frame[:2], len(frame)) is None
+        for start in range(2, len(frame) - 2, 2):
+            assert joiner.add(b"\x01" + frame[start : start + 2], len(frame)) is None
+        kept, _ = tracemalloc.get_traced_memory()
+        assert joiner.add(b"\x00" + frame[-2:], len(frame)) == frame
+    finally:
+        tracemalloc.stop()
+    assert kept < 2 * len(frame)
+
+
+def test_peers_that_talk_nonsense_fill_no_log(
+    coordinator: Coordinator, join: Callable[..., tuple[ControlLink, Member]], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "weightcast.control")
+    link, _ = join()
+    stranger = ControlLink(
+        JoinInfo(
+            address=f"tcp://127.0.0.1:{coordinator.port}", public_key=coordinator.public_key, ticket="t", engine="e"
+        ),
+        lambda message: None,
+        lambda reason: None,
+    )
+    for _ in range(50):
+        link._pump.send(b"\x00nonsense")
+        stranger._pump.send(b"\x00nonsense")
+        stranger.send(_hello("no ticket"))
+        stranger.send(landings(1))
+    link.send(landings(1))  # what comes behind all that is taken
+    (member,) = coordinator.members("e")
+    coordinator.take(member, Landings, Deadline(10), phase="test")
+    limit = Deadline(10)
+    while "was not admitted" not in caplog.text or "refused a worker" not in caplog.text:
+        limit.check("hearing the stranger")
+        time.sleep(0.01)
+    stranger.close()
+    assert 3 <= len([record for record in caplog.records if record.levelno >= logging.WARNING]) < 10

@@ -343,3 +343,12 @@ def test_planning_stops_where_it_is_told_to() -> None:
     layout = image_layout(manifest)
     with pytest.raises(DeadlineExceeded, match="planning"):
         compile_plan(manifest, {0: layout}, layout, check=lambda: Deadline(1e-9).check("planning"))
+
+
+def test_a_million_dimensions_are_refused_before_they_are_multiplied() -> None:
+    many = (2**62,) * 1_000_000
+    with pytest.raises(InvalidInput, match="1000000 dimensions, more than 64"):
+        TensorSpec(name="w", dtype="float32", shape=many)
+    with pytest.raises(InvalidInput, match="1000000 dimensions, more than 64"):
+        Region(name="w", offsets=many, sizes=many)
+    assert TensorSpec(name="w", dtype="float32", shape=(2,) * 62).numel == 2**62

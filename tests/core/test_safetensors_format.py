@@ -35,6 +35,15 @@ def written(path: Path, header: object, data: bytes) -> Path:
     return path
 
 
+def test_a_shape_with_more_dimensions_than_a_tensor_can_have_is_not_multiplied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(safetensors_format.math, "prod", lambda sizes: pytest.fail("multiplied"))
+    path = written(tmp_path / "x", {"a": entry(0, 4, [2**63 - 1] * 1000)}, bytes(4))
+    with pytest.raises(InvalidInput, match="tensor a has 1000 dimensions, more than 64"):
+        header_of(path)
+
+
 def entry(begin: int, end: int, shape: list[int], dtype: str = "U8") -> dict[str, object]:
     return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
 

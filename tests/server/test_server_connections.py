@@ -18,10 +18,10 @@ import pytest
 import uvicorn
 from serve_process import serving
 
+from weightcast.seldom import SeldomFilter
 from weightcast.server import ServerConfig, create_app
 from weightcast.server.connections import Connections, Limits
 from weightcast.server.run import bind, server_config, url_of
-from weightcast.server.seldom import SeldomFilter
 from weightcast.testing.models import build_tiny_model
 from weightcast.testing.scripted_engine import ScriptedEngine
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from msgspec.structs import replace
@@ -28,7 +29,7 @@ from weightcast.testing.ranks import Peer
 from weightcast.testing.transport_cases import CASES, TransportCase, bulk_case
 from weightcast.testing.transport_sides import TrainerSide, WorkerSide, census
 from weightcast.testing.transport_suite import TransportSuite
-from weightcast.transports import shm
+from weightcast.transports import files, shm
 from weightcast.transports.base import WorkerEnd
 from weightcast.transports.files import CHECKPOINT_ROOT, FileRef, OpenFile, file_ref
 from weightcast.transports.shm import ShmTransport
@@ -391,6 +392,30 @@ def test_files_outside_of_what_the_operator_allowed_are_not_opened(
     assert census()["descriptors"] == before["descriptors"]
     monkeypatch.setenv(CHECKPOINT_ROOT, str(private.parent))
     OpenFile(_ref(path)).close()
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_the_refusal_of_a_path_outside_does_not_tell_what_is_there(
+    allowed: bool, root: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not allowed:
+        monkeypatch.delenv(CHECKPOINT_ROOT)
+    private = tmp_path_factory.mktemp("private")
+    (private / "is there").write_bytes(os.urandom(64))
+    (private / "folder").mkdir()
+    os.mkfifo(private / "pipe")
+    monkeypatch.setattr(files, "open_regular", lambda path: pytest.fail(f"{path} was opened"))
+    said = set()
+    for name in ("is there", "is not there", "folder", "pipe", "is there/below"):
+        with pytest.raises(Unsupported, match="opens no files in") as caught:
+            OpenFile(msgspec.structs.replace(_ref(root), path=str(private / name)))
+        said.add(str(caught.value).replace("is there/below", "").replace("/is there", ""))
+    assert len(said) == 1
+
+
+def test_a_path_that_the_system_cannot_be_asked_for_is_refused_by_name(root: Path) -> None:
+    with pytest.raises(Unsupported, match="is no absolute path"):
+        OpenFile(msgspec.structs.replace(_ref(root), path=f"{root}/a\0b"))
 
 
 def test_files_are_recognised_through_links_and_without_a_suffix(root: Path) -> None:

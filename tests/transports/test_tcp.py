@@ -23,7 +23,7 @@ from weightcast.testing.transport_sides import TrainerSide, WorkerSide
 from weightcast.testing.transport_suite import TransportSuite
 from weightcast.transports.connection import Connection
 from weightcast.transports.guard import EndGuard
-from weightcast.transports.rendezvous import MOST_CALLERS, Listener
+from weightcast.transports.rendezvous import MOST_CALLERS, Listener, dial
 from weightcast.transports.tcp import TcpOffer, TcpTransport
 from weightcast.transports.tls import TlsTransport, own_identity
 
@@ -134,6 +134,12 @@ def test_a_listener_that_does_not_know_the_secret_is_refused_by_the_worker() -> 
                 with pytest.raises(TransportError, match="does not know the pair's secret"):
                     connected.result(20)
         worker.close()
+
+
+@pytest.mark.parametrize("address", ["a..b", "x" * 300, "a\0b", "nowhere.invalid", ""])
+def test_an_address_that_is_none_is_a_named_error(address: str) -> None:
+    with pytest.raises(TransportError, match="cannot resolve the trainer's address"):
+        dial(address, 1, bytes(32), Deadline(10), EndGuard("an end"))
 
 
 def test_an_answer_that_was_heard_once_lets_nobody_in_again() -> None:

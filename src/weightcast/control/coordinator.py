@@ -37,6 +37,7 @@ from weightcast.messages import (
     encode,
 )
 from weightcast.secret import same_secret
+from weightcast.seldom import Seldom
 
 logger = logging.getLogger(__name__)
 
@@ -132,6 +133,7 @@ class Coordinator:
             self._context, socket, self._frames, self._tick, "weightcast-coordinator", on_unsent=self._unsent
         )
         self._closed = False
+        self._seldom = Seldom(logger)
         self._pump.start()
 
     # -- admission
@@ -302,7 +304,7 @@ class Coordinator:
             frame = Joiner().add(piece, PIECE_NBYTES) if member is None else member.hear(piece)
             message = None if frame is None else decode(frame)
         except ProtocolError as error:
-            logger.warning("control channel: dropped a frame from a peer: %s", error)
+            self._seldom.warn("control channel: dropped a frame from a peer", about=str(error))
             if member is not None and isinstance(error, TooLong):
                 self._lose(member, f"it sent {error.message}")
             return
@@ -340,13 +342,16 @@ class Coordinator:
     def _first(self, identity: bytes, message: AnyMessage) -> None:
         if not isinstance(message, Hello):
             if not isinstance(message, Heartbeat | Bye):
-                logger.warning("control channel: %s from a peer that was not admitted", type(message).__name__)
+                self._seldom.warn(
+                    "control channel: a message from a peer that was not admitted", about=type(message).__name__
+                )
             return
         with self._changed:
             try:
                 member = self._admit(identity, message)
             except AuthError as error:
-                logger.warning("control channel: refused engine %r rank %d: %s", message.engine, message.rank, error)
+                who = f"engine {message.engine!r} rank {message.rank}"
+                self._seldom.warn("control channel: refused a worker", about=f"{who}: {error}")
                 self._send(identity, Refused(error=ErrorForm.of(error)))
                 return
             self._members[identity] = member

@@ -15,6 +15,7 @@ from weightcast.control.pieces import Joiner, TooLong, cut
 from weightcast.control.pump import Pump, prepare
 from weightcast.errors import InvalidInput, ProtocolError
 from weightcast.messages import MAX_FRAME_NBYTES, AnyMessage, Bye, Heartbeat, Message, Welcome, decode, encode
+from weightcast.seldom import Seldom
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +72,7 @@ class ControlLink:
         self._last_heard = self._last_sent = time.monotonic()
         self._ended = False
         self._joiner = Joiner()
+        self._seldom = Seldom(logger)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         socket = self._context.socket(zmq.DEALER)
         prepare(socket)
@@ -115,7 +117,7 @@ class ControlLink:
                 return
             message = decode(frame)
         except ProtocolError as error:
-            logger.warning("control channel: dropped a frame from the trainer: %s", error)
+            self._seldom.warn("control channel: dropped a frame from the trainer", about=str(error))
             if isinstance(error, TooLong):
                 self._lose(f"the trainer sent {error.message}")
             return

@@ -19,6 +19,7 @@ from starlette.applications import Starlette
 
 from weightcast.engines.base import InferenceEngine
 from weightcast.errors import InvalidInput, WeightcastError
+from weightcast.seldom import SeldomFilter
 from weightcast.server.connections import (
     ACCEPTED_AT_ONCE,
     LISTEN_BACKLOG,
@@ -29,7 +30,6 @@ from weightcast.server.connections import (
     RequestRoom,
     affordable,
 )
-from weightcast.server.seldom import SeldomFilter
 from weightcast.unix_urls import url_of_path
 from weightcast.written import write_whole
 

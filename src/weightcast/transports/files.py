@@ -86,12 +86,17 @@ class OpenFile:
 
     def __init__(self, ref: FileRef) -> None:
         self.ref = ref
-        if not os.path.isabs(ref.path):
-            raise Unsupported(f"{ref.path} is no absolute path")
-        self.descriptor = _open(os.path.realpath(ref.path))
+        if not os.path.isabs(ref.path) or "\0" in ref.path:
+            raise Unsupported(f"{ref.path!r} is no absolute path")
+        path = os.path.realpath(ref.path)
+        self._check_place(
+            path
+        )  # before it is opened: an error of the system's would tell what lies outside of the roots
+        self.descriptor = _open(path)
         self._close = weakref.finalize(self, os.close, self.descriptor)
         try:
-            self._check_place()
+            # Asked of what is open: the path may have become a link since it was looked up.
+            self._check_place(os.readlink(f"/proc/self/fd/{self.descriptor}"))
             self.check()
             self._header = read_header(self.descriptor, ref.path)
         except InvalidInput as error:
@@ -101,10 +106,8 @@ class OpenFile:
             self.close()
             raise
 
-    def _check_place(self) -> None:
-        # Asked of what is open: the path may have become a link since it was looked up.
-        opened = os.readlink(f"/proc/self/fd/{self.descriptor}")
-        if outside([os.path.dirname(opened)], checkpoint_roots()) is not None:
+    def _check_place(self, path: str) -> None:
+        if outside([os.path.dirname(path)], checkpoint_roots()) is not None:
             raise Unsupported(
                 f"this engine opens no files in {os.path.dirname(self.ref.path)}",
                 hint=f"Start it with {CHECKPOINT_ROOT} (weightcast serve --checkpoint-root) set to a folder above",

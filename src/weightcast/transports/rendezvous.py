@@ -185,7 +185,7 @@ def _open(address: str, port: int) -> socket.socket:
     try:
         family, kind, protocol, _, target = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
         opened = socket.socket(family, kind, protocol)
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:  # UnicodeError: a name that no resolver could be asked for
         raise TransportError(f"cannot resolve the trainer's address {address}:{port}: {error}") from None
     opened.setblocking(False)
     code = opened.connect_ex(target)
