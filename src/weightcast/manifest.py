@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 
 import msgspec
@@ -23,6 +23,11 @@ MAX_DIMS = 64
 """Dimensions that a tensor can have, as in torch. The product of a million sizes takes minutes, and no other thread runs meanwhile."""
 ALIGNMENT = 256
 """Bytes; every tensor of an image, an arena or a bucket starts at a multiple of it."""
+
+
+def is_countable(shape: Sequence[int]) -> bool:
+    """Whether sizes are none below zero, and strides over them are numbers of 64 bits, also where a tensor has no elements."""
+    return all(size >= 0 for size in shape) and math.prod(max(size, 1) for size in shape) < 2**63
 
 
 def align(nbytes: int) -> int:
@@ -47,8 +52,8 @@ class TensorSpec(msgspec.Struct, frozen=True, kw_only=True):
         dtype_of(self.dtype)
         if len(self.shape) > MAX_DIMS:
             raise InvalidInput(f"{self.name}: {len(self.shape)} dimensions, more than {MAX_DIMS}", field="shape")
-        if any(size < 0 for size in self.shape):
-            raise InvalidInput(f"{self.name}: negative size in shape {self.shape}", field="shape")
+        if not is_countable(self.shape):
+            raise InvalidInput(f"{self.name}: negative or too large a size in shape {self.shape}", field="shape")
 
     @property
     def numel(self) -> int:

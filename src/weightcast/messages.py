@@ -17,6 +17,7 @@ from weightcast.known import known
 from weightcast.layout import Layout
 from weightcast.manifest import Manifest
 from weightcast.quoted import quote_fields, quoted
+from weightcast.secret import repr_without
 
 PROTOCOL = 3
 MAX_FRAME_NBYTES = 256 * 2**20
@@ -66,6 +67,8 @@ class Hello(Message, frozen=True, kw_only=True, tag="hello"):
     digest: str
     dirty: bool
     highest: Count
+
+    __repr__ = repr_without("ticket")
 
 
 class Welcome(Message, frozen=True, kw_only=True, tag="welcome"):

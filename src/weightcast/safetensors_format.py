@@ -18,7 +18,7 @@ import msgspec
 from weightcast.dtypes import itemsize_of
 from weightcast.errors import InvalidInput
 from weightcast.known import known
-from weightcast.manifest import MAX_DIMS
+from weightcast.manifest import MAX_DIMS, is_countable
 from weightcast.quoted import quoted
 
 MAX_HEADER_NBYTES = 64 * 2**20
@@ -116,7 +116,7 @@ def _checked(entries: Mapping[str, _Entry], path: str, start: int, nbytes: int) 
         dtype = DTYPES[entry.dtype]
         if len(entry.shape) > MAX_DIMS:
             raise _bad(path, f"tensor {shown} has {len(entry.shape)} dimensions, more than {MAX_DIMS}")
-        if any(size < 0 for size in entry.shape) or end - begin != math.prod(entry.shape) * itemsize_of(dtype):
+        if not is_countable(entry.shape) or end - begin != math.prod(entry.shape) * itemsize_of(dtype):
             raise _bad(path, f"tensor {shown} has {end - begin} bytes, which its shape and type do not need")
         if begin != at:
             what = "shares bytes with another one" if begin < at else "lies behind bytes of nobody"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hmac
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from weightcast.errors import InvalidInput
 
@@ -37,6 +39,17 @@ def token_from_file(path: Path) -> str:
     usable = usable_token(token, field="token_file")
     assert usable is not None
     return usable
+
+
+def repr_without(*fields: str) -> Callable[[Any], str]:
+    """A ``__repr__`` for records of msgspec that shows all but these fields: records get into tracebacks and logs."""
+
+    def shown(record: Any) -> str:
+        values = ((name, getattr(record, name)) for name in record.__struct_fields__)
+        inner = ", ".join(f"{name}=..." if name in fields else f"{name}={value!r}" for name, value in values)
+        return f"{type(record).__name__}({inner})"
+
+    return shown
 
 
 def same_secret(given: str | bytes, wanted: str | bytes) -> bool:

@@ -171,7 +171,7 @@ def test_garbage_is_logged_and_ends_nothing(
         coordinator.send(member, Setup(epoch=1, holdings={}, offers=(), timeout_s=1))
         worker.wait(lambda: any(isinstance(m, Setup) for m in worker.heard))
     assert heard == Ready(epoch=3, plan_digest="ab")
-    assert sum("dropped a frame" in record.message for record in caplog.records) == 8
+    assert sum("dropped a frame" in record.message for record in caplog.records) == 2  # once a minute, on either side
 
 
 def test_both_sides_stay_alive_by_heartbeats_and_notice_silence(

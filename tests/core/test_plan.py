@@ -351,4 +351,7 @@ def test_a_million_dimensions_are_refused_before_they_are_multiplied() -> None:
         TensorSpec(name="w", dtype="float32", shape=many)
     with pytest.raises(InvalidInput, match="1000000 dimensions, more than 64"):
         Region(name="w", offsets=many, sizes=many)
+    for shape in ((2**63, 0), (2**32, 2**31, 0)):  # no bytes, and strides that no message can carry
+        with pytest.raises(InvalidInput, match="too large a size"):
+            TensorSpec(name="w", dtype="float32", shape=shape)
     assert TensorSpec(name="w", dtype="float32", shape=(2,) * 62).numel == 2**62

@@ -44,6 +44,12 @@ def test_a_shape_with_more_dimensions_than_a_tensor_can_have_is_not_multiplied(
         header_of(path)
 
 
+@pytest.mark.parametrize("shape", [[2**63, 0], [2**32, 2**31, 0], [int("9" * 4000), 0]])
+def test_a_tensor_without_bytes_has_sizes_that_a_message_can_carry(tmp_path: Path, shape: list[int]) -> None:
+    with pytest.raises(InvalidInput, match="bad safetensors header"):
+        header_of(written(tmp_path / "x", {"a": entry(0, 0, shape)}, b""))
+
+
 def entry(begin: int, end: int, shape: list[int], dtype: str = "U8") -> dict[str, object]:
     return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
 

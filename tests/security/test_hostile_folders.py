@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pickle
+import resource
 import struct
 import time
 from pathlib import Path
@@ -51,6 +52,22 @@ def test_an_index_lists_files_of_its_own_folder_only(tmp_path: Path, name: str) 
         save_file({"w0": torch.randn(4)}, path)
     with pytest.raises(InvalidInput, match="no safetensors file of the folder"):
         SafetensorsSource(_indexed(folder, name.format(absolute=private)))
+
+
+def test_a_file_that_says_to_be_larger_than_any_memory_is_a_named_error(tmp_path: Path) -> None:
+    nbytes = 2**42
+    header = json.dumps({"a": {"dtype": "U8", "shape": [nbytes], "data_offsets": [0, nbytes]}}).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    with contextlib.suppress(OSError):  # a file system without files of such a size has none to be afraid of
+        os.truncate(path, 8 + len(header) + nbytes)
+    limit = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (2**41, limit[1]))  # as small as where the kernel overcommits nothing
+    try:
+        with pytest.raises(InvalidInput, match=r"model.safetensors"):
+            SafetensorsSource(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limit)
 
 
 def test_a_link_out_of_the_folder_is_not_published(tmp_path: Path) -> None:

@@ -225,6 +225,8 @@ BAD = [
     ({"prompt": "x", "logit_bias": {"5": 1.0}}, "logit_bias"),
     ({"prompt": "x", "structured_outputs": {"regex": "a"}}, "structured_outputs"),
     ({"prompt": "x", "response_format": {"type": "json_object"}}, "response_format"),
+    ({"prompt": [[5]] * 16385}, "prompt"),
+    ({"prompt": [[5]] * 9, "n": 2000}, "prompt"),
 ]
 
 

@@ -13,13 +13,22 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
+import zmq
 from safetensors.torch import load_file, save_file
 from serve_process import environment, serving
 
 from weightcast import Publisher
+from weightcast.control import Coordinator, JoinInfo
 from weightcast.errors import WeightcastError
+from weightcast.facts import Facts
+from weightcast.messages import Hello
 from weightcast.report.html import Page, write_page
+from weightcast.server import ServerConfig
 from weightcast.testing.models import build_tiny_model
+from weightcast.transports.cuda_ipc import CudaIpcOffer
+from weightcast.transports.nccl import NcclOffer
+from weightcast.transports.tcp import TcpOffer
+from weightcast.weight_transfer.weightcast import WeightcastInitInfo
 
 START = "from weightcast.cli import app; app()"
 
@@ -106,3 +115,33 @@ def test_nothing_that_is_told_has_the_token(model: Path, tmp_path: Path, caplog:
     for text in told:
         for secret in hidden:
             assert secret not in text, text[:2000]
+
+
+def test_records_that_carry_a_secret_do_not_show_it() -> None:
+    secret = secrets.token_hex(16)
+    about = {
+        "address": "tcp://127.0.0.1:1",
+        "public_key": zmq.curve_keypair()[0].decode(),
+        "ticket": secret,
+        "engine": "e",
+    }
+    facts = Facts(host="h", pid=1, device="cpu")
+    hello = {"rank": 0, "world_size": 1, "version": "default", "digest": "", "dirty": False, "highest": 0}
+    place = {"address": "a", "port": 1, "secret": secret.encode()}
+    coordinator = Coordinator()
+    coordinator.issue_ticket("e", 1)
+    records = [
+        JoinInfo(**about),
+        WeightcastInitInfo(**about),
+        Hello(ticket=secret, engine="e", facts=facts, **hello),
+        TcpOffer(bucket_nbytes=256, lanes=1, plan="p", identity=secret.encode(), **place),
+        NcclOffer(unique_id=secret.encode(), rank=0, world_size=1, bucket_nbytes=1, cuts=(), **place),
+        CudaIpcOffer(process="p", segments=(), spans=(), is_arena=True, **place),
+        ServerConfig(token=secret, api_key=secret),
+        coordinator._tickets[0],
+    ]
+    for record in records:
+        assert secret not in repr(record) + str(record) + f"{[record]}"
+    assert coordinator._tickets[0].secret not in repr(coordinator._tickets)
+    assert "engine='e'" in repr(records[0])
+    coordinator.close()

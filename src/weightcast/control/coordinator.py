@@ -94,7 +94,7 @@ class Member:
 
 @dataclass(slots=True)
 class _Ticket:
-    secret: str
+    secret: str = field(repr=False)
     engine: str
     world_size: int
     expires: float

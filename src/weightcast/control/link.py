@@ -15,6 +15,7 @@ from weightcast.control.pieces import Joiner, TooLong, cut
 from weightcast.control.pump import Pump, prepare
 from weightcast.errors import InvalidInput, ProtocolError
 from weightcast.messages import MAX_FRAME_NBYTES, AnyMessage, Bye, Heartbeat, Message, Welcome, decode, encode
+from weightcast.secret import repr_without
 from weightcast.seldom import Seldom
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,8 @@ class JoinInfo(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=
     left: tuple[str, ...] = ()
     """Names of engines that the publisher dismissed lately: an engine that still believes in its stay under one of them may join under
     another name."""
+
+    __repr__ = repr_without("ticket")
 
     def __post_init__(self) -> None:
         if not self.address.startswith("tcp://"):

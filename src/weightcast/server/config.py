@@ -20,8 +20,8 @@ class ServerConfig:
 
     served_model_name: str | None = None
     """None: the engine's own name."""
-    token: str | None = None
-    api_key: str | None = None
+    token: str | None = field(default=None, repr=False)
+    api_key: str | None = field(default=None, repr=False)
     max_body_nbytes: int = 64 << 20
     weight_call_timeout_s: float = 1800.0
     """Longest time that one weight call may take before its caller gets an answer."""

@@ -16,7 +16,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from weightcast.engines.base import CompletionOutput, RequestOutput, RequestOutputKind, SamplingParams
-from weightcast.errors import EngineError, StateError, WeightcastError
+from weightcast.engines.sampling_checks import MAX_SAMPLES
+from weightcast.errors import EngineError, InvalidInput, StateError, WeightcastError
 from weightcast.server import logprobs
 from weightcast.server.context import ServerContext
 from weightcast.server.fanout import Fanout, unless_disconnected
@@ -121,6 +122,9 @@ class Generator:
             raise RequestRefused(
                 404, f"the model {request.model!r} is not served here, only {served!r}", kind="NotFound", param="model"
             )
+        if len(prompts) * params.n > MAX_SAMPLES:
+            many = f"{len(prompts)} prompts with {params.n} answers each"
+            raise InvalidInput(f"{many}; one request may want {MAX_SAMPLES} answers", field="prompt")
         given = request.request_id or http.headers.get("x-request-id")
         name = given or uuid.uuid4().hex
         full = f"{self._dialect.id_prefix}{name}"

@@ -33,6 +33,7 @@ from weightcast.known import known
 from weightcast.manifest import Manifest
 from weightcast.memory import Memory
 from weightcast.plan import Copy
+from weightcast.secret import repr_without
 from weightcast.transports.base import DEFAULT_BUCKET_NBYTES, Facts, TrainerEnd, Transport, WorkerEnd
 from weightcast.transports.facts import gpu_uuid, visible_gpus
 from weightcast.transports.guard import EndGuard
@@ -77,6 +78,8 @@ class CudaIpcOffer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     address: str
     port: int
     secret: bytes
+
+    __repr__ = repr_without("secret")
 
 
 class CudaIpcTransport(Transport):

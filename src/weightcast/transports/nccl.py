@@ -29,6 +29,7 @@ from weightcast.errors import (
 from weightcast.known import known
 from weightcast.memory import Memory
 from weightcast.plan import Copy
+from weightcast.secret import repr_without
 from weightcast.transports.base import DEFAULT_BUCKET_NBYTES, Facts, TrainerEnd, Transport, WorkerEnd
 from weightcast.transports.buckets import Bucket, check_bucket_nbytes, into_bucket, out_of_bucket, schedule
 from weightcast.transports.guard import EndGuard
@@ -59,6 +60,8 @@ class NcclOffer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     address: str
     port: int
     secret: bytes
+
+    __repr__ = repr_without("secret", "unique_id")
 
 
 class NcclTransport(Transport):

@@ -30,6 +30,7 @@ from weightcast.errors import InvalidInput, PlanMismatch, ProtocolError, Transpo
 from weightcast.known import known
 from weightcast.memory import Memory
 from weightcast.plan import Copy, plan_digest
+from weightcast.secret import repr_without
 from weightcast.transports.base import Facts, TrainerEnd, Transport, WorkerEnd
 from weightcast.transports.buckets import Bucket, check_bucket_nbytes, new_buffers, schedule
 from weightcast.transports.connection import Connection
@@ -55,6 +56,8 @@ class TcpOffer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Digest of the copies."""
     identity: bytes = b""
     """Certificate and private key (PEM) of a pair that talks TLS."""
+
+    __repr__ = repr_without("secret", "identity")
 
 
 class TcpTransport(Transport):

@@ -15,6 +15,7 @@ from weightcast.receiver.base import LiveModel
 from weightcast.receiver.greeting import Greeting
 from weightcast.receiver.receiver import Receiver
 from weightcast.round import RoundId
+from weightcast.secret import repr_without
 from weightcast.weight_transfer.base import InitInfo, UpdateInfo, WeightTransferEngine, WorkerRank
 from weightcast.weight_transfer.config import WeightTransferConfig
 
@@ -32,6 +33,8 @@ class WeightcastInitInfo(InitInfo, kw_only=True, forbid_unknown_fields=True):
     left: tuple[str, ...] = ()
     world_size: int | None = None
     """How many workers the trainer has join, all replicas of the engine included: replicas of vLLM do not know."""
+
+    __repr__ = repr_without("ticket")
 
     def __post_init__(self) -> None:
         self.join_info()

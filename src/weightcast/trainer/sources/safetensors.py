@@ -133,8 +133,7 @@ class SafetensorsSource(Source):
                     hint="Publish a part of it",
                 )
             number = len(storages)
-            mapped = torch.UntypedStorage.from_file(str(path), False, nbytes)
-            storages.append(torch.empty(0, dtype=torch.uint8, device="cpu").set_(mapped))  # type: ignore[arg-type]
+            storages.append(_mapped(path, nbytes))
             files.append(FileSpan(path=str(path.resolve()), offset=0))
             for name, stored in header.tensors.items():
                 spec = TensorSpec(name=name, dtype=stored.dtype, shape=stored.shape)
@@ -196,6 +195,16 @@ class SafetensorsSource(Source):
 
 def _named(placement: Placement, name: str) -> Placement:
     return msgspec.structs.replace(placement, region=msgspec.structs.replace(placement.region, name=name))
+
+
+def _mapped(path: Path, nbytes: int) -> torch.Tensor:
+    """The file as memory. It may say that it is larger than any memory: a file with holes takes no disk."""
+    try:
+        mapped = torch.UntypedStorage.from_file(str(path), False, nbytes)
+    except RuntimeError as error:
+        why = quoted(str(error).partition("\n")[0])
+        raise InvalidInput(f"{path} cannot be mapped into memory: {why}", field="checkpoint") from None
+    return torch.empty(0, dtype=torch.uint8, device="cpu").set_(mapped)  # type: ignore[arg-type]
 
 
 def _usable(device: torch.device | str) -> torch.device:
