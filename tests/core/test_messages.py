@@ -81,6 +81,13 @@ def test_surplus_missing_and_foreign_fields_are_refused(message: Message) -> Non
             decode(bytes([PROTOCOL]) + msgspec.msgpack.encode(fields))
 
 
+@pytest.mark.parametrize("shadows", [-1, 0, 3, 10**9])
+def test_a_trainer_asks_for_one_shadow_or_two(shadows: int) -> None:
+    welcome = next(message for message in EXAMPLES if isinstance(message, Welcome))
+    with pytest.raises(ProtocolError, match="shadows"):
+        decode(encode(msgspec.structs.replace(welcome, shadows=shadows)))
+
+
 def test_another_protocol_is_refused_by_number() -> None:
     with pytest.raises(ProtocolError, match="protocol 9"):
         decode(bytes([9]) + encode(Heartbeat())[1:])

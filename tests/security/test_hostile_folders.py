@@ -16,10 +16,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from weightcast.deadline import Deadline
 from weightcast.engines.embedded import LLM
 from weightcast.engines.embedded.config import EngineConfig
 from weightcast.engines.embedded.loading import load_tokenizer
-from weightcast.errors import InvalidInput
+from weightcast.errors import DeadlineExceeded, InvalidInput
 from weightcast.testing.models import build_tiny_model
 from weightcast.trainer.sources import SafetensorsSource
 
@@ -107,6 +108,17 @@ def test_what_is_no_file_is_told_at_once(tmp_path: Path, kind: str) -> None:
     with pytest.raises(InvalidInput, match=r"not a regular file|no index of a checkpoint"):
         SafetensorsSource(tmp_path)
     assert time.monotonic() - start < 30
+
+
+def test_reading_headers_ends_with_the_deadline(tmp_path: Path) -> None:
+    names = [f"model-{number}.safetensors" for number in range(3)]
+    for name in names:
+        save_file({name: torch.randn(4)}, tmp_path / name)
+    deadline = Deadline(60)
+    SafetensorsSource(_indexed(tmp_path, *names), deadline=deadline).close()
+    deadline.cancel()
+    with pytest.raises(DeadlineExceeded, match="reading the header of model-0"):
+        SafetensorsSource(tmp_path, deadline=deadline)
 
 
 def test_tensors_that_share_bytes_take_no_memory(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 import pytest
 import torch
 
-from weightcast.errors import PeerLost, TransportError
+from weightcast.errors import NotShared, PeerLost, TransportError
 from weightcast.memory import own_storage
 from weightcast.transports import arena
 from weightcast.transports.arena import Arena, map_arena
@@ -50,6 +50,22 @@ def test_nobody_else_writes_or_resizes_an_arena() -> None:
     assert torch.equal(map_arena(made.ref), values)
     made.bytes[5] = 255 - values[5]
     assert torch.equal(map_arena(made.ref), made.bytes)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
+def test_another_user_cannot_open_an_arena() -> None:
+    made, values = filled()
+
+    def nobody() -> str:
+        os.setgroups([])
+        os.setgid(65534)
+        os.setuid(65534)
+        with pytest.raises(NotShared) as caught:
+            map_arena(made.ref)
+        return str(caught.value)
+
+    assert "cannot open the shared memory" in str(in_child(nobody))
+    assert torch.equal(map_arena(made.ref), values)
 
 
 def test_a_kernel_that_cannot_seal_against_writing_is_named(

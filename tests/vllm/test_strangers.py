@@ -8,10 +8,14 @@ from pathlib import Path
 
 import httpx
 import pytest
-from tests.vllm.weights import replace
+from tests.vllm.weights import replace, verified
 
 from weightcast import Publisher
 from weightcast.errors import Unsupported
+from weightcast.layout import most_placements
+from weightcast.manifest import Manifest, TensorSpec
+from weightcast.testing.hostile import repeating_landings
+from weightcast.testing.local_engine import DictModel, LocalEngine
 from weightcast.testing.models import build_tiny_model, random_state_dict, save_checkpoint
 from weightcast.testing.verified import comparison
 from weightcast.testing.vllm_server import Served, vllm_server
@@ -95,3 +99,24 @@ def test_files_of_a_folder_that_nobody_allowed_are_not_opened(
         assert found.proven
         assert len(found.equal) == len(random_state_dict(model))
         version = report.version
+
+
+def test_an_engine_that_wants_one_thing_without_end_does_not_fail_vllm(served: Served, model: Path) -> None:
+    weights = random_state_dict(model)
+    most = most_placements(
+        Manifest.of(
+            TensorSpec(name=name, dtype="bfloat16", shape=tuple(value.shape)) for name, value in weights.items()
+        )
+    )
+    for count in (most, 200_000):
+        hostile = LocalEngine("hostile", [DictModel(random_state_dict(model))], mode="staged")
+        with (
+            repeating_landings("hostile", count),
+            Publisher(weights, [hostile, served.url], timeout_s=20, require="live") as publisher,
+        ):
+            replace(weights, model)
+            report = publisher.publish()
+        assert {engine.name: engine.ok for engine in report.engines}[served.url]
+        assert hostile.workers[0].weight_version == "default"
+        assert served.version == report.version
+        assert verified(served, model, weights).proven
