@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -74,7 +73,7 @@ def record_layout(
 ) -> Recording:
     """Run ``load`` once on recording tensors of the whole manifest and return where they land in ``live``.
 
-    Nothing is written: live bytes are the same before and after. Raises LoadError, with the loader's traceback, when the
+    Nothing is written: live bytes are the same before and after. Raises LoadError, caused by the loader's exception, when the
     loader does not take the tensors; its exceptions are caught broadly because it is foreign code.
 
     Args:
@@ -99,8 +98,8 @@ def record_layout(
         except Exception as error:
             if not taken or taken[-1] in refused or not refuses(error, taken[-1]):
                 last = f" (last tensor taken: {taken[-1]})" if taken else ""
-                text = "".join(traceback.format_exception(error))
-                raise LoadError(f"the loader failed on recording tensors{last}: {error}\n{text}") from error
+                told = f"{type(error).__name__}: {error}"
+                raise LoadError(f"the loader failed on recording tensors{last}: {told}") from error
             refused.add(taken[-1])
 
 

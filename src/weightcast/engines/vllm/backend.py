@@ -201,7 +201,7 @@ class VllmBackend(VllmEngine):  # type: ignore[misc]
             work()
         except WeightcastError as error:
             self._error = error
-            logger.warning("weight transfer: %s", error)
+            logger.warning("weight transfer: %s", error, exc_info=error.__cause__)
         except Exception as error:
             logger.exception("weight transfer failed")
             self._error = ErrorForm.of(error).error()
