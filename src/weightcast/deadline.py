@@ -17,6 +17,14 @@ T = TypeVar("T")
 LEAST_S = 0.001
 
 
+def is_seconds(value: object) -> bool:
+    """Whether a value of the user's is a number of seconds that ends: positive and finite."""
+    try:
+        return math.isfinite(value) and value > 0  # type: ignore[arg-type, operator]
+    except TypeError:
+        return False
+
+
 class Deadline:
     """A moment on the monotonic clock (wall-clock jumps do not move it). Pass it on; never restart it.
 
@@ -27,7 +35,7 @@ class Deadline:
     __slots__ = ("_is_cancelled", "_parent", "_wakes", "at", "timeout_s")
 
     def __init__(self, timeout_s: float) -> None:
-        if not math.isfinite(timeout_s) or timeout_s <= 0:
+        if not is_seconds(timeout_s):
             raise InvalidInput(f"a timeout is a positive number of seconds, not {timeout_s!r}", field="timeout_s")
         self.timeout_s = timeout_s
         self.at = time.monotonic() + timeout_s

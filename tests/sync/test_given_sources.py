@@ -121,3 +121,27 @@ def test_a_mapping_whose_tensor_became_something_else_is_a_named_error_and_heals
         publisher.publish()
         assert engine.models[0].holds(tensors)
     engine.stop()
+
+
+@pytest.mark.parametrize(
+    "engines", ["http://127.0.0.1:1", None, 3, torch.nn.Linear(2, 2)], ids=["url", "none", "int", "module"]
+)
+def test_engines_that_are_no_list_are_told_so(engines: Any) -> None:
+    with pytest.raises(InvalidInput, match=r"engines is a list of engines, not a .*\[engine\]") as caught:
+        Publisher(WEIGHTS, engines)
+    assert caught.value.field == "engines"
+
+
+@pytest.mark.parametrize("engine", [None, 3, torch.nn.Linear(2, 2)], ids=["none", "int", "module"])
+def test_what_is_no_engine_is_refused_before_anything_is_called(engine: Any) -> None:
+    with pytest.raises(InvalidInput, match=f"a {type(engine).__name__} is no engine") as caught:
+        Publisher(WEIGHTS, [engine])
+    assert caught.value.field == "engines"
+
+
+@pytest.mark.parametrize("seconds", [0, -1.0, float("nan"), float("inf"), "5", None])
+@pytest.mark.parametrize("field", ["timeout_s", "silence_s"])
+def test_seconds_are_a_positive_number(field: str, seconds: Any) -> None:
+    with pytest.raises(InvalidInput, match="is a positive number of seconds") as caught:
+        Publisher(WEIGHTS, [], **{field: seconds})
+    assert caught.value.field == field

@@ -200,7 +200,10 @@ class Lead:
             if twins([other.client, link.client]):
                 if link.client is not other.client:
                     link.client.close()
-                raise StateError(f"{link.name} is in the fleet already: it and {other.name} are one engine")
+                raise StateError(
+                    f"{link.name} is in the fleet already: it and {other.name} are one engine",
+                    hint="connect() brings back an engine that was lost; remove() it to add it anew",
+                )
         self._check_settings()
         current = self._numbers.current()
         self._fleet.engines.append(link)

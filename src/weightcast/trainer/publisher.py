@@ -9,13 +9,13 @@ from types import TracebackType
 
 import torch
 
-from weightcast.deadline import Deadline
+from weightcast.deadline import Deadline, is_seconds
 from weightcast.errors import InvalidInput, StateError, Unsupported
 from weightcast.messages import ModeWish
 from weightcast.report.model import Report
 from weightcast.secret import usable_token
 from weightcast.trainer.addresses import address_beside, address_towards
-from weightcast.trainer.clients import EngineClient, SyncEngine, make_client, twins
+from weightcast.trainer.clients import EngineClient, SyncEngine, make_clients
 from weightcast.trainer.fleet import FleetSettings
 from weightcast.trainer.holder import Holder
 from weightcast.trainer.lead import Lead
@@ -107,6 +107,7 @@ class Publisher:
         try:
             _check_engines(engines)
             _check_choices(pause, mode, shadows, require)
+            _check_silence(silence_s)
             patterns = check_patterns(unused)
             token = usable_token(token)
             self._holder = Holder(partial(make_source, source, dtype=dtype, rename=rename))
@@ -132,13 +133,7 @@ class Publisher:
             )
             return
         try:
-            clients = [make_client(engine, token=token) for engine in engines]
-            if same := twins(clients):
-                for client in clients:
-                    client.close()
-                raise InvalidInput(
-                    f"an engine is listed twice: {same[0]!r} and {same[1]!r} are one engine", field="engines"
-                )
+            clients = make_clients(engines, token=token)
             settings = FleetSettings(
                 transport=None if transport == "auto" else transport,
                 mode=mode,
@@ -327,3 +322,8 @@ def _check_choices(pause: str, mode: str, shadows: int, require: str) -> None:
         raise InvalidInput(f"shadows is 1 or 2, not {shadows!r}", field="shadows")
     if require not in ("all", "live"):
         raise InvalidInput(f"require is all or live, not {require!r}", field="require")
+
+
+def _check_silence(silence_s: float) -> None:
+    if not is_seconds(silence_s):
+        raise InvalidInput(f"silence_s is a positive number of seconds, not {silence_s!r}", field="silence_s")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from weightcast.errors import InvalidInput
@@ -29,7 +29,29 @@ def make_client(engine: str | EngineClient | SyncEngine | OfflineEngine, *, toke
         return _client_on_loop(engine)
     if isinstance(engine, OfflineEngine):
         return VllmClient(engine)
+    if not callable(getattr(engine, "get_world_size", None)):
+        raise InvalidInput(
+            f"a {type(engine).__name__} is no engine",
+            field="engines",
+            hint="An engine is the URL of a server, an LLM or AsyncLLM object, or an EngineClient",
+        )
     return InProcessEngineClient(engine)
+
+
+def make_clients(engines: object, *, token: str | None = None) -> list[EngineClient]:
+    """A client for each of a user's engines, which are a list, and each another one; InvalidInput says what is not so."""
+    if isinstance(engines, str) or not isinstance(engines, Iterable):
+        raise InvalidInput(
+            f"engines is a list of engines, not a {type(engines).__name__}",
+            field="engines",
+            hint="Give one engine as a list, too: [engine]",
+        )
+    clients = [make_client(engine, token=token) for engine in engines]
+    if same := twins(clients):
+        for client in clients:
+            client.close()
+        raise InvalidInput(f"an engine is listed twice: {same[0]!r} and {same[1]!r} are one engine", field="engines")
+    return clients
 
 
 def twins(clients: Sequence[EngineClient]) -> tuple[str, str] | None:
@@ -70,5 +92,6 @@ __all__ = [
     "VllmClient",
     "VllmDevClient",
     "make_client",
+    "make_clients",
     "twins",
 ]
