@@ -18,6 +18,7 @@ from torch import nn
 from weightcast import Publisher
 from weightcast.errors import StateError, TransportError, WeightcastError
 from weightcast.testing.local_engine import DictModel, LocalEngine
+from weightcast.testing.ranks import run_ranks
 
 
 def policy() -> nn.Module:
@@ -204,3 +205,27 @@ def test_no_descriptor_left_is_an_error_by_name_and_the_next_call_works(engine: 
         assert engine.models[0].holds(state(module))
     assert len(os.listdir("/proc/self/fd")) < 1000
     assert Path("/proc/self/fd").is_dir()
+
+
+def publish_with_few_descriptors(rank: int, size: int) -> list[str]:
+    limits, told = resource.getrlimit(resource.RLIMIT_NOFILE), []
+    for spare in range(0, 40, 3):
+        engine = LocalEngine("few", [DictModel({"w": torch.zeros(4, 5)})])
+        free = len(os.listdir("/proc/self/fd"))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free + spare, limits[1]))
+        try:
+            with Publisher({"w": torch.randn(4, 5)}, [engine], transport="shm", timeout_s=10) as publisher:
+                told.append(str(publisher.publish().ok))
+        except WeightcastError as error:
+            told.append(type(error).__name__)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+            engine.stop()
+    return told
+
+
+def test_few_descriptors_left_are_an_error_by_name_and_never_the_end_of_the_process() -> None:
+    """libzmq calls abort() where it finds none in the middle of making a context."""
+    (told,) = run_ranks(publish_with_few_descriptors, 1)
+    assert (told[0], told[-1]) == ("TransportError", "True")
+    assert set(told) == {"TransportError", "True"}, told

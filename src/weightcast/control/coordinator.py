@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import zmq
 
 from weightcast.control.pieces import PIECE_NBYTES, Joiner, TooLong, cut
-from weightcast.control.pump import Pump, prepare
+from weightcast.control.pump import Pump, new_context, prepare
 from weightcast.deadline import Deadline
 from weightcast.errors import (
     AuthError,
@@ -114,7 +114,7 @@ class Coordinator:
         self.epoch = 0
         """Messages that belong to another epoch are dropped when they arrive."""
         self._welcome: Callable[[Member], Message] | None = None
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._context = new_context()
         socket = self._context.socket(zmq.ROUTER)
         prepare(socket)
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)

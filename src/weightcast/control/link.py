@@ -12,7 +12,7 @@ import zmq
 from zmq.utils import z85
 
 from weightcast.control.pieces import Joiner, TooLong, cut
-from weightcast.control.pump import Pump, prepare
+from weightcast.control.pump import Pump, new_context, prepare
 from weightcast.errors import InvalidInput, ProtocolError
 from weightcast.messages import MAX_FRAME_NBYTES, AnyMessage, Bye, Heartbeat, Message, Welcome, decode, encode
 from weightcast.secret import repr_without
@@ -76,7 +76,7 @@ class ControlLink:
         self._ended = False
         self._joiner = Joiner()
         self._seldom = Seldom(logger)
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._context = new_context()
         socket = self._context.socket(zmq.DEALER)
         prepare(socket)
         public, secret = zmq.curve_keypair()

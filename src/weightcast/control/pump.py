@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import queue
 import secrets
 import threading
@@ -13,6 +14,7 @@ from collections.abc import Callable
 import zmq
 
 from weightcast.control.pieces import MESSAGE_NBYTES
+from weightcast.errors import TransportError
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +23,8 @@ HANDSHAKE_MS = 5000
 """A peer that has not shown a key by then is disconnected."""
 LINGER_MS = 200
 KEEPALIVE_S = 15
+_DESCRIPTORS = 24
+"""More than a context with its sockets takes."""
 
 
 def prepare(socket: zmq.Socket[bytes]) -> None:
@@ -39,6 +43,24 @@ def prepare(socket: zmq.Socket[bytes]) -> None:
     socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, KEEPALIVE_S)
     socket.setsockopt(zmq.TCP_KEEPALIVE_INTVL, KEEPALIVE_S)
     socket.setsockopt(zmq.TCP_KEEPALIVE_CNT, 3)
+
+
+def new_context() -> zmq.Context[zmq.Socket[bytes]]:
+    """A ZeroMQ context. TransportError where this process may open fewer descriptors than a context with its sockets takes: libzmq
+    would end the process."""
+    spare: list[int] = []
+    try:
+        while len(spare) < _DESCRIPTORS:
+            spare.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+    except OSError as error:
+        raise TransportError(
+            f"this process may open no more files and sockets: {error}",
+            hint="Raise the limit (ulimit -n), or close what is open, then call again",
+        ) from error
+    finally:
+        for descriptor in spare:
+            os.close(descriptor)
+    return zmq.Context()
 
 
 class Pump:
