@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -311,6 +311,10 @@ def _check_engines(engines: object) -> None:
     # A text is a sequence, too: of letters.
     if isinstance(engines, str):
         raise InvalidInput("engines is a list, not one URL", field="engines", hint="Give [url]")
+    if not isinstance(engines, Iterable):
+        raise InvalidInput(
+            f"engines is a list, not one {type(engines).__name__}", field="engines", hint="Give [engine]"
+        )
 
 
 def _check_choices(pause: str, mode: str, shadows: int, require: str) -> None:

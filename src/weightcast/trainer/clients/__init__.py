@@ -38,14 +38,8 @@ def make_client(engine: str | EngineClient | SyncEngine | OfflineEngine, *, toke
     return InProcessEngineClient(engine)
 
 
-def make_clients(engines: object, *, token: str | None = None) -> list[EngineClient]:
-    """A client for each of a user's engines, which are a list, and each another one; InvalidInput says what is not so."""
-    if isinstance(engines, str) or not isinstance(engines, Iterable):
-        raise InvalidInput(
-            f"engines is a list of engines, not a {type(engines).__name__}",
-            field="engines",
-            hint="Give one engine as a list, too: [engine]",
-        )
+def make_clients(engines: Iterable[Any], *, token: str | None = None) -> list[EngineClient]:
+    """A client for each of a user's engines; InvalidInput where two of them are one."""
     clients = [make_client(engine, token=token) for engine in engines]
     if same := twins(clients):
         for client in clients:
