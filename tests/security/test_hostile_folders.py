@@ -71,6 +71,13 @@ def test_a_file_that_says_to_be_larger_than_any_memory_is_a_named_error(tmp_path
         resource.setrlimit(resource.RLIMIT_AS, limit)
 
 
+@pytest.mark.parametrize("named", ["model.safetensors", "other.safetensors"])
+def test_a_link_to_itself_is_a_named_error(tmp_path: Path, named: str) -> None:
+    (tmp_path / named).symlink_to(tmp_path / named)
+    with pytest.raises(InvalidInput, match=named):
+        SafetensorsSource(tmp_path)
+
+
 def test_a_link_out_of_the_folder_is_not_published(tmp_path: Path) -> None:
     folder, outside = tmp_path / "folder", tmp_path / "outside"
     folder.mkdir()

@@ -164,7 +164,7 @@ def test_a_traceback_is_for_those_who_showed_the_token() -> None:
 
 
 def test_a_server_that_is_no_engine_is_an_engine_error(server: Answer) -> None:
-    for body in ({"detail": "hi"}, [1, 2], {"world_size": "two"}, {"world_size": -1}):
+    for body in ({"detail": "hi"}, [1, 2], {"world_size": "two"}, {"world_size": -1}, {"world_size": 10**18}):
         with (
             Publisher(values(), [server(body, 200)], timeout_s=5) as publisher,
             pytest.raises(EngineError, match="world_size"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import socket
 import struct
 import time
@@ -251,6 +252,37 @@ def test_a_peer_with_another_certificate_is_refused() -> None:
     finally:
         worker.close()
         trainer.close()
+
+
+def test_a_worker_that_resets_before_the_tls_handshake_is_a_lost_peer() -> None:
+    trainer, offer = _trainer("tls")
+    with ThreadPoolExecutor(1) as pool, contextlib.ExitStack() as stack:
+        guard = EndGuard("an end")
+        end = trainer.end
+        assert end is not None
+        accepted = pool.submit(
+            lambda: [
+                stack.enter_context(
+                    contextlib.closing(dial(offer.address, offer.port, offer.secret, Deadline(10), guard, lane=lane))
+                )
+                for lane in range(offer.lanes)
+            ]
+        )
+        accept = end._listener.accept  # type: ignore[attr-defined]
+
+        def accept_and_lose(deadline: Deadline, lanes: int) -> list[Connection]:
+            connections: list[Connection] = accept(deadline, lanes)
+            for connection in accepted.result(10):
+                connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                connection.close()
+            for connection in connections:
+                connection.wait(select.POLLIN, deadline, "losing the worker")
+            return connections
+
+        end._listener.accept = accept_and_lose  # type: ignore[attr-defined]
+        with pytest.raises(PeerLost, match="the TLS handshake"):
+            end.connect(Deadline(10))
+    trainer.close()
 
 
 def test_an_offer_of_tcp_is_no_offer_of_tls() -> None:

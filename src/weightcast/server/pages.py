@@ -41,7 +41,8 @@ def foreign_page(method: str, headers: Headers) -> str | None:
 
 def authority_of(value: str | None) -> tuple[str, int] | None:
     """Host and port of an origin, or of a Host header (which is taken for one of http); None for what names no host."""
-    if value is None:
+    rest = value.partition("://")[2] or value if value else ""
+    if value is None or any(sign in "/@?#\\" for sign in rest):
         return None
     try:
         parts = urlsplit(value if "://" in value else f"http://{value}")

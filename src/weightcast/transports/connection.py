@@ -7,6 +7,7 @@ that the peer sends can do more than end the connection with a named error.
 from __future__ import annotations
 
 import contextlib
+import os
 import select
 import socket
 import ssl
@@ -70,9 +71,15 @@ class Connection:
     def start_tls(self, context: ssl.SSLContext, deadline: Deadline, *, server: bool) -> None:
         """Go on encrypted; both sides call it. TransportError when the other side is not who the context wants."""
         what = "the TLS handshake"
-        secured = context.wrap_socket(
-            self.socket, server_side=server, do_handshake_on_connect=False, suppress_ragged_eofs=True
-        )
+        code = self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if code:
+            raise self._broken(what, OSError(code, os.strerror(code)))
+        try:
+            secured = context.wrap_socket(
+                self.socket, server_side=server, do_handshake_on_connect=False, suppress_ragged_eofs=True
+            )
+        except (OSError, ValueError) as error:  # the other side hung up meanwhile
+            raise self._broken(what, error) from None
         self.socket = secured
 
         def handshake() -> int:

@@ -30,6 +30,10 @@ _NO_ROUTES = (
 )
 
 
+MOST_WORKERS = 2**20
+"""A server that says to have more makes no sense."""
+
+
 class HttpEngineClient(EngineClient):
     """Speaks the ``/weightcast/*`` routes that the embedded server and the vLLM plug-in serve."""
 
@@ -42,7 +46,7 @@ class HttpEngineClient(EngineClient):
     def world_size(self, deadline: Deadline) -> int:
         path = "/get_world_size?include_dp=true"
         size = self._call("GET", path, deadline).get("world_size")
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= MOST_WORKERS:
             raise self._no_engine(f"GET {path} answered 200 without a world_size", _NO_ROUTES)
         return size
 

@@ -75,8 +75,10 @@ def _listed(index: Path) -> list[str]:
 
 def _check_inside(folder: Path, name: str) -> None:
     """Raise InvalidInput for a link out of the folder: what comes with a download must not choose which files are published."""
-    target = (folder / name).resolve()
-    home = folder.resolve()
+    try:
+        target, home = (folder / name).resolve(), folder.resolve()
+    except (OSError, RuntimeError):  # RuntimeError: what Python 3.11 and 3.12 make of a link to itself
+        raise InvalidInput(f"{folder / name} is a link that leads nowhere", field="checkpoint") from None
     # models--NAME/snapshots/REVISION/file links to models--NAME/blobs/HASH.
     allowed = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
     if not any(target.is_relative_to(place) for place in allowed):
