@@ -123,11 +123,9 @@ def test_a_mapping_whose_tensor_became_something_else_is_a_named_error_and_heals
     engine.stop()
 
 
-@pytest.mark.parametrize(
-    "engines", ["http://127.0.0.1:1", None, 3, torch.nn.Linear(2, 2)], ids=["url", "none", "int", "module"]
-)
+@pytest.mark.parametrize("engines", [None, 3, torch.nn.Linear(2, 2)], ids=["none", "int", "module"])
 def test_engines_that_are_no_list_are_told_so(engines: Any) -> None:
-    with pytest.raises(InvalidInput, match=r"engines is a list of engines, not a .*\[engine\]") as caught:
+    with pytest.raises(InvalidInput, match=f"engines is a list, not one {type(engines).__name__}") as caught:
         Publisher(WEIGHTS, engines)
     assert caught.value.field == "engines"
 
