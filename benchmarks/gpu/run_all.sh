@@ -7,7 +7,7 @@ cd "$(dirname "$0")/../.."
 . benchmarks/gpu/setup.sh
 DEST=$OUT; export OUT="${TMPDIR:-/tmp}/gpu-out"; mkdir -p "$OUT"; rm -f "$OUT"/*.log
 keep() { tar -czf "$DEST/logs.tgz" -C "$OUT" . 2>/dev/null; cp -f "$OUT"/*.jsonl "$OUT"/matrix.* "$DEST" 2>/dev/null; true; }
-printf '[pytest]\nmarkers = gpu\naddopts = -p no:cacheprovider\n' >"$OUT/pytest.ini"   # the project's own needs more plug-ins
+printf '[pytest]\nmarkers =\n  gpu\n  multigpu\n  alone\naddopts = -p no:cacheprovider\n' >"$OUT/pytest.ini"   # the project's own needs more plug-ins
 parts=("$@"); [ ${#parts[@]} -eq 0 ] && parts=(tests kernels attention publish ipc nccl two-gpus matrix vllm-tests vllm-two vllm stall)
 failed=(${SETUP_FAILED:+set-up})
 has_vllm() { [ -d "$SITE/vllm" ] || python3 -c 'import importlib.util as u, sys; sys.exit(u.find_spec("vllm") is None)'; }

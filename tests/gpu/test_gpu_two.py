@@ -33,7 +33,7 @@ class TrainerRank:
     """One rank of the trainer; rank 0 lives in the test's process."""
 
     def start(self, rank: int, folder: str, paths: dict[str, str]) -> None:
-        """Join the group and hold every checkpoint of ``paths`` as a sharded module; the first is published."""
+        """Join the group and hold every checkpoint of ``paths`` as a sharded module, and one more that is published."""
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
         from transformers import AutoModelForCausalLM
@@ -44,13 +44,15 @@ class TrainerRank:
             "cpu:gloo,cuda:nccl", store=store, rank=rank, world_size=RANKS, timeout=timedelta(seconds=60)
         )
         mesh = init_device_mesh("cuda", (RANKS,))
-        self.models: dict[str, Any] = {}
-        for name, path in paths.items():
+
+        def sharded(path: str) -> Any:
             model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).to(f"cuda:{rank}")
             for layer in model.model.layers:
                 fully_shard(layer, mesh=mesh)
-            self.models[name] = fully_shard(model, mesh=mesh)
-        self.source = next(iter(self.models.values()))
+            return fully_shard(model, mesh=mesh)
+
+        self.models = {name: sharded(path) for name, path in paths.items()}
+        self.source = sharded(next(iter(paths.values())))
 
     def connect(self, url: str, token: str, options: dict[str, Any]) -> None:
         self.publisher = Publisher(
@@ -62,8 +64,7 @@ class TrainerRank:
     def publish(self, name: str) -> tuple[bool, list[str]]:
         """Give the module the values of a checkpoint, shard by shard, and publish it."""
         for parameter, other in zip(self.source.parameters(), self.models[name].parameters(), strict=True):
-            if parameter is not other:
-                parameter.to_local().copy_(other.to_local())
+            parameter.to_local().copy_(other.to_local())
         report = self.publisher.publish()
         return report.digests_match, [worker.transport for engine in report.engines for worker in engine.workers]
 
