@@ -22,7 +22,7 @@ from weightcast.testing.verified import comparison
 pytest.importorskip("vllm", reason="needs vLLM")
 pytestmark = [
     pytest.mark.filterwarnings("default"),
-    pytest.mark.timeout(240),
+    pytest.mark.timeout(400),
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
 ]
 
