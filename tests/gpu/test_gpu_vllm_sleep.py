@@ -93,6 +93,8 @@ def test_rounds_around_a_sleep(tmp_path: Path, mode: str, level: int) -> None:
 @pytest.mark.parametrize("mode", ["in_place", "staged"])
 def test_no_memory_stays_in_its_sleep(tmp_path: Path, mode: str) -> None:
     """A model of about 500 MB in bf16: a shadow that stayed would be seen."""
+    from transformers import AutoModelForCausalLM
+
     sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 4}
     large = build_tiny_model(tmp_path / "m", "qwen3", "bfloat16", **{**DIMENSIONS, **sizes})
     with engine(large, **SLEEPY) as llm:
@@ -102,8 +104,8 @@ def test_no_memory_stays_in_its_sleep(tmp_path: Path, mode: str) -> None:
         asleep = in_use()
         llm.wake_up()
         llm.collective_rpc("reload_weights")
-        module = torch.nn.ParameterDict({name: tensor.cuda() for name, tensor in random_state_dict(large).items()})
-        nbytes = sum(tensor.nbytes for tensor in module.values())
+        module = AutoModelForCausalLM.from_pretrained(large, dtype=torch.bfloat16).cuda()
+        nbytes = sum(parameter.nbytes for parameter in module.parameters())
         assert nbytes > 4 * TOLERANCE
         torch.cuda.empty_cache()
         awake = in_use()
