@@ -150,5 +150,5 @@ def test_a_hello_of_megabytes_is_a_line_in_the_log(caplog: pytest.LogCaptureFixt
     finally:
         link.close("done")
         coordinator.close()
-    assert "refused engine" in caplog.text
+    assert "refused a worker" in caplog.text
     assert is_harmless(caplog.text)

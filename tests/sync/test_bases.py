@@ -14,6 +14,7 @@ from weightcast.errors import BaseMismatch, RoundFailed, StateError
 from weightcast.messages import Begin, Message
 from weightcast.report.model import Report
 from weightcast.testing.local_engine import DictModel, LocalEngine
+from weightcast.trainer.links import UNKNOWN
 
 Weights = dict[str, torch.Tensor]
 TIMEOUT_S = 30.0
@@ -179,3 +180,28 @@ def test_a_dirty_engine_takes_a_round_that_builds_on_nothing(
         assert publisher.publish().ok
         assert {base for _, base in bases} == {None}
         assert holds(engine, given)
+
+
+def test_an_engine_whose_order_is_late_is_asked_once_more(make: Callable[..., LocalEngine]) -> None:
+    """What a lost round ordered is carried out after the engine has said what it serves, and before the next round begins."""
+    given, a, b = values(), make("a", "staged"), make("b", "staged")
+    with Publisher(given, [a, b], timeout_s=TIMEOUT_S) as publisher:
+        publisher.publish()
+        given.update(values())
+        second = publisher.publish()
+        link = next(link for link in publisher._part.engines if link.name == "a")  # type: ignore[union-attr]
+        link.version = UNKNOWN
+        status = a.status
+
+        def late(deadline: Deadline) -> Mapping[str, object]:
+            answer = status(deadline)
+            a.status = status  # type: ignore[method-assign]
+            took_back(a, second)
+            return answer
+
+        a.status = late  # type: ignore[method-assign, assignment]
+        given.update(values())
+        report = publisher.publish()
+        assert report.ok
+        assert holds(a, given)
+        assert holds(b, given)

@@ -21,7 +21,7 @@ class Footprint:
         """This process, after garbage was collected."""
         gc.collect()
         with open("/proc/self/maps") as maps:
-            segments = sum("weightcast" in line for line in maps)
+            segments = sum("memfd:weightcast" in line for line in maps)
         with open("/proc/self/statm") as statm:
             pages = int(statm.read().split()[1])
         # The folder's own descriptor, open while it is listed, does not count.

@@ -12,13 +12,13 @@ from weightcast.control.link import JoinInfo
 from weightcast.deadline import Deadline
 from weightcast.digest import version_name, version_number
 from weightcast.dtypes import name_of
-from weightcast.errors import RoundFailed, StateError, WeightcastError
+from weightcast.errors import BaseMismatch, RoundFailed, StateError, WeightcastError
 from weightcast.report.model import Report
 from weightcast.trainer.clients import EngineClient, SyncEngine, make_client, twins
 from weightcast.trainer.clients.urls import engine_name
 from weightcast.trainer.fleet import Fleet, FleetSettings
 from weightcast.trainer.holder import Holder
-from weightcast.trainer.links import EngineLink
+from weightcast.trainer.links import UNKNOWN, EngineLink
 from weightcast.trainer.numbers import Numbers
 from weightcast.trainer.outcomes import Require
 from weightcast.trainer.places import refuse_idle
@@ -229,6 +229,7 @@ class Lead:
             self._renew(deadline)
             self._check_settings()
         timeline = Timeline()
+        asked = {engine.name for engine in self._fleet.engines if engine.version == UNKNOWN}
         with timeline.phase("prepare"):
             absent = self._presence.bring_up(self._fleet.engines, deadline, self._presence.patience(deadline))
             if self._presence.is_too_little(absent):
@@ -246,7 +247,16 @@ class Lead:
                 self._ranks.refresh(deadline)
                 check = _nothing
         engines = [engine for engine in self._fleet.engines if engine.name not in absent]
-        return self._round(engines, self.next_number(), deadline, timeline, absent, check)
+        try:
+            return self._round(engines, self.next_number(), deadline, timeline, absent, check)
+        except RoundFailed as failure:
+            mistaken = {name for name, cause in failure.causes.items() if isinstance(cause, BaseMismatch)}
+            if not mistaken or mistaken != set(failure.causes) or not mistaken <= asked:
+                raise
+            # An order of the last round was carried out after the engine had said what it serves: it is asked once more.
+            if self._presence.bring_up([e for e in engines if e.name in mistaken], deadline):
+                raise
+        return self._round(engines, self.next_number(), deadline, Timeline(), absent, check)
 
     def _round(
         self,
