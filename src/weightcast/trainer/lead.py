@@ -254,7 +254,7 @@ class Lead:
             if not mistaken or mistaken != set(failure.causes) or not mistaken <= asked:
                 raise
             # An order of the last round was carried out after the engine had said what it serves: it is asked once more.
-            if self._presence.bring_up([e for e in engines if e.name in mistaken], deadline):
+            if self._presence.bring_up(engines, deadline):
                 raise
         return self._round(engines, self.next_number(), deadline, Timeline(), absent, check)
 
