@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from weightcast.trainer.publisher import Publisher
     from weightcast.weight_transfer.config import WeightTransferConfig
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = ["Publisher", "Report", "WeightTransferConfig", "__version__", "errors"]
 

@@ -186,6 +186,12 @@ async def test_api_key(engine: ScriptedEngine) -> None:
         assert (await http.post("/pause", headers={"authorization": "Bearer k3y"})).status_code == 401
 
 
+async def test_a_path_with_a_slash_too_many_is_answered_without_a_word_of_its_host(http: httpx.AsyncClient) -> None:
+    answer = await http.get("/health/", headers={"host": "evil.example"})
+    assert answer.status_code == 404
+    assert "evil.example" not in answer.text + str(answer.headers)
+
+
 async def test_errors_of_the_router_have_the_same_shape(http: httpx.AsyncClient) -> None:
     missing, method = await http.get("/nothing"), await http.get("/pause")
     assert (missing.status_code, missing.json()["error"]["type"]) == (404, "NotFound")

@@ -48,6 +48,8 @@ def create_app(engine: InferenceEngine, config: ServerConfig | None = None) -> S
         lifespan=lifespan,
     )
     app.state.context = context
+    # A path with a slash too many is no route: redirecting would answer, and quote the Host, before any guard.
+    app.router.redirect_slashes = False
     return app
 
 

@@ -16,22 +16,55 @@ from weightcast.server.replies import RequestRefused
 
 StructT = TypeVar("StructT", bound=msgspec.Struct)
 
+SMALL_BODY_NBYTES = 256 * 2**10
+ALL_BODIES_NBYTES = 512 * 2**20
+
 _TRUE = frozenset({"true", "1", "yes", "on"})
 _FALSE = frozenset({"false", "0", "no", "off"})
 
 
+class BodyBudget:
+    """What all bodies that an application reads at a time may take together: clients that send much and never end are many."""
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+
+    def take(self, nbytes: int) -> None:
+        """Raises RequestRefused (503) where others have it."""
+        if self.nbytes + nbytes > ALL_BODIES_NBYTES:
+            raise RequestRefused(503, "too many large bodies are being read", kind="Overloaded", param="body")
+        self.nbytes += nbytes
+
+
 async def read_body(request: Request, limit_nbytes: int) -> bytes:
-    """The whole body, refused with 413 as soon as it is known to pass the limit."""
+    """The whole body, refused with 413 as soon as it is known to pass the limit, and with 503 where all that are being read take too
+    much memory together. A small body is always read."""
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and len(declared) < 20 and int(declared) > limit_nbytes:
         raise _too_large(limit_nbytes)
+    budget, taken = _budget_of(request), 0
     parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > limit_nbytes:
-            raise _too_large(limit_nbytes)
-        parts.append(part)
-    return b"".join(parts)
+    try:
+        async for part in request.stream():
+            size += len(part)
+            if size > limit_nbytes:
+                raise _too_large(limit_nbytes)
+            if size > SMALL_BODY_NBYTES:
+                budget.take(len(part))
+                taken += len(part)
+            parts.append(part)
+        return b"".join(parts)
+    finally:
+        budget.nbytes -= taken
+
+
+def _budget_of(request: Request) -> BodyBudget:
+    """That of the application, which is made with its first body."""
+    state = request.app.state
+    if not hasattr(state, "weightcast_bodies"):
+        state.weightcast_bodies = BodyBudget()
+    budget: BodyBudget = state.weightcast_bodies
+    return budget
 
 
 async def read_struct(request: Request, cls: type[StructT], limit_nbytes: int, *, optional: bool = False) -> StructT:
