@@ -7,28 +7,22 @@ have come. The two sides of a pair need not cut a bucket alike.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from weightcast.memory import Memory
-from weightcast.plan import as_run
+from weightcast.plan import Copy, Run, as_run
 from weightcast.replay import Replay
-from weightcast.transports.buckets import Bucket, Piece, into_bucket, out_of_bucket
+from weightcast.transports.buckets import Bucket, into_bucket, out_of_bucket
 
 
 class Loading:
     """How a bucket is sent out of a memory: ``run()``, then send ``spans``."""
 
     def __init__(self, bucket: Bucket, memory: Memory, buffer: torch.Tensor) -> None:
-        direct, packed = [], []
-        for piece in bucket.pieces:
-            copy = into_bucket(piece)
-            run = as_run(copy)
-            if run is None:
-                packed.append(copy)
-            else:
-                direct.append((piece, memory.storages[run.src_storage][run.src_offset : run.src_offset + run.nbytes]))
+        copies = [into_bucket(piece) for piece in bucket.pieces]
+        direct, packed = _split(copies, memory, lambda run: (run.src_storage, run.src_offset))
         self.spans = _spans(bucket, direct, buffer)
         self._replay = Replay(packed, memory, Memory([buffer])) if packed else None
 
@@ -42,14 +36,8 @@ class Unloading:
     """How a bucket is received into a memory: receive into ``spans``, then ``run()``."""
 
     def __init__(self, bucket: Bucket, buffer: torch.Tensor, memory: Memory) -> None:
-        direct, packed = [], []
-        for piece in bucket.pieces:
-            copy = out_of_bucket(piece)
-            run = as_run(copy)
-            if run is None:
-                packed.append(copy)
-            else:
-                direct.append((piece, memory.storages[run.dst_storage][run.dst_offset : run.dst_offset + run.nbytes]))
+        copies = [out_of_bucket(piece) for piece in bucket.pieces]
+        direct, packed = _split(copies, memory, lambda run: (run.dst_storage, run.dst_offset))
         self.spans = _spans(bucket, direct, buffer)
         self._replay = Replay(packed, Memory([buffer]), memory) if packed else None
 
@@ -59,9 +47,25 @@ class Unloading:
             self._replay.run()
 
 
-def _spans(bucket: Bucket, direct: Iterable[tuple[Piece, torch.Tensor]], buffer: torch.Tensor) -> list[memoryview]:
+def _split(
+    copies: Sequence[Copy], memory: Memory, place: Callable[[Run], tuple[int, int]]
+) -> tuple[dict[int, torch.Tensor], list[Copy]]:
+    """The bytes of copies that are runs of ``memory`` (storage and byte as ``place`` says), by number, and the copies that are none."""
+    direct, packed = {}, []
+    for number, copy in enumerate(copies):
+        run = as_run(copy)
+        if run is None:
+            packed.append(copy)
+        else:
+            storage, start = place(run)
+            direct[number] = memory.storages[storage][start : start + run.nbytes]
+    return direct, packed
+
+
+def _spans(bucket: Bucket, direct: Mapping[int, torch.Tensor], buffer: torch.Tensor) -> list[memoryview]:
     spans, end = [], 0
-    for piece, values in direct:
+    for number, values in direct.items():
+        piece = bucket.pieces[number]
         if piece.offset > end:
             spans.append(_view(buffer[end : piece.offset]))
         spans.append(_view(values))
