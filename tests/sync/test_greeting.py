@@ -46,7 +46,10 @@ def coordinator() -> Iterator[Coordinator]:
     made.close()
 
 
-def test_the_engines_thread_goes_on_while_a_trainer_does_not_answer(tmp_path: Path, silent: dict[str, Any]) -> None:
+def test_the_engines_thread_goes_on_while_a_trainer_does_not_answer(
+    tmp_path: Path, silent: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(greeting, "GREETING_TIMEOUT_S", 5.0)
     with LLM(str(build_tiny_model(tmp_path / "m")), num_threads=1) as llm:
         joining = llm.engine.init_transfer(silent)
         for _ in range(20):
@@ -93,10 +96,7 @@ def test_a_greeting_that_nobody_takes_up_is_left_with_the_next_one(
     receiver.leave()
 
 
-def test_a_trainer_that_leaves_behind_its_welcome_is_told(
-    coordinator: Coordinator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(greeting, "GREETING_TIMEOUT_S", 10.0)
+def test_a_trainer_that_leaves_behind_its_welcome_is_told(coordinator: Coordinator) -> None:
     receiver = Receiver(DictModel({"w": torch.randn(3)}))
     there = JoinInfo(
         **info(f"tcp://127.0.0.1:{coordinator.port}", coordinator.public_key, coordinator.issue_ticket("e", 1))

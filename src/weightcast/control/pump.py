@@ -19,7 +19,7 @@ from weightcast.errors import TransportError
 logger = logging.getLogger(__name__)
 
 TICK_S = 0.1
-HANDSHAKE_MS = 5000
+HANDSHAKE_MS = 20_000
 """A peer that has not shown a key by then is disconnected."""
 LINGER_MS = 200
 KEEPALIVE_S = 15
