@@ -5,7 +5,7 @@ In such an engine (vLLM) a call answers with one record per worker. It counts as
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -38,31 +38,12 @@ class WorkerOutcome(msgspec.Struct, frozen=True, kw_only=True):
     asleep: tuple[str, ...] = ()
     """What the engine's sleep has unmapped in this worker: "weights", "kv_cache", or other tags of vLLM's."""
 
-    is_greeting: bool = False
-    """A trainer was greeted, and its answer is not there yet."""
-
     num_syncs: int = 0
     """Updates that this worker made live, whichever process of a server asked for them."""
 
     def raised(self) -> WeightcastError | None:
         """The error as it was raised in the worker."""
         return None if self.error is None else self.error.error(worker=self.rank)
-
-
-def still_greeting(outcomes: Sequence[WorkerOutcome]) -> bool:
-    """Whether a worker waits for its trainer's welcome. Raises the first error of any: then it is no use waiting for the others."""
-    error = first_error(outcomes)
-    if error is not None:
-        raise error
-    return any(outcome.is_greeting for outcome in outcomes)
-
-
-def greeting_pauses() -> Iterator[float]:
-    """Seconds between two questions whether the trainer's welcome is there: it comes within milliseconds as a rule."""
-    seconds = 0.002
-    while True:
-        yield seconds
-        seconds = min(2 * seconds, 0.1)
 
 
 def outcomes_from(answers: Sequence[Any]) -> list[WorkerOutcome]:

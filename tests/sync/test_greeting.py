@@ -17,7 +17,6 @@ from weightcast.engines.embedded import LLM
 from weightcast.errors import DeadlineExceeded, StateError
 from weightcast.manifest import Manifest, TensorSpec
 from weightcast.messages import Welcome
-from weightcast.receiver import greeting
 from weightcast.receiver.receiver import Receiver
 from weightcast.testing.local_engine import DictModel
 from weightcast.testing.models import build_tiny_model
@@ -46,10 +45,7 @@ def coordinator() -> Iterator[Coordinator]:
     made.close()
 
 
-def test_the_engines_thread_goes_on_while_a_trainer_does_not_answer(
-    tmp_path: Path, silent: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(greeting, "GREETING_TIMEOUT_S", 5.0)
+def test_the_engines_thread_goes_on_while_a_trainer_does_not_answer(tmp_path: Path, silent: dict[str, Any]) -> None:
     with LLM(str(build_tiny_model(tmp_path / "m")), num_threads=1) as llm:
         joining = llm.engine.init_transfer(silent)
         for _ in range(20):

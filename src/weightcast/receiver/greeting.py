@@ -12,8 +12,8 @@ from weightcast.errors import DeadlineExceeded, PeerLost, ProtocolError
 from weightcast.facts import Facts
 from weightcast.messages import AnyMessage, Hello, Refused, Welcome
 
-GREETING_TIMEOUT_S = 20.0
-"""A trainer that just asked an engine to join answers in milliseconds, on machines whose cores are all busy in seconds."""
+GREETING_TIMEOUT_S = 5.0
+"""A trainer that just asked an engine to join answers in milliseconds. Inside vLLM this is waited for between two steps."""
 
 
 @dataclass(slots=True, kw_only=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +16,7 @@ from weightcast.errors import EngineError, InvalidInput
 from weightcast.held import tensor_digests
 from weightcast.known import known
 from weightcast.manifest import Manifest
-from weightcast.outcome import WorkerOutcome, common_version, first_error, greeting_pauses, still_greeting, why_unfit
+from weightcast.outcome import WorkerOutcome, common_version, first_error, why_unfit
 from weightcast.server.control import details_of
 from weightcast.vllm_eras import BACKEND, require_backend, served_engine
 from weightcast.vllm_eras.port import ServedPort
@@ -35,13 +34,8 @@ class VllmFront:
 
     async def init_weight_transfer_engine(self, init_info: Mapping[str, Any]) -> None:
         self.require_backend()
-        payload = {"init_info": dict(init_info), "world_size": self.engine.world_size()}
-        # Asked again and again, so that no worker's step waits for the trainer's answer: it comes within seconds or never.
-        for pause_s in greeting_pauses():
-            if not still_greeting(await self._call("greet", payload)):
-                break
-            await asyncio.sleep(pause_s)
-        self._raise_first(await self._call("init", payload))
+        size = self.engine.world_size()
+        self._raise_first(await self._call("init", {"init_info": dict(init_info), "world_size": size}))
 
     async def shutdown_weight_transfer_engine(self) -> None:
         self.require_backend()

@@ -6,7 +6,6 @@ update that succeeds lets it go on, whoever publishes it. The order of things is
 
 from __future__ import annotations
 
-import time
 from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
@@ -19,10 +18,8 @@ from weightcast.errors import WeightcastError
 from weightcast.outcome import (
     WorkerOutcome,
     first_error,
-    greeting_pauses,
     outcomes_from,
     require_all,
-    still_greeting,
     why_asleep,
     why_unfit,
 )
@@ -71,17 +68,8 @@ class RpcEngineClient(EngineClient):
         return False
 
     def init(self, init_info: Mapping[str, Any], deadline: Deadline) -> None:
-        payload = {"init_info": dict(init_info), "world_size": self.num_workers(deadline)}
-        try:
-            # Asked again and again, so that no worker's step waits for the trainer's answer.
-            for pause_s in greeting_pauses():
-                if not still_greeting(self.ask("greet", payload, deadline)):
-                    break
-                deadline.check("greeting the trainer")
-                time.sleep(pause_s)
-        except WeightcastError as error:
-            raise error.at(engine=self.name) from None
-        self._raise_first(self.ask("init", payload, deadline))
+        size = self.num_workers(deadline)
+        self._raise_first(self.ask("init", {"init_info": dict(init_info), "world_size": size}, deadline))
 
     def shutdown(self, deadline: Deadline) -> None:
         self._raise_first(self.ask("shutdown", {}, deadline))
