@@ -64,13 +64,13 @@ def test_greeting_returns_at_once_and_joining_goes_on_with_it(coordinator: Coord
     first = receiver.greet(there)
     assert receiver.greet(there) is first
     first.wait()
-    assert not receiver.is_greeting
+    assert first.is_over()
     receiver.join(there)  # the ticket would not admit it a second time
     assert receiver.joined
     assert receiver.greet(JoinInfo(**{**info(there.address, there.public_key), "takeover": True})) is not first
     receiver.leave()
     assert not receiver.joined
-    assert not receiver.is_greeting
+    assert receiver._greeting is None
 
 
 def test_a_greeting_that_nobody_takes_up_is_left_with_the_next_one(
@@ -78,7 +78,7 @@ def test_a_greeting_that_nobody_takes_up_is_left_with_the_next_one(
 ) -> None:
     receiver = Receiver(DictModel({"w": torch.randn(3)}))
     abandoned = receiver.greet(JoinInfo(**silent))
-    assert receiver.is_greeting
+    assert not abandoned.is_over()
     receiver.join(
         JoinInfo(
             **info(f"tcp://127.0.0.1:{coordinator.port}", coordinator.public_key, coordinator.issue_ticket("e", 1))

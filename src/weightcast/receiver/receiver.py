@@ -115,11 +115,6 @@ class Receiver:
         return self._session is not None and self._session.lost is None
 
     @property
-    def is_greeting(self) -> bool:
-        """Whether a trainer was greeted whose answer is still awaited."""
-        return self._greeting is not None and not self._greeting.is_over()
-
-    @property
     def has_session(self) -> bool:
         """Whether a trainer was joined and not left, alive or not: rounds it committed can still be taken back."""
         return self._session is not None
