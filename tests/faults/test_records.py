@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from weightcast import Publisher
 from weightcast.errors import InvalidInput, PeerLost, RoundFailed
-from weightcast.report.logs import JsonFormatter, about, log_as_json
+from weightcast.logs import JsonFormatter, about, log_as_json
 from weightcast.report.roundlog import read_rounds
 from weightcast.testing.local_engine import DictModel, LocalEngine
 

@@ -233,7 +233,7 @@ def _who(sock: socket.socket) -> str:
 def _configure_logging(level: str, form: LogFormat) -> None:
     import logging
 
-    from weightcast.report.logs import JsonFormatter
+    from weightcast.logs import JsonFormatter
 
     logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     if form is LogFormat.json:

@@ -19,7 +19,7 @@ from weightcast.commit.order import RoundAnswer, RoundOrder, Serving, Standing
 from weightcast.commit.updates import named
 from weightcast.deadline import Deadline
 from weightcast.errors import DeadlineExceeded
-from weightcast.report.logs import about
+from weightcast.logs import about
 
 logger = logging.getLogger(__name__)
 

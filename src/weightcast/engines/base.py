@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+
+from weightcast.engines.sampling import RequestOutputKind as RequestOutputKind
+from weightcast.engines.sampling import SamplingParams as SamplingParams
 
 if TYPE_CHECKING:
     from weightcast.held import TensorDigest
@@ -16,47 +18,6 @@ if TYPE_CHECKING:
 
 PauseMode = Literal["abort", "wait", "keep"]
 FinishReason = Literal["stop", "length", "abort", "error"]
-
-
-class RequestOutputKind(Enum):
-    """Which outputs of a request its caller wants to see; names and values are vLLM's."""
-
-    CUMULATIVE = 0
-    """One after each step, each with everything so far."""
-    FINAL_ONLY = 2
-    """The last one. An engine may give others, too."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingParams:
-    """How to sample one request; field names and defaults are vLLM's. Validates itself (InvalidInput names the field)."""
-
-    n: int = 1
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    """0 or -1: all tokens."""
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
-    """Any signed or unsigned 64-bit number; with it a request's tokens do not depend on what else is in the batch."""
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    max_tokens: int | None = 16
-    min_tokens: int = 0
-    ignore_eos: bool = False
-    include_stop_str_in_output: bool = False
-    skip_special_tokens: bool = True
-    logprobs: int | None = None
-    """None: none; 0: of the sampled token; N: also of the N likeliest. Natural log of the distribution sampled from."""
-    prompt_logprobs: int | None = None
-    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
-    """FINAL_ONLY saves the making of outputs that nobody reads."""
-
-    def __post_init__(self) -> None:
-        from weightcast.engines.sampling_checks import check_sampling_params
-
-        check_sampling_params(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,6 +29,7 @@ from weightcast.errors import (
     WeightcastError,
 )
 from weightcast.layout import Layout
+from weightcast.logs import about
 from weightcast.memory import Memory
 from weightcast.messages import (
     Abort,
@@ -48,7 +49,6 @@ from weightcast.receiver.base import LiveModel
 from weightcast.receiver.greeting import Greeting
 from weightcast.receiver.loader_area import LoadedTensors, with_area
 from weightcast.receiver.staging import make_target
-from weightcast.report.logs import about
 from weightcast.round import Approval, Phase, RoundId, WorkerRound
 from weightcast.transports.base import WorkerEnd
 from weightcast.transports.registry import registry

@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from weightcast.engines.base import CompletionOutput, RequestOutput, RequestOutputKind, SamplingParams
-from weightcast.engines.sampling_checks import MAX_SAMPLES
+from weightcast.engines.sampling import MAX_SAMPLES
 from weightcast.errors import EngineError, InvalidInput, StateError, WeightcastError
 from weightcast.server import logprobs
 from weightcast.server.context import ServerContext

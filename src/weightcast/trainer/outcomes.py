@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from weightcast.errors import StateError, WeightcastError
-from weightcast.report.logs import about
+from weightcast.logs import about
 from weightcast.report.model import Phase
 from weightcast.trainer.links import EngineLink, WorkerLink
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from weightcast.errors import WeightcastError
-from weightcast.report.logs import about
+from weightcast.logs import about
 from weightcast.report.model import Report
 from weightcast.report.roundlog import RoundLog
 from weightcast.trainer.links import UNKNOWN, EngineLink

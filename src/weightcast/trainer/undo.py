@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from weightcast.control.coordinator import Coordinator
 from weightcast.deadline import Deadline
 from weightcast.errors import BaseMismatch, DeadlineExceeded, PeerLost, StateError, WeightcastError
+from weightcast.logs import about
 from weightcast.messages import Abort
-from weightcast.report.logs import about
 from weightcast.trainer.links import UNKNOWN, EngineLink
 from weightcast.trainer.outcomes import Outcome, Outcomes
 

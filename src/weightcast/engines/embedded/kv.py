@@ -8,15 +8,20 @@ layer shows. Unused places hold zeros, never garbage: masked attention still mul
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 
-if TYPE_CHECKING:
-    from weightcast.engines.embedded.sequence import Sequence
-
 _SMALLEST_ROOM = 64
 _FIRST_ROWS = 4
+
+
+class Occupant(Protocol):
+    """What the cache knows of a sequence: where its keys and values lie, and of how many tokens."""
+
+    shelf: Shelf | None
+    row: int
+    num_computed: int
 
 
 class Shelf:
@@ -25,7 +30,7 @@ class Shelf:
     def __init__(self, room: int) -> None:
         self.room = room
         self.num_rows = 0
-        self.owners: list[Sequence] = []
+        self.owners: list[Occupant] = []
         self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def layer(self, index: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,7 +83,7 @@ class KvCache:
     def allocated_tokens(self) -> int:
         return sum(shelf.num_rows * shelf.room for shelf in self.shelves)
 
-    def place(self, sequence: Sequence, num_tokens: int) -> bool:
+    def place(self, sequence: Occupant, num_tokens: int) -> bool:
         """Give a sequence a cleared row for ``num_tokens``; False, with nothing changed, when there is no room."""
         shelf = self._shelf_for(num_tokens)
         if not self._make_row(shelf):
@@ -86,7 +91,7 @@ class KvCache:
         self._sit(sequence, shelf)
         return True
 
-    def extend(self, sequence: Sequence, num_tokens: int) -> bool:
+    def extend(self, sequence: Occupant, num_tokens: int) -> bool:
         """Let a placed sequence grow to ``num_tokens``, moving it if needed; False when there is no room."""
         old = sequence.shelf
         assert old is not None
@@ -101,13 +106,13 @@ class KvCache:
         self._leave(old, old_row)
         return True
 
-    def fork(self, sequence: Sequence, source: Sequence, num_tokens: int) -> None:
+    def fork(self, sequence: Occupant, source: Occupant, num_tokens: int) -> None:
         """Copy the first tokens' keys and values of another placed sequence; both are placed."""
         assert sequence.shelf is not None
         assert source.shelf is not None
         sequence.shelf.copy_row(sequence.row, source.shelf, source.row, num_tokens)
 
-    def release(self, sequence: Sequence) -> None:
+    def release(self, sequence: Occupant) -> None:
         """Free the sequence's row; the last row of the shelf moves into the gap."""
         shelf, row = sequence.shelf, sequence.row
         if shelf is None:
@@ -142,7 +147,7 @@ class KvCache:
         return True
 
     @staticmethod
-    def _sit(sequence: Sequence, shelf: Shelf) -> None:
+    def _sit(sequence: Occupant, shelf: Shelf) -> None:
         sequence.shelf, sequence.row = shelf, len(shelf.owners)
         shelf.owners.append(sequence)
         shelf.clear_row(sequence.row)

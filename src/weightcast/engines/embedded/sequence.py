@@ -16,7 +16,7 @@ from weightcast.engines.base import (
 )
 from weightcast.engines.embedded.detokenize import Detokenizer
 from weightcast.engines.embedded.kv import Shelf
-from weightcast.engines.sampling_checks import GREEDY_BELOW
+from weightcast.engines.sampling import GREEDY_BELOW
 
 Sink = Callable[[RequestOutput], None]
 
