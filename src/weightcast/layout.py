@@ -119,11 +119,14 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
     """All placements of one process over its storages (``storage_nbytes[i]`` is the size of storage i).
 
     ``through_loader`` names the tensors that have no direct landing and go through the engine's own loader.
+    ``is_streamed``: the storages are windows of a stream, filled one after the other in the order of their numbers. They may share
+    memory, so each holds its values only while its turn lasts.
     """
 
     placements: tuple[Placement, ...]
     storage_nbytes: tuple[int, ...]
     through_loader: tuple[str, ...] = ()
+    is_streamed: bool = False
 
     def __post_init__(self) -> None:
         for placement in self.placements:

@@ -39,6 +39,8 @@ class Copy(msgspec.Struct, frozen=True, kw_only=True):
     via: str = ""
     is_whole: bool = False
     """The box is the whole tensor: in an arena, what follows it up to the next multiple of 256 bytes is padding."""
+    part: int = 0
+    """Copies of one part are transferred together: the window of a stream, or 0 for all copies of a source that lies still."""
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -65,7 +67,7 @@ def _offset_at(placement: Placement, region: Region) -> int:
     return placement.offset + geo.offset_of(index, placement.strides)
 
 
-def _copy(holding: Placement, landing: Placement, region: Region, spec: TensorSpec) -> Copy:
+def _copy(holding: Placement, landing: Placement, region: Region, spec: TensorSpec, part: int) -> Copy:
     return Copy(
         region=region,
         src_storage=holding.storage,
@@ -78,6 +80,7 @@ def _copy(holding: Placement, landing: Placement, region: Region, spec: TensorSp
         dst_strides=landing.strides,
         via="" if spec.dtype in (holding.dtype, landing.dtype) else spec.dtype,
         is_whole=region.is_whole(spec),
+        part=part,
     )
 
 
@@ -125,7 +128,8 @@ def compile_plan(
                 if region is None:
                     continue
                 rank, holding = min(replicas, key=lambda item: load[item[0]])
-                copy = _copy(holding, landing, region, spec)
+                part = holding.storage if holdings[rank].is_streamed else 0
+                copy = _copy(holding, landing, region, spec, part)
                 load[rank] += copy.nbytes
                 covered += region.numel
                 plan.setdefault(rank, []).append(copy)
@@ -134,6 +138,19 @@ def compile_plan(
                     f"{spec.name}: {covered} of {landing.region.numel} wanted elements are held by the trainer"
                 )
     return {rank: tuple(copies) for rank, copies in sorted(plan.items())}
+
+
+def parts_of(copies: Sequence[Copy]) -> dict[int, tuple[Copy, ...]]:
+    """The copies by part, in the order in which parts are transferred; without copies one empty part."""
+    parts: dict[int, list[Copy]] = {}
+    for copy in copies:
+        parts.setdefault(copy.part, []).append(copy)
+    return {part: tuple(parts[part]) for part in sorted(parts)} or {0: ()}
+
+
+def nbytes_of(copies: Iterable[Copy]) -> int:
+    """Bytes that land."""
+    return sum(copy.nbytes for copy in copies)
 
 
 def plan_digest(plan: Plan) -> str:

@@ -28,9 +28,9 @@ class SharedEnd(TrainerEnd):
     def connect(self, deadline: Deadline) -> None:
         self._all("connect", deadline, lambda: self.inner.connect(deadline))
 
-    def send(self, deadline: Deadline) -> int:
+    def send(self, deadline: Deadline, part: int = 0) -> int:
         self._all("send", deadline, lambda: None)
-        return self.inner.send(deadline)
+        return self.inner.send(deadline, part)
 
     def abort(self) -> None:
         self.aborted = True

@@ -7,13 +7,15 @@ Both ends are given the same ordered ``copies`` (a trainer rank's part of a work
     offer = end.offer()        ──control──▶   end = T.worker_end(offer, copies)
     end.connect(deadline)      ◀─ data ──▶    end.connect(deadline)
                                               end.prepare(memory, manifest)          may be left out
-    end.send(deadline)         ── data ──▶    end.receive(memory, deadline)          once a round, in this order on both
+    end.send(deadline, part)   ── data ──▶    end.receive(memory, deadline, part)    once a round for each part, in this order on both
     end.close()                               end.close()
 
 A *pull* transport's worker reads the trainer's memory in ``receive``; its ``send`` only makes the values visible and returns.
-A *push* transport's ``send`` and ``receive`` run at the same time. Rules for every implementation:
+A *push* transport's ``send`` and ``receive`` run at the same time. Weights that lie still have one part, 0; those of a stream have one
+for each window (``plan.parts_of``), and the memory of a part may be overwritten once it was sent (push) or received (pull).
+Rules for every implementation:
 
-- ``receive`` writes exactly the destination elements of ``copies`` in the memory it is given, and nothing else
+- ``receive`` writes exactly the destination elements of the part's copies in the memory it is given, and nothing else
   (bytes between aligned tensors of an arena that the receiver owns may be overwritten with zeros).
 - After an error or ``abort`` an end is dead: every later call raises TransportError at once; only ``close`` is left.
 - ``abort`` may be called from any thread, returns at once and ends a blocked call on this end within a second.
@@ -50,8 +52,8 @@ class TrainerEnd(ABC):
         """Wait until the worker is connected."""
 
     @abstractmethod
-    def send(self, deadline: Deadline) -> int:
-        """Make one round's values reach the worker (push) or visible to it (pull); returns bytes sent."""
+    def send(self, deadline: Deadline, part: int = 0) -> int:
+        """Make one round's values of a part reach the worker (push) or visible to it (pull); returns bytes sent."""
 
     @abstractmethod
     def abort(self) -> None: ...
@@ -76,14 +78,16 @@ class WorkerEnd(ABC):
         nothing there. A receive into another memory stays possible."""
 
     @abstractmethod
-    def receive(self, memory: Memory, deadline: Deadline) -> int:
-        """Write one round's values into ``memory``; when it returns, they are there (device work included).
+    def receive(self, memory: Memory, deadline: Deadline, part: int = 0) -> int:
+        """Write one round's values of a part into ``memory``; when it returns, they are there (device work included).
         Returns bytes received."""
 
-    def receive_proven(self, memory: Memory, manifest: Manifest, deadline: Deadline) -> tuple[int, int | None]:
+    def receive_proven(
+        self, memory: Memory, manifest: Manifest, deadline: Deadline, part: int = 0
+    ) -> tuple[int, int | None]:
         """``receive``, and the digest of all that it wrote, read back from ``memory``, where the transport gets it on the
         way; None where it has to be computed afterwards."""
-        return self.receive(memory, deadline), None
+        return self.receive(memory, deadline, part), None
 
     @abstractmethod
     def abort(self) -> None: ...

@@ -32,7 +32,7 @@ from weightcast.errors import (
 from weightcast.known import known
 from weightcast.manifest import Manifest
 from weightcast.memory import Memory
-from weightcast.plan import Copy
+from weightcast.plan import Copy, nbytes_of, parts_of
 from weightcast.secret import repr_without
 from weightcast.transports.base import DEFAULT_BUCKET_NBYTES, Facts, TrainerEnd, Transport, WorkerEnd
 from weightcast.transports.facts import gpu_uuid, visible_gpus
@@ -221,7 +221,7 @@ class CudaIpcTrainerEnd(TrainerEnd):
     def __init__(self, copies: Sequence[Copy], memory: Memory, address: str) -> None:
         self._pair = _Pair("the trainer's end of a cuda_ipc pair")
         self._memory = memory
-        self._nbytes = sum(copy.nbytes for copy in copies)
+        self._nbytes = {part: nbytes_of(some) for part, some in parts_of(copies).items()}
         self._devices = list(dict.fromkeys(memory.storages[copy.src_storage].device for copy in copies))
         segments, spans = _export(copies, memory)
         self._listener = Listener(address, self._pair.guard)
@@ -245,12 +245,12 @@ class CudaIpcTrainerEnd(TrainerEnd):
             self._pair.hold(link)
             link.meet(deadline)
 
-    def send(self, deadline: Deadline) -> int:
+    def send(self, deadline: Deadline, part: int = 0) -> int:
         with self._pair.use("send", deadline):
             self._pair.check()
             for device in self._devices:
                 wait_device(device, deadline, "the work on the trainer's GPU", self._pair.guard.check)
-            return self._nbytes
+            return self._nbytes[part]
 
     def abort(self) -> None:
         self._pair.guard.abort()
@@ -330,11 +330,12 @@ class CudaIpcWorkerEnd(WorkerEnd):
     def __init__(self, copies: Sequence[Copy], offer: CudaIpcOffer) -> None:
         self._pair = _Pair("the worker's end of a cuda_ipc pair")
         self._copies = tuple(copies)
+        self._parts = parts_of(copies)
         self._offer = offer
         self._mapping: _Mapping | None = None
         self._stream: torch.cuda.Stream | None = None
-        self._replays: Recent[CudaReplay] = Recent()
-        self._proven: Recent[ProvenReplay] = Recent()
+        self._replays: Recent[CudaReplay] = Recent(parts=len(self._parts))
+        self._proven: Recent[ProvenReplay] = Recent(parts=len(self._parts))
         self._devices: Recent[torch.device] = Recent()
 
     def connect(self, deadline: Deadline) -> None:
@@ -358,41 +359,46 @@ class CudaIpcWorkerEnd(WorkerEnd):
         """
         self._pair.guard.check()
         mapping = self._mapped_for(memory)
-        if memory.gpu is not None:
-            self._replay_for(memory, mapping).prepare()
-        else:
-            self._proven_for(memory, mapping, manifest).prepare()
+        for part in self._parts:
+            if memory.gpu is not None:
+                self._replay_for(memory, mapping, part).prepare()
+            else:
+                self._proven_for(memory, mapping, manifest, part).prepare()
 
-    def receive(self, memory: Memory, deadline: Deadline) -> int:
+    def receive(self, memory: Memory, deadline: Deadline, part: int = 0) -> int:
         self.has_written = False
         with self._pair.use("receive", deadline):
             mapping = self._mapped_for(memory)
-            nbytes = self._run(self._replay_for(memory, mapping), mapping, deadline)
+            nbytes = self._run(self._replay_for(memory, mapping, part), mapping, deadline)
             # Bytes of a process that died meanwhile may be anybody's.
             self._pair.check()
             return nbytes
 
-    def receive_proven(self, memory: Memory, manifest: Manifest, deadline: Deadline) -> tuple[int, int | None]:
+    def receive_proven(
+        self, memory: Memory, manifest: Manifest, deadline: Deadline, part: int = 0
+    ) -> tuple[int, int | None]:
         """A trainer that dies while its bytes are copied is no failure: the digest says whether they are the right ones."""
         self.has_written = False
         with self._pair.use("receive", deadline):
             mapping = self._mapped_for(memory)
             if memory.gpu is not None:
                 # What was written to the host's memory is read back over the bus; the digest does that better alone.
-                return self.receive(memory, deadline), None
-            replay = self._proven_for(memory, mapping, manifest)
+                return self.receive(memory, deadline, part), None
+            replay = self._proven_for(memory, mapping, manifest, part)
             nbytes = self._run(replay, mapping, deadline)
             with torch.cuda.stream(self._stream):
                 return nbytes, replay.total()
 
-    def _replay_for(self, memory: Memory, mapping: _Mapping) -> CudaReplay:
+    def _replay_for(self, memory: Memory, mapping: _Mapping, part: int) -> CudaReplay:
+        copies = self._parts[part]
         return self._replays.get(
-            memory.number, lambda: _new_replay(self._copies, mapping.memory, memory, mapping.device)
+            (memory.number, part), lambda: _new_replay(copies, mapping.memory, memory, mapping.device)
         )
 
-    def _proven_for(self, memory: Memory, mapping: _Mapping, manifest: Manifest) -> ProvenReplay:
+    def _proven_for(self, memory: Memory, mapping: _Mapping, manifest: Manifest, part: int) -> ProvenReplay:
+        copies = self._parts[part]
         return self._proven.get(
-            memory.number, lambda: _new_proven(self._copies, mapping.memory, memory, manifest, mapping.device)
+            (memory.number, part), lambda: _new_proven(copies, mapping.memory, memory, manifest, mapping.device)
         )
 
     def _run(self, replay: CudaReplay | ProvenReplay, mapping: _Mapping, deadline: Deadline) -> int:

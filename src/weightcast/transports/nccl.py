@@ -9,7 +9,7 @@ each worker brings the news of a death at once, which NCCL itself does not, and 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -28,7 +28,7 @@ from weightcast.errors import (
 )
 from weightcast.known import known
 from weightcast.memory import Memory
-from weightcast.plan import Copy
+from weightcast.plan import Copy, nbytes_of, parts_of
 from weightcast.secret import repr_without
 from weightcast.transports.base import DEFAULT_BUCKET_NBYTES, Facts, TrainerEnd, Transport, WorkerEnd
 from weightcast.transports.buckets import Bucket, check_bucket_nbytes, into_bucket, out_of_bucket, schedule
@@ -138,20 +138,23 @@ class _Group:
 
     def __init__(self, count: int, copies: Sequence[Copy], memory: Memory, bucket_nbytes: int, address: str) -> None:
         self._device = _device_of(memory, [copy.src_storage for copy in copies])
-        self._buckets = schedule(copies, bucket_nbytes)
-        lanes = _lanes_for(self._buckets, self._device)
+        self._parts = _parts_in_buckets(copies, bucket_nbytes)
+        lanes = _lanes_for(self._parts, self._device)
         self._lanes: Lanes | None = lanes
-        self._packers = [
-            lanes.packer(number, list(map(into_bucket, bucket.pieces)), memory)
-            for number, bucket in enumerate(self._buckets)
-        ]
+        self._packers = {
+            part: [
+                lanes.packer(number, list(map(into_bucket, bucket.pieces)), memory)
+                for number, bucket in enumerate(buckets)
+            ]
+            for part, buckets in self._parts.items()
+        }
         self._together = Together(count)
-        self._num_rounds = 0
+        self._num_broadcasts = 0
         self._in_use = set(range(count))
         self._comm = Communicator(self._device, self._check)
-        self.nbytes = sum(copy.nbytes for copy in copies)
+        self.nbytes = {part: nbytes_of(some) for part, some in parts_of(copies).items()}
         self.ends: list[NcclTrainerEnd] = []
-        unique_id, cuts = new_unique_id(), tuple(bucket.nbytes for bucket in self._buckets)
+        unique_id, cuts = new_unique_id(), _cuts_of(self._parts)
         try:
             for member in range(count):
                 guard = EndGuard("the trainer's end of a nccl pair")
@@ -181,9 +184,9 @@ class _Group:
 
         self._together.do(member, "connect", deadline, meet, self.ends[member].check)
 
-    def send(self, member: int, deadline: Deadline) -> None:
-        """One round for the whole group; every member's end calls it."""
-        self._together.do(member, "send", deadline, lambda: self._send(deadline), self.ends[member].check)
+    def send(self, member: int, deadline: Deadline, part: int) -> None:
+        """One part of a round for the whole group; every member's end calls it."""
+        self._together.do(member, "send", deadline, lambda: self._send(deadline, part), self.ends[member].check)
 
     def fail(self, error: BaseException, member: int) -> None:
         """End everything for all members, because of one; the workers learn it from their connections."""
@@ -196,17 +199,17 @@ class _Group:
         self._hang_up(ABORT_S)
         self._in_use.discard(member)
         if not self._in_use:
-            self._packers, self._lanes = [], None
+            self._packers, self._lanes = {}, None
 
-    def _send(self, deadline: Deadline) -> None:
+    def _send(self, deadline: Deadline, part: int) -> None:
         comm, lanes = self._comm, self._lanes
         if lanes is None:
             raise StateError("the group was closed")
-        before = self._num_rounds * len(self._buckets)
-        after = before + len(self._buckets)
+        before = self._num_broadcasts
+        after = before + len(self._parts[part])
         try:
             self._wait_for_workers(min(before + 1, after), deadline)
-            self._broadcast(comm, lanes, deadline)
+            self._broadcast(comm, lanes, deadline, part)
             # What NCCL keeps in its own buffers is sent for the trainer, while a late worker may still hold up those behind it.
             self._wait_for_workers(after, deadline)
         except DeadlineExceeded as error:
@@ -215,11 +218,11 @@ class _Group:
                 raise
             late = DeadlineExceeded(f"the worker did not receive in time: {error.message}")
             raise Blamed(member, late) from error
-        self._num_rounds += 1
+        self._num_broadcasts = after
 
-    def _broadcast(self, comm: Communicator, lanes: Lanes, deadline: Deadline) -> None:
+    def _broadcast(self, comm: Communicator, lanes: Lanes, deadline: Deadline, part: int) -> None:
         with lanes.beside():
-            for number, (bucket, packer) in enumerate(zip(self._buckets, self._packers, strict=True)):
+            for number, (bucket, packer) in enumerate(zip(self._parts[part], self._packers[part], strict=True)):
                 if (former := lanes.take(number, lanes.side)) is not None:
                     comm.wait(former, deadline, "sending weights")
                 packer.run()
@@ -274,12 +277,12 @@ class NcclTrainerEnd(TrainerEnd):
             self._listener.close()
             self._group.connect(self.member, deadline)
 
-    def send(self, deadline: Deadline) -> int:
+    def send(self, deadline: Deadline, part: int = 0) -> int:
         with self._use("send", deadline):
             if self.link is None:
                 raise StateError("a round before connect")
-            self._group.send(self.member, deadline)
-            return self._group.nbytes
+            self._group.send(self.member, deadline, part)
+            return self._group.nbytes[part]
 
     def abort(self) -> None:
         self._guard.abort()
@@ -322,14 +325,14 @@ class NcclWorkerEnd(WorkerEnd):
         self._guard = EndGuard("the worker's end of a nccl pair")
         self._offer = offer
         self._copies = tuple(copies)
-        self._buckets = schedule(copies, offer.bucket_nbytes)
-        if tuple(bucket.nbytes for bucket in self._buckets) != offer.cuts:
+        self._parts = _parts_in_buckets(copies, offer.bucket_nbytes)
+        if _cuts_of(self._parts) != offer.cuts:
             raise ProtocolError("the trainer cuts the plan otherwise", hint="Use the same weightcast on both sides")
-        self._nbytes = sum(copy.nbytes for copy in copies)
+        self._nbytes = {part: nbytes_of(some) for part, some in parts_of(copies).items()}
         self._link: PairLink | None = None
         self._comm: Communicator | None = None
         self._lanes: Lanes | None = None
-        self._unpackers: Recent[list[CudaReplay]] = Recent()
+        self._unpackers: Recent[list[CudaReplay]] = Recent(parts=len(self._parts))
         self._devices: Recent[torch.device] = Recent()
 
     def connect(self, deadline: Deadline) -> None:
@@ -338,11 +341,11 @@ class NcclWorkerEnd(WorkerEnd):
             offer = self._offer
             self._link = PairLink.dial_to(offer.address, offer.port, offer.secret, deadline, self._guard)
             device = torch.device("cuda", torch.cuda.current_device())
-            self._lanes = _lanes_for(self._buckets, device)
+            self._lanes = _lanes_for(self._parts, device)
             self._comm = Communicator(device, self._check)
             self._comm.connect(offer.unique_id, offer.rank, offer.world_size, deadline)
 
-    def receive(self, memory: Memory, deadline: Deadline) -> int:
+    def receive(self, memory: Memory, deadline: Deadline, part: int = 0) -> int:
         with self._use("receive", deadline):
             comm, lanes, link = self._comm, self._lanes, self._link
             if comm is None or lanes is None or link is None:
@@ -352,9 +355,10 @@ class NcclWorkerEnd(WorkerEnd):
             )
             if device != comm.device:
                 raise StateError(f"this pair was connected on {comm.device}, the memory lies on {device}")
-            unpackers = self._unpackers.get(memory.number, lambda: self._new_unpackers(lanes, memory))
+            buckets = self._parts[part]
+            unpackers = self._unpackers.get((memory.number, part), lambda: self._new_unpackers(lanes, buckets, memory))
             with lanes.beside():
-                for number, (bucket, unpacker) in enumerate(zip(self._buckets, unpackers, strict=True)):
+                for number, (bucket, unpacker) in enumerate(zip(buckets, unpackers, strict=True)):
                     if (former := lanes.take(number, comm.stream)) is not None:
                         comm.wait(former, deadline, "receiving weights")
                     link.call()
@@ -364,7 +368,7 @@ class NcclWorkerEnd(WorkerEnd):
                     lanes.mark(number, lanes.side)
                 comm.stream.wait_stream(lanes.side)
                 comm.finish(deadline, "receiving weights")
-            return self._nbytes
+            return self._nbytes[part]
 
     def abort(self) -> None:
         self._guard.abort()
@@ -379,10 +383,11 @@ class NcclWorkerEnd(WorkerEnd):
         self._unpackers.clear()
         self._lanes = None
 
-    def _new_unpackers(self, lanes: Lanes, memory: Memory) -> list[CudaReplay]:
+    @staticmethod
+    def _new_unpackers(lanes: Lanes, buckets: Sequence[Bucket], memory: Memory) -> list[CudaReplay]:
         return [
             lanes.unpacker(number, [out_of_bucket(piece) for piece in bucket.pieces], memory)
-            for number, bucket in enumerate(self._buckets)
+            for number, bucket in enumerate(buckets)
         ]
 
     @contextlib.contextmanager
@@ -412,8 +417,19 @@ def _seat(facts: Facts) -> tuple[str, str]:
     return facts.nccl_host, facts.gpu
 
 
-def _lanes_for(buckets: Sequence[Bucket], device: torch.device) -> Lanes:
-    return Lanes(max((bucket.nbytes for bucket in buckets), default=0), device)
+_Parts = Mapping[int, Sequence[Bucket]]
+
+
+def _parts_in_buckets(copies: Sequence[Copy], bucket_nbytes: int) -> _Parts:
+    return {part: schedule(some, bucket_nbytes) for part, some in parts_of(copies).items()}
+
+
+def _cuts_of(parts: _Parts) -> tuple[int, ...]:
+    return tuple(bucket.nbytes for buckets in parts.values() for bucket in buckets)
+
+
+def _lanes_for(parts: _Parts, device: torch.device) -> Lanes:
+    return Lanes(max(_cuts_of(parts), default=0), device)
 
 
 def _device_of(memory: Memory, storages: Sequence[int]) -> torch.device:

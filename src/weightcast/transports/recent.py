@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
 
 class Recent(Generic[T]):
-    """Values by memory number, at most ``size`` of them: a compiled copy keeps its memory alive, so old ones must go.
+    """Values by memory number, or by number and part, at most ``size`` of them: a compiled copy keeps its memory alive, so old ones
+    must go.
 
-    Two are in use when a shadow and the live parameters take turns.
+    Two are in use when a shadow and the live parameters take turns. ``parts`` is how many values there are for each memory.
     """
 
-    def __init__(self, size: int = 4) -> None:
-        self._size = size
-        self._values: dict[int, T] = {}
+    def __init__(self, size: int = 4, *, parts: int = 1) -> None:
+        self._size = size * parts
+        self._values: dict[Hashable, T] = {}
 
-    def get(self, number: int, make: Callable[[], T]) -> T:
+    def get(self, number: Hashable, make: Callable[[], T]) -> T:
         """The value of ``number``, made when it is not there; the one unused for longest makes room."""
         value = self._values.pop(number) if number in self._values else make()
         self._values[number] = value

@@ -21,7 +21,7 @@ from weightcast.errors import InvalidInput, ProtocolError, StateError, Transport
 from weightcast.known import known
 from weightcast.manifest import Manifest, align
 from weightcast.memory import FileSpan, Memory
-from weightcast.plan import Copy, as_run, slices
+from weightcast.plan import Copy, as_run, nbytes_of, parts_of, slices
 from weightcast.replay import Replay
 from weightcast.transports.arena import Arena, ArenaRef, map_arena
 from weightcast.transports.base import DEFAULT_BUCKET_NBYTES, Facts, TrainerEnd, Transport, WorkerEnd
@@ -90,26 +90,33 @@ class ShmTransport(Transport):
         return None
 
     def adopt(self, memory: Memory) -> Memory:
-        """Copies all storages but those of files into one arena; the old ones can be dropped afterwards."""
+        """Copies all storages but those of files into one arena; the old ones can be dropped afterwards. Storages that are one
+        memory stay one."""
         if isinstance(memory, ShmMemory):
             return memory
         if any(storage.device.type != "cpu" for storage in memory.storages):
             raise InvalidInput("shm moves CPU memory only", field="device")
         offsets, end = [], 0
+        places: dict[tuple[int, int], int] = {}
         for storage, file in zip(memory.storages, memory.files, strict=True):
-            offsets.append(end)
-            end = align(end + storage.numel()) if file is None else end
+            place = (storage.data_ptr(), storage.numel())
+            offsets.append(places.get(place, end) if file is None else end)
+            if file is None and place not in places:
+                places[place] = end
+                end = align(end + storage.numel())
         if end == 0:
             return ShmMemory(memory.storages, None, offsets, memory.files, memory.is_arena)
         arena = Arena(end)
-        storages = []
+        storages, copied = [], set[int]()
         for storage, file, offset in zip(memory.storages, memory.files, offsets, strict=True):
-            if file is None:
-                moved = arena.bytes[offset : offset + storage.numel()]
-                moved.copy_(storage)
-                storages.append(moved)
-            else:
+            if file is not None:
                 storages.append(storage)
+                continue
+            moved = arena.bytes[offset : offset + storage.numel()]
+            if storage.numel() and offset not in copied:
+                moved.copy_(storage)
+                copied.add(offset)
+            storages.append(moved)
         return ShmMemory(storages, arena, offsets, memory.files, memory.is_arena)
 
     def release(self, memory: Memory) -> None:
@@ -137,7 +144,7 @@ class ShmTrainerEnd(TrainerEnd):
 
     def __init__(self, copies: Sequence[Copy], memory: ShmMemory) -> None:
         self._guard = EndGuard("the trainer's end of a shm pair")
-        self._nbytes = sum(copy.nbytes for copy in copies)
+        self._nbytes = {part: nbytes_of(some) for part, some in parts_of(copies).items()}
         self._offer = msgspec.msgpack.encode(memory.offer())
 
     def offer(self) -> bytes:
@@ -148,9 +155,9 @@ class ShmTrainerEnd(TrainerEnd):
         with self._guard.use("connect", deadline):
             pass
 
-    def send(self, deadline: Deadline) -> int:
+    def send(self, deadline: Deadline, part: int = 0) -> int:
         with self._guard.use("send", deadline):
-            return self._nbytes
+            return self._nbytes[part]
 
     def abort(self) -> None:
         self._guard.abort()
@@ -170,11 +177,12 @@ class ShmWorkerEnd(WorkerEnd):
         self._guard = EndGuard("the worker's end of a shm pair")
         self._offer = offer
         self._copies = copies
-        self._nbytes = sum(copy.nbytes for copy in copies)
+        self._parts = parts_of(copies)
+        self._nbytes = nbytes_of(copies)
         self._source: Memory | None = None
         self._files: list[OpenFile | None] = []
-        self._steps: Recent[list[_Step]] = Recent()
-        self._proven: Recent[ProvenReplay] = Recent()
+        self._steps: Recent[list[_Step]] = Recent(parts=len(self._parts))
+        self._proven: Recent[ProvenReplay] = Recent(parts=len(self._parts))
 
     def connect(self, deadline: Deadline) -> None:
         with self._guard.use("connect", deadline):
@@ -194,29 +202,32 @@ class ShmWorkerEnd(WorkerEnd):
         """Compile the replay into this memory. TransportError when the end is dead or not connected."""
         self._guard.check()
         source = self._connected()
-        if self._proves():
-            self._proven_for(source, memory, manifest)
-        else:
-            self._steps_for(source, memory)
+        for part in self._parts:
+            if self._proves():
+                self._proven_for(source, memory, manifest, part)
+            else:
+                self._steps_for(source, memory, part)
 
-    def receive(self, memory: Memory, deadline: Deadline) -> int:
+    def receive(self, memory: Memory, deadline: Deadline, part: int = 0) -> int:
         self.has_written = False
         with self._guard.use("receive", deadline):
             source = self._connected()
             for file in self._files:
                 if file is not None:
                     file.check()
-            for step in self._steps_for(source, memory):
+            for step in self._steps_for(source, memory, part):
                 self._guard.check()
                 deadline.check("receiving through shared memory")
                 self.has_written = True
                 step.run()
-            return self._nbytes
+            return nbytes_of(self._parts[part])
 
-    def receive_proven(self, memory: Memory, manifest: Manifest, deadline: Deadline) -> tuple[int, int | None]:
+    def receive_proven(
+        self, memory: Memory, manifest: Manifest, deadline: Deadline, part: int = 0
+    ) -> tuple[int, int | None]:
         """Copies and digests in one pass, where that is worth it and all bytes come out of the arena."""
         if not self._proves():
-            return super().receive_proven(memory, manifest, deadline)
+            return super().receive_proven(memory, manifest, deadline, part)
 
         self.has_written = False
 
@@ -226,7 +237,8 @@ class ShmWorkerEnd(WorkerEnd):
             self.has_written = True  # what follows a check that passed is a copy
 
         with self._guard.use("receive", deadline):
-            return self._nbytes, self._proven_for(self._connected(), memory, manifest).run(check)
+            replay = self._proven_for(self._connected(), memory, manifest, part)
+            return nbytes_of(self._parts[part]), replay.run(check)
 
     def abort(self) -> None:
         self._guard.abort()
@@ -250,23 +262,23 @@ class ShmWorkerEnd(WorkerEnd):
         """Whether bytes are copied and digested in one pass: where that is worth it and all of them come out of the arena."""
         return kernels_for(self._nbytes) is not None and all(file is None for file in self._files)
 
-    def _proven_for(self, source: Memory, memory: Memory, manifest: Manifest) -> ProvenReplay:
+    def _proven_for(self, source: Memory, memory: Memory, manifest: Manifest, part: int) -> ProvenReplay:
         kernels = kernels_for(self._nbytes)
         assert kernels is not None
 
         def compiled() -> ProvenReplay:
-            copies = [_in_arena(copy, self._offer.spans) for copy in self._copies]
+            copies = [_in_arena(copy, self._offer.spans) for copy in self._parts[part]]
             return ProvenReplay(copies, source, memory, manifest, kernels)
 
-        return self._proven.get(memory.number, compiled)
+        return self._proven.get((memory.number, part), compiled)
 
-    def _steps_for(self, source: Memory, memory: Memory) -> list[_Step]:
-        return self._steps.get(memory.number, lambda: self._compiled(source, memory))
+    def _steps_for(self, source: Memory, memory: Memory, part: int) -> list[_Step]:
+        return self._steps.get((memory.number, part), lambda: self._compiled(source, memory, self._parts[part]))
 
-    def _compiled(self, source: Memory, memory: Memory) -> list[_Step]:
+    def _compiled(self, source: Memory, memory: Memory, copies: Sequence[Copy]) -> list[_Step]:
         spans = self._offer.spans
-        in_arena = [_in_arena(copy, spans) for copy in self._copies if spans[copy.src_storage].file is None]
-        in_files = [copy for copy in self._copies if spans[copy.src_storage].file is not None]
+        in_arena = [_in_arena(copy, spans) for copy in copies if spans[copy.src_storage].file is None]
+        in_files = [copy for copy in copies if spans[copy.src_storage].file is not None]
         steps: list[_Step] = [Replay(part, source, memory) for part in slices(in_arena, SLICE_NBYTES)]
         return steps + list(compile_reads(in_files, self._files, memory, SLICE_NBYTES))
 

@@ -29,7 +29,7 @@ from weightcast.deadline import Deadline
 from weightcast.errors import InvalidInput, PlanMismatch, ProtocolError, TransportError
 from weightcast.known import known
 from weightcast.memory import Memory
-from weightcast.plan import Copy, plan_digest
+from weightcast.plan import Copy, nbytes_of, parts_of, plan_digest
 from weightcast.secret import repr_without
 from weightcast.transports.base import Facts, TrainerEnd, Transport, WorkerEnd
 from weightcast.transports.buckets import Bucket, check_bucket_nbytes, new_buffers, schedule
@@ -109,7 +109,7 @@ class _Lanes:
         self.guard = EndGuard(end)
         self._connections: list[Connection] = []
         self._pool: ThreadPoolExecutor | None = None
-        self._num_rounds = 0
+        self._num_sent = 0
 
     def add(self, *connections: Connection) -> None:
         """Have these connections, too; they are closed with the end."""
@@ -128,8 +128,8 @@ class _Lanes:
         """Call ``work(bucket, number on the wire, connection)`` for each of ``count`` buckets, those of a lane in order."""
         if not self._connections:
             raise TransportError("the pair is not connected", hint="Call connect() first")
-        first = self._num_rounds * count
-        self._num_rounds += 1
+        first = self._num_sent
+        self._num_sent += count
         lanes = min(len(self._connections), count)
 
         def drive(lane: int) -> None:
@@ -187,11 +187,13 @@ class TcpTrainerEnd(TrainerEnd):
         self, copies: Sequence[Copy], memory: Memory, bucket_nbytes: int, address: str, identity: bytes = b""
     ) -> None:
         self._lanes = _Lanes("the trainer's end of a tcp pair")
-        self._buckets = schedule(copies, bucket_nbytes)
-        self._nbytes = sum(copy.nbytes for copy in copies)
-        lanes = max(1, min(LANES, len(self._buckets)))
-        buffers = _Buffers(self._buckets, lanes)
-        self._loadings = [Loading(bucket, memory, buffers.of(i)) for i, bucket in enumerate(self._buckets)]
+        self._parts = _Parts(copies, bucket_nbytes)
+        lanes = max(1, min(LANES, self._parts.most))
+        buffers = _Buffers(self._parts.buckets, lanes)
+        self._loadings = {
+            part: [Loading(bucket, memory, buffers.of(i)) for i, bucket in enumerate(buckets)]
+            for part, (buckets, _) in self._parts.of.items()
+        }
         self._listener = Listener(address, self._lanes.guard)
         self._offer = TcpOffer(
             address=address,
@@ -212,17 +214,18 @@ class TcpTrainerEnd(TrainerEnd):
             self._lanes.start_tls(self._offer.identity, deadline, server=True)
         self._listener.close()
 
-    def send(self, deadline: Deadline) -> int:
+    def send(self, deadline: Deadline, part: int = 0) -> int:
         with self._lanes.guard.use("send", deadline):
+            (buckets, nbytes), loadings = self._parts.of[part], self._loadings[part]
 
             def work(bucket: int, number: int, connection: Connection) -> None:
-                loading = self._loadings[bucket]
+                loading = loadings[bucket]
                 loading.run()
-                header = _HEADER.pack(number, self._buckets[bucket].nbytes)
+                header = _HEADER.pack(number, buckets[bucket].nbytes)
                 connection.send([header, *loading.spans], deadline, "sending over tcp")
 
-            self._lanes.run(len(self._buckets), work)
-            return self._nbytes
+            self._lanes.run(len(buckets), work)
+            return nbytes
 
     def abort(self) -> None:
         self._lanes.abort()
@@ -230,7 +233,7 @@ class TcpTrainerEnd(TrainerEnd):
     def close(self) -> None:
         self._lanes.close()
         self._listener.close()
-        self._loadings = []
+        self._loadings = {}
 
 
 class TcpWorkerEnd(WorkerEnd):
@@ -239,10 +242,9 @@ class TcpWorkerEnd(WorkerEnd):
     def __init__(self, copies: Sequence[Copy], offer: TcpOffer) -> None:
         self._lanes = _Lanes("the worker's end of a tcp pair")
         self._offer = offer
-        self._nbytes = sum(copy.nbytes for copy in copies)
-        self._buckets = schedule(copies, offer.bucket_nbytes)
-        self._buffers = _Buffers(self._buckets, offer.lanes)
-        self._unloadings: Recent[list[Unloading]] = Recent()
+        self._parts = _Parts(copies, offer.bucket_nbytes)
+        self._buffers = _Buffers(self._parts.buckets, offer.lanes)
+        self._unloadings: Recent[list[Unloading]] = Recent(parts=len(self._parts.of))
         self.has_written = False
 
     def connect(self, deadline: Deadline) -> None:
@@ -252,22 +254,23 @@ class TcpWorkerEnd(WorkerEnd):
                 lanes.add(dial(offer.address, offer.port, offer.secret, deadline, lanes.guard, lane=lane))
             lanes.start_tls(offer.identity, deadline, server=False)
 
-    def receive(self, memory: Memory, deadline: Deadline) -> int:
+    def receive(self, memory: Memory, deadline: Deadline, part: int = 0) -> int:
         with self._lanes.guard.use("receive", deadline):
             self.has_written = False
-            unloadings = self._unloadings.get(memory.number, lambda: self._compile(memory))
+            buckets, nbytes = self._parts.of[part]
+            unloadings = self._unloadings.get((memory.number, part), lambda: self._compile(buckets, memory))
 
             def work(bucket: int, number: int, connection: Connection) -> None:
                 what, unloading = "receiving over tcp", unloadings[bucket]
                 header = _HEADER.unpack(connection.receive_bytes(_HEADER.size, deadline, what))
-                if header != (number, self._buckets[bucket].nbytes):
+                if header != (number, buckets[bucket].nbytes):
                     raise ProtocolError(f"bucket {header[0]} of {header[1]} bytes came where bucket {number} was due")
                 self.has_written = True
                 connection.receive(unloading.spans, deadline, what)
                 unloading.run()
 
-            self._lanes.run(len(self._buckets), work)
-            return self._nbytes
+            self._lanes.run(len(buckets), work)
+            return nbytes
 
     def abort(self) -> None:
         self._lanes.abort()
@@ -276,8 +279,17 @@ class TcpWorkerEnd(WorkerEnd):
         self._lanes.close()
         self._unloadings.clear()
 
-    def _compile(self, memory: Memory) -> list[Unloading]:
-        return [Unloading(bucket, self._buffers.of(i), memory) for i, bucket in enumerate(self._buckets)]
+    def _compile(self, buckets: Sequence[Bucket], memory: Memory) -> list[Unloading]:
+        return [Unloading(bucket, self._buffers.of(i), memory) for i, bucket in enumerate(buckets)]
+
+
+class _Parts:
+    """The buckets, and the bytes that land, of each part."""
+
+    def __init__(self, copies: Sequence[Copy], bucket_nbytes: int) -> None:
+        self.of = {part: (schedule(some, bucket_nbytes), nbytes_of(some)) for part, some in parts_of(copies).items()}
+        self.buckets = [bucket for buckets, _ in self.of.values() for bucket in buckets]
+        self.most = max(len(buckets) for buckets, _ in self.of.values())
 
 
 class _Buffers:
