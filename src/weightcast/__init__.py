@@ -4,15 +4,37 @@ with Publisher(model, engines=["http://127.0.0.1:8000"], token=token) as publish
     publisher.connect()
     report = publisher.publish()
 
-Names are imported when first used: the command line sets variables that torch reads while it is imported.
+Names are imported when first used: the command line sets variables that torch reads while it is imported, and has commands that do
+without torch.
 """
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from weightcast import errors
+from weightcast.errors import (
+    AnswerLost,
+    AuthError,
+    BaseMismatch,
+    DeadlineExceeded,
+    DigestMismatch,
+    EngineError,
+    GroupBroken,
+    InvalidInput,
+    LoadError,
+    NotShared,
+    PeerLost,
+    PlanMismatch,
+    ProtocolError,
+    RoundFailed,
+    ShadowError,
+    StateError,
+    TransportError,
+    Unsupported,
+    WeightcastError,
+)
+from weightcast.lazy import lazy_names
 
 if TYPE_CHECKING:
     from weightcast.report.model import Report
@@ -21,15 +43,36 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 
-__all__ = ["Publisher", "Report", "WeightTransferConfig", "__version__", "errors"]
+__all__ = [
+    "Publisher",
+    "Report",
+    "WeightTransferConfig",
+    "__version__",
+    "errors",
+    # What a caller may have to catch; weightcast.errors draws the tree.
+    "WeightcastError",
+    "InvalidInput",
+    "StateError",
+    "BaseMismatch",
+    "AuthError",
+    "Unsupported",
+    "ProtocolError",
+    "PlanMismatch",
+    "LoadError",
+    "DigestMismatch",
+    "ShadowError",
+    "TransportError",
+    "NotShared",
+    "GroupBroken",
+    "PeerLost",
+    "AnswerLost",
+    "DeadlineExceeded",
+    "EngineError",
+    "RoundFailed",
+]
 
-
-def __getattr__(name: str) -> Any:
-    modules = {
-        "Publisher": "trainer.publisher",
-        "Report": "report.model",
-        "WeightTransferConfig": "weight_transfer.config",
-    }
-    if name not in modules:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{modules[name]}"), name)
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {"Publisher": "trainer.publisher", "Report": "report.model", "WeightTransferConfig": "weight_transfer.config"},
+    __all__,
+)

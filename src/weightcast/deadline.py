@@ -9,20 +9,25 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from numbers import Real
+from typing import Annotated, TypeVar
+
+import msgspec
 
 from weightcast.errors import DeadlineExceeded, InvalidInput
+from weightcast.quoted import NAME_CHARACTERS, quoted
 
 T = TypeVar("T")
 LEAST_S = 0.001
+MOST_S = 1e9
+"""The longest timeout, thirty years: system calls refuse longer waits."""
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=MOST_S)]
+"""A duration on a wire. Finite, and not negative: what a peer says goes into reports and metrics as it is."""
 
 
 def is_seconds(value: object) -> bool:
-    """Whether a value of the user's is a number of seconds that ends: positive and finite."""
-    try:
-        return math.isfinite(value) and value > 0  # type: ignore[arg-type, operator]
-    except TypeError:
-        return False
+    """Whether a value of the user's is a number of seconds that ends: positive, and no more than MOST_S."""
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) <= MOST_S
 
 
 class Deadline:
@@ -36,7 +41,10 @@ class Deadline:
 
     def __init__(self, timeout_s: float) -> None:
         if not is_seconds(timeout_s):
-            raise InvalidInput(f"a timeout is a positive number of seconds, not {timeout_s!r}", field="timeout_s")
+            raise InvalidInput(
+                f"a timeout is a positive number of seconds, at most {MOST_S:g}, not {quoted(repr(timeout_s), NAME_CHARACTERS)}",
+                field="timeout_s",
+            )
         self.timeout_s = timeout_s
         self.at = time.monotonic() + timeout_s
         self._parent: Deadline | None = None

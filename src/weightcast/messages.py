@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from weightcast.deadline import Seconds
 from weightcast.errors import ErrorForm, ProtocolError, WeightcastError
 from weightcast.facts import Facts
 from weightcast.known import known
@@ -23,8 +24,6 @@ PROTOCOL = 3
 MAX_FRAME_NBYTES = 256 * 2**20
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
-Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
-"""Finite, and not negative: what a peer says goes into reports and metrics as it is."""
 Timeout = Annotated[float, msgspec.Meta(gt=0, le=1e9)]
 
 Mode = Literal["staged", "in_place"]

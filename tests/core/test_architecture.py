@@ -125,3 +125,26 @@ def test_the_library_does_without_its_test_tools() -> None:
 def test_the_public_names_are_there() -> None:
     for name in weightcast.__all__:
         assert getattr(weightcast, name) is not None
+
+
+def test_what_a_package_lists_is_what_is_public() -> None:
+    """``dir`` is what a completion shows: no helper, no submodule that happens to be imported."""
+    code = (
+        "import weightcast, weightcast.trainer.publisher, weightcast.trainer.clients\n"
+        "assert dir(weightcast) == sorted(weightcast.__all__), dir(weightcast)\n"
+        "assert not [name for name in dir(weightcast) if name.startswith('_') and name != '__version__']\n"
+        "clients = weightcast.trainer.clients\n"
+        "assert dir(clients) == sorted(clients.__all__)\n"
+        "assert all(getattr(clients, name) is not None for name in clients.__all__)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_every_error_is_importable_from_the_package() -> None:
+    kinds = {
+        name
+        for name, kind in vars(weightcast.errors).items()
+        if isinstance(kind, type) and issubclass(kind, weightcast.WeightcastError)
+    }
+    assert kinds <= set(weightcast.__all__)
+    assert all(getattr(weightcast, name) is getattr(weightcast.errors, name) for name in kinds)

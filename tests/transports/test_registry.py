@@ -58,9 +58,20 @@ def test_a_failed_import_is_remembered_with_its_reason() -> None:
         found.get("nccl")
     with pytest.raises(Unsupported, match="not a Transport"):
         found.get("odd")
-    transport, reason = found.choose(_facts(), _facts())
-    assert transport.name == "tcp"
-    assert "No module named 'no_such_library'" in reason
+    assert found.choose(_facts(), _facts())[0].name == "tcp"
+
+
+def test_what_is_for_another_kind_of_memory_goes_without_saying() -> None:
+    found = _with_entry_points(
+        cuda_ipc="no_such_library:T", shm="no_such_library:S", tcp="weightcast.transports.tcp:TcpTransport"
+    )
+    found.register("carrier", _Anywhere)
+    _, why = found.choose(_facts(), _facts())
+    assert why == "tcp (shm: ModuleNotFoundError: No module named 'no_such_library')"
+    here = ("cuda_ipc", "shm", "tcp", "carrier")
+    gpu = _facts(device="cuda", gpu="GPU-a", transports=here)
+    _, why = found.choose(gpu, gpu)
+    assert why == "carrier (cuda_ipc: ModuleNotFoundError: No module named 'no_such_library')"
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import os
 import platform
 import resource
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Literal
 
 import typer
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from weightcast.cli.shared import console
+from weightcast.cli.shared import JsonOption, console, print_json, print_table
 from weightcast.errors import WeightcastError
 
 State = Literal["ok", "note", "no"]
@@ -36,21 +37,30 @@ class Finding:
 def command(
     transfer: Annotated[bool, typer.Option(help="Move bytes between two processes by each transport.")] = True,
     timeout: Annotated[float, typer.Option(min=1.0, help="Deadline of one transfer, in seconds.")] = 60.0,
+    as_json: JsonOption = False,
 ) -> None:
     """Report what works on this machine. Exit status 1 when no transport does."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     out = console()
-    table = Table(box=None, pad_edge=False, show_header=False)
-    working = 0
-    with out.status("looking"):
-        for finding in findings(transfer=transfer, timeout_s=timeout):
-            working += finding.topic == "transport" and finding.state == "ok"
-            mark = {"ok": Text("✓", "green"), "note": Text("·", "yellow"), "no": Text("✗", "red")}[finding.state]
-            table.add_row(mark, finding.topic, Text(finding.name), Text(finding.text, overflow="fold"))
-    out.print(table)
+    with Console(stderr=True).status("looking"):
+        found = list(findings(transfer=transfer, timeout_s=timeout))
+    working = any(finding.topic == "transport" and finding.state == "ok" for finding in found)
+    if as_json:
+        print_json({"works": working, "findings": [asdict(finding) for finding in found]})
+    else:
+        print_table(out, _table(found))
+        if not working:
+            out.print("[bold red]no transport works on this machine[/bold red]")
     if not working:
-        out.print("[bold red]no transport works on this machine[/bold red]")
         raise typer.Exit(1)
+
+
+def _table(found: Sequence[Finding]) -> Table:
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for finding in found:
+        mark = {"ok": Text("✓", "green"), "note": Text("·", "yellow"), "no": Text("✗", "red")}[finding.state]
+        table.add_row(mark, finding.topic, Text(finding.name), Text(finding.text, overflow="fold"))
+    return table
 
 
 def findings(*, transfer: bool, timeout_s: float) -> Iterator[Finding]:

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from weightcast.cli.shared import (
+    JsonOption,
     RenameOption,
     TimeoutOption,
     TokenFileOption,
@@ -18,11 +20,12 @@ from weightcast.cli.shared import (
     UnusedOption,
     chosen_token,
     console,
+    print_table,
     reported_errors,
 )
 
 if TYPE_CHECKING:
-    from weightcast.report.model import Report
+    from weightcast.report.model import Report, WorkerReport
 
 SHOWN = 12
 
@@ -59,10 +62,10 @@ def command(
     rename: RenameOption = None,
     takeover: Annotated[bool, typer.Option("--takeover", help="Also when a trainer is connected: it is left.")] = False,
     timeout: TimeoutOption = 300.0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as one line of JSON.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Stream CHECKPOINT into running engines: all of them serve it afterwards, or none does."""
-    with reported_errors():
+    with reported_errors(as_json=as_json):
         report = _push(
             checkpoint,
             to,
@@ -132,17 +135,24 @@ def print_report(report: Report, out: Console) -> None:
             table.add_row(
                 engine.name,
                 str(worker.rank),
-                worker.reason or worker.transport,
+                worker.transport,
                 format_bytes(worker.nbytes),
                 f"{worker.seconds:.3f}",
                 worker.digest,
             )
         if engine.error is not None:
-            table.add_row(engine.name, "", "", "", "", f"failed: {engine.error}", style="red")
-    out.print(table, markup=False) if out.is_terminal else _print_wide(table)
+            table.add_row(engine.name, "", "", "", "", Text(f"failed: {engine.error}"), style="red")
+    print_table(out, table)
+    for reason in dict.fromkeys(w.reason for e in report.engines for w in e.workers if _is_news(w)):
+        out.print(f"transport {reason}", highlight=False, markup=False, soft_wrap=True)
     phases = ", ".join(f"{name} {seconds * 1e3:.1f} ms" for name, seconds in report.phase_seconds().items())
     out.print(f"phases: {phases}", highlight=False, soft_wrap=True)
     out.print(_proof(report), highlight=False, markup=False, soft_wrap=True)
+
+
+def _is_news(worker: WorkerReport) -> bool:
+    """Whether something is to be said of how a worker's transport was chosen: another one was passed over."""
+    return worker.reason not in ("", worker.transport, f"{worker.transport} (first choice)")
 
 
 def _proof(report: Report) -> str:
@@ -155,8 +165,3 @@ def _proof(report: Report) -> str:
         count, names = len(report.unused), shown(report.unused, SHOWN)
         return f"what is live was proven, of published digest {report.digest}; {count} tensors were left out: {names}"
     return f"published digest {report.digest} matches what is live"
-
-
-def _print_wide(table: Table) -> None:
-    """Into a pipe or file, lines are not cut to a terminal's width."""
-    Console(width=200).print(table, markup=False)

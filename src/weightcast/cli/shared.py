@@ -6,14 +6,18 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import msgspec
 import typer
 from rich.console import Console
+from rich.table import Table
 
-from weightcast.errors import InvalidInput, WeightcastError
+from weightcast.cli.wording import in_options
+from weightcast.errors import ErrorForm, InvalidInput, RoundFailed, WeightcastError
 
 TOKEN_VARIABLE = "WEIGHTCAST_TOKEN"
+MOST_COLUMNS = 100_000
 TokenOption = Annotated[
     str | None,
     typer.Option(
@@ -30,6 +34,9 @@ TokenFileOption = Annotated[
     ),
 ]
 TimeoutOption = Annotated[float, typer.Option("--timeout", min=0.001, help="Deadline of the whole call, in seconds.")]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print one line of JSON instead; an error is its field error.")
+]
 UnusedOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -65,13 +72,39 @@ def console() -> Console:
     return Console()
 
 
+def print_table(out: Console, table: Table) -> None:
+    """A table. Into a pipe or a file its lines are as long as they are, for there is no terminal whose width would cut them."""
+    if not out.is_terminal:
+        out = Console(file=out.file, width=out.measure(table, options=out.options.update(width=MOST_COLUMNS)).maximum)
+    out.print(table)
+
+
+def print_json(value: Any) -> None:
+    """One line of JSON on standard output."""
+    typer.echo(msgspec.json.encode(value).decode())
+
+
+def error_fields(error: WeightcastError) -> dict[str, Any]:
+    """An error as JSON has it: its form on the wire, and what a failed round says of the fleet."""
+    fields: dict[str, Any] = msgspec.to_builtins(ErrorForm.of(error))
+    if isinstance(error, RoundFailed):
+        fields["causes"] = {name: error_fields(cause) for name, cause in error.causes.items()}
+        fields["serving"], fields["dirty"] = error.serving, list(error.dirty)
+    return fields
+
+
 @contextlib.contextmanager
-def reported_errors() -> Iterator[None]:
-    """Print a WeightcastError as one message on standard error and exit with status 1; a user is shown no traceback."""
+def reported_errors(*, as_json: bool = False) -> Iterator[None]:
+    """Print a WeightcastError as one message on standard error and exit with status 1; a user is shown no traceback.
+
+    With ``as_json`` standard output has it, too, as an object whose only field is ``error``.
+    """
     try:
         yield
     except WeightcastError as error:
+        if as_json:
+            print_json({"error": error_fields(error)})
         Console(stderr=True).print(
-            f"{type(error).__name__}: {error}", style="red", markup=False, highlight=False, soft_wrap=True
+            f"{type(error).__name__}: {in_options(error)}", style="red", markup=False, highlight=False, soft_wrap=True
         )
         raise typer.Exit(1) from None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from weightcast.cli.shared import (
+    JsonOption,
     RenameOption,
     TimeoutOption,
     TokenFileOption,
@@ -16,6 +17,7 @@ from weightcast.cli.shared import (
     UnusedOption,
     chosen_token,
     console,
+    print_json,
     reported_errors,
 )
 
@@ -33,6 +35,7 @@ def command(
     unused: UnusedOption = None,
     rename: RenameOption = None,
     timeout: TimeoutOption = 120.0,
+    as_json: JsonOption = False,
 ) -> None:
     """Compare an engine's live weights with CHECKPOINT. Exit status 1 unless they are proven equal."""
     from weightcast.deadline import Deadline
@@ -42,7 +45,7 @@ def command(
     from weightcast.trainer.sources.renaming import renames
     from weightcast.trainer.sources.safetensors import SafetensorsSource
 
-    with reported_errors():
+    with reported_errors(as_json=as_json):
         deadline = Deadline(timeout)
         client = HttpEngineClient(url, token=chosen_token(token, token_file))
         source = SafetensorsSource(checkpoint, deadline=deadline, rename=renames(rename or ()))
@@ -53,18 +56,42 @@ def command(
         finally:
             source.close()
             client.close()
-    out = console()
-    out.print(f"{client.name} serves {comparison.version}", highlight=False, soft_wrap=True)
-    live, checkpointed = comparison.digests
-    out.print(f"digest of what is live {live}, of the checkpoint {checkpointed}", highlight=False, soft_wrap=True)
-    _print(comparison, out)
-    left_out = f", but for {len(comparison.unused)} tensors that the engine does without" if comparison.unused else ""
-    out.print(f"[green]equal[/green]{left_out}" if comparison.proven else "[bold red]not proven equal[/bold red]")
+    if as_json:
+        print_json(fields_of(client.name, comparison))
+    else:
+        _print(client.name, comparison, console())
     if not comparison.proven:
         raise typer.Exit(1)
 
 
-def _print(comparison: Comparison, out: Console) -> None:
+def fields_of(engine: str, comparison: Comparison) -> dict[str, Any]:
+    """A comparison as JSON has it: tensors by what was found of them."""
+    live, checkpointed = comparison.digests
+    return {
+        "engine": engine,
+        "version": comparison.version,
+        "proven": comparison.proven,
+        "live_digest": live,
+        "checkpoint_digest": checkpointed,
+        "equal": comparison.equal,
+        "different": comparison.different,
+        "not_compared": comparison.unproven,
+        "absent": comparison.absent,
+        "unused": comparison.unused,
+        "error": None,
+    }
+
+
+def _print(engine: str, comparison: Comparison, out: Console) -> None:
+    out.print(f"{engine} serves {comparison.version}", highlight=False, soft_wrap=True)
+    live, checkpointed = comparison.digests
+    out.print(f"digest of what is live {live}, of the checkpoint {checkpointed}", highlight=False, soft_wrap=True)
+    _print_tensors(comparison, out)
+    left_out = f", but for {len(comparison.unused)} tensors that the engine does without" if comparison.unused else ""
+    out.print(f"[green]equal[/green]{left_out}" if comparison.proven else "[bold red]not proven equal[/bold red]")
+
+
+def _print_tensors(comparison: Comparison, out: Console) -> None:
     from weightcast.names import patterns_for
 
     out.print(f"{len(comparison.equal)} tensors equal, {len(comparison.different)} different", highlight=False)

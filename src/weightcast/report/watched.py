@@ -10,8 +10,8 @@ from typing import Annotated
 
 import msgspec
 
+from weightcast.deadline import Seconds
 from weightcast.known import known
-from weightcast.messages import Seconds
 from weightcast.quoted import NAME_CHARACTERS, quote_fields, quoted
 
 MAX_ENGINES = 64

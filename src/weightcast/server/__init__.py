@@ -6,7 +6,9 @@ Needs the ``server`` extra (starlette); nothing is imported before it is asked f
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from weightcast.lazy import lazy_names
 
 if TYPE_CHECKING:
     from weightcast.server.app import create_app
@@ -17,18 +19,15 @@ if TYPE_CHECKING:
 
 __all__ = ["EngineCommitter", "EngineControl", "ServerConfig", "TokenAuth", "control_router", "create_app"]
 
-
-def __getattr__(name: str) -> Any:
-    import importlib
-
-    modules = {
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
         "create_app": "app",
         "TokenAuth": "auth",
         "ServerConfig": "config",
         "EngineCommitter": "control",
         "EngineControl": "control",
         "control_router": "control_routes",
-    }
-    if name not in modules:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{modules[name]}"), name)
+    },
+    __all__,
+)

@@ -15,6 +15,8 @@ ENTRY_POINT_GROUP = "weightcast.transports"
 
 PREFERENCE = ("cuda_ipc", "shm", "nccl", "tcp")
 """Best first; others come after these, in alphabetical order."""
+MEMORY = {"cuda_ipc": "cuda", "nccl": "cuda", "shm": "cpu", "tcp": "cpu", "tls": "cpu"}
+"""The kind of memory that a transport is for. That it was not taken between sides of another kind is no news."""
 
 
 NOTHING: Mapping[str, str] = MappingProxyType({})
@@ -65,7 +67,8 @@ class TransportRegistry:
     def choose(
         self, trainer: Facts, worker: Facts, wanted: str | None = None, unusable: Mapping[str, str] = NOTHING
     ) -> tuple[Transport, str]:
-        """The best transport that both sides can use, and why none better was taken, in words for a user.
+        """The best transport that both sides can use, and why none better was taken, in words for a user. One that is for another
+        kind of memory than either side has goes without saying.
 
         ``unusable`` are transports that were tried, with the reason why they are passed over.
         ``wanted`` is honoured or refused by name: Unsupported carries the reason. It also says so when nothing fits.
@@ -79,16 +82,17 @@ class TransportRegistry:
                     hint=_between(trainer, worker)[1] or 'transport="auto" takes one that can be used',
                 )
             return transport, f"{wanted} (asked for)"
-        passed_over: list[str] = []
+        passed_over: dict[str, str] = {}
         for name in self.names():
             reason = unusable.get(name) or self._obstacle(name, trainer, worker)
             if reason is None:
-                why = "; ".join(passed_over)
+                kinds = (trainer.device, worker.device)
+                why = _told({n: said for n, said in passed_over.items() if MEMORY.get(n, kinds[0]) in kinds})
                 return self.get(name), f"{name} ({why})" if why else f"{name} (first choice)"
-            passed_over.append(f"{name}: {reason}")
+            passed_over[name] = reason
         why, hint = _between(trainer, worker)
         raise Unsupported(
-            f"no transport between trainer {trainer.pid} and worker {worker.pid}{why}: {'; '.join(passed_over)}",
+            f"no transport between trainer {trainer.pid} and worker {worker.pid}{why}: {_told(passed_over)}",
             hint=hint or "`weightcast doctor` on both machines lists what works there",
         )
 
@@ -121,6 +125,10 @@ class TransportRegistry:
             self._failures[name] = f"{point.value} is not a Transport"
         else:
             self._transports[name] = transport
+
+
+def _told(passed_over: Mapping[str, str]) -> str:
+    return "; ".join(f"{name}: {reason}" for name, reason in passed_over.items())
 
 
 def _between(trainer: Facts, worker: Facts) -> tuple[str, str | None]:

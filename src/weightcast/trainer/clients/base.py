@@ -9,12 +9,10 @@ from typing import Annotated, Any
 
 import msgspec
 
-from weightcast.commit.order import RoundOrder, commit_pause
-from weightcast.deadline import Deadline
+from weightcast.deadline import Deadline, Seconds
 from weightcast.errors import AnswerLost as AnswerLost
 from weightcast.errors import EngineError
 from weightcast.known import known
-from weightcast.messages import Seconds
 from weightcast.quoted import NAME_CHARACTERS, quoted
 
 PhaseName = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
@@ -43,24 +41,6 @@ class CommitReply:
         except msgspec.ValidationError as error:
             raise EngineError(f"the engine's answer to the commit makes no sense: {quoted(str(error))}") from None
         object.__setattr__(self, "phases", {quoted(name, NAME_CHARACTERS): seconds for name, seconds in phases.items()})
-
-
-def round_order(order: CommitOrder, deadline: Deadline) -> RoundOrder:
-    """A commit, as engines of this process are ordered it."""
-    return RoundOrder(
-        action="commit",
-        epoch=order.epoch,
-        round=order.round,
-        version=order.version,
-        pause=commit_pause(order.pause),
-        clear_cache=order.clear_cache,
-        timeout_s=deadline.limit_s(),
-    )
-
-
-def way_back(epoch: int, round: int, deadline: Deadline) -> RoundOrder:
-    """The order to take a round back."""
-    return RoundOrder(action="rollback", epoch=epoch, round=round, timeout_s=deadline.limit_s())
 
 
 class EngineClient(ABC):

@@ -9,7 +9,7 @@ read: its type names the weightcast error that is raised here.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpcore
 import msgspec
@@ -17,11 +17,13 @@ import msgspec
 from weightcast.deadline import Deadline
 from weightcast.errors import DeadlineExceeded, EngineError, ErrorForm, PeerLost, WeightcastError
 from weightcast.known import known
-from weightcast.manifest import Manifest
 from weightcast.quoted import quoted, quoted_json
 from weightcast.trainer.clients import wire
 from weightcast.trainer.clients.base import AnswerLost, CommitOrder, CommitReply, EngineClient
 from weightcast.trainer.clients.urls import endpoint_of
+
+if TYPE_CHECKING:
+    from weightcast.manifest import Manifest
 
 _NO_ROUTES = (
     "It has no weightcast routes: start it with weightcast serve, or vLLM with --weight-transfer-config on its command line. vLLM "

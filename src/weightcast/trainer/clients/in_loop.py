@@ -13,7 +13,8 @@ from weightcast.commit.order import RoundAnswer, RoundOrder
 from weightcast.commit.shells import AsyncCommitter
 from weightcast.deadline import LEAST_S, Deadline, result_within
 from weightcast.errors import DeadlineExceeded, StateError, WeightcastError
-from weightcast.trainer.clients.base import CommitOrder, CommitReply, EngineClient, round_order, way_back
+from weightcast.trainer.clients.base import CommitOrder, CommitReply, EngineClient
+from weightcast.trainer.clients.orders import round_order, way_back
 
 _numbers = itertools.count()
 

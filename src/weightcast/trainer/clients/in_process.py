@@ -11,8 +11,9 @@ from weightcast.commit.order import RoundAnswer, RoundOrder
 from weightcast.commit.shells import Committer
 from weightcast.deadline import Deadline
 from weightcast.errors import WeightcastError
-from weightcast.trainer.clients.base import CommitOrder, CommitReply, EngineClient, round_order, way_back
+from weightcast.trainer.clients.base import CommitOrder, CommitReply, EngineClient
 from weightcast.trainer.clients.helper import Helper
+from weightcast.trainer.clients.orders import round_order, way_back
 
 _numbers = itertools.count()
 

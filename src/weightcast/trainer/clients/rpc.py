@@ -23,8 +23,9 @@ from weightcast.outcome import (
     why_asleep,
     why_unfit,
 )
-from weightcast.trainer.clients.base import CommitOrder, CommitReply, EngineClient, round_order, way_back
+from weightcast.trainer.clients.base import CommitOrder, CommitReply, EngineClient
 from weightcast.trainer.clients.helper import Helper
+from weightcast.trainer.clients.orders import round_order, way_back
 
 
 class RpcEngineClient(EngineClient):

@@ -1,0 +1,54 @@
+"""Wording: what an error tells a program to do, said as somebody at the command line does it. Pure.
+
+Errors are worded for the program that calls the library: ``Publisher(unused=[...])``. A command has an option in place of each such
+setting.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+from collections.abc import Callable
+
+from weightcast.errors import AuthError, WeightcastError
+
+TOKEN_WORDS = "Give --token-file FILE, or set WEIGHTCAST_TOKEN"
+
+
+def in_options(error: WeightcastError) -> str:
+    """The text of an error, with options in place of a program's settings."""
+    text = str(error)
+    if isinstance(error, AuthError) and error.hint and "Publisher(token=" in error.hint:
+        text = text.replace(error.hint, TOKEN_WORDS)
+    for pattern, say in _SAID:
+        text = re.sub(pattern, say, text)
+    return text
+
+
+def _patterns(found: re.Match[str]) -> str:
+    try:
+        patterns = [str(pattern) for pattern in ast.literal_eval(found[1])]
+    except (ValueError, SyntaxError):
+        return found[0]
+    return " ".join(f"--unused {shlex.quote(pattern)}" for pattern in patterns)
+
+
+def _prefixes(found: re.Match[str]) -> str:
+    try:
+        prefixes = dict(ast.literal_eval(found[1]))
+    except (ValueError, SyntaxError):
+        return found[0]
+    return " ".join(f"--rename {shlex.quote(f'{old}={new}')}" for old, new in prefixes.items())
+
+
+_SAID: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
+    (r"\bunused=(\[[^\]]*\])", _patterns),
+    (r"\brename=(\{[^}]*\})", _prefixes),
+    (r"\bwith takeover(=True)?\b|\btakeover=True\b", "with --takeover"),
+    (r"\bmode=?\s?\"?(in_place|staged)\"?", r"--mode \1"),
+    (r"\btransport=\"(\w+)\"", r"--transport \1"),
+    (r"\btimeout_s\b", "--timeout"),
+    (r"\b[Cc]all publish\(\) again|\b[Pp]ublish again|\b[Cc]all connect\(\) again", "Run the command again"),
+)
+"""What to look for, and what to say instead."""

@@ -1,0 +1,68 @@
+"""Making clients: the EngineClient for what a user gives as an engine, and which of them are one engine."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from weightcast.errors import InvalidInput
+from weightcast.trainer.clients.base import EngineClient
+from weightcast.trainer.clients.http import HttpEngineClient
+from weightcast.trainer.clients.in_loop import AsyncEngineClient
+from weightcast.trainer.clients.in_process import InProcessEngineClient, SyncEngine
+from weightcast.trainer.clients.vllm import AsyncVllmClient, OfflineEngine, VllmClient
+
+
+def make_client(engine: str | EngineClient | SyncEngine | OfflineEngine, *, token: str | None = None) -> EngineClient:
+    """A client for a URL, an engine object or a client. An asynchronous engine is given on its running event loop."""
+    if isinstance(engine, EngineClient):
+        return engine
+    if isinstance(engine, str):
+        return HttpEngineClient(engine, token=token)
+    if type(engine).__module__.partition(".")[0] == "ray":
+        raise InvalidInput("a Ray actor needs a client of its own", field="engines", hint="Give RayEngineClient(actor)")
+    if asyncio.iscoroutinefunction(getattr(engine, "update_weights", None)):
+        return _client_on_loop(engine)
+    if isinstance(engine, OfflineEngine):
+        return VllmClient(engine)
+    if not callable(getattr(engine, "get_world_size", None)):
+        raise InvalidInput(
+            f"a {type(engine).__name__} is no engine",
+            field="engines",
+            hint="An engine is the URL of a server, an LLM or AsyncLLM object, or an EngineClient",
+        )
+    return InProcessEngineClient(engine)
+
+
+def make_clients(engines: Iterable[Any], *, token: str | None = None) -> list[EngineClient]:
+    """A client for each of a user's engines; InvalidInput where two of them are one."""
+    clients = [make_client(engine, token=token) for engine in engines]
+    if same := twins(clients):
+        for client in clients:
+            client.close()
+        raise InvalidInput(f"an engine is listed twice: {same[0]!r} and {same[1]!r} are one engine", field="engines")
+    return clients
+
+
+def twins(clients: Sequence[EngineClient]) -> tuple[str, str] | None:
+    """The names of two clients of one engine, as far as it can be told here: they have the same name, or the same object."""
+    for number, client in enumerate(clients):
+        for other in clients[:number]:
+            same = client.target is not None and (client.target is other.target or client.target == other.target)
+            if same or client.name == other.name:
+                return other.name, client.name
+    return None
+
+
+def _client_on_loop(engine: Any) -> EngineClient:
+    try:
+        loop = asyncio.get_running_loop()
+    except RuntimeError:
+        raise InvalidInput(
+            f"a {type(engine).__name__} belongs to an event loop, and none runs here",
+            field="engines",
+            hint="Make the Publisher in a coroutine, and then: await asyncio.to_thread(publisher.publish)",
+        ) from None
+    is_vllm = asyncio.iscoroutinefunction(getattr(engine, "collective_rpc", None))
+    return AsyncVllmClient(engine, loop) if is_vllm else AsyncEngineClient(engine, loop)

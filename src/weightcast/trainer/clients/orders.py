@@ -1,0 +1,25 @@
+"""Orders to engines of this process: what a client is asked for, in the form that carries a commit out (see commit)."""
+
+from __future__ import annotations
+
+from weightcast.commit.order import RoundOrder, commit_pause
+from weightcast.deadline import Deadline
+from weightcast.trainer.clients.base import CommitOrder
+
+
+def round_order(order: CommitOrder, deadline: Deadline) -> RoundOrder:
+    """A commit, as engines of this process are ordered it."""
+    return RoundOrder(
+        action="commit",
+        epoch=order.epoch,
+        round=order.round,
+        version=order.version,
+        pause=commit_pause(order.pause),
+        clear_cache=order.clear_cache,
+        timeout_s=deadline.limit_s(),
+    )
+
+
+def way_back(epoch: int, round: int, deadline: Deadline) -> RoundOrder:
+    """The order to take a round back."""
+    return RoundOrder(action="rollback", epoch=epoch, round=round, timeout_s=deadline.limit_s())

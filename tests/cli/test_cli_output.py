@@ -1,0 +1,181 @@
+"""What commands print: for people, for pipes and files, and for programs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import save_file
+from typer.testing import CliRunner, Result
+
+import weightcast
+from weightcast import Publisher
+from weightcast.cli import app
+from weightcast.testing.engine_process import TOKEN, EngineProcess, values_of
+from weightcast.testing.ports import HeldPort
+
+HTTP_ONLY = (("--help",), ("status", "--help"), ("push", "--help"), ("watch", "--help"), ("serve", "--help"))
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[EngineProcess]:
+    with EngineProcess("staged") as made:
+        assert isinstance(made, EngineProcess)
+        yield made
+
+
+@pytest.fixture
+def gone() -> Iterator[str]:
+    """The URL of nobody: a port that is held, and not listened on."""
+    held = HeldPort()
+    yield f"http://127.0.0.1:{held.number}"
+    held.close()
+
+
+def run_here(*arguments: object, token: str | None = TOKEN) -> Result:
+    """A command in this process, which has torch already."""
+    environment = {"WEIGHTCAST_TOKEN": token, "COLUMNS": None}
+    return CliRunner().invoke(app, [*map(str, arguments)], env=environment)
+
+
+def run(*arguments: object, token: str | None = TOKEN, **more: str) -> subprocess.CompletedProcess[str]:
+    """A command whose output goes into a pipe, without a hint of how wide a terminal might be."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "TERM", "WEIGHTCAST_TOKEN")} | more
+    if token is not None:
+        environment["WEIGHTCAST_TOKEN"] = token
+    command = [sys.executable, "-m", "weightcast", *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+
+
+def checkpoint_of(seed: int, folder: Path) -> Path:
+    save_file(values_of(seed), folder / "model.safetensors")
+    return folder
+
+
+def told(ended: subprocess.CompletedProcess[str] | Result) -> Any:
+    """The one line of JSON that a command printed."""
+    assert ended.stdout.count("\n") == 1, ended.stdout
+    return json.loads(ended.stdout)
+
+
+def test_the_version_in_both_ways() -> None:
+    assert run("--version").stdout == f"weightcast {weightcast.__version__}\n"
+    script = Path(sys.executable).with_name("weightcast")
+    assert subprocess.run([script, "--version"], capture_output=True, text=True, check=True).stdout.split()[1]
+
+
+def test_a_shell_completes_commands_and_options() -> None:
+    for words, wanted in (("weightcast sta", "status"), ("weightcast push --tran", "--transport")):
+        number = str(len(words.split()) - 1)
+        ended = run(_WEIGHTCAST_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=number)
+        assert wanted in ended.stdout.split(), ended
+    assert "--show-completion" in run("--help").stdout
+
+
+def test_commands_that_only_ask_do_not_import_torch(engine: EngineProcess) -> None:
+    commands = [*HTTP_ONLY, ("status", engine.url), ("status", engine.url, "--json")]
+    code = (
+        "import sys; from weightcast.cli import app\n"
+        f"for words in {commands!r}:\n"
+        "    app(words, standalone_mode=False)\n"
+        "    assert not {'torch', 'numpy', 'starlette'} & set(sys.modules), words\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count(engine.url) == 2
+
+
+def test_a_piped_table_has_whole_cells(engine: EngineProcess, gone: str) -> None:
+    ended = run("status", engine.url, gone)
+    assert ended.returncode == 1
+    head, served, lost = ended.stdout.splitlines()
+    assert head.split() == ["engine", "model", "version", "digest", "state", "running", "waiting", "syncs"]
+    assert served.startswith(engine.url)
+    assert lost.rstrip().endswith("Connection refused")
+
+
+def test_status_as_json_has_all_that_an_engine_says(engine: EngineProcess, gone: str) -> None:
+    ended = run("status", engine.url, gone, "--json")
+    assert ended.returncode == 1
+    first, second = told(ended)["engines"]
+    assert (first["engine"], first["error"], first["status"]["dirty"]) == (engine.url, None, False)
+    assert (second["engine"], second["status"], second["error"]["kind"]) == (gone, None, "PeerLost")
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_watching_into_a_file_leaves_what_changed_there(engine: EngineProcess, tmp_path: Path, as_json: bool) -> None:
+    written = tmp_path / "log"
+    command = [sys.executable, "-m", "weightcast", "status", engine.url, "--watch", "--interval", "0.1"]
+    with written.open("w") as file:
+        watching = subprocess.Popen([*command, *(["--json"] if as_json else [])], stdout=file, stderr=file)
+    try:
+        _wait(lambda: engine.url in written.read_text())
+        with Publisher(values_of(3), [engine.url], token=TOKEN, timeout_s=20) as publisher:
+            version = publisher.publish().version
+        _wait(lambda: version in written.read_text())
+    finally:
+        watching.send_signal(2)
+        assert watching.wait(15) == 0
+    lines = written.read_text().splitlines()
+    if as_json:
+        seen = [json.loads(line)["engines"][0]["status"]["weight_version"] for line in lines]
+        assert seen[-1] == version
+    else:
+        assert all(engine.url in line and "version" in line for line in lines)
+        assert len(lines) == len({line.partition(": ")[2] for line in lines}), "a line for each change, and no other"
+
+
+def test_push_and_verify_as_json(engine: EngineProcess, tmp_path: Path) -> None:
+    report = told(run_here("push", checkpoint_of(5, tmp_path), "--to", engine.url, "--json"))
+    assert report["outcome"] == "committed"
+    assert engine.call("holds", 5)
+    found = told(run_here("verify", engine.url, "--checkpoint", tmp_path, "--json"))
+    assert (found["proven"], found["version"], found["error"]) == (True, report["version"], None)
+    assert sorted(found["equal"]) == sorted(values_of(5))
+    other = tmp_path / "other"
+    other.mkdir()
+    ended = run_here("verify", engine.url, "--checkpoint", checkpoint_of(6, other), "--json")
+    assert ended.exit_code == 1
+    assert sorted(told(ended)["different"]) == sorted(values_of(6))
+
+
+def test_an_error_as_json_and_in_words(engine: EngineProcess, tmp_path: Path) -> None:
+    checkpoint_of(1, tmp_path)
+    ended = run_here("push", tmp_path, "--to", engine.url, "--json", token=None)
+    assert ended.exit_code == 1
+    assert told(ended)["error"]["kind"] == "AuthError"
+    assert "AuthError" in ended.stderr
+    assert told(run_here("verify", engine.url, "--checkpoint", tmp_path, "--json", token="wrong"))["error"]["kind"]
+    assert told(run_here("status", "ftp://x", "--json"))["error"]["field"] == "engines"
+
+
+def test_doctor_as_json() -> None:
+    found = told(run_here("doctor", "--no-transfer", "--json"))
+    assert found["works"] is True
+    states = {(entry["topic"], entry["name"]): entry["state"] for entry in found["findings"]}
+    assert states["transport", "tcp"] == "ok"
+    assert states["package", "torch"] == "ok"
+
+
+def test_a_push_is_read_in_short_lines(engine: EngineProcess, tmp_path: Path) -> None:
+    pushed = run_here("push", checkpoint_of(8, tmp_path), "--to", engine.url)
+    assert pushed.exit_code == 0, pushed.stderr
+    row = next(line.split() for line in pushed.stdout.splitlines() if line.startswith(engine.url))
+    assert row[2] == "tcp", pushed.stdout
+    assert "\ntransport tcp (shm: the engine opens no files in " in pushed.stdout
+    assert "cuda" not in pushed.stdout, "what is for GPUs is not news on a CPU"
+    assert len(next(line for line in pushed.stdout.splitlines() if line.startswith(engine.url)).rstrip()) < 80
+
+
+def _wait(condition: Any, seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
