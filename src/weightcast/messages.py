@@ -38,7 +38,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class Heartbeat(Message, frozen=True, kw_only=True, tag="heartbeat"):
-    """Either side, every ``heartbeat_s``: I am alive."""
+    """Coordinator, now and then: ZeroMQ tells of a connection that has closed when something is sent over it."""
 
 
 class Bye(Message, frozen=True, kw_only=True, tag="bye"):
@@ -71,15 +71,12 @@ class Hello(Message, frozen=True, kw_only=True, tag="hello"):
 
 
 class Welcome(Message, frozen=True, kw_only=True, tag="welcome"):
-    """Coordinator: what is published, and how the channel is kept alive. ``shadows`` is how many staged copies to keep
-    where there is room."""
+    """Coordinator: what is published. ``shadows`` is how many staged copies to keep where there is room."""
 
     session: str
     manifest: Manifest
     mode: ModeWish
     shadows: Annotated[int, msgspec.Meta(ge=1, le=2)]
-    heartbeat_s: Timeout
-    silence_s: Timeout
 
 
 class Landings(Message, frozen=True, kw_only=True, tag="landings"):

@@ -28,10 +28,8 @@ LARGE = 4 * FRAME_NBYTES
 
 @pytest.fixture
 def coordinator() -> Iterator[Coordinator]:
-    made = Coordinator(heartbeat_s=0.1, silence_s=5.0)
-    made.greet_with(
-        lambda member: Welcome(session="s", manifest=MANIFEST, mode="auto", shadows=1, heartbeat_s=0.1, silence_s=5.0)
-    )
+    made = Coordinator()
+    made.greet_with(lambda member: Welcome(session="s", manifest=MANIFEST, mode="auto", shadows=1))
     yield made
     made.close()
 

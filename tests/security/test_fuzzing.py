@@ -105,8 +105,6 @@ MESSAGES: st.SearchStrategy[Message] = st.one_of(
         manifest=st.just(MANIFEST),
         mode=st.sampled_from(["auto", "staged", "in_place"]),
         shadows=st.integers(1, 2),
-        heartbeat_s=st.just(0.5),
-        silence_s=st.just(5.0),
     ),
     st.builds(Heartbeat),
 )
@@ -136,10 +134,8 @@ def test_a_trainer_that_says_anything_in_any_order_changes_nothing(engine: Local
             lambda member: Welcome(
                 session="r",
                 manifest=MANIFEST,
-                mode=mode,
+                mode=mode,  # type: ignore[arg-type]
                 shadows=1,
-                heartbeat_s=0.5,
-                silence_s=5.0,  # type: ignore[arg-type]
             )
         )
         try:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import zmq
 
 from weightcast.control.pieces import PIECE_NBYTES, Joiner, TooLong, cut
-from weightcast.control.pump import Pump, new_context, prepare
+from weightcast.control.pump import Pump, heartbeat_every, new_context, prepare
 from weightcast.deadline import Deadline
 from weightcast.errors import (
     AuthError,
@@ -58,8 +58,6 @@ class Member:
     rank: int
     identity: bytes
     hello: Hello
-    last_heard: float
-    last_sent: float = 0.0
     lost: str | None = None
     inbox: list[AnyMessage] = field(default_factory=list)
     large_nbytes: int = 0
@@ -106,8 +104,9 @@ class _Ticket:
 class Coordinator:
     """Binds a port, admits members by ticket and keeps what they say. Calls are thread-safe and end by their deadline."""
 
-    def __init__(self, host: str = "127.0.0.1", *, heartbeat_s: float = 0.5, silence_s: float = 5.0) -> None:
-        self.heartbeat_s, self.silence_s = heartbeat_s, silence_s
+    def __init__(self, host: str = "127.0.0.1", *, silence_s: float = 5.0) -> None:
+        self.silence_s = silence_s
+        """For so long a member may be silent, and the trainer for a member."""
         self._members: dict[bytes, Member] = {}
         self._tickets: list[_Ticket] = []
         self._changed = threading.Condition()
@@ -116,7 +115,7 @@ class Coordinator:
         self._welcome: Callable[[Member], Message] | None = None
         self._context = new_context()
         socket = self._context.socket(zmq.ROUTER)
-        prepare(socket)
+        prepare(socket, silence_s)
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         public, secret = zmq.curve_keypair()
         socket.curve_publickey, socket.curve_secretkey, socket.curve_server = public, secret, True
@@ -130,7 +129,13 @@ class Coordinator:
                 f"cannot listen on {host}: {error}", field="address", hint="Give an address of this machine"
             ) from None
         self._pump = Pump(
-            self._context, socket, self._frames, self._tick, "weightcast-coordinator", on_unsent=self._unsent
+            self._context,
+            socket,
+            self._frames,
+            self._tick,
+            "weightcast-coordinator",
+            tick_s=heartbeat_every(silence_s),
+            on_unsent=self._unsent,
         )
         self._closed = False
         self._seldom = Seldom(logger)
@@ -185,7 +190,6 @@ class Coordinator:
             hello.rank,
             identity,
             hello,
-            now,
             large_nbytes=found.large_nbytes,
             is_trusted=found.is_trusted,
         )
@@ -194,7 +198,6 @@ class Coordinator:
 
     def send(self, member: Member, message: Message) -> None:
         """Queue a message; returns at once."""
-        member.last_sent = time.monotonic()
         self._send(member.identity, message)
 
     def _send(self, identity: bytes, message: Message) -> None:
@@ -312,11 +315,9 @@ class Coordinator:
             if message is not None:
                 self._first(identity, message)
             return
-        with self._changed:
-            member.last_heard = time.monotonic()
         if isinstance(message, Bye):
             self._lose(member, f"it left: {message.reason}")
-        elif message is not None and not isinstance(message, Heartbeat):
+        elif message is not None:
             self._keep(member, message)
 
     def _keep(self, member: Member, message: AnyMessage) -> None:
@@ -341,7 +342,7 @@ class Coordinator:
 
     def _first(self, identity: bytes, message: AnyMessage) -> None:
         if not isinstance(message, Hello):
-            if not isinstance(message, Heartbeat | Bye):
+            if not isinstance(message, Bye):
                 self._seldom.warn(
                     "control channel: a message from a peer that was not admitted", about=type(message).__name__
                 )
@@ -363,18 +364,9 @@ class Coordinator:
         with self._changed:
             member = self._members.get(parts[0])
             if member is not None and member.lost is None:
-                member.lose("its connection closed")
+                member.lose(f"its connection closed, or it was silent for {self.silence_s:g} s")
                 self._changed.notify_all()
 
-    def _tick(self, stalled_s: float) -> None:
-        now = time.monotonic()
-        with self._changed:
-            members = [member for member in self._members.values() if member.lost is None]
-            for member in members:
-                member.last_heard = min(now, member.last_heard + stalled_s)
-                if now - member.last_heard > self.silence_s:
-                    member.lose(f"silent for {self.silence_s:g} s")
-                    self._changed.notify_all()
-        for member in members:
-            if now - member.last_sent >= self.heartbeat_s:
-                self.send(member, Heartbeat())
+    def _tick(self) -> None:
+        for member in self.members():
+            self.send(member, Heartbeat())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import struct
-import time
 from collections.abc import Callable
 
 import msgspec
@@ -12,9 +11,10 @@ import zmq
 from zmq.utils import z85
 
 from weightcast.control.pieces import Joiner, TooLong, cut
-from weightcast.control.pump import Pump, new_context, prepare
+from weightcast.control.pump import HEARTBEAT_S, Pump, new_context, prepare
+from weightcast.deadline import Deadline
 from weightcast.errors import InvalidInput, ProtocolError
-from weightcast.messages import MAX_FRAME_NBYTES, AnyMessage, Bye, Heartbeat, Message, Welcome, decode, encode
+from weightcast.messages import MAX_FRAME_NBYTES, AnyMessage, Bye, Heartbeat, Message, decode, encode
 from weightcast.secret import repr_without
 from weightcast.seldom import Seldom
 
@@ -32,6 +32,8 @@ class JoinInfo(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=
     engine: str
     """The name by which the coordinator knows this engine."""
     timeout_s: float = 60.0
+    silence_s: float = 5.0
+    """Either side takes the other one for lost when it is silent for so long."""
     takeover: bool = False
     """Leave a trainer that is still alive; without it a second trainer is refused."""
     session: str = ""
@@ -53,6 +55,8 @@ class JoinInfo(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=
             raise InvalidInput("public_key is not a CURVE key", field="public_key")
         if not 0 < self.timeout_s <= 86400:
             raise InvalidInput("timeout_s is between 0 and 86400 seconds", field="timeout_s")
+        if not 0 < self.silence_s <= 86400:
+            raise InvalidInput("silence_s is between 0 and 86400 seconds", field="silence_s")
 
 
 class ControlLink:
@@ -70,15 +74,14 @@ class ControlLink:
     ) -> None:
         self._on_message = on_message
         self._on_lost = on_lost
-        self._heartbeat_s = 0.5
-        self._silence_s = info.timeout_s
-        self._last_heard = self._last_sent = time.monotonic()
+        self._limit = Deadline(info.timeout_s)
+        self._is_answered = False
         self._ended = False
         self._joiner = Joiner()
         self._seldom = Seldom(logger)
         self._context = new_context()
         socket = self._context.socket(zmq.DEALER)
-        prepare(socket)
+        prepare(socket, info.silence_s)
         public, secret = zmq.curve_keypair()
         socket.curve_publickey, socket.curve_secretkey = public, secret
         socket.curve_serverkey = info.public_key.encode()
@@ -94,7 +97,10 @@ class ControlLink:
             self._frames,
             self._tick,
             "weightcast-control",
-            on_disconnect=lambda: self._lose("the trainer's connection closed"),
+            tick_s=HEARTBEAT_S,
+            on_disconnect=lambda: self._lose(
+                f"the trainer's connection closed, or it was silent for {info.silence_s:g} s"
+            ),
         )
         self._pump.start()
 
@@ -111,7 +117,7 @@ class ControlLink:
         self._pump.close()
 
     def _frames(self, parts: list[bytes]) -> None:
-        self._last_heard = time.monotonic()
+        self._is_answered = True
         if self._ended:
             return
         try:
@@ -126,21 +132,14 @@ class ControlLink:
             return
         if isinstance(message, Heartbeat):
             return
-        if isinstance(message, Welcome):
-            self._heartbeat_s, self._silence_s = message.heartbeat_s, message.silence_s
         if isinstance(message, Bye):
             self._lose(f"the trainer left: {message.reason}")
             return
         self._on_message(message)
 
-    def _tick(self, stalled_s: float) -> None:
-        now = time.monotonic()
-        self._last_heard = min(now, self._last_heard + stalled_s)
-        if now - self._last_sent >= self._heartbeat_s:
-            self._last_sent = now
-            self.send(Heartbeat())
-        if now - self._last_heard > self._silence_s:
-            self._lose(f"the trainer was silent for {self._silence_s:g} s")
+    def _tick(self) -> None:
+        if not self._is_answered and self._limit.passed:
+            self._lose(f"the trainer did not answer in {self._limit.timeout_s:g} s")
 
     def _lose(self, reason: str) -> None:
         if not self._ended:

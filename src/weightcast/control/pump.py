@@ -18,31 +18,41 @@ from weightcast.errors import TransportError
 
 logger = logging.getLogger(__name__)
 
-TICK_S = 0.1
+HEARTBEAT_S = 0.5
 HANDSHAKE_MS = 20_000
 """A peer that has not shown a key by then is disconnected."""
 LINGER_MS = 200
-KEEPALIVE_S = 15
 _DESCRIPTORS = 24
 """More than a context with its sockets takes."""
 
 
-def prepare(socket: zmq.Socket[bytes]) -> None:
-    """Options both sides share: bounded messages (see pieces) and handshakes, no lingering, and probes on connections that carry nothing.
+def prepare(socket: zmq.Socket[bytes], silence_s: float) -> None:
+    """Options both sides share: bounded messages (see pieces) and handshakes, no lingering, and a connection that is closed when the peer
+    is silent for ``silence_s``.
 
-    A dead peer is told by its silence (see the heartbeats of link and coordinator); the probes have the kernel give up the
-    connection to a host that vanished, which nothing else would ever close.
+    ZeroMQ's own I/O threads send, answer and judge heartbeats, so no decode, no handler and nothing that holds Python's lock delays
+    them; a process that is stopped answers none. A heartbeat stands behind what was sent before, and what a stopped process does not
+    read stays unsent: the kernel gives up a connection whose peer takes no byte for as long.
     """
+    heartbeat_s = heartbeat_every(silence_s)
+    socket.setsockopt(zmq.HEARTBEAT_IVL, _ms(heartbeat_s))
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, _ms(silence_s - heartbeat_s))
+    socket.setsockopt(zmq.TCP_MAXRT, _ms(silence_s))
     socket.setsockopt(zmq.LINGER, LINGER_MS)
     socket.setsockopt(zmq.MAXMSGSIZE, MESSAGE_NBYTES)
     socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
     socket.setsockopt(zmq.SNDHWM, 0)
     socket.setsockopt(zmq.RCVHWM, 0)
     socket.setsockopt(zmq.IPV6, 0)
-    socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
-    socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, KEEPALIVE_S)
-    socket.setsockopt(zmq.TCP_KEEPALIVE_INTVL, KEEPALIVE_S)
-    socket.setsockopt(zmq.TCP_KEEPALIVE_CNT, 3)
+
+
+def heartbeat_every(silence_s: float) -> float:
+    """Seconds from one heartbeat to the next, so that several of them are missed before a peer is taken for silent."""
+    return min(HEARTBEAT_S, silence_s / 4)
+
+
+def _ms(seconds: float) -> int:
+    return max(1, min(2**31 - 1, int(seconds * 1000)))
 
 
 def new_context() -> zmq.Context[zmq.Socket[bytes]]:
@@ -64,13 +74,11 @@ def new_context() -> zmq.Context[zmq.Socket[bytes]]:
 
 
 class Pump:
-    """Runs ``on_frames(parts)`` for what arrives and ``on_tick(stalled_s)`` about every 0.1 s, both on its own thread.
+    """Runs ``on_frames(parts)`` for what arrives and ``on_tick()`` every ``tick_s``, both on its own thread.
 
-    ``stalled_s`` is how long this thread did not listen before this tick: the process stood still, other threads had their turn, or
-    a handler took long. What it did not hear meanwhile proves nothing, and what arrived meanwhile is handed over before the tick,
-    so that silence is judged only by a thread that listened. ``on_unsent(parts)`` is called for a
-    message whose receiver is gone, ``on_disconnect()`` when the peer's connection closed. ``send`` may be called from any
-    thread and returns at once. The pump owns the context and the socket: both are freed when its thread ends.
+    ``on_unsent(parts)`` is called for a message whose receiver is gone, ``on_disconnect()`` when the peer's connection closed, after
+    all that the peer said before. ``send`` may be called from any thread and returns at once. The pump owns the context and the
+    socket: both are freed when its thread ends.
     """
 
     def __init__(
@@ -78,9 +86,10 @@ class Pump:
         context: zmq.Context[zmq.Socket[bytes]],
         socket: zmq.Socket[bytes],
         on_frames: Callable[[list[bytes]], None],
-        on_tick: Callable[[float], None],
+        on_tick: Callable[[], None],
         name: str,
         *,
+        tick_s: float,
         on_unsent: Callable[[list[bytes]], None] | None = None,
         on_disconnect: Callable[[], None] | None = None,
     ) -> None:
@@ -88,6 +97,7 @@ class Pump:
         self._socket = socket
         self._on_frames = on_frames
         self._on_tick = on_tick
+        self._tick_s = tick_s
         self._on_unsent = on_unsent
         self._on_disconnect = on_disconnect
         self._outgoing: queue.SimpleQueue[list[bytes] | threading.Event | None] = queue.SimpleQueue()
@@ -146,7 +156,7 @@ class Pump:
         last_tick = time.monotonic()
         try:
             while True:
-                wait_s = max(0.0, last_tick + TICK_S - time.monotonic())
+                wait_s = max(0.0, last_tick + self._tick_s - time.monotonic())
                 ready = dict(poller.poll(int(wait_s * 1000) + 1))
                 if self._wake_reader in ready and not self._flush():
                     return
@@ -154,12 +164,10 @@ class Pump:
                     self._receive_all()
                 if self._monitor is not None and self._monitor in ready:
                     self._hear_monitor()
-                if time.monotonic() >= last_tick + TICK_S:
-                    heard_all = self._receive_all()
-                    now = time.monotonic()
-                    stalled_s = now - last_tick - (TICK_S if heard_all else 0.0)
+                now = time.monotonic()
+                if now >= last_tick + self._tick_s:
                     last_tick = now
-                    self._guarded(lambda stalled_s=stalled_s: self._on_tick(stalled_s))  # type: ignore[misc]
+                    self._guarded(self._on_tick)
         finally:
             self._free()
 

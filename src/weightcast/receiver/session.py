@@ -108,7 +108,6 @@ class Session:
     def _join(self, answer: Welcome, deadline: Deadline) -> None:
         self.manifest = answer.manifest
         self.id = answer.session
-        self._silence_s = answer.silence_s
         layout = self._model.layout(self.manifest)
         layout.check(self.manifest)
         self.layout: Layout = with_area(layout, self.manifest)

@@ -98,8 +98,6 @@ class Fleet:
             manifest=self.ranks.manifest,
             mode=self._settings.mode,
             shadows=self._settings.shadows,
-            heartbeat_s=self._coordinator.heartbeat_s,
-            silence_s=self._coordinator.silence_s,
         )
 
     def take_up(self, *, is_other_form: bool) -> None:
@@ -147,6 +145,7 @@ class Fleet:
                 "ticket": ticket,
                 "engine": engine.name,
                 "timeout_s": deadline.limit_s(),
+                "silence_s": self._coordinator.silence_s,
                 "takeover": self._settings.takeover and not engine.was_here,
                 "session": self._session,
                 "left": list(self._left),

@@ -103,6 +103,7 @@ class Lead:
             ticket=self._ranks.ticket(),
             engine=RANKS,
             timeout_s=self._timeout_s,
+            silence_s=self._coordinator.silence_s,
         )
 
     def next_number(self) -> int:

@@ -329,5 +329,5 @@ def _check_choices(pause: str, mode: str, shadows: int, require: str) -> None:
 
 
 def _check_silence(silence_s: float) -> None:
-    if not is_seconds(silence_s):
-        raise InvalidInput(f"silence_s is a positive number of seconds, not {silence_s!r}", field="silence_s")
+    if not is_seconds(silence_s) or silence_s > 86400:
+        raise InvalidInput(f"silence_s is a number of seconds up to 86400, not {silence_s!r}", field="silence_s")

@@ -28,6 +28,7 @@ class WeightcastInitInfo(InitInfo, kw_only=True, forbid_unknown_fields=True):
     ticket: str
     engine: str
     timeout_s: float = 60.0
+    silence_s: float = 5.0
     takeover: bool = False
     session: str = ""
     left: tuple[str, ...] = ()
@@ -48,6 +49,7 @@ class WeightcastInitInfo(InitInfo, kw_only=True, forbid_unknown_fields=True):
             ticket=self.ticket,
             engine=self.engine,
             timeout_s=self.timeout_s,
+            silence_s=self.silence_s,
             takeover=self.takeover,
             session=self.session,
             left=self.left,

@@ -382,7 +382,7 @@ def messages() -> list[Message]:
         Hello(
             ticket="t", engine="e", rank=0, world_size=2, facts=facts, version="3-ab", digest="", dirty=False, highest=3
         ),
-        Welcome(session="s", manifest=MANIFEST, mode="auto", shadows=1, heartbeat_s=0.5, silence_s=5.0),
+        Welcome(session="s", manifest=MANIFEST, mode="auto", shadows=1),
         Landings(layout=LAYOUT, mode="staged", shadow_nbytes=512, shadow="cpu"),
         Setup(epoch=1, holdings={0: LAYOUT}, offers=(Offer(rank=0, transport="shm", data=b"\x00"),), timeout_s=1.5),
         Ready(epoch=1, plan_digest="00"),
