@@ -52,17 +52,17 @@ pytest: $(STAMP) ## the test suite alone, a file on one of two processes; PYTEST
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 matrix: $(STAMP) ## every fault under every transport (five minutes); MATRIX_ARGS="--transports cuda_ipc,nccl --out DIR"
-	OMP_NUM_THREADS=1 $(BIN)/python -m weightcast.testing.matrix $(MATRIX_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.trials.matrix $(MATRIX_ARGS)
 
 chaos: $(STAMP) ## hundreds of rounds under load with random kills and stops; CHAOS_ARGS="--seed 7"
-	OMP_NUM_THREADS=1 $(BIN)/python -m weightcast.testing.chaos $(CHAOS_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.trials.chaos $(CHAOS_ARGS)
 
 soak: $(STAMP) ## 2,000 rounds, and nothing grows; SOAK_ARGS="--rounds 200"
-	OMP_NUM_THREADS=1 $(BIN)/python -m weightcast.testing.soak $(SOAK_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.trials.soak $(SOAK_ARGS)
 
 fuzz: $(STAMP) ## atheris on what comes from the network; FUZZ_ARGS="--seconds 300"
 	$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/python -m pip install -q -c $(VENV)/held.txt -e '.[fuzz]'
-	OMP_NUM_THREADS=1 $(BIN)/python -m weightcast.testing.fuzz $(FUZZ_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.trials.fuzz $(FUZZ_ARGS)
 
 demo: $(STAMP) ## a policy learns while a live server serves it (two minutes); DEMO_ARGS="--short"
 	OMP_NUM_THREADS=1 $(BIN)/weightcast demo $(DEMO_ARGS)

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3Config
 
-from weightcast.dtypes import dtype_of
 from weightcast.engines.embedded import LLM, SamplingParams
+from weightcast.manifest.dtypes import dtype_of
 
 SIZES = {
     "m2": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "vocab_size": 4096},

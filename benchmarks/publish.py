@@ -167,7 +167,7 @@ def measure_publish(
         module = torch.nn.Module()
         names = {name: source[name.replace(".", "_")] for name in tensors_of(count, nbytes)}
         module.parameters_ = source
-        from weightcast.trainer.sources import ModuleSource
+        from weightcast.sources import ModuleSource
 
         reports = []
         with Publisher(

@@ -33,9 +33,9 @@ from rich.console import Console
 from rich.table import Table
 
 from weightcast import Publisher
-from weightcast.demo.server import ServerProcess
 from weightcast.report.model import Report
 from weightcast.testing.models import build_tiny_model
+from weightcast_demo.server import ServerProcess
 
 SHAPES = {
     "m20": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8},

@@ -25,8 +25,8 @@ from rich.table import Table
 
 from weightcast.deadline import Deadline
 from weightcast.layout import Layout, Placement, Region, image_layout
+from weightcast.layout.memory import Memory
 from weightcast.manifest import Manifest, TensorSpec
-from weightcast.memory import Memory
 from weightcast.plan import Copy, compile_plan
 from weightcast.testing.ranks import Peer
 from weightcast.testing.transport_sides import TrainerSide, WorkerSide

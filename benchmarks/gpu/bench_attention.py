@@ -32,7 +32,6 @@ from common import Table, gpu_ms
 from shapes import SHAPES
 from torch.nn.functional import scaled_dot_product_attention
 
-from weightcast.dtypes import dtype_of
 from weightcast.engines.embedded import LLM, SamplingParams
 from weightcast.engines.embedded.attention import (
     ATTENTION_NAME,
@@ -48,6 +47,7 @@ from weightcast.engines.embedded.runner import ModelRunner
 from weightcast.engines.embedded.scheduler import Work
 from weightcast.engines.embedded.sequence import Request
 from weightcast.engines.embedded.sequence import Sequence as Running
+from weightcast.manifest.dtypes import dtype_of
 
 SHAPE = SHAPES["0.6B"]
 NUM_CACHED_LAYERS = 4

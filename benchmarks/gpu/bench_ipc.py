@@ -9,10 +9,10 @@ import torch
 from common import Table, gpu_ms, random_memory, wall_ms
 from shapes import SHAPES, layouts
 
+from weightcast.content.layout_digest import LayoutDigest
 from weightcast.cuda.wait import wait_device
 from weightcast.deadline import Deadline
-from weightcast.digest import LayoutDigest
-from weightcast.memory import Memory
+from weightcast.layout.memory import Memory
 from weightcast.plan import compile_plan
 from weightcast.testing.ranks import Peer
 from weightcast.transports.cuda_ipc import CudaIpcTransport

@@ -9,17 +9,17 @@ import torch
 from common import Table, gpu_ms, random_memory, wall_ms
 from shapes import SHAPES, layouts
 
+from weightcast.content import proven_on_gpu as cuda_proven
+from weightcast.content.layout_digest import LayoutDigest
 from weightcast.cuda import digest as cuda_digest
-from weightcast.cuda import proven as cuda_proven
 from weightcast.cuda import runs as cuda_runs
 from weightcast.cuda.replay import CudaReplay
-from weightcast.digest import LayoutDigest
 from weightcast.layout import Layout, Placement
+from weightcast.layout.memory import Memory
 from weightcast.manifest import Manifest
-from weightcast.memory import Memory
 from weightcast.plan import Copy, compile_plan
-from weightcast.replay import Replay
-from weightcast.swap import Swap
+from weightcast.plan.replay import Replay
+from weightcast.receiver.swap import Swap
 
 
 def device_copy(table: Table) -> None:

@@ -20,7 +20,7 @@ from common import Table
 
 from weightcast.cuda.nccl import Communicator, new_unique_id
 from weightcast.deadline import Deadline
-from weightcast.memory import Memory
+from weightcast.layout.memory import Memory
 from weightcast.plan import Copy, split
 from weightcast.testing.ranks import Peer
 from weightcast.testing.transport_cases import bulk_case

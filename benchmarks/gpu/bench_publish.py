@@ -17,8 +17,8 @@ from torch import nn
 
 from weightcast import Publisher
 from weightcast.report.model import Report
+from weightcast.sources import ModuleSource
 from weightcast.testing.peer_engine import PeerEngine
-from weightcast.trainer.sources import ModuleSource
 
 PREPARED = "in place, prepared"
 WAYS = {

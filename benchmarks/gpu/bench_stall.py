@@ -23,9 +23,9 @@ from shapes import SHAPES
 
 from weightcast import Publisher
 from weightcast.report.model import Report
+from weightcast.sources import ModuleSource
 from weightcast.testing.ranks import Peer
 from weightcast.testing.tokenizer import build_tokenizer
-from weightcast.trainer.sources import ModuleSource
 
 NUM_STREAMS = 4
 WAYS = {

@@ -29,7 +29,7 @@ from shapes import SHAPES, Shape
 from torch import nn
 
 from weightcast import Publisher
-from weightcast.trainer.sources import ModuleSource
+from weightcast.sources import ModuleSource
 
 GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4]}
 PROMPTS = [[5, 17, 33, 2, 90], [44, 45, 46], list(range(60, 100)), [7]]

@@ -15,7 +15,7 @@ from typing import NamedTuple, NoReturn
 import torch
 
 from weightcast import Publisher
-from weightcast.memory import Memory
+from weightcast.layout.memory import Memory
 from weightcast.report.model import Report
 
 

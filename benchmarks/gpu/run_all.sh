@@ -29,7 +29,7 @@ for part in "${parts[@]}"; do
         publish|ipc|nccl|attention) run "$part" 150 python3 "benchmarks/gpu/bench_$part.py" ;;
         two-gpus) [ "$(python3 -c 'import torch; print(torch.cuda.device_count())')" -lt 2 ] && echo "== $part: left out, there is one GPU" ||
                       run "$part" 150 python3 benchmarks/gpu/bench_two_gpus.py ;;
-        matrix) run matrix 150 python3 -m weightcast.testing.matrix --transports cuda_ipc,nccl --jobs 12 \
+        matrix) run matrix 150 python3 -m tests.trials.matrix --transports cuda_ipc,nccl --jobs 12 \
                     --budget "${BUDGET:-115}" --cell-timeout 60 --out "$OUT" ;;
         vllm-tests) T=150 tests vllm-tests "${LIMIT:-200}" "${JOBS:-6}" tests/gpu/test_gpu_vllm{,_sleep}.py ${K:+-k "$K"} ;;
         vllm-two) T=240 tests vllm-two "${LIMIT:-420}" 1 tests/gpu/test_gpu_two.py ${K:+-k "$K"} ;;

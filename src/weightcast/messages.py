@@ -14,11 +14,11 @@ import msgspec
 from weightcast.deadline import Seconds
 from weightcast.errors import ErrorForm, ProtocolError, WeightcastError
 from weightcast.facts import Facts
-from weightcast.known import known
 from weightcast.layout import Layout
 from weightcast.manifest import Manifest
 from weightcast.quoted import quote_fields, quoted
-from weightcast.secret import repr_without
+from weightcast.untrusted.known import known
+from weightcast.untrusted.secret import repr_without
 
 PROTOCOL = 3
 MAX_FRAME_NBYTES = 256 * 2**20

@@ -135,7 +135,7 @@ def test_a_wrong_token_changes_nothing(url: str, policy: transformers.PreTrained
 TRAINER = """
 import sys, torch, transformers
 from weightcast import Publisher
-from weightcast.trainer.rounds import Round
+from weightcast.trainer.round.round import Round
 from weightcast.transports.connection import Connection
 
 checkpoint, url, token, transport, where = sys.argv[1:]

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 from safetensors.torch import save_file
+from tests.support.engine_process import TOKEN, EngineProcess, values_of
+from tests.support.ports import HeldPort
 from typer.testing import CliRunner, Result
 
 import weightcast
 from weightcast import Publisher
 from weightcast.cli import app
-from weightcast.testing.engine_process import TOKEN, EngineProcess, values_of
-from weightcast.testing.ports import HeldPort
 
 HTTP_ONLY = (("--help",), ("status", "--help"), ("push", "--help"), ("watch", "--help"), ("serve", "--help"))
 

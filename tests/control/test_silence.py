@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from tests.support.processes import Child
 
 from weightcast.control import ControlLink, Coordinator, JoinInfo
 from weightcast.control.coordinator import Member
@@ -19,7 +20,6 @@ from weightcast.facts import Facts
 from weightcast.layout import Layout
 from weightcast.manifest import Manifest
 from weightcast.messages import AnyMessage, Hello, Ready, Setup, Welcome, encode
-from weightcast.testing.processes import Child
 
 SILENCE_S = 0.8
 BUSY_S = 2.4

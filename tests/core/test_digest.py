@@ -7,19 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from weightcast.digest import (
-    BLOCK_WORDS,
-    LayoutDigest,
-    block_weights,
-    combine,
-    digest_bytes,
-    digest_tensor,
-    word_weights,
-)
-from weightcast.dtypes import DTYPE_NAMES, dtype_of
+from weightcast.content.layout_digest import LayoutDigest, digest_bytes, digest_tensor
+from weightcast.digest.formula import BLOCK_WORDS, block_weights, combine, word_weights
 from weightcast.layout import Layout, Placement, Region, contiguous_strides, image_layout
+from weightcast.layout.memory import Memory
 from weightcast.manifest import Manifest, TensorSpec
-from weightcast.memory import Memory
+from weightcast.manifest.dtypes import DTYPE_NAMES, dtype_of
 
 
 def random_bytes(nbytes: int) -> torch.Tensor:

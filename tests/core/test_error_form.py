@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import weightcast.errors as errors
+from weightcast.commit.worker_outcome import WorkerOutcome
 from weightcast.errors import ErrorForm, InvalidInput, LoadError, PeerLost, RoundFailed, ShadowError, WeightcastError
 from weightcast.facts import Facts
 from weightcast.messages import PROTOCOL, Bye, Failed, decode, encode
-from weightcast.outcome import WorkerOutcome
 from weightcast.quoted import TEXT_CHARACTERS, TRACE_CHARACTERS, quoted, quoted_json, quoted_lines
 
 KINDS = [

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weightcast import geometry as geo
+from weightcast.layout import geometry as geo
 
 SIZES = st.lists(st.integers(0, 4), max_size=4).map(tuple)
 

@@ -6,11 +6,11 @@ import msgspec
 import pytest
 import torch
 
-from weightcast.digest import digest_tensor
-from weightcast.held import HeldTensor, TensorDigest, held_tensors, tensor_digests
+from weightcast.content.held import HeldTensor, TensorDigest, held_tensors, tensor_digests
+from weightcast.content.layout_digest import digest_tensor
 from weightcast.layout import Placement, Region, contiguous_strides
+from weightcast.layout.memory import Memory, bytes_of
 from weightcast.manifest import Manifest, TensorSpec
-from weightcast.memory import Memory, bytes_of
 
 SHAPE = (12, 10)
 MANIFEST = Manifest.of(

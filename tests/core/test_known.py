@@ -10,7 +10,7 @@ TWO_THREADS = """
 import sys, threading
 from typing import Optional
 import msgspec
-from weightcast.known import known
+from weightcast.untrusted.known import known
 
 sys.setswitchinterval(1e-6)
 inner = {f"a{j}": 1 for j in range(8)}

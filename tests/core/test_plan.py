@@ -12,9 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
+from weightcast.content.layout_digest import LayoutDigest
 from weightcast.deadline import Deadline
-from weightcast.digest import LayoutDigest
-from weightcast.dtypes import dtype_of
 from weightcast.errors import DeadlineExceeded, InvalidInput, PlanMismatch
 from weightcast.layout import (
     TIMES_A_TENSOR,
@@ -27,10 +26,11 @@ from weightcast.layout import (
     most_placements,
     overlap,
 )
+from weightcast.layout.memory import Memory
 from weightcast.manifest import Manifest, TensorSpec, align
-from weightcast.memory import Memory
+from weightcast.manifest.dtypes import dtype_of
 from weightcast.plan import Copy, compile_plan, plan_digest, split
-from weightcast.replay import CPU_BLOCK_NBYTES, Replay
+from weightcast.plan.replay import CPU_BLOCK_NBYTES, Replay
 
 DTYPES = ["float32", "bfloat16", "float8_e4m3fn", "int64", "bool"]
 

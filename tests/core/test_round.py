@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from weightcast.deadline import Deadline
 from weightcast.errors import DeadlineExceeded, InvalidInput, StateError
-from weightcast.round import Approval, Phase, RoundId, WorkerRound
+from weightcast.receiver.worker_round import Approval, Phase, RoundId, WorkerRound
 
 APPROVAL = Approval(version="1-ab", content="cd", digest=7)
 

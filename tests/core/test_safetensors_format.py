@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from weightcast import safetensors_format
-from weightcast.dtypes import name_of
 from weightcast.errors import InvalidInput
-from weightcast.safetensors_format import DTYPES, Header, open_regular, read_header
+from weightcast.manifest.dtypes import name_of
+from weightcast.untrusted import safetensors_format
+from weightcast.untrusted.safetensors_format import DTYPES, Header, open_regular, read_header
 
 DTYPES_OF_TORCH = [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.uint8, torch.bool]
 

@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 
 import weightcast.cpu
 import weightcast.cpu.digest
+from weightcast.content.layout_digest import LayoutDigest, digest_bytes
+from weightcast.content.proven_on_cpu import ProvenReplay
 from weightcast.cpu import kernels, kernels_for, runs
-from weightcast.cpu.proven import ProvenReplay
 from weightcast.cpu.runs import Pieces
-from weightcast.digest import LayoutDigest, digest_bytes
 from weightcast.errors import DeadlineExceeded
 from weightcast.layout import Layout, Placement, Region, image_layout
+from weightcast.layout.memory import Memory
 from weightcast.manifest import Manifest, TensorSpec
-from weightcast.memory import Memory
 from weightcast.plan import Copy, compile_plan
 from weightcast.testing.proven_suite import ProvenSuite
 

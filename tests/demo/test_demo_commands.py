@@ -22,26 +22,26 @@ import torch
 import uvicorn
 from rich.console import Console
 from safetensors.torch import load_file, save_file
+from tests.support.callers import serving
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
 from weightcast import Publisher
 from weightcast.cli import app
 from weightcast.cli.roundtrip import devices_for
-from weightcast.demo.policy import build_policy, save_folder
-from weightcast.demo.record import Options
-from weightcast.demo.server import ServerProcess, free_port
-from weightcast.demo.sorting import run_demo
 from weightcast.engines.base import InferenceEngine
 from weightcast.engines.embedded import AsyncLLM
 from weightcast.errors import EngineError
 from weightcast.report.model import Report
 from weightcast.server import create_app
-from weightcast.testing.callers import serving
+from weightcast.sources import checkpoint_tensors
 from weightcast.testing.models import build_tiny_model
 from weightcast.testing.scripted_engine import ScriptedEngine
-from weightcast.trainer.sources import checkpoint_tensors
 from weightcast.transports.base import Facts
+from weightcast_demo.policy import build_policy, save_folder
+from weightcast_demo.record import Options
+from weightcast_demo.server import ServerProcess, free_port
+from weightcast_demo.sorting import run_demo
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(180)]
 

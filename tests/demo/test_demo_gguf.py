@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from weightcast.demo.gguf_llama import GgufLlama
-from weightcast.demo.smollm_checkpoint import GGUF_MEMBER, ensure_checkpoint
 from weightcast.errors import InvalidInput, Unsupported, WeightcastError
+from weightcast_demo.gguf_llama import GgufLlama
+from weightcast_demo.smollm_checkpoint import GGUF_MEMBER, ensure_checkpoint
 
 HEADS, KV_HEADS, HEAD_DIM, LAYERS, VOCAB, INNER = 4, 2, 8, 2, 40, 64
 HIDDEN = HEADS * HEAD_DIM

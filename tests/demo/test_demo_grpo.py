@@ -8,9 +8,9 @@ import statistics
 import pytest
 import torch
 
-from weightcast.demo import task
-from weightcast.demo.grpo import Learner, Rollouts, advantages, clipped_loss
-from weightcast.demo.policy import answer_logprobs, build_policy
+from weightcast_demo import task
+from weightcast_demo.grpo import Learner, Rollouts, advantages, clipped_loss
+from weightcast_demo.policy import answer_logprobs, build_policy
 
 
 def generator(seed: int) -> torch.Generator:

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from weightcast.demo.grpo import Rollouts, StepStats, Warmth
-from weightcast.demo.record import MAX_LOGPROB_GAP, Options, Run
 from weightcast.errors import InvalidInput
 from weightcast.report.html import write_page
 from weightcast.report.model import EngineReport, Report, WorkerReport
+from weightcast_demo.grpo import Rollouts, StepStats, Warmth
+from weightcast_demo.record import MAX_LOGPROB_GAP, Options, Run
 
 
 def report(number: int, digest: str) -> Report:

@@ -11,9 +11,9 @@ import httpx
 import pytest
 import torch
 
-from weightcast.demo import task
-from weightcast.demo.sampler import HttpSampler
 from weightcast.errors import DeadlineExceeded, EngineError
+from weightcast_demo import task
+from weightcast_demo.sampler import HttpSampler
 
 Change = Callable[[dict[str, Any]], None]
 

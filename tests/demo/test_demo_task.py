@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from weightcast.demo import task
-from weightcast.demo.policy import answer_logprobs, build_policy, policy_config, save_folder
+from weightcast_demo import task
+from weightcast_demo.policy import answer_logprobs, build_policy, policy_config, save_folder
 
 
 def test_alphabet_of_fifteen_different_characters() -> None:

@@ -6,14 +6,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from weightcast.dtypes import name_of
 from weightcast.engines.embedded.live_model import EmbeddedModel
 from weightcast.errors import InvalidInput, LoadError, PlanMismatch
 from weightcast.layout import image_layout
+from weightcast.layout.memory import Memory
 from weightcast.manifest import Manifest, TensorSpec
-from weightcast.memory import Memory
+from weightcast.manifest.dtypes import name_of
 from weightcast.plan import compile_plan
-from weightcast.replay import Replay
+from weightcast.plan.replay import Replay
 from weightcast.testing.models import ARCHS, build_tiny_model, random_state_dict, save_checkpoint
 
 EXPERT = "model.layers.1.mlp.experts.2.up_proj.weight"

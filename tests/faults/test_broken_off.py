@@ -11,8 +11,8 @@ import torch
 from weightcast import Publisher
 from weightcast.deadline import Deadline
 from weightcast.errors import RoundFailed, StateError, TransportError, WeightcastError
+from weightcast.layout.memory import Memory
 from weightcast.manifest import Manifest
-from weightcast.memory import Memory
 from weightcast.receiver import session as sessions
 from weightcast.receiver.session import Session
 from weightcast.testing.local_engine import DictModel, LocalEngine

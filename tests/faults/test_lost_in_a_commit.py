@@ -8,11 +8,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from tests.support.callers import serving
 
 from weightcast import Publisher
 from weightcast.deadline import Deadline
 from weightcast.errors import PeerLost, RoundFailed
-from weightcast.testing.callers import serving
 from weightcast.testing.local_engine import DictModel, LocalEngine
 from weightcast.trainer.clients import CommitOrder, CommitReply, HttpEngineClient
 

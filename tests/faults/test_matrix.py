@@ -12,11 +12,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-
-from weightcast.testing.matrix import CPU_TRANSPORTS, Cell, cells
-from weightcast.testing.matrix.results import Result, read_results
-from weightcast.testing.matrix.runner import Runner
-from weightcast.testing.matrix.table import BEGIN, END, markdown
+from tests.trials.matrix import CPU_TRANSPORTS, Cell, cells
+from tests.trials.matrix.results import Result, read_results
+from tests.trials.matrix.runner import Runner
+from tests.trials.matrix.table import BEGIN, END, markdown
 
 DOCS = Path(__file__).parents[2] / "docs"
 JOBS = 3

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import httpx
 import pytest
+from tests.support.engine_process import SLICE_NBYTES, TOKEN, EngineProcess, values_of
+from tests.trials.chaos.reference import Reference
+from tests.trials.chaos.servers import Server
 
 from weightcast import Publisher
 from weightcast.errors import RoundFailed
-from weightcast.testing.chaos.reference import Reference
-from weightcast.testing.chaos.servers import Server
-from weightcast.testing.engine_process import SLICE_NBYTES, TOKEN, EngineProcess, values_of
 from weightcast.testing.local_engine import DictModel, LocalEngine
 from weightcast.testing.models import build_tiny_model
 

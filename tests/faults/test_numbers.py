@@ -11,10 +11,10 @@ import torch
 
 from weightcast import Publisher
 from weightcast.deadline import Deadline
-from weightcast.digest import MAX_DIGITS, version_number
+from weightcast.digest.versions import MAX_DIGITS, version_number
 from weightcast.errors import ProtocolError
 from weightcast.testing.local_engine import DictModel, LocalEngine
-from weightcast.trainer.links import BELIEVED_LEAD, BELIEVED_NUMBER
+from weightcast.trainer.fleet.link import BELIEVED_LEAD, BELIEVED_NUMBER
 
 LIES = [10**18 - 2, 2**63 - 1, 10**15 - 2, BELIEVED_NUMBER + 1]
 

@@ -6,9 +6,8 @@ import secrets
 from pathlib import Path
 
 import pytest
-
-from weightcast.testing.chaos.run import Chaos
-from weightcast.testing.soak.run import Soak
+from tests.trials.chaos.run import Chaos
+from tests.trials.soak.run import Soak
 
 
 @pytest.mark.parametrize("transport", ["shm", "tcp"])

@@ -13,10 +13,10 @@ import torch
 
 from weightcast.errors import WeightcastError
 from weightcast.layout import Layout
+from weightcast.layout.memory import Memory
 from weightcast.manifest import Manifest
-from weightcast.memory import Memory
 from weightcast.receiver.base import LiveModel
-from weightcast.weight_transfer import vllm_nccl
+from weightcast.vllm_protocol.nccl import worker as vllm_nccl
 from weightcast.weight_transfer.base import WorkerRank
 from weightcast.weight_transfer.config import WeightTransferConfig
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
-from weightcast.digest import LayoutDigest
+from weightcast.content.layout_digest import LayoutDigest
 
 
 @contextmanager

@@ -8,11 +8,11 @@ import msgspec
 import pytest
 import torch
 
-from weightcast.digest import LayoutDigest, digest_bytes, digest_tensor
-from weightcast.dtypes import DTYPE_NAMES, dtype_of, name_of
+from weightcast.content.layout_digest import LayoutDigest, digest_bytes, digest_tensor
 from weightcast.layout import Layout, Placement, Region
+from weightcast.layout.memory import Memory
 from weightcast.manifest import Manifest, TensorSpec
-from weightcast.memory import Memory
+from weightcast.manifest.dtypes import DTYPE_NAMES, dtype_of, name_of
 from weightcast.testing.transport_cases import CASES
 
 pytest.importorskip("triton", reason="needs a CUDA build of torch")
@@ -29,7 +29,7 @@ def rng() -> random.Random:
 
 def test_runs_at_any_address_position_and_length(rng: random.Random) -> None:
     from weightcast.cuda.digest import RunDigest
-    from weightcast.digest import DigestRun
+    from weightcast.digest.regions import DigestRun
 
     data = random_bytes(64 * 2**20)
     runs, at = [], rng.randrange(20)
@@ -147,7 +147,7 @@ def test_column_shards_and_a_transposed_holding() -> None:
 
 def test_a_changed_byte_is_named_by_its_run(rng: random.Random) -> None:
     from weightcast.cuda.digest import RunDigest
-    from weightcast.digest import DigestRun
+    from weightcast.digest.regions import DigestRun
 
     data = random_bytes(100_000).cuda()
     runs = [DigestRun(0, i * 1000, i * 1024, 1000) for i in range(100)]

@@ -26,7 +26,7 @@ def trainer_model(folder: Path) -> Any:
 
 def next_step(model: Any, folder: Path, number: int) -> Path:
     """Fresh random weights at the same addresses, and the same on disk."""
-    from weightcast.trainer.sources import checkpoint_tensors
+    from weightcast.sources import checkpoint_tensors
 
     weights = random_state_dict(folder)
     with torch.no_grad():

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
+from weightcast.layout.memory import Memory
 from weightcast.manifest import Manifest
-from weightcast.memory import Memory
 from weightcast.plan import Copy
 from weightcast.testing.proven_suite import ProvenSuite
 
@@ -19,7 +19,7 @@ class TestProvenReplay(ProvenSuite):
     device = "cuda"
 
     def compile(self, copies: Sequence[Copy], src: Memory, dst: Memory, manifest: Manifest) -> Callable[[], int]:
-        from weightcast.cuda.proven import ProvenReplay
+        from weightcast.content.proven_on_gpu import ProvenReplay
 
         proven = ProvenReplay(copies, src, dst, manifest, torch.device("cuda", 0))
         proven.prepare()

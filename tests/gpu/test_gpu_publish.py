@@ -13,14 +13,14 @@ from queued import queued_digests
 from torch import nn
 
 from weightcast import Publisher
+from weightcast.content.layout_digest import LayoutDigest
 from weightcast.deadline import Deadline
-from weightcast.digest import LayoutDigest
 from weightcast.errors import DigestMismatch, RoundFailed, StateError, Unsupported
+from weightcast.plan.replay import GPU_BLOCK_NBYTES
 from weightcast.receiver.place import CHECK_HEADROOM, free_nbytes
-from weightcast.replay import GPU_BLOCK_NBYTES
+from weightcast.sources import ModuleSource
 from weightcast.testing.local_engine import DictModel
 from weightcast.testing.peer_engine import PeerEngine
-from weightcast.trainer.sources import ModuleSource
 
 pytest.importorskip("triton", reason="needs a CUDA build of torch")
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from weightcast.errors import InvalidInput
-from weightcast.swap import Swap, swap_bytes
+from weightcast.receiver.swap import Swap, swap_bytes
 
 pytest.importorskip("triton", reason="needs a CUDA build of torch")
 

@@ -13,11 +13,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from gpu_vllm import tiny_model, vllm_server
+from tests.support.verified import comparison
 
 from weightcast import Publisher
 from weightcast.testing.models import random_state_dict, save_checkpoint
 from weightcast.testing.ranks import Peer
-from weightcast.testing.verified import comparison
 
 pytest.importorskip("vllm", reason="needs vLLM")
 pytestmark = [

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from gpu_vllm import answers, embedded_server, engine, free_port, through_loader, tiny_model, vllm_server
+from tests.support.verified import comparison
 
 from weightcast import Publisher
 from weightcast.testing.models import random_state_dict, save_checkpoint
-from weightcast.testing.verified import comparison
 
 pytest.importorskip("vllm", reason="needs vLLM")
 pytest.importorskip("triton", reason="needs a CUDA build of torch")
@@ -117,7 +117,7 @@ def test_a_server_with_the_plug_in(tmp_path: Path, transport: str) -> None:
 
 def test_our_trainer_drives_a_stock_server(tmp_path: Path) -> None:
     """vLLM's own nccl backend; weightcast cannot be imported over there."""
-    from weightcast.trainer.vllm_native import VllmNativePublisher
+    from weightcast.vllm_protocol.nccl.trainer import VllmNativePublisher
 
     (_, a), (path_b, b) = two_checkpoints(tmp_path, "qwen3")
     source = on_gpu(a)

@@ -13,10 +13,10 @@ import pytest
 import torch
 from native_server import NativeServer
 
-from weightcast.dtypes import DTYPE_NAMES, dtype_of
 from weightcast.errors import DeadlineExceeded, PeerLost, StateError, TransportError, WeightcastError
+from weightcast.manifest.dtypes import DTYPE_NAMES, dtype_of
 from weightcast.testing.ranks import Peer
-from weightcast.trainer.vllm_native import VllmNativePublisher
+from weightcast.vllm_protocol.nccl.trainer import VllmNativePublisher
 
 
 @pytest.fixture

@@ -8,14 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from record_views import SHAPES, random_chain
 
-from weightcast.dtypes import name_of
 from weightcast.errors import ErrorForm, LoadError, Unsupported
 from weightcast.layout import image_layout
+from weightcast.layout.memory import Memory
 from weightcast.manifest import Manifest, TensorSpec
-from weightcast.memory import Memory
+from weightcast.manifest.dtypes import name_of
 from weightcast.plan import compile_plan
+from weightcast.plan.replay import Replay
 from weightcast.record import live_memory, record_layout
-from weightcast.replay import Replay
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.int16]
 

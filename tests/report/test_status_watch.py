@@ -13,9 +13,9 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from tests.support.engine_process import TOKEN, EngineProcess, values_of
 
 from weightcast import Publisher
-from weightcast.testing.engine_process import TOKEN, EngineProcess, values_of
 
 
 @pytest.fixture

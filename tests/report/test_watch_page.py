@@ -10,11 +10,11 @@ from pathlib import Path
 
 import httpx
 import pytest
+from tests.support.engine_process import SLICE_NBYTES, TOKEN, EngineProcess, values_of
 
 from weightcast import Publisher
 from weightcast.cli.watch import WatchServer
 from weightcast.errors import RoundFailed
-from weightcast.testing.engine_process import SLICE_NBYTES, TOKEN, EngineProcess, values_of
 
 sync_api = pytest.importorskip("playwright.sync_api")
 WAIT_MS = 15_000

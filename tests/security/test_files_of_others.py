@@ -12,7 +12,7 @@ from weightcast.report.html import Page, write_page
 from weightcast.report.model import Report
 from weightcast.report.roundlog import RoundLog
 from weightcast.server.run import ready_file
-from weightcast.written import write_whole
+from weightcast.untrusted.written import write_whole
 
 
 def report_of(number: int) -> Report:

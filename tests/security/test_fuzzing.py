@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.trials.fuzz.targets import TARGETS, seeds, timed
 
 from weightcast import Publisher
 from weightcast.control import ControlLink, Coordinator
@@ -38,7 +39,6 @@ from weightcast.messages import (
     Welcome,
     encode,
 )
-from weightcast.testing.fuzz.targets import TARGETS, seeds, timed
 from weightcast.testing.local_engine import DictModel, LocalEngine
 
 FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), database=None)

@@ -21,8 +21,8 @@ from weightcast.engines.embedded import LLM
 from weightcast.engines.embedded.config import EngineConfig
 from weightcast.engines.embedded.loading import load_tokenizer
 from weightcast.errors import DeadlineExceeded, InvalidInput
+from weightcast.sources import SafetensorsSource
 from weightcast.testing.models import build_tiny_model
-from weightcast.trainer.sources import SafetensorsSource
 
 
 class _Runs:

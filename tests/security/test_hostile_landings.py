@@ -6,12 +6,12 @@ import time
 
 import pytest
 import torch
+from tests.support.hostile import repeating_landings
 
 from weightcast import Publisher
 from weightcast.errors import WeightcastError
 from weightcast.layout import most_placements
 from weightcast.manifest import Manifest, TensorSpec
-from weightcast.testing.hostile import repeating_landings
 from weightcast.testing.local_engine import DictModel, LocalEngine
 
 TIMEOUT_S = 8.0

@@ -18,12 +18,12 @@ import pytest
 import uvicorn
 from serve_process import serving
 
-from weightcast.seldom import SeldomFilter
 from weightcast.server import ServerConfig, create_app
 from weightcast.server.connections import Connections, Limits
 from weightcast.server.run import bind, server_config, url_of
 from weightcast.testing.models import build_tiny_model
 from weightcast.testing.scripted_engine import ScriptedEngine
+from weightcast.untrusted.seldom import SeldomFilter
 
 WAIT_S = 30.0
 QUICK = Limits(connections=24, head_s=0.5, body_s=0.5, body_nbytes_s=1e6, unread_s=0.5)

@@ -14,7 +14,7 @@ from weightcast.errors import BaseMismatch, RoundFailed, StateError
 from weightcast.messages import Begin, Message
 from weightcast.report.model import Report
 from weightcast.testing.local_engine import DictModel, LocalEngine
-from weightcast.trainer.links import UNKNOWN
+from weightcast.trainer.fleet.link import UNKNOWN
 
 Weights = dict[str, torch.Tensor]
 TIMEOUT_S = 30.0

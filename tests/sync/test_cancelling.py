@@ -16,7 +16,7 @@ from weightcast import Publisher
 from weightcast.control.coordinator import Coordinator
 from weightcast.deadline import Deadline
 from weightcast.errors import DeadlineExceeded
-from weightcast.round import RoundId, WorkerRound
+from weightcast.receiver.worker_round import RoundId, WorkerRound
 from weightcast.testing.local_engine import DictModel, LocalEngine
 from weightcast.trainer.clients.in_loop import AsyncEngineClient
 from weightcast.trainer.clients.in_process import InProcessEngineClient

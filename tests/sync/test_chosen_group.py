@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from tests.support.ports import HeldPort
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -20,7 +21,6 @@ from torch.nn.parallel import DistributedDataParallel
 from weightcast import Publisher
 from weightcast.errors import InvalidInput
 from weightcast.testing.local_engine import DictModel, LocalEngine
-from weightcast.testing.ports import HeldPort
 from weightcast.testing.ranks import run_ranks
 
 NOBODY = "http://127.0.0.1:9"

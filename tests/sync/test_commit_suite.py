@@ -10,10 +10,10 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
+from tests.support.commit_ways import RAY, WAYS, Loop, Way
 
 from weightcast.deadline import Deadline
 from weightcast.errors import DeadlineExceeded, InvalidInput, LoadError, WeightcastError
-from weightcast.testing.commit_ways import RAY, WAYS, Loop, Way
 from weightcast.trainer.clients import CommitOrder
 
 SOON = 10.0

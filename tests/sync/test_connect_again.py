@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM
 from weightcast import Publisher
 from weightcast.engines.embedded import LLM
 from weightcast.errors import PlanMismatch, StateError, Unsupported, WeightcastError
+from weightcast.sources import ModuleSource
 from weightcast.testing.local_engine import DictModel, LocalEngine
 from weightcast.testing.models import build_tiny_model
 from weightcast.testing.ranks import run_ranks
-from weightcast.trainer.sources import ModuleSource
 
 
 def policy() -> nn.Sequential:

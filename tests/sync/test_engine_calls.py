@@ -9,11 +9,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tests.support.callers import serving
 
 from weightcast import Publisher
 from weightcast.deadline import Deadline
 from weightcast.errors import DeadlineExceeded, PeerLost, RoundFailed
-from weightcast.testing.callers import serving
 from weightcast.testing.local_engine import DictModel, LocalEngine
 from weightcast.trainer.clients import HttpEngineClient
 from weightcast.trainer.clients.base import AnswerLost

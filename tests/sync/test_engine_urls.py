@@ -10,10 +10,10 @@ import torch
 
 from weightcast import Publisher
 from weightcast.errors import InvalidInput, StateError
-from weightcast.secret import MAX_TOKEN_CHARACTERS, token_from_file, usable_token
 from weightcast.trainer.clients import HttpEngineClient, VllmDevClient
 from weightcast.trainer.clients.urls import endpoint_of, engine_name
-from weightcast.trainer.vllm_native import _Server
+from weightcast.untrusted.secret import MAX_TOKEN_CHARACTERS, token_from_file, usable_token
+from weightcast.vllm_protocol.nccl.trainer import _Server
 
 UNUSABLE = ["", " \n", "s3cret tok", "s3cret\x00", "s3cret\r\nX-Evil: 1", "s3cr\xe9t", "s3cret" * MAX_TOKEN_CHARACTERS]
 

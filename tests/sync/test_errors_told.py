@@ -31,8 +31,8 @@ from weightcast.testing.local_engine import DictModel, LocalEngine
 from weightcast.trainer.clients import wire
 from weightcast.trainer.clients.base import CommitOrder, CommitReply
 from weightcast.trainer.clients.http import HttpEngineClient
-from weightcast.trainer.links import EngineLink
-from weightcast.trainer.rounds import Round
+from weightcast.trainer.fleet.link import EngineLink
+from weightcast.trainer.round.round import Round
 
 CLASSES = [
     kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, WeightcastError)

@@ -18,10 +18,10 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from weightcast import Publisher
 from weightcast.engines.embedded import LLM
 from weightcast.errors import Unsupported
+from weightcast.sources import checkpoint_tensors, make_source
 from weightcast.testing.local_engine import DictModel, LocalEngine
 from weightcast.testing.models import build_tiny_model
 from weightcast.testing.ranks import run_ranks
-from weightcast.trainer.sources import checkpoint_tensors, make_source
 
 
 @pytest.mark.parametrize("arch", ARCHS)

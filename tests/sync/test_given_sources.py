@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 
 from weightcast import Publisher
 from weightcast.errors import InvalidInput, StateError, Unsupported
+from weightcast.sources import SafetensorsSource, StateDictSource, make_source
 from weightcast.testing.local_engine import DictModel, LocalEngine
-from weightcast.trainer.addresses import address_towards
-from weightcast.trainer.sources import SafetensorsSource, StateDictSource, make_source
+from weightcast.trainer.fleet.addresses import address_towards
 
 WEIGHTS = {"w": torch.randn(4, 5)}
 

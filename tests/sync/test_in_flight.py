@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.support.commit_ways import Loop, serving
 
 from weightcast import Publisher
 from weightcast.engines.base import CompletionOutput, RequestOutput, SamplingParams
 from weightcast.engines.embedded import LLM, AsyncLLM
 from weightcast.engines.embedded.engine import Engine
 from weightcast.server import ServerConfig, create_app
-from weightcast.testing.commit_ways import Loop, serving
 from weightcast.testing.models import build_tiny_model, random_state_dict, save_checkpoint
 from weightcast.trainer.clients import AsyncEngineClient, EngineClient, HttpEngineClient, InProcessEngineClient
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from weightcast import Publisher
 from weightcast.errors import InvalidInput, PlanMismatch, RoundFailed
-from weightcast.names import patterns_for, renaming_hint
+from weightcast.manifest.names import patterns_for, renaming_hint
 from weightcast.testing.local_engine import DictModel, LocalEngine
 from weightcast.testing.ranks import run_ranks
 

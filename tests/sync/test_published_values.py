@@ -18,8 +18,8 @@ from torch import nn
 
 from weightcast import Publisher, cpu
 from weightcast.errors import InvalidInput
+from weightcast.sources import SourceLike
 from weightcast.testing.local_engine import DictModel, LocalEngine
-from weightcast.trainer.sources import SourceLike
 from weightcast.transports.files import CHECKPOINT_ROOT
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)

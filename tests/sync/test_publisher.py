@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from weightcast import Publisher
+from weightcast.content.expected import ExpectedDigest
 from weightcast.errors import DeadlineExceeded, DigestMismatch, RoundFailed, StateError, TransportError, WeightcastError
-from weightcast.memory import Memory
+from weightcast.layout.memory import Memory
 from weightcast.testing.local_engine import DictModel, LocalEngine
-from weightcast.trainer.outcomes import Cancelled
-from weightcast.trainer.proof import ExpectedDigest
+from weightcast.trainer.fleet.outcomes import Cancelled
 
 
 class Policy(nn.Module):

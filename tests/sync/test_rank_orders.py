@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from weightcast.errors import DeadlineExceeded, PeerLost, PlanMismatch, ProtocolError, RoundFailed
 from weightcast.layout import Layout, Placement, Region, contiguous_strides
 from weightcast.manifest import Manifest, TensorSpec
+from weightcast.trainer.ranks.all_ranks import joined_manifest
 from weightcast.trainer.ranks.coverage import check_complete
-from weightcast.trainer.ranks.leader import joined_manifest
 from weightcast.trainer.ranks.orders import (
     Answer,
     Enter,

@@ -13,10 +13,10 @@ from torch import nn
 from weightcast import Publisher
 from weightcast.engines.embedded import LLM
 from weightcast.errors import InvalidInput, PlanMismatch
+from weightcast.sources import SafetensorsSource, make_source
 from weightcast.testing.local_engine import DictModel, LocalEngine
 from weightcast.testing.models import build_tiny_model, random_state_dict
 from weightcast.testing.ranks import run_ranks
-from weightcast.trainer.sources import SafetensorsSource, make_source
 
 SHAPES = {"model.embed.weight": (7, 4), "model.layers.0.q.weight": (4, 4), "head.weight": (5, 4)}
 GIVEN = {name: name.replace("model.", "policy.language_model.") for name in SHAPES}

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from tests.support.shared_tcp import SharingTcp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -23,13 +24,12 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from weightcast import Publisher
+from weightcast.content.expected import ExpectedDigest
 from weightcast.deadline import Deadline
 from weightcast.errors import DeadlineExceeded, WeightcastError
 from weightcast.report.model import Report
 from weightcast.testing.local_engine import DictModel, LocalEngine
 from weightcast.testing.ranks import Peer, run_ranks
-from weightcast.testing.shared_tcp import SharingTcp
-from weightcast.trainer.proof import ExpectedDigest
 from weightcast.transports.registry import registry
 from weightcast.transports.tcp import TcpTrainerEnd
 

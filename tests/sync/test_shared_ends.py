@@ -14,11 +14,11 @@ from weightcast.control.link import ControlLink, JoinInfo
 from weightcast.deadline import Deadline
 from weightcast.errors import DigestMismatch, ErrorForm, StateError, TransportError
 from weightcast.messages import AnyMessage, Hello, RankAnswer, RankOrder
-from weightcast.trainer.holder import Holder
+from weightcast.sources import make_source
+from weightcast.sources.holder import Holder
+from weightcast.trainer.ranks.all_ranks import RANKS, Ranks
 from weightcast.trainer.ranks.end import SharedEnd
-from weightcast.trainer.ranks.leader import RANKS, Ranks
 from weightcast.trainer.ranks.orders import Abort, Answer, AnyOrder, decode_order, encode
-from weightcast.trainer.sources import make_source
 from weightcast.transports.base import TrainerEnd
 from weightcast.transports.facts import local_facts
 

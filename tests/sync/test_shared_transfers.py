@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
+from tests.support.shared_tcp import SharedEnd, SharingTcp
 from torch import nn
 
 from weightcast import Publisher
 from weightcast.errors import PeerLost, RoundFailed
 from weightcast.testing.local_engine import DictModel, LocalEngine
-from weightcast.testing.shared_tcp import SharedEnd, SharingTcp
 from weightcast.transports.registry import registry
 from weightcast.transports.together import Blamed
 

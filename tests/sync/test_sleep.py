@@ -8,18 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from tests.support.scripted_vllm import Failure, ScriptedLLM, ScriptedVllm
 
 from weightcast import Publisher
 from weightcast.commit.order import RoundOrder
+from weightcast.commit.worker_outcome import NO_VERSION
 from weightcast.engines.vllm.front import VllmControl
 from weightcast.errors import LoadError, RoundFailed, StateError
 from weightcast.layout import Layout
+from weightcast.layout.memory import Memory
 from weightcast.manifest import Manifest
-from weightcast.memory import Memory
-from weightcast.outcome import NO_VERSION
 from weightcast.receiver.receiver import WAKE_HINT
 from weightcast.testing.local_engine import DictModel, LocalEngine
-from weightcast.testing.scripted_vllm import Failure, ScriptedLLM, ScriptedVllm
 from weightcast.trainer.clients.vllm import VllmClient
 
 

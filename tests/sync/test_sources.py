@@ -15,15 +15,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from weightcast.errors import InvalidInput, StateError, Unsupported
-from weightcast.trainer.sources import (
-    ModuleSource,
-    SafetensorsSource,
-    ShardedSource,
-    Source,
-    StateDictSource,
-    make_source,
-)
-from weightcast.trainer.sources.base import wait_for_stream
+from weightcast.sources import ModuleSource, SafetensorsSource, ShardedSource, Source, StateDictSource, make_source
+from weightcast.sources.base import wait_for_stream
 
 
 @pytest.fixture(scope="module")

@@ -15,12 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weightcast import Publisher
+from weightcast.content.layout_digest import LayoutDigest
 from weightcast.deadline import Deadline
-from weightcast.digest import LayoutDigest
 from weightcast.errors import DeadlineExceeded, InvalidInput, RoundFailed, ShadowError
 from weightcast.layout import Placement, Region
+from weightcast.layout.memory import Memory
 from weightcast.manifest import Manifest, TensorSpec
-from weightcast.memory import Memory
 from weightcast.receiver import exchange, place, shadow, taking
 from weightcast.receiver.staging import make_target
 from weightcast.receiver.taking import taking_memory
@@ -135,7 +135,7 @@ def test_little_room_means_one_copy_and_none_means_in_place(monkeypatch: pytest.
 
 
 def test_master_weights_are_proven_in_the_published_type(monkeypatch: pytest.MonkeyPatch) -> None:
-    from weightcast.trainer import proof
+    from weightcast.content import expected as proof
 
     monkeypatch.setattr(proof, "SCRATCH_NBYTES", 4096)
     engine = stuck_engine("a")

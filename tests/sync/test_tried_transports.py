@@ -10,7 +10,7 @@ import torch
 
 from weightcast import Publisher
 from weightcast.errors import NotShared, TransportError
-from weightcast.memory import Memory
+from weightcast.layout.memory import Memory
 from weightcast.testing.local_engine import DictModel, LocalEngine
 from weightcast.testing.peer_engine import PeerEngine
 from weightcast.transports import shm

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import pytest
+from tests.support.scripted_vllm import ERAS, Failure, ScriptedLLM, ScriptedVllm
 
 from weightcast.deadline import Deadline
 from weightcast.errors import DeadlineExceeded, EngineError, LoadError, StateError, Unsupported, WeightcastError
-from weightcast.testing.scripted_vllm import ERAS, Failure, ScriptedLLM, ScriptedVllm
 from weightcast.trainer.clients import (
     AsyncVllmClient,
     CommitOrder,

@@ -4,11 +4,11 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from tests.support.dev_server import DevServer
+from tests.support.scripted_vllm import Failure, ScriptedVllm
 
 from weightcast.deadline import Deadline
 from weightcast.errors import DeadlineExceeded, EngineError, LoadError
-from weightcast.testing.dev_server import DevServer
-from weightcast.testing.scripted_vllm import Failure, ScriptedVllm
 from weightcast.trainer.clients import CommitOrder, VllmDevClient
 
 SOON = 5.0

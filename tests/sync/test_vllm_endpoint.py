@@ -8,10 +8,10 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
+from tests.support.scripted_vllm import Failure, ScriptedVllm
 
 from weightcast.engines.vllm.endpoint import WeightcastEndpoints
 from weightcast.errors import InvalidInput
-from weightcast.testing.scripted_vllm import Failure, ScriptedVllm
 
 TOLD = ["/init_weight_transfer_engine", "/start_weight_update", "/update_weights"]
 STOCK = {"/finish_weight_update": ["POST"], "/get_world_size": ["GET"], "/weight_info": ["GET"]} | {

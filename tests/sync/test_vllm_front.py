@@ -4,12 +4,12 @@ import asyncio
 from typing import Any
 
 import pytest
+from tests.support.scripted_vllm import ERAS, Failure, ScriptedVllm
 
 from weightcast.deadline import Deadline
 from weightcast.engines.vllm.front import VllmControl
 from weightcast.errors import DeadlineExceeded, EngineError, LoadError, StateError, Unsupported, WeightcastError
 from weightcast.server.control import RoundAnswer, RoundOrder
-from weightcast.testing.scripted_vllm import ERAS, Failure, ScriptedVllm
 
 DIRTY = Failure(dirty=True)
 

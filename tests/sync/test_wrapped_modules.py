@@ -22,9 +22,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from weightcast import Publisher
 from weightcast.errors import InvalidInput, StateError, Unsupported
+from weightcast.sources import make_source
 from weightcast.testing.local_engine import DictModel, LocalEngine
 from weightcast.testing.ranks import run_ranks
-from weightcast.trainer.sources import make_source
 
 
 class Parallel(nn.Module):

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from weightcast.errors import NotShared, PeerLost, TransportError
-from weightcast.memory import own_storage
+from weightcast.layout.memory import own_storage
 from weightcast.transports import arena
 from weightcast.transports.arena import Arena, map_arena
 

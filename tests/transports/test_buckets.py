@@ -10,11 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from weightcast.dtypes import dtype_of, itemsize_of
 from weightcast.errors import InvalidInput
 from weightcast.layout import Layout, Placement, Region
+from weightcast.layout.memory import Memory
 from weightcast.manifest import Manifest, TensorSpec
-from weightcast.memory import Memory
+from weightcast.manifest.dtypes import dtype_of, itemsize_of
 from weightcast.plan import compile_plan
 from weightcast.testing.transport_cases import CASES
 from weightcast.transports.buckets import new_buffers, packer, schedule, unpacker

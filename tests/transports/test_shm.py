@@ -17,13 +17,13 @@ from msgspec.structs import replace
 from safetensors.torch import save_file
 
 from weightcast import cpu
+from weightcast.content.layout_digest import LayoutDigest
 from weightcast.deadline import Deadline
-from weightcast.digest import LayoutDigest
 from weightcast.errors import DeadlineExceeded, InvalidInput, PeerLost, StateError, TransportError, Unsupported
 from weightcast.facts import Facts
 from weightcast.layout import Layout, Placement, Region, image_layout
+from weightcast.layout.memory import FileSpan, Memory
 from weightcast.manifest import Manifest, TensorSpec
-from weightcast.memory import FileSpan, Memory
 from weightcast.plan import Copy, compile_plan
 from weightcast.testing.ranks import Peer
 from weightcast.testing.transport_cases import CASES, TransportCase, bulk_case

@@ -18,7 +18,7 @@ import torch.distributed
 
 from weightcast.deadline import Deadline
 from weightcast.errors import DeadlineExceeded, InvalidInput, PeerLost, PlanMismatch, ProtocolError, TransportError
-from weightcast.memory import Memory
+from weightcast.layout.memory import Memory
 from weightcast.testing.transport_cases import bulk_case
 from weightcast.testing.transport_sides import TrainerSide, WorkerSide
 from weightcast.testing.transport_suite import TransportSuite

@@ -18,7 +18,7 @@ from torch.distributed import TCPStore
 from weightcast.deadline import Deadline
 from weightcast.errors import DeadlineExceeded, InvalidInput, ProtocolError
 from weightcast.manifest import TensorSpec
-from weightcast.vllm_wire import (
+from weightcast.vllm_protocol.nccl.wire import (
     chunks_of,
     fetch_unique_id,
     pickled_unique_id,

@@ -8,7 +8,7 @@ from typing import Any
 from weightcast import Publisher
 from weightcast.messages import Staged
 from weightcast.testing.models import random_state_dict
-from weightcast.trainer.rounds import Round
+from weightcast.trainer.round.round import Round
 from weightcast.transports.connection import Connection
 
 MOMENTS = ("transfer", "tcp transfer", "commit")

@@ -11,8 +11,8 @@ from tests.vllm.weights import fill
 from torch import nn
 
 from weightcast import Publisher
+from weightcast.engines.stock.reach import Alias, aliases, reachable
 from weightcast.engines.vllm import twin
-from weightcast.engines.vllm.reach import Alias, aliases, reachable
 from weightcast.errors import ShadowError, Unsupported, WeightcastError
 from weightcast.testing.models import build_tiny_model, random_state_dict, save_checkpoint
 

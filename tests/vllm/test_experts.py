@@ -16,10 +16,10 @@ from torch.distributed.fsdp import fully_shard
 
 from weightcast import Publisher
 from weightcast.errors import RoundFailed
+from weightcast.sources import checkpoint_tensors
 from weightcast.testing.models import build_tiny_model, random_state_dict
 from weightcast.testing.ranks import run_ranks
 from weightcast.testing.vllm_server import Served, vllm_server
-from weightcast.trainer.sources import checkpoint_tensors
 
 Answers = list[tuple[list[int], list[float]]]
 FAULTY = Path(__file__).parent / "faulty"

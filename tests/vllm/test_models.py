@@ -15,8 +15,8 @@ from tests.vllm.weights import replace
 from weightcast import Publisher
 from weightcast.errors import RoundFailed
 from weightcast.record import record_layout
+from weightcast.sources import make_source
 from weightcast.testing.models import build_tiny_model, random_state_dict, save_checkpoint
-from weightcast.trainer.sources import make_source
 
 HEAD = {"head_dim": 32}
 MLA = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 32, "v_head_dim": 32}

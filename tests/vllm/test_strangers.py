@@ -8,16 +8,16 @@ from pathlib import Path
 
 import httpx
 import pytest
+from tests.support.hostile import repeating_landings
+from tests.support.verified import comparison
 from tests.vllm.weights import replace, verified
 
 from weightcast import Publisher
 from weightcast.errors import Unsupported
 from weightcast.layout import most_placements
 from weightcast.manifest import Manifest, TensorSpec
-from weightcast.testing.hostile import repeating_landings
 from weightcast.testing.local_engine import DictModel, LocalEngine
 from weightcast.testing.models import build_tiny_model, random_state_dict, save_checkpoint
-from weightcast.testing.verified import comparison
 from weightcast.testing.vllm_server import Served, vllm_server
 from weightcast.transports.files import CHECKPOINT_ROOT
 from weightcast.transports.shm import ShmTransport

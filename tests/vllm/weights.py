@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from tests.support.verified import comparison
 
 from weightcast.testing.models import random_state_dict, save_checkpoint
-from weightcast.testing.verified import comparison
 from weightcast.testing.vllm_server import Served
 from weightcast.trainer.comparison import Comparison
 

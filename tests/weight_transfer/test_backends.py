@@ -14,6 +14,7 @@ from weightcast import Publisher
 from weightcast.errors import InvalidInput, StateError, Unsupported
 from weightcast.receiver.base import LiveModel
 from weightcast.testing.local_engine import DictModel, LocalEngine
+from weightcast.vllm_protocol.nccl.worker import VllmNcclEngine
 from weightcast.weight_transfer import (
     InitInfo,
     UpdateInfo,
@@ -22,7 +23,6 @@ from weightcast.weight_transfer import (
     WeightTransferEngineFactory,
     WorkerRank,
 )
-from weightcast.weight_transfer.vllm_nccl import VllmNcclEngine
 from weightcast.weight_transfer.weightcast import WeightcastEngine
 
 

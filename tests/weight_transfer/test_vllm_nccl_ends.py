@@ -14,10 +14,11 @@ from weightcast.deadline import Deadline
 from weightcast.errors import EngineError, PeerLost, PlanMismatch, StateError
 from weightcast.manifest import TensorSpec
 from weightcast.testing.local_engine import DictModel
-from weightcast.trainer import vllm_native
-from weightcast.trainer.vllm_native import VllmNativePublisher
-from weightcast.weight_transfer import WeightTransferConfig, WorkerRank, vllm_nccl
-from weightcast.weight_transfer.vllm_nccl import VllmNcclEngine
+from weightcast.vllm_protocol.nccl import trainer as vllm_native
+from weightcast.vllm_protocol.nccl import worker as vllm_nccl
+from weightcast.vllm_protocol.nccl.trainer import VllmNativePublisher
+from weightcast.vllm_protocol.nccl.worker import VllmNcclEngine
+from weightcast.weight_transfer import WeightTransferConfig, WorkerRank
 
 
 class FakeStream:

@@ -33,7 +33,7 @@ def command(
     # Before torch is imported: two processes whose OpenMP threads spin on the same cores slow each other down many times.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    from weightcast.demo.server import ended_by_sigterm
+    from weightcast_demo.server import ended_by_sigterm
 
     with reported_errors(), ended_by_sigterm():
         passed = (
@@ -44,8 +44,8 @@ def command(
 
 
 def _sorting(short: bool, iterations: int | None, seconds: float | None, seed: int, port: int, report: Path) -> bool:
-    from weightcast.demo.record import Options
-    from weightcast.demo.sorting import run_demo
+    from weightcast_demo.record import Options
+    from weightcast_demo.sorting import run_demo
 
     options = Options(
         iterations=iterations or (8 if short else 56),
@@ -60,7 +60,7 @@ def _sorting(short: bool, iterations: int | None, seconds: float | None, seed: i
 
 
 def _smollm(cache: Path, port: int) -> bool:
-    from weightcast.demo.smollm import EXPECTED, run_demo
+    from weightcast_demo.smollm import EXPECTED, run_demo
 
     out = console()
     answers = run_demo(out, cache=cache, port=port)

@@ -103,8 +103,8 @@ def _push(
 ) -> Report:
     from weightcast import Publisher
     from weightcast.deadline import Deadline
-    from weightcast.trainer.sources import SafetensorsSource
-    from weightcast.trainer.sources.renaming import renames
+    from weightcast.sources import SafetensorsSource
+    from weightcast.sources.renaming import renames
 
     with Publisher(
         SafetensorsSource(checkpoint, device=device, deadline=Deadline(timeout_s), rename=renames(rename)),
@@ -157,7 +157,7 @@ def _is_news(worker: WorkerReport) -> bool:
 
 def _proof(report: Report) -> str:
     """How what is live compares with what was published."""
-    from weightcast.names import shown
+    from weightcast.manifest.names import shown
 
     if not report.digests_match:
         return f"published digest {report.digest} DOES NOT MATCH what is live"

@@ -23,14 +23,14 @@ import torch
 from weightcast.cuda.wait import wait_stream
 from weightcast.deadline import Deadline
 from weightcast.errors import DeadlineExceeded, ErrorForm, PeerLost, TransportError, WeightcastError
-from weightcast.known import known
 from weightcast.layout import image_layout
+from weightcast.layout.memory import Memory
 from weightcast.manifest import Manifest, TensorSpec
-from weightcast.memory import Memory
 from weightcast.plan import Copy, compile_plan
 from weightcast.transports.base import Facts, Transport
 from weightcast.transports.facts import local_facts
 from weightcast.transports.registry import registry
+from weightcast.untrusted.known import known
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

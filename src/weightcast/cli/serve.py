@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from weightcast.cli.shared import TokenFileOption, TokenOption, chosen_token, reported_errors
-from weightcast.secret import usable_token
+from weightcast.untrusted.secret import usable_token
 
 ROOT_VARIABLE = "WEIGHTCAST_CHECKPOINT_ROOT"
 API_KEY_VARIABLE = "WEIGHTCAST_API_KEY"

@@ -58,7 +58,7 @@ RenameOption = Annotated[
 
 def chosen_token(token: str | None, token_file: Path | None) -> str | None:
     """The token of --token, --token-file or the environment, in that order; None where none of them has one."""
-    from weightcast.secret import token_from_file, usable_token
+    from weightcast.untrusted.secret import token_from_file, usable_token
 
     if token is not None and token_file is not None:
         raise InvalidInput("--token and --token-file are two tokens", field="token", hint="Give one of them")

@@ -39,11 +39,11 @@ def command(
 ) -> None:
     """Compare an engine's live weights with CHECKPOINT. Exit status 1 unless they are proven equal."""
     from weightcast.deadline import Deadline
+    from weightcast.sources.renaming import renames
+    from weightcast.sources.safetensors import SafetensorsSource
     from weightcast.trainer.clients.http import HttpEngineClient
     from weightcast.trainer.comparison import compare
-    from weightcast.trainer.places import check_patterns, refuse_idle
-    from weightcast.trainer.sources.renaming import renames
-    from weightcast.trainer.sources.safetensors import SafetensorsSource
+    from weightcast.trainer.fleet.places import check_patterns, refuse_idle
 
     with reported_errors(as_json=as_json):
         deadline = Deadline(timeout)
@@ -92,7 +92,7 @@ def _print(engine: str, comparison: Comparison, out: Console) -> None:
 
 
 def _print_tensors(comparison: Comparison, out: Console) -> None:
-    from weightcast.names import patterns_for
+    from weightcast.manifest.names import patterns_for
 
     out.print(f"{len(comparison.equal)} tensors equal, {len(comparison.different)} different", highlight=False)
     unproven = [f"{name} ({reason})" for name, reason in comparison.unproven.items()]

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
+from weightcast.commit.worker_outcome import WorkerOutcome, first_error, why_unfit
 from weightcast.errors import InvalidInput
-from weightcast.outcome import WorkerOutcome, first_error, why_unfit
 
 CommitPause = Literal["keep", "wait", "abort", "none"]
 

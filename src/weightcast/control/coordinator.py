@@ -36,8 +36,8 @@ from weightcast.messages import (
     decode,
     encode,
 )
-from weightcast.secret import same_secret
-from weightcast.seldom import Seldom
+from weightcast.untrusted.secret import same_secret
+from weightcast.untrusted.seldom import Seldom
 
 logger = logging.getLogger(__name__)
 

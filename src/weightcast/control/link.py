@@ -15,8 +15,8 @@ from weightcast.control.pump import HEARTBEAT_S, Pump, new_context, prepare
 from weightcast.deadline import Deadline
 from weightcast.errors import InvalidInput, ProtocolError
 from weightcast.messages import MAX_FRAME_NBYTES, AnyMessage, Bye, Heartbeat, Message, decode, encode
-from weightcast.secret import repr_without
-from weightcast.seldom import Seldom
+from weightcast.untrusted.secret import repr_without
+from weightcast.untrusted.seldom import Seldom
 
 logger = logging.getLogger(__name__)
 

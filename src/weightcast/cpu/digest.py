@@ -15,20 +15,20 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from weightcast import geometry as geo
 from weightcast.cpu import kernels_for
-from weightcast.digest import (
+from weightcast.digest.formula import (
     BLOCK_WORDS,
     FOLD,
     SLICE_NBYTES,
     WORD_NBYTES,
-    DigestRun,
-    StridedBox,
     block_weights,
-    digest_bytes,
+    digest_by,
+    digest_words,
     word_weights,
 )
-from weightcast.memory import Memory
+from weightcast.digest.regions import DigestRun, StridedBox
+from weightcast.layout import geometry as geo
+from weightcast.layout.memory import Memory
 
 if TYPE_CHECKING:
     from weightcast.cpu.runs import Pieces, Table
@@ -66,7 +66,7 @@ class CpuDigest:
             data = self._memory.storages[run.storage][run.offset : run.offset + run.nbytes]
             for start in range(0, run.nbytes, SLICE_NBYTES):
                 check()
-                total += digest_bytes(data[start : start + SLICE_NBYTES], run.position + start)
+                total += digest_by(digest_words, data[start : start + SLICE_NBYTES], run.position + start)
         if self._boxes:
             total += self._by_torch(check) if self._kernels is None else self._by_kernel(self._kernels, check)
         return total & _MASK

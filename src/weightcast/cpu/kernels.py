@@ -15,7 +15,7 @@ from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from weightcast.digest import B_SEED, BLOCK_WORDS, FOLD, SPLITMIX_GAMMA, SPLITMIX_MULTIPLIERS, WORD_NBYTES
+from weightcast.digest.formula import B_SEED, BLOCK_WORDS, FOLD, SPLITMIX_GAMMA, SPLITMIX_MULTIPLIERS, WORD_NBYTES
 
 _GAMMA, _SEED = np.uint64(SPLITMIX_GAMMA), np.uint64(B_SEED)
 _FIRST, _SECOND = (np.uint64(multiplier) for multiplier in SPLITMIX_MULTIPLIERS)

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from weightcast.digest import SLICE_NBYTES, WORD_NBYTES, word_weights
+from weightcast.digest.formula import SLICE_NBYTES, WORD_NBYTES, word_weights
 
 PIECE_NBYTES = 2**20
 _MASK = 2**64 - 1

@@ -15,11 +15,12 @@ import torch
 import triton
 import triton.language as tl
 
-from weightcast import geometry as geo
 from weightcast.cuda.runs import INTERPRETED as _INTERPRETED
 from weightcast.cuda.runs import Launch, TileTable
-from weightcast.digest import BLOCK_WORDS, WORD_NBYTES, StridedBox, word_weights
+from weightcast.digest.formula import BLOCK_WORDS, WORD_NBYTES, word_weights
+from weightcast.digest.regions import StridedBox
 from weightcast.errors import Unsupported
+from weightcast.layout import geometry as geo
 
 TILE_BLOCKS = 4
 TILE_NBYTES = TILE_BLOCKS * BLOCK_WORDS * WORD_NBYTES

@@ -10,7 +10,7 @@ import torch
 
 from weightcast.cuda.wait import new_event, new_stream, wait_queued
 from weightcast.deadline import Deadline
-from weightcast.memory import Memory
+from weightcast.layout.memory import Memory
 from weightcast.plan import Copy
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 
 from weightcast.cuda.runs import CopyRuns
-from weightcast.memory import Memory
+from weightcast.layout.memory import Memory
 from weightcast.plan import Copy, merge
-from weightcast.replay import Boxes
+from weightcast.plan.replay import Boxes
 
 
 class CudaReplay:

@@ -9,8 +9,8 @@ import torch
 
 from weightcast.errors import Unsupported
 from weightcast.layout import Layout
+from weightcast.layout.memory import Memory
 from weightcast.manifest import Manifest
-from weightcast.memory import Memory
 
 
 class LiveModel(ABC):

@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from weightcast import geometry as geo
-from weightcast.dtypes import itemsize_of
 from weightcast.layout import Placement
+from weightcast.layout import geometry as geo
+from weightcast.layout.memory import Memory
 from weightcast.manifest import Manifest
-from weightcast.memory import Memory
+from weightcast.manifest.dtypes import itemsize_of
 from weightcast.plan import Copy
-from weightcast.replay import Replay
-from weightcast.swap import Swap
+from weightcast.plan.replay import Replay
+from weightcast.receiver.swap import Swap
 
 if TYPE_CHECKING:
-    from weightcast.cuda.proven import ProvenReplay
+    from weightcast.content.proven_on_gpu import ProvenReplay
 
 
 MAX_RANGES = 4096
@@ -68,7 +68,7 @@ class Landing:
         self._proven: ProvenReplay | None = None
         self._replay: Replay | ProvenReplay
         if device.type == "cuda":
-            from weightcast.cuda.proven import ProvenReplay
+            from weightcast.content.proven_on_gpu import ProvenReplay
 
             self._replay = self._proven = ProvenReplay(copies, shadow, live, manifest, device)
         else:

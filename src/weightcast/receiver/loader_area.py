@@ -10,8 +10,8 @@ import msgspec
 import torch
 
 from weightcast.layout import Layout, contiguous_strides, image_layout
+from weightcast.layout.memory import Memory
 from weightcast.manifest import Manifest
-from weightcast.memory import Memory
 
 TensorPairs = Iterator[tuple[str, torch.Tensor]]
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 import logging
 import time
 
+from weightcast.commit.worker_outcome import NO_VERSION
 from weightcast.control.link import JoinInfo
 from weightcast.deadline import Deadline
-from weightcast.digest import version_number
+from weightcast.digest.versions import version_number
 from weightcast.errors import DigestMismatch, LoadError, StateError, WeightcastError
 from weightcast.messages import Committed
-from weightcast.outcome import NO_VERSION
 from weightcast.receiver.base import LiveModel
 from weightcast.receiver.greeting import Greeting, Identity
 from weightcast.receiver.loader_area import LoadedTensors
 from weightcast.receiver.place import give_back
 from weightcast.receiver.session import Session
-from weightcast.round import Approval, Phase, RoundId, WorkerRound
+from weightcast.receiver.worker_round import Approval, Phase, RoundId, WorkerRound
 from weightcast.transports.facts import local_facts
 
 logger = logging.getLogger(__name__)

@@ -16,9 +16,10 @@ from contextlib import contextmanager
 
 import msgspec
 
+from weightcast.content.layout_digest import LayoutDigest
 from weightcast.cuda.wait import own_stream, wait_stream
 from weightcast.deadline import Deadline
-from weightcast.digest import LayoutDigest, combine
+from weightcast.digest.formula import combine
 from weightcast.errors import (
     BaseMismatch,
     ErrorForm,
@@ -29,8 +30,8 @@ from weightcast.errors import (
     WeightcastError,
 )
 from weightcast.layout import Layout
+from weightcast.layout.memory import Memory
 from weightcast.logs import about
-from weightcast.memory import Memory
 from weightcast.messages import (
     Abort,
     AnyMessage,
@@ -49,7 +50,7 @@ from weightcast.receiver.base import LiveModel
 from weightcast.receiver.greeting import Greeting
 from weightcast.receiver.loader_area import LoadedTensors, with_area
 from weightcast.receiver.staging import make_target
-from weightcast.round import Approval, Phase, RoundId, WorkerRound
+from weightcast.receiver.worker_round import Approval, Phase, RoundId, WorkerRound
 from weightcast.transports.base import WorkerEnd
 from weightcast.transports.registry import registry
 

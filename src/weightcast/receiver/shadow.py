@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 
 from weightcast.layout import Placement
+from weightcast.layout.memory import Memory
 from weightcast.manifest import Manifest
-from weightcast.memory import Memory
 from weightcast.receiver.base import LiveModel
 from weightcast.receiver.exchange import Exchange, Landing
 from weightcast.receiver.place import Place, new_storage

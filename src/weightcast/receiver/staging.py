@@ -10,8 +10,8 @@ from weightcast.cuda.wait import wait_stream
 from weightcast.deadline import Deadline
 from weightcast.errors import ShadowError
 from weightcast.layout import Layout
+from weightcast.layout.memory import Memory
 from weightcast.manifest import Manifest
-from weightcast.memory import Memory
 from weightcast.messages import Mode
 from weightcast.receiver.base import LiveModel
 from weightcast.receiver.loader_area import LoadedTensors, LoaderArea, area_sizes

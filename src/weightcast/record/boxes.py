@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from weightcast import geometry as geo
+from weightcast.layout import geometry as geo
 
 MAX_BOXES = 4096
 """Views that fall into more boxes than this are slower to copy than to load; see TooManyBoxes."""

@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from weightcast import geometry as geo
-from weightcast.dtypes import itemsize_of
 from weightcast.layout import Placement
+from weightcast.layout import geometry as geo
+from weightcast.manifest.dtypes import itemsize_of
 
 Starts = npt.NDArray[np.int64]
 

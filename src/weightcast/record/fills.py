@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from weightcast.layout import Placement
-from weightcast.memory import Memory
+from weightcast.layout.memory import Memory
 from weightcast.record.coverage import overlapping, runs_of, unwritten_runs
 from weightcast.record.recorder import Fill
 

@@ -14,10 +14,10 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from weightcast.dtypes import name_of
 from weightcast.errors import Unsupported
 from weightcast.layout import Placement, Region
-from weightcast.memory import Memory
+from weightcast.layout.memory import Memory
+from weightcast.manifest.dtypes import name_of
 from weightcast.record.boxes import TooManyBoxes, Walk
 from weightcast.record.tensors import RecordingTensor, Untraceable, View, assembled, sources_of, spoiled
 

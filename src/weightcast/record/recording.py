@@ -8,11 +8,11 @@ from functools import cached_property
 
 import torch
 
-from weightcast.dtypes import dtype_of
 from weightcast.errors import LoadError, WeightcastError
 from weightcast.layout import Layout, Placement
+from weightcast.layout.memory import Memory, bytes_of
 from weightcast.manifest import Manifest, TensorSpec
-from weightcast.memory import Memory, bytes_of
+from weightcast.manifest.dtypes import dtype_of
 from weightcast.record.coverage import overlapping, unwritten_runs
 from weightcast.record.fills import overwritten_names, unkept
 from weightcast.record.recorder import Fill, Recorder

@@ -9,10 +9,10 @@ from importlib.resources import files
 from pathlib import Path
 
 from weightcast.errors import InvalidInput
-from weightcast.names import shown
+from weightcast.manifest.names import shown
 from weightcast.report.model import Report, format_bytes
 from weightcast.report.svg import line_chart, phase_colours, timeline
-from weightcast.written import write_whole
+from weightcast.untrusted.written import write_whole
 
 SHOWN = 12
 

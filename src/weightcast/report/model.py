@@ -11,7 +11,7 @@ from typing import Literal
 import msgspec
 
 from weightcast.errors import InvalidInput
-from weightcast.known import known
+from weightcast.untrusted.known import known
 
 Outcome = Literal["committed", "aborted"]
 

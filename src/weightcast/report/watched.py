@@ -11,8 +11,8 @@ from typing import Annotated
 import msgspec
 
 from weightcast.deadline import Seconds
-from weightcast.known import known
 from weightcast.quoted import NAME_CHARACTERS, quote_fields, quoted
+from weightcast.untrusted.known import known
 
 MAX_ENGINES = 64
 MAX_ROUNDS = 200

@@ -18,8 +18,8 @@ from starlette.requests import HTTPConnection
 
 from weightcast.errors import AuthError, InvalidInput
 from weightcast.quoted import NAME_CHARACTERS, quoted
-from weightcast.secret import same_secret, usable_token
 from weightcast.server.pages import authority_of, foreign_page
+from weightcast.untrusted.secret import same_secret, usable_token
 
 Guard = Literal["open", "token", "api_key"]
 Check = Callable[[HTTPConnection], None]

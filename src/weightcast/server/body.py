@@ -10,9 +10,9 @@ import msgspec
 from starlette.requests import Request
 
 from weightcast.errors import InvalidInput
-from weightcast.invalid import invalid_input
-from weightcast.known import known
 from weightcast.server.replies import RequestRefused
+from weightcast.untrusted.invalid import invalid_input
+from weightcast.untrusted.known import known
 
 StructT = TypeVar("StructT", bound=msgspec.Struct)
 

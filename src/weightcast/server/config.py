@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from weightcast.errors import InvalidInput
-from weightcast.secret import usable_token
+from weightcast.untrusted.secret import usable_token
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,8 +18,8 @@ from typing import Any
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
-from weightcast.seldom import Seldom
 from weightcast.server.replies import RequestRefused, error_response
+from weightcast.untrusted.seldom import Seldom
 
 logger = logging.getLogger(__name__)
 

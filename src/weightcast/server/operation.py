@@ -13,9 +13,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from weightcast.errors import ErrorForm, WeightcastError
-from weightcast.seldom import Seldom
 from weightcast.server.auth import Check, Guard
 from weightcast.server.replies import CLIENT_GONE, error_response
+from weightcast.untrusted.seldom import Seldom
 
 logger = logging.getLogger(__name__)
 

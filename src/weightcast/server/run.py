@@ -19,7 +19,6 @@ from starlette.applications import Starlette
 
 from weightcast.engines.base import InferenceEngine
 from weightcast.errors import InvalidInput, WeightcastError
-from weightcast.seldom import SeldomFilter
 from weightcast.server.connections import (
     ACCEPTED_AT_ONCE,
     LISTEN_BACKLOG,
@@ -31,7 +30,8 @@ from weightcast.server.connections import (
     affordable,
 )
 from weightcast.unix_urls import url_of_path
-from weightcast.written import write_whole
+from weightcast.untrusted.seldom import SeldomFilter
+from weightcast.untrusted.written import write_whole
 
 logger = logging.getLogger(__name__)
 

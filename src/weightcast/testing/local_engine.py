@@ -13,13 +13,13 @@ from typing import Any
 import msgspec
 import torch
 
+from weightcast.content.layout_digest import digest_tensor
 from weightcast.deadline import Deadline
-from weightcast.digest import digest_tensor
-from weightcast.dtypes import name_of
 from weightcast.errors import EngineError, LoadError, PlanMismatch, WeightcastError
 from weightcast.layout import Layout, Placement, Region, contiguous_strides
+from weightcast.layout.memory import Memory
 from weightcast.manifest import Manifest, align
-from weightcast.memory import Memory
+from weightcast.manifest.dtypes import name_of
 from weightcast.receiver.base import LiveModel
 from weightcast.trainer.clients.base import CommitOrder, CommitReply, EngineClient
 from weightcast.weight_transfer.base import WorkerRank

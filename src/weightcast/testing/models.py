@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from weightcast.dtypes import dtype_of
 from weightcast.errors import InvalidInput
+from weightcast.manifest.dtypes import dtype_of
 from weightcast.testing.tokenizer import EOS_ID, PAD_ID, VOCAB_SIZE, build_tokenizer
 
 _COMMON: dict[str, Any] = {

@@ -18,17 +18,17 @@ import msgspec
 import torch
 
 from weightcast.deadline import Deadline
-from weightcast.dtypes import dtype_of
 from weightcast.errors import EngineError, ErrorForm, Unsupported
-from weightcast.known import known
 from weightcast.layout import Layout
+from weightcast.layout.memory import Memory
 from weightcast.manifest import Manifest
-from weightcast.memory import Memory
+from weightcast.manifest.dtypes import dtype_of
 from weightcast.receiver import place
 from weightcast.receiver.base import LiveModel
 from weightcast.testing.local_engine import DictModel, LocalEngine
 from weightcast.testing.ranks import Peer, RankFailed
 from weightcast.trainer.clients.base import CommitOrder, CommitReply, EngineClient
+from weightcast.untrusted.known import known
 
 CAPABILITY_VERSION = 0x20080522
 Shapes = Mapping[str, tuple[tuple[int, ...], str]]

@@ -13,13 +13,13 @@ import msgspec
 import pytest
 import torch
 
-from weightcast.digest import LayoutDigest
-from weightcast.dtypes import dtype_of, itemsize_of
+from weightcast.content.layout_digest import LayoutDigest
 from weightcast.layout import Layout, Placement, Region, contiguous_strides
+from weightcast.layout.memory import Memory
 from weightcast.manifest import Manifest, TensorSpec
-from weightcast.memory import Memory
+from weightcast.manifest.dtypes import dtype_of, itemsize_of
 from weightcast.plan import Copy, compile_plan, landing_of
-from weightcast.replay import Replay
+from weightcast.plan.replay import Replay
 from weightcast.testing.transport_cases import CASES
 
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 import torch
 
-from weightcast.dtypes import DTYPE_NAMES, dtype_of, itemsize_of
 from weightcast.layout import Layout, Placement, Region
 from weightcast.manifest import Manifest, TensorSpec, align
+from weightcast.manifest.dtypes import DTYPE_NAMES, dtype_of, itemsize_of
 from weightcast.plan import Copy, compile_plan
-from weightcast.replay import CPU_BLOCK_NBYTES
+from weightcast.plan.replay import CPU_BLOCK_NBYTES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from weightcast.deadline import Deadline
-from weightcast.memory import Memory
+from weightcast.layout.memory import Memory
 from weightcast.plan import Copy
 from weightcast.transports import TrainerEnd, Transport, WorkerEnd
 from weightcast.transports.registry import registry

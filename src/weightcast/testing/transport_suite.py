@@ -22,7 +22,7 @@ import torch
 
 from weightcast.deadline import Deadline
 from weightcast.errors import DeadlineExceeded, PeerLost, ProtocolError, TransportError
-from weightcast.memory import Memory
+from weightcast.layout.memory import Memory
 from weightcast.testing.ranks import Peer, RankFailed
 from weightcast.testing.transport_cases import CASES, TransportCase, arena_case, bulk_case
 from weightcast.testing.transport_sides import TrainerSide, WorkerSide, load_transport

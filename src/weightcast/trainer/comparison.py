@@ -7,14 +7,14 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from weightcast.content.layout_digest import digest_tensor
 from weightcast.deadline import Deadline
-from weightcast.digest import digest_tensor
-from weightcast.dtypes import dtype_of
 from weightcast.errors import EngineError, InvalidInput, Unsupported
-from weightcast.names import matching
+from weightcast.manifest.dtypes import dtype_of
+from weightcast.manifest.names import matching
+from weightcast.sources.safetensors import SafetensorsSource
 from weightcast.trainer.clients.http import HttpEngineClient
-from weightcast.trainer.places import is_computed, partner_of
-from weightcast.trainer.sources.safetensors import SafetensorsSource
+from weightcast.trainer.fleet.places import is_computed, partner_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

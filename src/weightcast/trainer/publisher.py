@@ -13,19 +13,19 @@ from weightcast.deadline import Deadline, is_seconds
 from weightcast.errors import InvalidInput, StateError, Unsupported
 from weightcast.messages import ModeWish
 from weightcast.report.model import Report
-from weightcast.secret import usable_token
-from weightcast.trainer.addresses import address_beside, address_towards
+from weightcast.sources import Rename, Source, SourceLike, make_source
+from weightcast.sources.holder import Holder
 from weightcast.trainer.clients import EngineClient, SyncEngine, make_clients
-from weightcast.trainer.fleet import FleetSettings
-from weightcast.trainer.holder import Holder
-from weightcast.trainer.lead import Lead
+from weightcast.trainer.first_rank import Lead
+from weightcast.trainer.fleet.addresses import address_beside, address_towards
+from weightcast.trainer.fleet.fleet import FleetSettings
+from weightcast.trainer.fleet.outcomes import Require
+from weightcast.trainer.fleet.places import check_patterns, refuse_idle
 from weightcast.trainer.metrics import TrainerMetrics
-from weightcast.trainer.outcomes import Require
-from weightcast.trainer.places import check_patterns, refuse_idle
 from weightcast.trainer.ranks import Follower, GivenGroup, Group, check_complete, chosen_group
-from weightcast.trainer.sources import Rename, Source, SourceLike, make_source
 from weightcast.trainer.turns import Turns, undisturbed
 from weightcast.transports.facts import outward_address
+from weightcast.untrusted.secret import usable_token
 
 SHARDED_HINT = "Make a Publisher on every rank of the trainer, with process_group="
 PAUSES = ("keep", "wait", "abort", "none")

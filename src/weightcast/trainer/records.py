@@ -10,7 +10,7 @@ from weightcast.errors import WeightcastError
 from weightcast.logs import about
 from weightcast.report.model import Report
 from weightcast.report.roundlog import RoundLog
-from weightcast.trainer.links import UNKNOWN, EngineLink
+from weightcast.trainer.fleet.link import UNKNOWN, EngineLink
 from weightcast.trainer.metrics import TrainerMetrics
 
 logger = logging.getLogger(__name__)

@@ -31,8 +31,8 @@ from collections.abc import Sequence
 
 from weightcast.deadline import Deadline
 from weightcast.facts import Facts
+from weightcast.layout.memory import Memory
 from weightcast.manifest import Manifest
-from weightcast.memory import Memory
 from weightcast.plan import Copy
 
 DEFAULT_BUCKET_NBYTES = 64 * 2**20

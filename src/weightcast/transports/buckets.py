@@ -12,13 +12,13 @@ from collections.abc import Iterable, Sequence
 import msgspec
 import torch
 
-from weightcast.dtypes import itemsize_of
 from weightcast.errors import InvalidInput
 from weightcast.layout import contiguous_strides
+from weightcast.layout.memory import Memory
 from weightcast.manifest import ALIGNMENT, align
-from weightcast.memory import Memory
+from weightcast.manifest.dtypes import itemsize_of
 from weightcast.plan import Copy, split
-from weightcast.replay import Replay
+from weightcast.plan.replay import Replay
 
 
 class Piece(msgspec.Struct, frozen=True, kw_only=True):

@@ -29,20 +29,20 @@ from weightcast.errors import (
     Unsupported,
     WeightcastError,
 )
-from weightcast.known import known
+from weightcast.layout.memory import Memory
 from weightcast.manifest import Manifest
-from weightcast.memory import Memory
 from weightcast.plan import Copy, nbytes_of, parts_of
-from weightcast.secret import repr_without
 from weightcast.transports.base import DEFAULT_BUCKET_NBYTES, Facts, TrainerEnd, Transport, WorkerEnd
 from weightcast.transports.facts import gpu_uuid, visible_gpus
 from weightcast.transports.guard import EndGuard
 from weightcast.transports.pairlink import PairLink
 from weightcast.transports.recent import Recent
 from weightcast.transports.rendezvous import Listener
+from weightcast.untrusted.known import known
+from weightcast.untrusted.secret import repr_without
 
 if TYPE_CHECKING:
-    from weightcast.cuda.proven import ProvenReplay
+    from weightcast.content.proven_on_gpu import ProvenReplay
     from weightcast.cuda.replay import CudaReplay
 
 logger = logging.getLogger(__name__)
@@ -306,7 +306,7 @@ def _new_replay(copies: Sequence[Copy], src: Memory, dst: Memory, device: torch.
 def _new_proven(
     copies: Sequence[Copy], src: Memory, dst: Memory, manifest: Manifest, device: torch.device
 ) -> ProvenReplay:
-    from weightcast.cuda.proven import ProvenReplay
+    from weightcast.content.proven_on_gpu import ProvenReplay
 
     return ProvenReplay(copies, src, dst, manifest, device)
 

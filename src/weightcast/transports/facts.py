@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from weightcast.memory import FileSpan
+from weightcast.layout.memory import FileSpan
 from weightcast.transports.base import Facts
 from weightcast.transports.files import checkpoint_roots
 from weightcast.transports.registry import registry

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, cast
 import msgspec
 import torch
 
-from weightcast import geometry as geo
-from weightcast.dtypes import itemsize_of
 from weightcast.errors import InvalidInput, TransportError, Unsupported
-from weightcast.memory import Memory
+from weightcast.layout import geometry as geo
+from weightcast.layout.memory import Memory
+from weightcast.manifest.dtypes import itemsize_of
 from weightcast.plan import Copy, Run, merge, narrowed
-from weightcast.replay import Replay
-from weightcast.safetensors_format import open_regular, read_header
+from weightcast.plan.replay import Replay
+from weightcast.untrusted.safetensors_format import open_regular, read_header
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer

@@ -26,10 +26,8 @@ from weightcast.errors import (
     TransportError,
     WeightcastError,
 )
-from weightcast.known import known
-from weightcast.memory import Memory
+from weightcast.layout.memory import Memory
 from weightcast.plan import Copy, nbytes_of, parts_of
-from weightcast.secret import repr_without
 from weightcast.transports.base import DEFAULT_BUCKET_NBYTES, Facts, TrainerEnd, Transport, WorkerEnd
 from weightcast.transports.buckets import Bucket, check_bucket_nbytes, into_bucket, out_of_bucket, schedule
 from weightcast.transports.guard import EndGuard
@@ -37,6 +35,8 @@ from weightcast.transports.pairlink import PairLink
 from weightcast.transports.recent import Recent
 from weightcast.transports.rendezvous import Listener
 from weightcast.transports.together import Blamed, Together
+from weightcast.untrusted.known import known
+from weightcast.untrusted.secret import repr_without
 
 if TYPE_CHECKING:
     from weightcast.cuda.replay import CudaReplay

@@ -8,8 +8,8 @@ from importlib.metadata import EntryPoint
 from types import MappingProxyType
 
 from weightcast.errors import InvalidInput, Unsupported, WeightcastError
-from weightcast.plugins import entry_points_of, refusal
 from weightcast.transports.base import Facts, Transport
+from weightcast.untrusted.plugins import entry_points_of, refusal
 
 ENTRY_POINT_GROUP = "weightcast.transports"
 

@@ -26,9 +26,9 @@ import socket
 
 from weightcast.deadline import Deadline
 from weightcast.errors import InvalidInput, PeerLost, TransportError
-from weightcast.secret import same_secret
 from weightcast.transports.connection import STEP_S, Connection
 from weightcast.transports.guard import EndGuard
+from weightcast.untrusted.secret import same_secret
 
 SECRET_NBYTES = 32
 CALLER_S = 2.0

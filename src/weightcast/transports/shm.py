@@ -13,21 +13,21 @@ from typing import Protocol
 import msgspec
 import torch
 
+from weightcast.content.proven_on_cpu import ProvenReplay
 from weightcast.cpu import kernels_for
-from weightcast.cpu.proven import ProvenReplay
 from weightcast.deadline import Deadline
-from weightcast.dtypes import itemsize_of
 from weightcast.errors import InvalidInput, ProtocolError, StateError, TransportError
-from weightcast.known import known
+from weightcast.layout.memory import FileSpan, Memory
 from weightcast.manifest import Manifest, align
-from weightcast.memory import FileSpan, Memory
+from weightcast.manifest.dtypes import itemsize_of
 from weightcast.plan import Copy, as_run, nbytes_of, parts_of, slices
-from weightcast.replay import Replay
+from weightcast.plan.replay import Replay
 from weightcast.transports.arena import Arena, ArenaRef, map_arena
 from weightcast.transports.base import DEFAULT_BUCKET_NBYTES, Facts, TrainerEnd, Transport, WorkerEnd
 from weightcast.transports.files import FileRef, OpenFile, compile_reads, file_ref, outside
 from weightcast.transports.guard import EndGuard
 from weightcast.transports.recent import Recent
+from weightcast.untrusted.known import known
 
 SLICE_NBYTES = 64 * 2**20
 """A receive looks at its deadline and for an abort after each slice: 10 to 30 ms on one core."""

@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from weightcast.memory import Memory
+from weightcast.layout.memory import Memory
 from weightcast.plan import Copy, Run, as_run
-from weightcast.replay import Replay
+from weightcast.plan.replay import Replay
 from weightcast.transports.buckets import Bucket, into_bucket, out_of_bucket
 
 

@@ -27,10 +27,8 @@ import torch
 
 from weightcast.deadline import Deadline
 from weightcast.errors import InvalidInput, PlanMismatch, ProtocolError, TransportError
-from weightcast.known import known
-from weightcast.memory import Memory
+from weightcast.layout.memory import Memory
 from weightcast.plan import Copy, nbytes_of, parts_of, plan_digest
-from weightcast.secret import repr_without
 from weightcast.transports.base import Facts, TrainerEnd, Transport, WorkerEnd
 from weightcast.transports.buckets import Bucket, check_bucket_nbytes, new_buffers, schedule
 from weightcast.transports.connection import Connection
@@ -38,6 +36,8 @@ from weightcast.transports.guard import EndGuard
 from weightcast.transports.recent import Recent
 from weightcast.transports.rendezvous import SECRET_NBYTES, Listener, dial
 from weightcast.transports.spans import Loading, Unloading
+from weightcast.untrusted.known import known
+from weightcast.untrusted.secret import repr_without
 
 LANES = 2
 MAX_LANES = 16

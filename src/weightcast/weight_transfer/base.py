@@ -23,10 +23,10 @@ import msgspec
 import torch
 
 from weightcast.errors import InvalidInput
-from weightcast.invalid import invalid_input
-from weightcast.known import known
 from weightcast.receiver.base import LiveModel
 from weightcast.receiver.greeting import Greeting
+from weightcast.untrusted.invalid import invalid_input
+from weightcast.untrusted.known import known
 from weightcast.weight_transfer.config import WeightTransferConfig
 
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 from weightcast.errors import InvalidInput, Unsupported
-from weightcast.plugins import VARIABLE, entry_points_of, refusal
 from weightcast.receiver.base import LiveModel
+from weightcast.untrusted.plugins import VARIABLE, entry_points_of, refusal
 from weightcast.weight_transfer.base import WeightTransferEngine, WorkerRank
 from weightcast.weight_transfer.config import WeightTransferConfig
 

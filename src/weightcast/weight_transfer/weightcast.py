@@ -14,8 +14,8 @@ from weightcast.errors import InvalidInput, StateError
 from weightcast.receiver.base import LiveModel
 from weightcast.receiver.greeting import Greeting
 from weightcast.receiver.receiver import Receiver
-from weightcast.round import RoundId
-from weightcast.secret import repr_without
+from weightcast.receiver.worker_round import RoundId
+from weightcast.untrusted.secret import repr_without
 from weightcast.weight_transfer.base import InitInfo, UpdateInfo, WeightTransferEngine, WorkerRank
 from weightcast.weight_transfer.config import WeightTransferConfig
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from weightcast.dtypes import dtype_of
 from weightcast.errors import InvalidInput, Unsupported
+from weightcast.manifest.dtypes import dtype_of
 from weightcast.weight_transfer.config import WeightTransferConfig
 
 _POSITIVE = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_tokens", "max_waiting", "num_threads")

@@ -12,7 +12,6 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
-from weightcast.dtypes import name_of
 from weightcast.engines.base import EngineStatus, LiveDigests, PauseMode, SamplingParams
 from weightcast.engines.embedded.config import EngineConfig
 from weightcast.engines.embedded.core import EngineCore
@@ -27,6 +26,7 @@ from weightcast.engines.embedded.thread import EngineThread
 from weightcast.engines.embedded.transfer import WeightTransfer, unwrap
 from weightcast.errors import DeadlineExceeded, EngineError, InvalidInput
 from weightcast.manifest import Manifest
+from weightcast.manifest.dtypes import name_of
 
 _logger = logging.getLogger(__name__)
 

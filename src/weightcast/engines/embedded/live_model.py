@@ -12,15 +12,15 @@ import msgspec
 import torch
 from transformers import PreTrainedModel
 
-from weightcast.digest import digest_tensor
-from weightcast.dtypes import itemsize_of, name_of
+from weightcast.content.held import TensorDigest, held_tensors, tensor_digests
+from weightcast.content.layout_digest import digest_tensor
 from weightcast.engines.embedded.conversion import CheckpointLoader
 from weightcast.errors import InvalidInput, PlanMismatch, Unsupported
-from weightcast.held import TensorDigest, held_tensors, tensor_digests
 from weightcast.layout import Layout, contiguous_strides, is_padded
+from weightcast.layout.memory import Memory
 from weightcast.manifest import Manifest, align
-from weightcast.memory import Memory
-from weightcast.names import renaming_hint, shown
+from weightcast.manifest.dtypes import itemsize_of, name_of
+from weightcast.manifest.names import renaming_hint, shown
 from weightcast.receiver.base import LiveModel
 from weightcast.record import Recording, record_layout
 

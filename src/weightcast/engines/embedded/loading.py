@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from weightcast.dtypes import dtype_of
 from weightcast.engines.embedded.attention import ATTENTION_NAME, register_attention
 from weightcast.engines.embedded.config import EngineConfig
 from weightcast.engines.embedded.support import check_config, check_model
 from weightcast.errors import InvalidInput, Unsupported
+from weightcast.manifest.dtypes import dtype_of
 from weightcast.room import host_room_nbytes
 
 _CPU_KV_SHARE = 0.25

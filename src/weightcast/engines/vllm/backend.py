@@ -18,16 +18,16 @@ from vllm.distributed.weight_transfer.base import WeightTransferEngine as VllmEn
 from vllm.v1.worker.worker_base import WorkerBase
 
 import vllm
+from weightcast.commit.worker_outcome import WorkerOutcome
 from weightcast.engines.vllm import api
 from weightcast.engines.vllm.model import VllmModel
 from weightcast.engines.vllm.parallelism import worker_rank
 from weightcast.engines.vllm.versions import check_version
 from weightcast.errors import ErrorForm, InvalidInput, StateError, WeightcastError
-from weightcast.invalid import invalid_input
-from weightcast.known import known
 from weightcast.manifest import Manifest, TensorSpec
-from weightcast.outcome import WorkerOutcome
-from weightcast.vllm_eras import CALL
+from weightcast.untrusted.invalid import invalid_input
+from weightcast.untrusted.known import known
+from weightcast.vllm_protocol.eras import CALL
 from weightcast.weight_transfer.config import WeightTransferConfig
 from weightcast.weight_transfer.weightcast import WeightcastEngine, WeightcastInitInfo, WeightcastUpdateInfo
 

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from weightcast.engines.stock.reach import Alias
 from weightcast.engines.vllm import api
-from weightcast.engines.vllm.reach import Alias
 
 
 class Kept(NamedTuple):

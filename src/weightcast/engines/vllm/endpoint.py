@@ -19,14 +19,14 @@ from starlette.responses import Response
 
 from weightcast.engines.vllm.front import VllmControl
 from weightcast.engines.vllm.stock_routes import INIT, TOLD, OwnRoute, told
-from weightcast.secret import usable_token
 from weightcast.server.auth import TokenAuth, guards_of
 from weightcast.server.body import query_flag, read_struct
 from weightcast.server.control_routes import MAX_BODY_NBYTES, control_router
 from weightcast.server.info_routes import readiness
 from weightcast.server.operation import Operation, routes_of
 from weightcast.server.replies import json_response
-from weightcast.vllm_eras import BACKEND, has_backend
+from weightcast.untrusted.secret import usable_token
+from weightcast.vllm_protocol.eras import BACKEND, has_backend
 
 TOKEN_VARIABLE = "WEIGHTCAST_TOKEN"
 FINISH = "/finish_weight_update"

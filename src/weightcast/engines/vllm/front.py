@@ -1,4 +1,4 @@
-"""A vLLM server's engine as weightcast's control routes want it; its commits are carried out through vllm_eras.port."""
+"""A vLLM server's engine as weightcast's control routes want it; its commits are carried out through vllm_protocol.eras.port."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import msgspec
 
 from weightcast.commit.order import RoundAnswer, RoundOrder, Serving
 from weightcast.commit.shells import OWED_S, AsyncCommitter
+from weightcast.commit.worker_outcome import WorkerOutcome, common_version, first_error, why_unfit
+from weightcast.content.held import tensor_digests
 from weightcast.deadline import Deadline
 from weightcast.engines.base import EngineStatus, LiveDigests
 from weightcast.errors import EngineError, InvalidInput
-from weightcast.held import tensor_digests
-from weightcast.known import known
 from weightcast.manifest import Manifest
-from weightcast.outcome import WorkerOutcome, common_version, first_error, why_unfit
 from weightcast.server.control import details_of
-from weightcast.vllm_eras import BACKEND, require_backend, served_engine
-from weightcast.vllm_eras.port import ServedPort
+from weightcast.untrusted.known import known
+from weightcast.vllm_protocol.eras import BACKEND, require_backend, served_engine
+from weightcast.vllm_protocol.eras.port import ServedPort
 from weightcast.weight_transfer.weightcast import WeightcastInitInfo
 
 logger = logging.getLogger(__name__)

@@ -18,13 +18,13 @@ import msgspec
 import torch
 from torch import nn
 
-from weightcast.dtypes import itemsize_of, name_of
 from weightcast.engines.vllm import api
 from weightcast.engines.vllm.formats import LayerTensors
 from weightcast.errors import StateError
 from weightcast.layout import Placement, is_padded
+from weightcast.layout.memory import Memory, bytes_of
 from weightcast.manifest import Manifest, align
-from weightcast.memory import Memory, bytes_of
+from weightcast.manifest.dtypes import itemsize_of, name_of
 
 
 @dataclass(frozen=True, slots=True)

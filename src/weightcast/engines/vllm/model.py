@@ -15,21 +15,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from weightcast.digest import digest_tensor
+from weightcast.commit.worker_outcome import WEIGHTS
+from weightcast.content.held import HeldTensor, held_tensors
+from weightcast.content.layout_digest import digest_tensor
+from weightcast.engines.stock.reach import Alias, reachable
+from weightcast.engines.stock.record_check import names_that_differ
 from weightcast.engines.vllm import api
-from weightcast.engines.vllm.check import names_that_differ
 from weightcast.engines.vllm.derived import Kept, kept_by_layer, renewed_by_reload
 from weightcast.engines.vllm.formats import LayerTensors, classify, in_load_format, tied_embeddings
 from weightcast.engines.vllm.mirror import Mirror, Slots, landings_in, plan_mirror
-from weightcast.engines.vllm.reach import Alias, reachable
 from weightcast.engines.vllm.twin import Findings, Original, findings_of
 from weightcast.errors import LoadError, PlanMismatch, ShadowError, Unsupported, WeightcastError
-from weightcast.held import HeldTensor, held_tensors
 from weightcast.layout import Layout, Placement
+from weightcast.layout.memory import Memory, bytes_of
 from weightcast.manifest import Manifest
-from weightcast.memory import Memory, bytes_of
-from weightcast.names import renaming_hint
-from weightcast.outcome import WEIGHTS
+from weightcast.manifest.names import renaming_hint
 from weightcast.receiver.base import LiveModel
 from weightcast.record import Recording, record_layout
 

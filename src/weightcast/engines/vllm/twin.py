@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from weightcast.digest import digest_tensor
-from weightcast.dtypes import dtype_of
+from weightcast.content.layout_digest import digest_tensor
+from weightcast.engines.stock.reach import Alias, aliases, reachable, reachable_numbers
 from weightcast.engines.vllm import api
-from weightcast.engines.vllm.reach import Alias, aliases, reachable, reachable_numbers
 from weightcast.errors import ShadowError, Unsupported
 from weightcast.layout import Layout
+from weightcast.layout.memory import Memory
 from weightcast.manifest import Manifest
-from weightcast.memory import Memory
+from weightcast.manifest.dtypes import dtype_of
 from weightcast.receiver.base import LiveModel
 from weightcast.receiver.place import free_nbytes
 

@@ -12,8 +12,8 @@ import msgspec
 from weightcast.deadline import Deadline, Seconds
 from weightcast.errors import AnswerLost as AnswerLost
 from weightcast.errors import EngineError
-from weightcast.known import known
 from weightcast.quoted import NAME_CHARACTERS, quoted
+from weightcast.untrusted.known import known
 
 PhaseName = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
 

@@ -16,11 +16,11 @@ import msgspec
 
 from weightcast.deadline import Deadline
 from weightcast.errors import DeadlineExceeded, EngineError, ErrorForm, PeerLost, WeightcastError
-from weightcast.known import known
 from weightcast.quoted import quoted, quoted_json
 from weightcast.trainer.clients import wire
 from weightcast.trainer.clients.base import AnswerLost, CommitOrder, CommitReply, EngineClient
 from weightcast.trainer.clients.urls import endpoint_of
+from weightcast.untrusted.known import known
 
 if TYPE_CHECKING:
     from weightcast.manifest import Manifest

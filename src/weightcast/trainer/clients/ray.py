@@ -14,8 +14,8 @@ import msgspec
 
 from weightcast.deadline import Deadline
 from weightcast.errors import DeadlineExceeded, EngineError, ErrorForm, InvalidInput, PeerLost
-from weightcast.known import known
 from weightcast.trainer.clients.base import CommitOrder, CommitReply, EngineClient
+from weightcast.untrusted.known import known
 
 STEP_S = 0.2
 _numbers = itertools.count()

@@ -13,9 +13,7 @@ from typing import Any
 from weightcast.commit.order import RoundAnswer, RoundOrder, Serving, Standing
 from weightcast.commit.shells import Committer
 from weightcast.commit.updates import update_info
-from weightcast.deadline import Deadline
-from weightcast.errors import WeightcastError
-from weightcast.outcome import (
+from weightcast.commit.worker_outcome import (
     WorkerOutcome,
     first_error,
     outcomes_from,
@@ -23,6 +21,8 @@ from weightcast.outcome import (
     why_asleep,
     why_unfit,
 )
+from weightcast.deadline import Deadline
+from weightcast.errors import WeightcastError
 from weightcast.trainer.clients.base import CommitOrder, CommitReply, EngineClient
 from weightcast.trainer.clients.helper import Helper
 from weightcast.trainer.clients.orders import round_order, way_back

@@ -9,8 +9,8 @@ from urllib.parse import SplitResult, unquote, urlsplit, urlunsplit
 
 from weightcast.errors import InvalidInput
 from weightcast.quoted import NAME_CHARACTERS, quoted
-from weightcast.secret import usable_token
 from weightcast.unix_urls import MAX_PATH_NBYTES, SCHEME, path_of_url, url_of_path
+from weightcast.untrusted.secret import usable_token
 
 SHAPE = "an engine is http://host:port, or unix:///path of a socket"
 

@@ -9,17 +9,17 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from weightcast.commit.order import RoundAnswer, RoundOrder
 from weightcast.commit.shells import AsyncCommitter
+from weightcast.commit.worker_outcome import WorkerOutcome, first_error
 from weightcast.deadline import Deadline
 from weightcast.errors import EngineError, WeightcastError
-from weightcast.outcome import WorkerOutcome, first_error
 from weightcast.trainer.clients.base import CommitOrder, CommitReply, EngineClient
 from weightcast.trainer.clients.helper import Helper
 from weightcast.trainer.clients.in_loop import LoopCalls
 from weightcast.trainer.clients.orders import round_order, way_back
 from weightcast.trainer.clients.rpc import RpcEngineClient, status_of
-from weightcast.vllm_eras import may_sleep, offline_engine, require_backend, served_engine
-from weightcast.vllm_eras.base import GONE_HINT
-from weightcast.vllm_eras.port import ServedPort
+from weightcast.vllm_protocol.eras import may_sleep, offline_engine, require_backend, served_engine
+from weightcast.vllm_protocol.eras.base import GONE_HINT
+from weightcast.vllm_protocol.eras.port import ServedPort
 
 T = TypeVar("T")
 

@@ -19,7 +19,7 @@ from weightcast.trainer.clients import wire
 from weightcast.trainer.clients.base import AnswerLost
 from weightcast.trainer.clients.rpc import RpcEngineClient
 from weightcast.trainer.clients.urls import endpoint_of
-from weightcast.vllm_eras import CALL
+from weightcast.vllm_protocol.eras import CALL
 
 
 class VllmDevClient(RpcEngineClient):

@@ -5,11 +5,11 @@ they talk over that channel, where a rank that is gone is noticed and every wait
 each rank to the workers that want them.
 """
 
+from weightcast.trainer.ranks.all_ranks import Ranks
 from weightcast.trainer.ranks.choice import GivenGroup, chosen_group
 from weightcast.trainer.ranks.coverage import check_complete
 from weightcast.trainer.ranks.end import SharedEnd
-from weightcast.trainer.ranks.follower import Follower
-from weightcast.trainer.ranks.leader import Ranks
 from weightcast.trainer.ranks.meeting import Group
+from weightcast.trainer.ranks.other_rank import Follower
 
 __all__ = ["Follower", "GivenGroup", "Group", "Ranks", "SharedEnd", "check_complete", "chosen_group"]

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from weightcast.errors import InvalidInput
-from weightcast.trainer.sources.shards import is_distributed
+from weightcast.sources.shards import is_distributed
 
 GivenGroup = dist.ProcessGroup | Literal["auto"] | None
 """``process_group`` of a Publisher: a group, None for this rank alone, or "auto"."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 from weightcast.deadline import LEAST_S, Deadline
 from weightcast.errors import DeadlineExceeded, TransportError, WeightcastError
-from weightcast.trainer.ranks.leader import Ranks
+from weightcast.trainer.ranks.all_ranks import Ranks
 from weightcast.trainer.ranks.orders import Abort, Connect, Order, Release, Send
 from weightcast.transports.base import TrainerEnd
 

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from weightcast.control.link import JoinInfo
 from weightcast.deadline import Deadline
 from weightcast.errors import DeadlineExceeded, ErrorForm, InvalidInput, PeerLost, ProtocolError
-from weightcast.known import known
 from weightcast.transports.facts import host_identity
+from weightcast.untrusted.known import known
 
 FRAME_NBYTES = 8192
 _HEAD_NBYTES = 4

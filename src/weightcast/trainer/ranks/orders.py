@@ -5,10 +5,10 @@ from __future__ import annotations
 import msgspec
 
 from weightcast.errors import ErrorForm, ProtocolError, RoundFailed, WeightcastError
-from weightcast.known import known
 from weightcast.layout import Layout
 from weightcast.manifest import Manifest
 from weightcast.plan import Copy
+from weightcast.untrusted.known import known
 
 
 class Order(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="do"):

@@ -1,0 +1,196 @@
+"""Expected digests: what each worker's bytes must add up to, computed from the source in every round."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import msgspec
+import torch
+
+from weightcast.content.layout_digest import LayoutDigest
+from weightcast.cuda.wait import new_event
+from weightcast.digest.formula import combine
+from weightcast.layout import Layout, Placement, contiguous_strides
+from weightcast.layout.memory import Memory
+from weightcast.manifest import Manifest, align
+from weightcast.manifest.dtypes import itemsize_of
+from weightcast.plan import Copy, Plan, split
+from weightcast.plan.replay import Boxes
+
+SCRATCH_NBYTES = 2**28
+"""Values that are cast on their way are cast here, too, so many bytes at a time."""
+
+
+class _Begun(NamedTuple):
+    """A digest of a memory's values that is queued on a GPU: the call that waits for it, and when it is done."""
+
+    memory: int
+    wait: Callable[[], int]
+    done: torch.cuda.Event
+    is_stale: bool = False
+
+
+class ExpectedDigest:
+    """The digest of the source's values in the regions and dtypes of some copies."""
+
+    def __init__(self, manifest: Manifest, copies: Sequence[Copy], memory: Memory) -> None:
+        held = tuple(_source_side(copy) for copy in copies if copy.is_plain)
+        layout = Layout(placements=held, storage_nbytes=tuple(s.numel() for s in memory.storages))
+        self._plain = LayoutDigest(manifest, layout, gaps_are_zero=memory.is_arena)
+        self._casts = _Casts(manifest, [copy for copy in copies if copy.nbytes and not copy.is_plain])
+
+        # Here, when a Publisher connects, and not in its first round.
+        self._plain.prepare(memory)
+        self._casts.prepare(memory)
+        self._begun: _Begun | None = None
+
+    def of(self, memory: Memory, check: Callable[[], None] = lambda: None) -> int:
+        """The digest, unsigned; on a GPU this waits for the result. On a CPU ``check`` is called every few milliseconds and may
+        raise."""
+        return self.start(memory, check)()
+
+    def start(self, memory: Memory, check: Callable[[], None] = lambda: None) -> Callable[[], int]:
+        """``of`` in two steps: on a GPU the work is queued on the current stream, and the call that is returned, made once,
+        waits for it; on a CPU that call does all of it. What ``begin`` has queued is used, once."""
+        if not _is_on_gpu(memory):
+            return lambda: combine([self._plain.of(memory, check), self._casts.start(memory, check)()])
+        begun, self._begun = self._begun, None
+        if begun is not None:
+            # Also for a stale one: both write their sums to the same place.
+            torch.cuda.current_stream(memory.storages[0].device).wait_event(begun.done)
+            if begun.memory == memory.number and not begun.is_stale:
+                return begun.wait
+        plain, casts = self._plain.start(memory), self._casts.start(memory, check)
+        return lambda: combine([plain(), casts()])
+
+    def begin(self, memory: Memory) -> None:
+        """Queue on the current stream what the next ``start`` would have to; nothing on a CPU."""
+        self.forget()
+        if _is_on_gpu(memory):
+            wait, done = self.start(memory), new_event()
+            done.record(torch.cuda.current_stream(memory.storages[0].device))
+            self._begun = _Begun(memory.number, wait, done)
+
+    def forget(self) -> None:
+        """Use nothing of what ``begin`` has queued: values may be other ones since."""
+        if self._begun is not None:
+            self._begun = self._begun._replace(is_stale=True)
+
+
+def _is_on_gpu(memory: Memory) -> bool:
+    return any(storage.is_cuda for storage in memory.storages[:1])
+
+
+class _Casts:
+    """Copies that cast, in batches that fit a scratch storage."""
+
+    def __init__(self, manifest: Manifest, copies: Sequence[Copy]) -> None:
+        self._batches = list(_batches(copies))
+        self._nbytes = max((end for _, end in self._batches), default=0)
+        self._digests = [
+            LayoutDigest(manifest, Layout(placements=tuple(map(_scratch_side, batch)), storage_nbytes=(end,)))
+            for batch, end in self._batches
+        ]
+        self._compiled: tuple[int, Memory, list[Boxes]] | None = None
+
+    @torch.no_grad()
+    def start(self, memory: Memory, check: Callable[[], None]) -> Callable[[], int]:
+        """Batches share the scratch storage: on a CPU each is digested before the next one is cast, on a GPU the stream keeps
+        that order."""
+        if not self._batches:
+            return int
+        scratch, casts = self._compiled_for(memory)
+        waits: list[Callable[[], int]] = []
+        for cast, digest in zip(casts, self._digests, strict=True):
+            if scratch.storages[0].is_cuda:
+                cast.run()
+                waits.append(digest.start(scratch))
+            else:
+                check()
+                cast.run()
+                waits.append(partial(int, digest.of(scratch, check)))
+        return lambda: combine(wait() for wait in waits)
+
+    def prepare(self, memory: Memory) -> None:
+        """Do now what the first ``start`` would do beside computing."""
+        if self._batches:
+            scratch, _ = self._compiled_for(memory)
+            for digest in self._digests:
+                digest.prepare(scratch)
+
+    def _compiled_for(self, memory: Memory) -> tuple[Memory, list[Boxes]]:
+        if self._compiled is None or self._compiled[0] != memory.number:
+            self._compiled = (memory.number, *self._compile(memory))
+        return self._compiled[1:]
+
+    @torch.inference_mode(False)
+    def _compile(self, memory: Memory) -> tuple[Memory, list[Boxes]]:
+        device = memory.storages[0].device
+        scratch = Memory([torch.zeros(self._nbytes, dtype=torch.uint8, device=device)])
+        return scratch, [Boxes(batch, memory, scratch) for batch, _ in self._batches]
+
+
+def _batches(copies: Sequence[Copy]) -> Iterator[tuple[list[Copy], int]]:
+    """The copies with places in the scratch storage as their destinations, and the bytes that a batch needs."""
+    batch: list[Copy] = []
+    end = 0
+    for copy in split(copies, SCRATCH_NBYTES):
+        if batch and end + copy.nbytes > SCRATCH_NBYTES:
+            yield batch, end
+            batch, end = [], 0
+        offset, strides = end // itemsize_of(copy.dst_dtype), contiguous_strides(copy.sizes)
+        batch.append(msgspec.structs.replace(copy, dst_storage=0, dst_offset=offset, dst_strides=strides))
+        end = align(end + copy.nbytes)
+    if batch:
+        yield batch, end
+
+
+def _scratch_side(copy: Copy) -> Placement:
+    return Placement(
+        region=copy.region, dtype=copy.dst_dtype, storage=0, offset=copy.dst_offset, strides=copy.dst_strides
+    )
+
+
+def copies_key(copies: Sequence[Copy]) -> str:
+    """Equal for sets of copies with equal expected digests: workers that want the same share one computation."""
+    wanted = [
+        (copy.region, copy.src_storage, copy.src_offset, copy.src_strides, copy.via, copy.dst_dtype) for copy in copies
+    ]
+    return hashlib.sha256(msgspec.msgpack.encode(wanted)).hexdigest()
+
+
+def plan_key(plan: Plan) -> str:
+    """``copies_key`` of all ranks' copies."""
+    keys = [(rank, copies_key(copies)) for rank, copies in sorted(plan.items())]
+    return hashlib.sha256(msgspec.msgpack.encode(keys)).hexdigest()
+
+
+def _source_side(copy: Copy) -> Placement:
+    return Placement(
+        region=copy.region,
+        dtype=copy.src_dtype,
+        storage=copy.src_storage,
+        offset=copy.src_offset,
+        strides=copy.src_strides,
+    )
+
+
+def whole_copies(manifest: Manifest, layout: Layout) -> list[Copy]:
+    """Copies that stand for everything that is published, in the manifest's dtypes: their digest is the content's."""
+    return [
+        Copy(
+            region=held.region,
+            src_storage=held.storage,
+            src_dtype=held.dtype,
+            src_offset=held.offset,
+            src_strides=held.strides,
+            dst_storage=0,
+            dst_dtype=manifest[held.region.name].dtype,
+            dst_offset=0,
+            dst_strides=held.strides,
+        )
+        for held in layout.placements
+    ]

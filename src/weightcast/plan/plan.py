@@ -1,0 +1,292 @@
+"""The plan: which bytes go from which holding to which landing. A pure function of manifest and layouts.
+
+For every landing the holdings of the same tensor are intersected with it; each common box is one Copy. Where several
+trainer ranks hold the same box, the one with the least bytes assigned so far gives it, so load spreads over replicas. Both
+sides compile the plan and compare its digest before the first byte moves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+import msgspec
+
+from weightcast.errors import PlanMismatch
+from weightcast.layout import Layout, Placement, Region
+from weightcast.layout import geometry as geo
+from weightcast.manifest import ALIGNMENT, Manifest, TensorSpec
+from weightcast.manifest.dtypes import itemsize_of
+
+
+class Copy(msgspec.Struct, frozen=True, kw_only=True):
+    """One box of values from a source storage to a destination storage; offsets and strides in elements of each dtype.
+
+    What lands is cast(landing's type, cast(published type, value)), each rounding to nearest even. Where the published type is
+    neither the holding's nor the landing's, ``via`` names it and values are cast twice; otherwise ``via`` is empty.
+    """
+
+    region: Region
+    src_storage: int
+    src_dtype: str
+    src_offset: int
+    src_strides: tuple[int, ...]
+    dst_storage: int
+    dst_dtype: str
+    dst_offset: int
+    dst_strides: tuple[int, ...]
+    via: str = ""
+    is_whole: bool = False
+    """The box is the whole tensor: in an arena, what follows it up to the next multiple of 256 bytes is padding."""
+    part: int = 0
+    """Copies of one part are transferred together: the window of a stream, or 0 for all copies of a source that lies still."""
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return self.region.sizes
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the bytes land as they are held: no cast, not even there and back."""
+        return self.src_dtype == self.dst_dtype and not self.via
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that land: the box in the destination's dtype."""
+        return self.region.numel * itemsize_of(self.dst_dtype)
+
+
+Plan = Mapping[int, tuple[Copy, ...]]
+"""Copies of one worker by trainer rank, each in manifest order."""
+
+
+def _offset_at(placement: Placement, region: Region) -> int:
+    """Element offset of ``region`` (a box inside the placement's region) in the placement's storage."""
+    index = [at - base for at, base in zip(region.offsets, placement.region.offsets, strict=True)]
+    return placement.offset + geo.offset_of(index, placement.strides)
+
+
+def _copy(holding: Placement, landing: Placement, region: Region, spec: TensorSpec, part: int) -> Copy:
+    return Copy(
+        region=region,
+        src_storage=holding.storage,
+        src_dtype=holding.dtype,
+        src_offset=_offset_at(holding, region),
+        src_strides=holding.strides,
+        dst_storage=landing.storage,
+        dst_dtype=landing.dtype,
+        dst_offset=_offset_at(landing, region),
+        dst_strides=landing.strides,
+        via="" if spec.dtype in (holding.dtype, landing.dtype) else spec.dtype,
+        is_whole=region.is_whole(spec),
+        part=part,
+    )
+
+
+def _distinct(
+    holdings: Iterable[tuple[int, Placement]],
+) -> dict[tuple[tuple[int, ...], tuple[int, ...]], list[tuple[int, Placement]]]:
+    """Group replicas: holdings of the same box."""
+    boxes: dict[tuple[tuple[int, ...], tuple[int, ...]], list[tuple[int, Placement]]] = {}
+    for rank, holding in holdings:
+        boxes.setdefault((holding.region.offsets, holding.region.sizes), []).append((rank, holding))
+    return boxes
+
+
+def compile_plan(
+    manifest: Manifest,
+    holdings: Mapping[int, Layout],
+    landings: Layout,
+    *,
+    check: Callable[[], None] = lambda: None,
+) -> dict[int, tuple[Copy, ...]]:
+    """The copies that fill every landing of one worker, by trainer rank (ranks that give nothing are absent).
+
+    Raises PlanMismatch when a landing is not covered by holdings, or lies outside the manifest. Distinct holdings of one
+    tensor must not overlap unless they are equal (replicas). ``check`` is called for every landing and may raise.
+    """
+    by_name: dict[str, list[tuple[int, Placement]]] = {}
+    for rank in sorted(holdings):
+        for placement in holdings[rank].placements:
+            by_name.setdefault(placement.region.name, []).append((rank, placement))
+    boxes_by_name = {name: _distinct(items) for name, items in by_name.items()}
+    wanted: dict[str, list[Placement]] = {}
+    for landing in landings.placements:
+        wanted.setdefault(landing.region.name, []).append(landing)
+    missing = [name for name in wanted if name not in manifest or name not in boxes_by_name]
+    if missing:
+        raise PlanMismatch(f"nobody holds {missing[0]!r} ({len(missing)} tensors in all)")
+    plan: dict[int, list[Copy]] = {}
+    load = dict.fromkeys(holdings, 0)
+    for spec in manifest.tensors:
+        for landing in wanted.get(spec.name, ()):
+            check()
+            covered = 0
+            for replicas in boxes_by_name[spec.name].values():
+                region = landing.region.intersect(replicas[0][1].region)
+                if region is None:
+                    continue
+                rank, holding = min(replicas, key=lambda item: load[item[0]])
+                part = holding.storage if holdings[rank].is_streamed else 0
+                copy = _copy(holding, landing, region, spec, part)
+                load[rank] += copy.nbytes
+                covered += region.numel
+                plan.setdefault(rank, []).append(copy)
+            if covered != landing.region.numel:
+                raise PlanMismatch(
+                    f"{spec.name}: {covered} of {landing.region.numel} wanted elements are held by the trainer"
+                )
+    return {rank: tuple(copies) for rank, copies in sorted(plan.items())}
+
+
+def parts_of(copies: Sequence[Copy]) -> dict[int, tuple[Copy, ...]]:
+    """The copies by part, in the order in which parts are transferred; without copies one empty part."""
+    parts: dict[int, list[Copy]] = {}
+    for copy in copies:
+        parts.setdefault(copy.part, []).append(copy)
+    return {part: tuple(parts[part]) for part in sorted(parts)} or {0: ()}
+
+
+def nbytes_of(copies: Iterable[Copy]) -> int:
+    """Bytes that land."""
+    return sum(copy.nbytes for copy in copies)
+
+
+def plan_digest(plan: Plan) -> str:
+    """Hex SHA-256 of a plan; equal on both sides exactly when they compiled the same copies."""
+    return hashlib.sha256(msgspec.msgpack.encode(sorted(plan.items()))).hexdigest()
+
+
+def split(copies: Iterable[Copy], max_nbytes: int) -> Iterator[Copy]:
+    """Cut copies along their outer dimensions until each has at most ``max_nbytes`` (at least one element)."""
+    for copy in copies:
+        yield from _split_one(copy, max_nbytes)
+
+
+def _split_one(copy: Copy, max_nbytes: int) -> Iterator[Copy]:
+    if copy.nbytes <= max_nbytes:
+        yield copy
+        return
+    dim = next((d for d, size in enumerate(copy.sizes) if size > 1), None)
+    if dim is None:
+        yield copy
+        return
+    row_nbytes = copy.nbytes // copy.sizes[dim]
+    step = max(1, max_nbytes // row_nbytes)
+    for start in range(0, copy.sizes[dim], step):
+        size = min(step, copy.sizes[dim] - start)
+        yield from _split_one(narrowed(copy, dim, start, size), max_nbytes)
+
+
+def narrowed(copy: Copy, dim: int, start: int, size: int) -> Copy:
+    """A part of a copy: ``size`` indices of one dimension, from ``start`` on."""
+    region = copy.region
+    offsets = geo.replaced(region.offsets, dim, region.offsets[dim] + start)
+    return msgspec.structs.replace(
+        copy,
+        region=Region(name=region.name, offsets=offsets, sizes=geo.replaced(region.sizes, dim, size)),
+        src_offset=copy.src_offset + start * copy.src_strides[dim],
+        dst_offset=copy.dst_offset + start * copy.dst_strides[dim],
+        is_whole=False,
+    )
+
+
+def landing_of(copy: Copy) -> Placement:
+    """Where a copy's values land."""
+    return Placement(
+        region=copy.region,
+        dtype=copy.dst_dtype,
+        storage=copy.dst_storage,
+        offset=copy.dst_offset,
+        strides=copy.dst_strides,
+    )
+
+
+def shared_landings(copies: Sequence[Copy]) -> set[int]:
+    """Which of the copies (by index) may write where another one writes, too, as those of tied parameters do.
+
+    What such a copy wrote is known only when all are done, so it is no use digesting it on the way.
+    """
+    extents = []
+    for index, copy in enumerate(copies):
+        if copy.nbytes:
+            itemsize = itemsize_of(copy.dst_dtype)
+            start = copy.dst_offset * itemsize
+            extent = geo.span(copy.sizes, copy.dst_strides) * itemsize
+            extents.append((copy.dst_storage, start, start + extent, index))
+    shared: set[int] = set()
+    storage, furthest, owner = -1, 0, -1
+    for where, start, end, index in sorted(extents):
+        if where == storage and start < furthest:
+            shared |= {index, owner}
+        if where != storage or end > furthest:
+            storage, furthest, owner = where, end, index
+    return shared
+
+
+def slices(copies: Iterable[Copy], max_nbytes: int) -> Iterator[list[Copy]]:
+    """The copies in groups of about ``max_nbytes``, larger ones cut."""
+    group: list[Copy] = []
+    nbytes = 0
+    for copy in split(copies, max_nbytes):
+        if group and nbytes + copy.nbytes > max_nbytes:
+            yield group
+            group, nbytes = [], 0
+        group.append(copy)
+        nbytes += copy.nbytes
+    if group:
+        yield group
+
+
+class Run(msgspec.Struct, frozen=True, kw_only=True):
+    """Bytes that are contiguous at both ends and need no cast: one memcpy. Offsets in bytes."""
+
+    src_storage: int
+    src_offset: int
+    dst_storage: int
+    dst_offset: int
+    nbytes: int
+    is_whole: bool = False
+    """Ends with the end of a tensor (see Copy.is_whole)."""
+
+
+def as_run(copy: Copy) -> Run | None:
+    """The copy as one run of bytes, or None when it is strided or casts."""
+    if not copy.is_plain:
+        return None
+    if not (geo.is_contiguous(copy.sizes, copy.src_strides) and geo.is_contiguous(copy.sizes, copy.dst_strides)):
+        return None
+    itemsize = itemsize_of(copy.dst_dtype)
+    return Run(
+        src_storage=copy.src_storage,
+        src_offset=copy.src_offset * itemsize,
+        dst_storage=copy.dst_storage,
+        dst_offset=copy.dst_offset * itemsize,
+        nbytes=math.prod(copy.sizes) * itemsize,
+        is_whole=copy.is_whole,
+    )
+
+
+def merge(copies: Iterable[Copy], *, across_padding: bool = False) -> tuple[list[Run], list[Copy]]:
+    """Runs joined where both ends continue (in source order), and the copies that cannot be runs.
+
+    ``across_padding`` (both memories are arenas) also joins over the zeros between one whole tensor and the next.
+    """
+    runs: list[geo.Run] = []
+    rest: list[Copy] = []
+    for copy in copies:
+        if copy.region.numel == 0:
+            continue
+        run = as_run(copy)
+        if run is None:
+            rest.append(copy)
+        else:
+            slack = ALIGNMENT - 1 if across_padding and run.is_whole else 0
+            where, starts = (run.src_storage, run.dst_storage), (run.src_offset, run.dst_offset)
+            runs.append(geo.Run(where, starts, run.nbytes, slack))
+    merged = [
+        Run(src_storage=src, src_offset=src_offset, dst_storage=dst, dst_offset=dst_offset, nbytes=nbytes)
+        for (src, dst), (src_offset, dst_offset), nbytes, _ in geo.joined(runs, alignment=ALIGNMENT)
+    ]
+    return merged, rest

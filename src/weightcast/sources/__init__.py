@@ -1,0 +1,74 @@
+"""Sources: a module, a state dict, the shards of either on one rank of several, a safetensors checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from weightcast.errors import InvalidInput
+from weightcast.sources.absent import refuse_absent
+from weightcast.sources.base import Source
+from weightcast.sources.conversions import checkpoint_tensors, read_module
+from weightcast.sources.module import ModuleSource
+from weightcast.sources.renaming import Rename
+from weightcast.sources.safetensors import SafetensorsSource
+from weightcast.sources.sharded import ShardedSource
+from weightcast.sources.shards import is_distributed
+from weightcast.sources.state_dict import StateDictSource
+from weightcast.sources.wrappers import ReadThrough, read_through
+
+SourceLike = Source | nn.Module | Mapping[str, torch.Tensor] | str | Path
+
+
+def make_source(source: SourceLike, *, dtype: torch.dtype | None = None, rename: Rename | None = None) -> Source:
+    """A Source for what a user has; ``dtype`` casts floating-point tensors on the way, of modules and state dicts only:
+    a checkpoint's files are published as they are, and a Source has decided already. ``rename`` gives checkpoint tensors other names (see renaming)."""
+    if dtype is not None and isinstance(source, Source | str | Path):
+        raise InvalidInput(
+            f"dtype has no effect on a {'Source' if isinstance(source, Source) else 'checkpoint folder'}",
+            field="dtype",
+            hint="Leave it out: engines cast to their own type where they hold another",
+        )
+    if isinstance(source, Source):
+        if rename is not None:
+            raise InvalidInput("rename has no effect on a Source", field="rename", hint="Rename what it is made of")
+        return source
+    if isinstance(source, nn.Module):
+        content = read_module(source).renamed(rename)
+        if any(map(is_distributed, content.tensors.values())):
+            return ShardedSource(content, dtype=dtype, module=source)
+        return ModuleSource(source, dtype=dtype, names=content)
+    if isinstance(source, Mapping):
+        tensors = read_through(source, rename)
+        made = _mapping_source(tensors, dtype)
+        if isinstance(tensors, ReadThrough):
+            tensors.first = None
+        return made
+    if isinstance(source, str | Path):
+        return SafetensorsSource(source, rename=rename)
+    raise InvalidInput(
+        f"cannot publish a {type(source).__name__}; give a module, a state dict or a checkpoint folder", field="source"
+    )
+
+
+def _mapping_source(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> Source:
+    refuse_absent(tensors)
+    if any(map(is_distributed, tensors.values())):
+        return ShardedSource(tensors, dtype=dtype)
+    return StateDictSource(tensors, dtype=dtype)
+
+
+__all__ = [
+    "ModuleSource",
+    "Rename",
+    "SafetensorsSource",
+    "ShardedSource",
+    "Source",
+    "SourceLike",
+    "StateDictSource",
+    "checkpoint_tensors",
+    "make_source",
+]

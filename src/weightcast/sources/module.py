@@ -1,0 +1,227 @@
+"""ModuleSource: publish an nn.Module's parameters and persistent buffers from where they are."""
+
+from __future__ import annotations
+
+import logging
+import operator
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import nn
+
+from weightcast.errors import InvalidInput, StateError, Unsupported
+from weightcast.layout import Layout, Placement, is_padded
+from weightcast.layout.memory import Memory
+from weightcast.manifest import Manifest, TensorSpec, align
+from weightcast.manifest.dtypes import dtype_of, name_of
+from weightcast.sources.base import Source, device_of, wait_for_stream
+from weightcast.sources.conversions import Content, placed, read_module
+from weightcast.sources.shards import is_distributed, part_of
+from weightcast.sources.tenants import Tenants
+from weightcast.sources.tree import Places, Tree, moved_error, named
+
+logger = logging.getLogger(__name__)
+
+
+class ModuleSource(Source):
+    """Reads parameters in place: nothing is copied or gathered before a transport takes the bytes.
+
+    ``dtype``: publish floating-point tensors in this type (fp32 masters as bf16, say); values are cast on their way. On a CPU the
+    parameters are moved into one arena once, and back by ``close``: ``param.data`` is rebound, Parameter objects stay, optimizers
+    notice nothing, and what shared a storage still does while nothing else comes to share it (see Tenants). ``names`` maps
+    checkpoint names to tensors for modules whose own names are not the checkpoint's.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        dtype: torch.dtype | None = None,
+        names: Mapping[str, torch.Tensor] | Content | None = None,
+    ) -> None:
+        self._module, self.dtype = module, dtype
+        content = (
+            names if isinstance(names, Content) else read_module(module) if names is None else Content.plain(names)
+        )
+        # In the manifest's order, so that a memory that the parameters move to is laid out as the image is.
+        tensors, forms = content.tensors, sorted(content.forms, key=operator.attrgetter("name"))
+        if not forms:
+            raise InvalidInput("the module has no parameters", field="source")
+        check_kinds(tensors)
+        self.device = device_of(list(tensors.values()))
+        self.manifest = Manifest.of(
+            TensorSpec(name=form.name, dtype=published_dtype(form.dtype, dtype), shape=form.shape) for form in forms
+        )
+        placements, storages, numbers = placed(forms, {name: part_of(name, value) for name, value in tensors.items()})
+        self.memory = Memory(storages)
+        self.layout = Layout(placements=placements, storage_nbytes=tuple(s.numel() for s in storages))
+        bound = self._find_bound(numbers)
+        self._refuse_strangers(tensors, numbers, {number for _, number in bound})
+        self._values = [value for value, _ in bound]
+        self._tenants = Tenants(self._values, [number for _, number in bound])
+        self._tree = Tree(module, self._values)
+        self._starts: list[int] | None = None
+        """Where in the one arena each storage of the user's begins, once there is an arena."""
+        self._note_places()
+
+    def _find_bound(self, numbers: dict[int, int]) -> list[tuple[torch.Tensor, int]]:
+        """Parameters and buffers that lie in the published storages, with the storage's number."""
+        found = []
+        for value in [*self._module.parameters(), *self._module.buffers()]:
+            number = numbers.get(value.untyped_storage().data_ptr()) if value.numel() else None
+            if number is not None:
+                found.append((value, number))
+        return found
+
+    @staticmethod
+    def _refuse_strangers(tensors: Mapping[str, torch.Tensor], numbers: Mapping[int, int], bound: set[int]) -> None:
+        """Values that are computed for a state dict would be read once, and be those of that moment for ever."""
+        for name, value in tensors.items():
+            if value.numel() and numbers[value.untyped_storage().data_ptr()] not in bound:
+                raise InvalidInput(
+                    f"{name!r} lies in no parameter or buffer of the module",
+                    field="source",
+                    hint="Give a state dict, which is read anew in every round",
+                )
+
+    def _note_places(self) -> None:
+        """What is there now is what later rounds compare with."""
+        self._places = Places(self._values, self._tree.names_of(self._values))
+        read = dict(enumerate(self.memory.storages)) if self._starts is None else self._tenants.staying
+        self._read = list(read)
+        self._untyped = [storage.untyped_storage() for storage in read.values()]
+        self._sizes = self._current_sizes()
+
+    def _current_sizes(self) -> list[int]:
+        return list(map(torch.UntypedStorage.nbytes, self._untyped))
+
+    def _names_in(self, numbers: Iterable[int]) -> list[str]:
+        """The module's names of what lies in these storages of the user's."""
+        return self._tree.names_of(value for number in numbers for value in self._tenants.of(number))
+
+    def consolidate(self) -> None:
+        if self._starts is not None:
+            return
+        starts, end = [], 0
+        for storage in self.memory.storages:
+            starts.append(end)
+            end = align(end + storage.numel())
+        arena = torch.zeros(end, dtype=torch.uint8, device=self.device)
+        for start, storage in zip(starts, self.memory.storages, strict=True):
+            arena[start : start + storage.numel()].copy_(storage)
+        placements = []
+        for placement in self.layout.placements:
+            shift = starts[placement.storage] // dtype_of(placement.dtype).itemsize
+            placements.append(
+                Placement(
+                    region=placement.region,
+                    dtype=placement.dtype,
+                    storage=0,
+                    offset=placement.offset + shift,
+                    strides=placement.strides,
+                )
+            )
+        memory = Memory([arena], is_arena=self._is_covered() and is_padded(placements))
+        # This source has a tensor on each storage, too.
+        self._move(arena, starts, references=1)
+        self.memory, self._starts = memory, starts
+        self.layout = Layout(placements=tuple(placements), storage_nbytes=(end,))
+        self._note_places()
+
+    def _is_covered(self) -> bool:
+        """Whether published tensors fill their storages, so that nothing but padding lies between them in an arena."""
+        filled: dict[int, dict[int, int]] = {}
+        for placement in self.layout.placements:
+            itemsize = dtype_of(placement.dtype).itemsize
+            spans = filled.setdefault(placement.storage, {})
+            spans[placement.offset * itemsize] = placement.region.numel * itemsize
+        sizes = self.layout.storage_nbytes
+        return all(sum(spans.values()) == sizes[number] for number, spans in filled.items())
+
+    def rebind(self, memory: Memory) -> None:
+        if tuple(s.numel() for s in memory.storages) != self.layout.storage_nbytes:
+            raise InvalidInput("the new memory has other storages than the old one")
+        if self._starts is None:
+            raise StateError("a module's parameters are moved out of one arena into another", hint="Call consolidate()")
+        self._move(memory.storages[0], self._starts, references=0)
+        self.memory = memory
+        self._note_places()
+
+    def _move(self, arena: torch.Tensor, starts: list[int], *, references: int) -> None:
+        known = set(self._tenants.staying)
+        self._tenants.move_into(arena, starts, references=references)
+        if news := [number for number in self._tenants.staying if number not in known]:
+            logger.warning(
+                "not moved, but copied in each round: %s. Something beside the module refers to their memory, such as a state dict "
+                "that is kept or a loss whose backward() is to come",
+                named(self._names_in(news)),
+            )
+
+    def close(self) -> None:
+        self._tenants.leave()
+        super().close()
+        self._untyped = []
+
+    def refresh(self) -> None:
+        self.fill()
+        self.check()
+
+    def fill(self) -> None:
+        # This source keeps the storages alive, whatever became of the parameters; but one that was resized to nothing gave its
+        # memory back.
+        self._check_sizes()
+        self._tenants.copy()
+        wait_for_stream(self.device)
+
+    def check(self) -> None:
+        self._tree.check()
+        self._places.check()
+
+    def check_form(self) -> None:
+        self._check_sizes()
+        self.check()
+
+    def _check_sizes(self) -> None:
+        now = self._current_sizes()
+        if now != self._sizes:
+            changed = [n for n, size, then in zip(self._read, now, self._sizes, strict=True) if size != then]
+            raise moved_error(self._names_in(changed))
+
+
+_CASTABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def published_dtype(held: torch.dtype, wanted: torch.dtype | None) -> str:
+    """The name of the type that a tensor is published in. Integers, and values in float8, which have scales, stay as they are.
+
+    Raises InvalidInput for a wanted type that a cast alone does not make.
+    """
+    _check_dtype(wanted)
+    return name_of(wanted if wanted is not None and held in _CASTABLE else held)
+
+
+def _check_dtype(dtype: object) -> None:
+    if dtype is None or dtype in _CASTABLE:
+        return
+    if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
+        reason = f"values in {dtype} mean nothing without scales, which a cast does not make"
+        hint = "Leave dtype out and give the quantised tensors with their scales, as a checkpoint has them"
+    else:
+        reason = f"dtype is a floating-point type of torch, not {dtype!r}"
+        hint = f"Use one of {', '.join(map(str, _CASTABLE))}, or leave it out: each engine casts to its own types"
+    raise InvalidInput(reason, field="dtype", hint=hint)
+
+
+def check_kinds(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise Unsupported for what is not a plain dense tensor, shards included."""
+    for name, value in tensors.items():
+        if is_distributed(value):
+            raise Unsupported(f"{name!r} is a DTensor", hint="Give the module or state dict itself to Publisher")
+    check_dense(tensors)
+
+
+def check_dense(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise Unsupported for tensors without strided values of their own."""
+    for name, value in tensors.items():
+        if value.is_meta or value.is_sparse or value.is_quantized or value.layout is not torch.strided:
+            raise Unsupported(f"{name!r} is not a plain dense tensor ({value.layout}, {value.device})")

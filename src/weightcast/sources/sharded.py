@@ -1,0 +1,152 @@
+"""ShardedSource: publish what one rank of a distributed trainer holds of a model: its shards of DTensors, and plain tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from operator import attrgetter
+
+import torch
+from torch import nn
+
+from weightcast.errors import InvalidInput
+from weightcast.layout import Layout, Placement, Region, contiguous_strides
+from weightcast.layout.memory import Memory
+from weightcast.manifest import Manifest, TensorSpec, align
+from weightcast.manifest.dtypes import name_of
+from weightcast.sources.base import Source, device_of, wait_for_stream
+from weightcast.sources.conversions import Content, placed
+from weightcast.sources.forms import Forms
+from weightcast.sources.module import check_dense, published_dtype
+from weightcast.sources.shards import Part, is_distributed, local_of, part_of, shard_of
+from weightcast.sources.tree import Tree, moved_error
+
+
+class ShardedSource(Source):
+    """Holdings are local shards; nothing is gathered.
+
+    With the ``module`` that the tensors are views of, shards are read where they are until a transport moves the memory. They
+    are never moved themselves, as FSDP keeps views of its own into them; a transport that needs other memory (shm) gets a
+    mirror, filled at the start of each round. Without a module the mapping is read again and mirrored at every round: same
+    names, shapes, placements and dtypes, values as they are then.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, torch.Tensor] | Content,
+        *,
+        dtype: torch.dtype | None = None,
+        module: nn.Module | None = None,
+    ) -> None:
+        content = tensors if isinstance(tensors, Content) else Content.plain(tensors)
+        if not content.forms:
+            raise InvalidInput("there is nothing to publish", field="source")
+        self.dtype = dtype
+        parts = {name: part_of(name, value) for name, value in sorted(content.tensors.items())}
+        check_dense({name: part.values for name, part in parts.items()})
+        self.device = device_of([part.values for part in parts.values()])
+        self.manifest = Manifest.of(
+            TensorSpec(name=form.name, dtype=published_dtype(form.dtype, dtype), shape=form.shape)
+            for form in content.forms
+        )
+        self._views: list[torch.Tensor] = []
+        self._own: tuple[torch.Tensor, ...] = ()
+        self.is_copied = module is None
+        self._owners: _Owners | None = None
+        if module is None:
+            held = {name: part for name, part in parts.items() if _is_held(part)}
+            self._held_at = [i for i, part in enumerate(parts.values()) if _is_held(part)]
+            self._tensors = content.tensors
+            self._forms = Forms(content.tensors)
+            self._make_arena(held)
+        else:
+            placements, storages, _ = placed(sorted(content.forms, key=attrgetter("name")), parts)
+            self.layout = Layout(placements=placements, storage_nbytes=tuple(s.numel() for s in storages))
+            self.memory = Memory(storages)
+            self._owners = _Owners(module, self.memory)
+            self._own = self.memory.storages
+
+    def _make_arena(self, held: Mapping[str, Part]) -> None:
+        placements, end = [], 0
+        for name, part in held.items():
+            values = part.values
+            offset = end // values.element_size()
+            placements.append(_placement(name, part, 0, offset, contiguous_strides(tuple(values.shape))))
+            end = align(end + values.numel() * values.element_size())
+        self.layout = Layout(placements=tuple(placements), storage_nbytes=(end,))
+        self.rebind(Memory([torch.zeros(end, dtype=torch.uint8, device=self.device)], is_arena=True))
+
+    def rebind(self, memory: Memory) -> None:
+        if tuple(s.numel() for s in memory.storages) != self.layout.storage_nbytes:
+            raise InvalidInput("the new memory has other storages than the old one")
+        self.memory = memory
+        self.is_copied = True
+        if self._owners is not None:
+            self._views = list(memory.storages)
+            return
+        self._views = [
+            memory.view(p.storage, p.dtype, p.offset, p.region.sizes, p.strides) for p in self.layout.placements
+        ]
+
+    def close(self) -> None:
+        super().close()
+        self._views, self._own = [], ()
+
+    def check_form(self) -> None:
+        self._current()
+
+    def _current(self) -> list[torch.Tensor]:
+        """The values that this rank holds now."""
+        if self._owners is not None:
+            self._owners.check()
+            return list(self._own)
+        now = self._forms.locals_of(self._tensors)
+        return list(map(now.__getitem__, self._held_at))
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        values = self._current()
+        if self.is_copied and self._views:
+            torch._foreach_copy_(self._views, values)
+        wait_for_stream(self.device)
+
+
+class _Owners:
+    """The module's own parameters and buffers in a memory. A state dict shows aliases of them, which stay where they are when
+    ``.to()`` or FSDP moves the parameters."""
+
+    def __init__(self, module: nn.Module, memory: Memory) -> None:
+        starts = {storage.untyped_storage().data_ptr() for storage in memory.storages if storage.numel()}
+        self._plain: list[torch.Tensor] = []
+        self._sharded: list[torch.Tensor] = []
+        for value in [*module.parameters(), *module.buffers()]:
+            local = local_of(value)
+            if local.numel() and local.untyped_storage().data_ptr() in starts:
+                (self._sharded if is_distributed(value) else self._plain).append(value)
+        owned = [*self._plain, *self._sharded]
+        self._tree = Tree(module, owned)
+        self._names = self._tree.names_of(owned)
+        self._addresses = self._current_addresses()
+
+    def _current_addresses(self) -> list[int]:
+        return list(map(torch.Tensor.data_ptr, [*self._plain, *map(shard_of, self._sharded)]))
+
+    def check(self) -> None:
+        """Raise StateError when one of them was moved or replaced.
+
+        FSDP puts gathered plain tensors in the place of shards for as long as it computes; the shards stay what they are.
+        """
+        self._tree.check()
+        now = self._current_addresses()
+        if now != self._addresses:
+            pairs = zip(self._names, now, self._addresses, strict=True)
+            raise moved_error([name for name, address, then in pairs if address != then])
+
+
+def _is_held(part: Part) -> bool:
+    """Empty shards of tensors that have elements are held by nobody."""
+    return part.values.numel() > 0 or 0 in part.shape
+
+
+def _placement(name: str, part: Part, storage: int, offset: int, strides: tuple[int, ...]) -> Placement:
+    region = Region(name=name, offsets=part.offsets, sizes=tuple(part.values.shape))
+    return Placement(region=region, dtype=name_of(part.values.dtype), storage=storage, offset=offset, strides=strides)

@@ -1,0 +1,130 @@
+"""Tree: whether a module still is what it was at connect, by the names and the places of its tensors."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, compress
+from typing import Any
+
+import torch
+from torch import nn
+
+from weightcast.errors import StateError
+from weightcast.sources.shards import is_distributed, local_of
+
+AGAIN_HINT = "Call connect() to publish the module as it is now"
+_NAMED = 3
+"""So many names are enough for a message."""
+_dtype = operator.attrgetter("dtype")
+
+
+class Tree:
+    """Where a module keeps children, parameters and buffers. A layer or a tensor that was replaced leaves the published one behind,
+    with old values; a round waits for the check, so a module that is as it was is told without a loop in Python.
+    """
+
+    def __init__(self, module: nn.Module, values: Iterable[torch.Tensor]) -> None:
+        self._module = module
+        wanted = set(map(id, values))
+        self._then = dict(_tensors_of(module))
+        self._published = {name: value for name, value in self._then.items() if id(value) in wanted}
+        self._is_all = all(id(value) in wanted or not local_of(value).numel() for value in self._then.values())
+        self._remember()
+
+    def names_of(self, values: Iterable[torch.Tensor]) -> list[str]:
+        """The module's own names of tensors, the first of each."""
+        names: dict[int, str] = {}
+        for name, value in self._published.items():
+            names.setdefault(id(value), name)
+        return [names.get(id(value), "a tensor") for value in values]
+
+    def check(self) -> None:
+        """Raise StateError that names a published tensor in whose place another one is now, or a tensor that the module did not have.
+
+        FSDP puts gathered plain tensors in the place of shards for as long as it computes; the shards stay what they are.
+        """
+        if not self._is_as_remembered():
+            self._name_the_change()
+            self._remember()
+
+    def _remember(self) -> None:
+        modules = list(self._module.modules())
+        found: list[dict[str, Any]] = [
+            d for module in modules for d in (module._modules, module._parameters, module._buffers)
+        ]
+        self._empty, self._filled = [d for d in found if not d], [d for d in found if d]
+        self._sizes = list(map(len, self._filled))
+        self._entries = list(self._current_entries())
+
+    def _current_entries(self) -> Iterator[Any]:
+        return chain.from_iterable(map(dict.values, self._filled))
+
+    def _is_as_remembered(self) -> bool:
+        if any(self._empty) or list(map(len, self._filled)) != self._sizes:
+            return False
+        return all(map(operator.is_, self._current_entries(), self._entries))
+
+    def _name_the_change(self) -> None:
+        now = dict(_tensors_of(self._module))
+        for name, held in self._published.items():
+            value = now.get(name)
+            if value is not held and (value is None or is_distributed(value) or not is_distributed(held)):
+                if value is None:
+                    raise StateError(f"{name!r} is gone from the module since connect()", hint=AGAIN_HINT)
+                raise StateError(
+                    f"{name!r} of the module was replaced by another tensor since connect()",
+                    hint=f"Copy new values into it (with torch.no_grad(): parameter.copy_(values)). {AGAIN_HINT}",
+                )
+        known = set(map(id, self._then.values()))
+        for name, value in now.items():
+            if self._is_all and name not in self._then and id(value) not in known:
+                raise StateError(f"{name!r} came into the module since connect()", hint=AGAIN_HINT)
+
+
+class Places:
+    """Where tensors lie and in what form: each property is read by one ``map``, and strides only of what is not contiguous."""
+
+    def __init__(self, values: Sequence[torch.Tensor], names: Sequence[str]) -> None:
+        self._values, self._names = values, names
+        flags = [not value.is_contiguous() for value in values]
+        self._strided, self._strided_names = list(compress(values, flags)), list(compress(names, flags))
+        self._then, self._strides = self._current(), self._current_strides()
+
+    def _current(self) -> list[list[Any]]:
+        tensor = torch.Tensor
+        ways = (tensor.data_ptr, _dtype, tensor.numel, tensor.is_contiguous)
+        return [list(map(way, self._values)) for way in ways]
+
+    def _current_strides(self) -> list[tuple[int, ...]]:
+        return list(map(torch.Tensor.stride, self._strided))
+
+    def check(self) -> None:
+        """Raise StateError that names what does not lie where it lay."""
+        now, strides = self._current(), self._current_strides()
+        if now != self._then:
+            pairs = zip(zip(*self._then, strict=True), zip(*now, strict=True), strict=True)
+            raise moved_error([name for name, (then, value) in zip(self._names, pairs, strict=True) if then != value])
+        if strides != self._strides:
+            turned = map(operator.ne, self._strides, strides)
+            raise moved_error(list(compress(self._strided_names, turned)))
+
+
+def moved_error(names: Sequence[str]) -> StateError:
+    """The error about parameters that were moved, or changed form."""
+    return StateError(f"parameters of the module were moved since connect(): {named(names)}", hint=AGAIN_HINT)
+
+
+def named(names: Sequence[str]) -> str:
+    """The first few names, and how many there are beside them."""
+    told = ", ".join(map(repr, names[:_NAMED]))
+    return f"{told} and {len(names) - _NAMED} more" if len(names) > _NAMED else told
+
+
+def _tensors_of(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and values of parameters and persistent buffers; a tensor of several names comes with each."""
+    for prefix, child in module.named_modules(remove_duplicate=False):
+        transient = child._non_persistent_buffers_set
+        for key, value in chain(child._parameters.items(), child._buffers.items()):
+            if value is not None and key not in transient:
+                yield f"{prefix}.{key}".lstrip("."), value

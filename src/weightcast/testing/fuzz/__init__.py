@@ -1,1 +1,0 @@
-"""Fuzzing of what comes from the network: `python -m weightcast.testing.fuzz`, with atheris; tests try the same targets out."""

@@ -1,1 +1,0 @@
-"""Soak runs: `python -m weightcast.testing.soak --rounds 2000`."""

@@ -1,0 +1,312 @@
+"""Lead: what a Publisher does on rank 0, the only one there mostly is. It joins engines, numbers rounds, runs them, keeps the book."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+from weightcast.content.expected import ExpectedDigest
+from weightcast.control.coordinator import Coordinator
+from weightcast.control.link import JoinInfo
+from weightcast.deadline import Deadline
+from weightcast.digest.versions import version_name, version_number
+from weightcast.errors import BaseMismatch, RoundFailed, StateError, WeightcastError
+from weightcast.manifest.dtypes import name_of
+from weightcast.report.model import Report
+from weightcast.sources import Source
+from weightcast.sources.holder import Holder
+from weightcast.trainer.clients import EngineClient, SyncEngine, make_client, twins
+from weightcast.trainer.clients.urls import engine_name
+from weightcast.trainer.fleet.fleet import Fleet, FleetSettings
+from weightcast.trainer.fleet.link import UNKNOWN, EngineLink
+from weightcast.trainer.fleet.numbers import Numbers
+from weightcast.trainer.fleet.outcomes import Require
+from weightcast.trainer.fleet.places import refuse_idle
+from weightcast.trainer.fleet.presence import Presence, join_error, not_connected
+from weightcast.trainer.ranks import Ranks
+from weightcast.trainer.ranks.all_ranks import RANKS, SharedDigest
+from weightcast.trainer.records import Records
+from weightcast.trainer.round.round import Round
+from weightcast.trainer.round.timeline import Timeline
+
+logger = logging.getLogger(__name__)
+
+
+def _nothing() -> None:
+    """What is left to check of a source that has checked everything."""
+
+
+class Lead:
+    """The calls of a Publisher, whose docstrings say what they do. Not thread-safe: one call at a time.
+
+    ``clients`` are the fleet's first engines, ``size`` is the number of trainer ranks.
+    """
+
+    def __init__(
+        self,
+        holder: Holder,
+        clients: Sequence[EngineClient],
+        settings: FleetSettings,
+        *,
+        size: int,
+        token: str | None,
+        pause: str,
+        clear_cache: bool,
+        require: Require,
+        timeout_s: float,
+        silence_s: float,
+        log: str | Path | None,
+    ) -> None:
+        self._holder, self._token, self._timeout_s = holder, token, timeout_s
+        self._pause, self._clear_cache, self._require = pause, clear_cache, require
+        self._address, self._unused = settings.address, settings.unused
+        links = [EngineLink(client) for client in clients]
+        self.records = Records(links, log=log)
+        self._coordinator = Coordinator(settings.address, silence_s=silence_s)
+        self._ranks = Ranks(holder, self._coordinator, size)
+        self._fleet = Fleet(holder, self._coordinator, settings, self._ranks)
+        self._fleet.engines = links
+        self._presence = Presence(self._fleet, require, timeout_s)
+        self._numbers = Numbers(self._fleet, self.records.last_number)
+        self._rounds = 0
+        self._was_connected = False
+
+    @property
+    def _source(self) -> Source:
+        return self._holder.source
+
+    @property
+    def engines(self) -> Sequence[EngineLink]:
+        """All engines of the fleet."""
+        return self._fleet.engines
+
+    @property
+    def expected(self) -> Mapping[str, ExpectedDigest | SharedDigest]:
+        """Digests that rounds need of the source, by key."""
+        return self._fleet.expected
+
+    @property
+    def last_report(self) -> Report | None:
+        return self.records.last
+
+    @property
+    def control_address(self) -> str:
+        return f"tcp://{self._address}:{self._coordinator.port}"
+
+    def join_info(self) -> JoinInfo:
+        """How the other ranks reach this one."""
+        return JoinInfo(
+            address=self.control_address,
+            public_key=self._coordinator.public_key,
+            ticket=self._ranks.ticket(),
+            engine=RANKS,
+            timeout_s=self._timeout_s,
+            silence_s=self._coordinator.silence_s,
+        )
+
+    def next_number(self) -> int:
+        """That of the next round."""
+        return self._numbers.next()
+
+    def close(self) -> None:
+        self._presence.close()
+        self._fleet.close()
+        self._coordinator.close()
+        self.records.close()
+
+    # -- calls of all ranks
+
+    def connect(self, deadline: Deadline) -> None:
+        self._ranks.collectively("connect", deadline, lambda: self._connect(deadline))
+
+    def add(self, engine: str | EngineClient | SyncEngine, deadline: Deadline) -> Report | None:
+        return self._ranks.collectively("add", deadline, lambda: self._add(engine, deadline))
+
+    def remove(self, name: str, deadline: Deadline) -> None:
+        self._ranks.collectively("remove", deadline, lambda: self._remove(name))
+
+    def publish(self, deadline: Deadline) -> Report:
+        return self._ranks.collectively("publish", deadline, lambda: self._publish(deadline))
+
+    # -- this rank's part of them
+
+    def _check_settings(self) -> None:
+        """Raise InvalidInput for what can be told only once all ranks have said what they hold."""
+        refuse_idle(self._unused, self._ranks.manifest)
+
+    def _renew(self, deadline: Deadline) -> None:
+        """Look at the source anew, on all ranks."""
+        manifest, source = self._ranks.manifest, self._source
+        is_other_form = True
+        try:
+            if not self._ranks.renew(deadline):
+                return
+            is_other_form = self._ranks.manifest != manifest
+        except WeightcastError:
+            # Other ranks may have taken up theirs.
+            if self._ranks.alone and self._source is source:
+                raise
+            self._take_up(is_other_form)
+            raise
+        self._take_up(is_other_form)
+
+    def _take_up(self, is_other_form: bool) -> None:
+        for engine in self._fleet.engines:
+            self._presence.forget(engine)  # an attempt that runs knows the former manifest
+        self._fleet.take_up(is_other_form=is_other_form)
+
+    def _connect(self, deadline: Deadline) -> None:
+        self._renew(deadline)
+        self._check_settings()
+        failures = self._presence.bring_up(self._fleet.engines, deadline)
+        if self._presence.is_too_little(failures):
+            raise join_error(failures)
+        self._note_connected()
+        self._fleet.content(deadline)  # its tables and kernels are made here, and not in the first round
+        for error in failures.values():
+            logger.warning("not connected: %s", str(error))
+        current = self._numbers.current()
+        for engine in self._fleet.engines:
+            if engine.name not in failures:
+                try:
+                    self._catch_up(engine, current, deadline)
+                except RoundFailed as error:
+                    if self._require == "all":
+                        raise
+                    logger.warning("%s was not brought to what the others serve: %s", engine.name, str(error))
+
+    def _note_connected(self) -> None:
+        """The first time that engines are there, say where ``dtype`` rounds values that an engine could hold exactly."""
+        if not self._was_connected and self._source.dtype is not None:
+            self._warn_of_rounding(name_of(self._source.dtype))
+        self._was_connected = True
+
+    def _warn_of_rounding(self, dtype: str) -> None:
+        manifest = self._ranks.manifest
+        for engine in self._fleet.engines:
+            if wider := engine.wider(manifest, dtype):
+                name, kept = min(wider.items())
+                logger.warning(
+                    "%s keeps %d of %d tensors wider than dtype=%s (%r in %s): what goes live there is rounded to %s. "
+                    "Leave dtype out to publish each value as it is given",
+                    *(engine.name, len(wider), len(manifest), dtype, name, kept, dtype),
+                )
+                return
+
+    def _add(self, engine: str | EngineClient | SyncEngine, deadline: Deadline) -> Report | None:
+        link = EngineLink(make_client(engine, token=self._token))
+        for other in self._fleet.engines:
+            if twins([other.client, link.client]):
+                if link.client is not other.client:
+                    link.client.close()
+                raise StateError(
+                    f"{link.name} is in the fleet already: it and {other.name} are one engine",
+                    hint="connect() brings back an engine that was lost; remove() it to add it anew",
+                )
+        self._check_settings()
+        current = self._numbers.current()
+        self._fleet.engines.append(link)
+        failures = self._presence.bring_up([link], deadline)
+        if failures:
+            self._remove(link.name)
+            raise join_error(failures)
+        try:
+            return self._catch_up(link, current, deadline)
+        except WeightcastError:
+            self._remove(link.name)
+            raise
+
+    def _remove(self, name: str) -> None:
+        engine = self._fleet.find(engine_name(name))
+        self._presence.forget(engine)
+        self._fleet.remove(engine)
+
+    def _publish(self, deadline: Deadline) -> Report:
+        if not self._fleet.engines:
+            raise StateError("the fleet has no engine", hint="Give engines= or call add()")
+        if not self._was_connected:
+            self._renew(deadline)
+            self._check_settings()
+        timeline = Timeline()
+        asked = {engine.name for engine in self._fleet.engines if engine.version == UNKNOWN}
+        with timeline.phase("prepare"):
+            absent = self._presence.bring_up(self._fleet.engines, deadline, self._presence.patience(deadline))
+            if self._presence.is_too_little(absent):
+                self.records.keep_unconnected(absent)
+                raise (
+                    not_connected(self._fleet, self.next_number(), absent)
+                    if self._was_connected
+                    else join_error(absent)
+                )
+            self._note_connected()
+            if self._ranks.alone:
+                self._source.fill()
+                check = self._source.check
+            else:
+                self._ranks.refresh(deadline)
+                check = _nothing
+        engines = [engine for engine in self._fleet.engines if engine.name not in absent]
+        try:
+            return self._round(engines, self.next_number(), deadline, timeline, absent, check)
+        except RoundFailed as failure:
+            mistaken = {name for name, cause in failure.causes.items() if isinstance(cause, BaseMismatch)}
+            if not mistaken or mistaken != set(failure.causes) or not mistaken <= asked:
+                raise
+            # An order of the last round was carried out after the engine had said what it serves: it is asked once more.
+            if self._presence.bring_up(engines, deadline):
+                raise
+        return self._round(engines, self.next_number(), deadline, Timeline(), absent, check)
+
+    def _round(
+        self,
+        engines: list[EngineLink],
+        number: int,
+        deadline: Deadline,
+        timeline: Timeline,
+        absent: dict[str, WeightcastError],
+        check: Callable[[], None] = _nothing,
+    ) -> Report:
+        self._rounds += 1
+        attempt = Round(
+            self._fleet,
+            engines,
+            self._source,
+            self._fleet.content(deadline),
+            self._coordinator,
+            number=number,
+            round=self._rounds,
+            pause=self._pause,
+            clear_cache=self._clear_cache,
+            deadline=deadline,
+            timeline=timeline,
+            require=self._require,
+            absent=absent,
+            check=check,
+        )
+        try:
+            return attempt.run()
+        finally:
+            if attempt.was_seen:
+                self._numbers.use(number)
+            self.records.keep(attempt.report())
+
+    def _catch_up(self, engine: EngineLink, current: EngineLink | None, deadline: Deadline) -> Report | None:
+        """Bring one engine to what the fleet serves, if the source still has exactly that."""
+        if current is None:
+            return None
+        if not engine.dirty and (engine.version, engine.digest) == (current.version, current.digest):
+            return None
+        self._ranks.refresh(deadline)
+        number = version_number(current.version)
+        check = partial(deadline.check, "the digest of what the source holds")
+        digest = self._fleet.content(deadline).of(self._source.memory, check)
+        if number < self.next_number() - 1 or f"{digest:016x}" != current.digest:
+            return None
+        if version_name(number, self._ranks.manifest, digest) != current.version:
+            return None
+        failures = self._presence.bring_up([engine], deadline)  # alone: what it shares is of no use for this round
+        if failures:
+            raise failures[engine.name]
+        return self._round([engine], number, deadline, Timeline(), {})

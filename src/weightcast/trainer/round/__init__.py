@@ -1,0 +1,1 @@
+"""One attempt to bring engines to a version: begin, transfer, verify, commit, or undo."""

@@ -1,0 +1,88 @@
+"""A round's proof: what its workers' digests have to be, taken from the source's values while bytes travel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+from weightcast.content.expected import ExpectedDigest
+from weightcast.digest.versions import version_name
+from weightcast.errors import DigestMismatch, WeightcastError
+from weightcast.layout.memory import Memory
+from weightcast.manifest import Manifest
+from weightcast.trainer.fleet.places import Tie
+from weightcast.trainer.fleet.ties import Digests
+from weightcast.trainer.ranks.all_ranks import SharedDigest
+
+
+class RoundProof:
+    """Used once, in this order: ``start``, ``compute``, ``settle``, and ``check`` for each worker.
+
+    ``expected`` has the digests that workers ask for, by key; ``content`` is that of everything that is published; ``ties`` has the
+    digests of both tensors of each tie whose values have to be compared.
+    """
+
+    def __init__(
+        self,
+        content: ExpectedDigest | SharedDigest,
+        expected: Mapping[str, ExpectedDigest | SharedDigest],
+        manifest: Manifest,
+        number: int,
+        ties: Mapping[Tie, Digests] | None = None,
+    ) -> None:
+        self._source_content, self._source_expected = content, expected
+        self._manifest, self._number, self._ties = manifest, number, ties or {}
+        self._waits: dict[ExpectedDigest | SharedDigest, Callable[[], int]] = {}
+        self._wanted: dict[str, ExpectedDigest | SharedDigest] = {}
+        self._found: dict[ExpectedDigest | SharedDigest, int] | None = None
+        self._error: WeightcastError | None = None
+        self.content = 0
+        """The digest of everything that is published, once settled."""
+        self.expected: dict[str, int] = {}
+        """What workers' digests have to be, by key, once settled."""
+        self.version = ""
+        """The version's name, once settled."""
+
+    def start(self, keys: Iterable[str], memory: Memory, check: Callable[[], None]) -> None:
+        """Have a GPU digest the source's memory from now on; elsewhere ``compute`` does all of it. ``check`` is called while a CPU
+        digests and may raise."""
+        self._wanted = {key: self._source_expected[key] for key in keys}
+        tied = [digest for pair in self._ties.values() for digest in pair]
+        each = dict.fromkeys([self._source_content, *self._wanted.values(), *tied])
+        self._waits = {digest: digest.start(memory, check) for digest in each}
+
+    def compute(self) -> None:
+        """Finish the digests. An error of weightcast's is kept for ``settle``: bytes that travel meanwhile may be about to fail for
+        another reason, which says more."""
+        # A wait refers to the round, and through it to the source's memory: a cycle that would outlive both.
+        waits, self._waits = self._waits, {}
+        try:
+            self._found = {digest: wait() for digest, wait in waits.items()}
+        except WeightcastError as error:
+            self._error = error
+
+    def settle(self) -> None:
+        """Raise the error that ``compute`` kept, or make its results known; computes first where nobody did."""
+        if self._found is None and self._error is None:
+            self.compute()
+        if self._error is not None:
+            raise self._error
+        assert self._found is not None
+        self.content = self._found[self._source_content]
+        self.expected = {key: self._found[digest] for key, digest in self._wanted.items()}
+        self.version = version_name(self._number, self._manifest, self.content)
+
+    def check_ties(self, ties: Iterable[Tie]) -> None:
+        """Raise PlanMismatch where two tensors that an engine keeps as one have different values now."""
+        assert self._found is not None
+        for tie in ties:
+            first, second = self._ties[tie]
+            if self._found[first] != self._found[second]:
+                raise tie.unequal()
+
+    def check(self, key: str, digest: int, what: str) -> None:
+        """Raise DigestMismatch unless a worker with this key has what the source holds."""
+        if digest != self.expected[key]:
+            raise DigestMismatch(
+                f"{what} weights have digest {digest:016x}, the trainer's are {self.expected[key]:016x}",
+                hint="Bytes were lost, torn, or changed since publish(), or prepare(), was called",
+            )

@@ -1,0 +1,403 @@
+"""One round, as the trainer runs it: begin, transfer, verify, commit, and the way back when something fails.
+
+    begin     staged workers are told to receive; pulled bytes are made visible first. The source's digest is started, and what
+              the source checks last is checked while a GPU computes it
+    transfer  bytes travel while engines serve n; meanwhile the source is digested
+    verify    every staged worker's digest must be the source's
+    commit    engines make n+1 live between two steps; in-place engines receive now
+    (failure) whoever has not committed is told to abort; staged engines that may have are rolled back
+
+The thread that calls does whatever nobody else could do meanwhile: a fleet of one engine needs no other thread, whose start
+and end would take longer than the control messages do.
+
+Every wait ends by the round's deadline, the way back at most ``UNDO_S`` after it. With require="all" one worker's failure ends
+the waits for all others and the round; with "live" the engine is dropped from it and taken back, and the others go on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import torch
+
+from weightcast.content.expected import ExpectedDigest
+from weightcast.control.coordinator import Coordinator
+from weightcast.deadline import Deadline
+from weightcast.errors import (
+    AnswerLost,
+    DeadlineExceeded,
+    GroupBroken,
+    PeerLost,
+    TransportError,
+    WeightcastError,
+)
+from weightcast.messages import Begin, Committed, Message, Staged, Verified
+from weightcast.report.model import Phase, Report
+from weightcast.sources.base import Source
+from weightcast.trainer.clients.base import CommitOrder, CommitReply
+from weightcast.trainer.fleet.fleet import Fleet
+from weightcast.trainer.fleet.link import EngineLink, WorkerLink
+from weightcast.trainer.fleet.outcomes import Cancelled, Outcome, Outcomes, Require
+from weightcast.trainer.ranks.all_ranks import SharedDigest
+from weightcast.trainer.round.account import Account
+from weightcast.trainer.round.proof import RoundProof
+from weightcast.trainer.round.timeline import Timeline
+from weightcast.trainer.round.undo import WayBack
+
+logger = logging.getLogger(__name__)
+
+UNDO_S = 1.0
+"""What taking back may last beyond the round's deadline."""
+LIVE_TRANSFER_SHARE = 0.6
+"""Share of the time left that a transfer may take where stragglers are dropped: the others still have to commit."""
+UNDO_AT_LEAST_S = 0.3
+REPEAT_AFTER_S = 0.2
+DIGEST_HINT = "Give publish() more time; the extra 'fast' digests several times as fast on a CPU"
+
+
+class Round:
+    """One attempt to bring a fleet to the next version. Used once."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        engines: list[EngineLink],
+        source: Source,
+        content: ExpectedDigest | SharedDigest,
+        coordinator: Coordinator,
+        *,
+        number: int,
+        round: int,
+        pause: str,
+        clear_cache: bool,
+        deadline: Deadline,
+        timeline: Timeline,
+        check: Callable[[], None],
+        require: Require = "all",
+        absent: Mapping[str, WeightcastError] | None = None,
+    ) -> None:
+        """``check`` is what the source still has to check; its error ends the round before any worker is approved, and is
+        raised as it is."""
+        self._fleet, self._engines, self._source = fleet, engines, source
+        self._coordinator = coordinator
+        self._number, self._round, self._epoch = number, round, fleet.epoch
+        self._pause, self._clear_cache = pause, clear_cache
+        self._deadline, self._timeline = deadline, timeline
+        self._require: Require = require
+        self._check_source = check
+        self._refusal: WeightcastError | None = None
+        self._transfer_deadline = deadline
+        self._outcomes = Outcomes(engines, require, self._epoch, round)
+        self._account = Account(self._outcomes, absent or {}, number=number, epoch=self._epoch, round=round)
+        self._ties = {engine.name: fleet.ties.doubtful(engine) for engine in engines}
+        compared = {tie: fleet.ties.digests(tie, deadline) for ties in self._ties.values() for tie in ties}
+        self._proof = RoundProof(content, fleet.expected, fleet.ranks.manifest, number, compared)
+        self._is_committed = False
+        self._report: Report | None = None
+
+    @property
+    def was_seen(self) -> bool:
+        """Whether an engine may have served this version: then its number is used up."""
+        return self._outcomes.was_seen
+
+    def run(self) -> Report:
+        """Run the round; raises RoundFailed after everything that could be undone was, or what ``check`` raised."""
+        # The caller's mode is for its own tensors: those made here, for later rounds, too, are plain ones.
+        with torch.inference_mode(False):
+            return self._run()
+
+    def _run(self) -> Report:
+        workers = [(engine, worker) for engine in self._engines for worker in engine.workers]
+        self._coordinator.clear_inboxes(worker.member for _, worker in workers)
+        try:
+            with ThreadPoolExecutor(2 * max(1, len(workers)) + 1, thread_name_prefix="weightcast-round") as pool:
+                self._transfer(pool, workers)
+                if not self._outcomes.failed:
+                    self._verify(workers)
+                if not self._outcomes.failed:
+                    self._commit(pool)
+        except WeightcastError as error:
+            self._outcomes.fail()
+            self._undo(self._engines)
+            if error is self._refusal:
+                raise
+            losses = self._fleet.ranks.losses("transfer")
+            raise self._account.failure(self._fleet.engines, losses or {"trainer": error}) from error
+        except BaseException:
+            self._outcomes.fail()
+            self._undo(self._engines)
+            raise
+        well = [engine for engine in self._engines if self._outcomes.of(engine).committed]
+        if self._outcomes.failed or not well:
+            self._undo(self._engines)
+            failure = self._account.failure(self._fleet.engines, self._fleet.ranks.losses("transfer"))
+            raise failure from next(iter(failure.causes.values()), None)
+        self._undo([engine for engine in self._engines if engine not in well])
+        for engine in well:
+            engine.version, engine.digest, engine.dirty = self._proof.version, f"{self._proof.content:016x}", False
+        self._is_committed = True
+        return self.report()
+
+    def report(self) -> Report:
+        """What the round did, once it has run; that of a round that failed says what the way back left."""
+        if self._report is None:
+            self._report = self._account.report(
+                self._fleet.engines,
+                self._timeline,
+                version=self._proof.version or str(self._number),
+                digest=self._proof.content,
+                outcome="committed" if self._is_committed else "aborted",
+            )
+        return self._report
+
+    def _undo(self, engines: list[EngineLink]) -> None:
+        if engines:
+            way_back = WayBack(self._outcomes, self._coordinator, epoch=self._epoch, round=self._round)
+            with self._timeline.phase("undo"):
+                # Counted from the round's deadline, whatever was needed to end its transfers.
+                way_back.take(engines, Deadline(max(self._deadline.at + UNDO_S - time.monotonic(), UNDO_AT_LEAST_S)))
+
+    # -- phases
+
+    def _transfer(self, pool: ThreadPoolExecutor, workers: list[tuple[EngineLink, WorkerLink]]) -> None:
+        if self._require == "live":
+            self._transfer_deadline = self._deadline.part(LIVE_TRANSFER_SHARE)
+        staged = [(engine, worker) for engine, worker in workers if not worker.in_place]
+        in_place = [(engine, worker) for engine, worker in workers if worker.in_place]
+        with self._timeline.phase("begin"):
+            # Before the digest: making bytes visible waits for the trainer's GPU, which would have to digest first.
+            self._show(staged)
+            self._tell_begin(staged)
+            keys = {worker.digest_key for _, worker in workers}
+            self._proof.start(keys, self._source.memory, self._check_digesting)
+            self._tell_begin(in_place)
+            try:
+                self._check_source()
+            except WeightcastError as error:
+                self._refusal = error
+                raise
+            self._show(in_place)
+        with self._timeline.phase("transfer"):
+            only = staged[0] if len(staged) == 1 and _pulls(staged[0][1]) else None
+            futures = [] if only else [pool.submit(self._stage, engine, worker) for engine, worker in staged]
+            if staged:
+                self._proof.compute()
+            if only:
+                self._stage(*only)
+            for future in futures:
+                future.result()
+
+    def _show(self, workers: list[tuple[EngineLink, WorkerLink]]) -> None:
+        """Make the values visible to those who pull them."""
+        for engine, worker in workers:
+            if _pulls(worker):
+                self._outcomes.guard(engine, "begin", partial(self._show_one, engine, worker))
+
+    def _show_one(self, engine: EngineLink, worker: WorkerLink) -> None:
+        try:
+            self._send_bytes(worker, self._deadline)
+        except TransportError as error:
+            self._ask_why(engine, worker, error, Committed if worker.in_place else Staged, "begin")
+
+    def _tell_begin(self, workers: list[tuple[EngineLink, WorkerLink]]) -> None:
+        for engine, worker in workers:
+            worker.at = (self._epoch, self._round)
+            timeout_s = self._deadline.limit_s()
+            self._tell(worker, Begin(epoch=self._epoch, round=self._round, base=engine.base, timeout_s=timeout_s))
+
+    def _stage(self, engine: EngineLink, worker: WorkerLink) -> None:
+        """Send (if it is pushed) and wait until the worker has all bytes and their digest."""
+
+        def work() -> None:
+            if worker.transport is not None and not worker.transport.pulls:
+                try:
+                    self._send_bytes(worker, self._transfer_deadline)
+                except TransportError as error:
+                    self._ask_why(engine, worker, error, Staged, "transfer")
+            staged = self._take(engine, worker, Staged, "transfer", self._transfer_deadline)
+            assert isinstance(staged, Staged)
+            progress = self._outcomes.progress(worker)
+            progress.nbytes, progress.seconds, progress.digest = staged.nbytes, staged.transfer_s, staged.digest
+
+        self._outcomes.guard(engine, "transfer", work, worker)
+
+    def _ask_why(
+        self, engine: EngineLink, worker: WorkerLink, error: WeightcastError, kind: type[Message], phase: str
+    ) -> None:
+        """Raise what the worker itself says about a broken connection, or the error when it says nothing."""
+        if self._outcomes.is_over(engine) or isinstance(error, GroupBroken):
+            raise Cancelled("the round failed elsewhere")
+        lost = self._fleet.ranks.lost(phase)
+        if lost is not None:
+            raise lost
+        brief = self._deadline.part(at_most_s=UNDO_S)
+        with contextlib.suppress(TimeoutError, Cancelled):
+            self._take(engine, worker, kind, phase, brief)
+        named = worker.named(error)
+        if named is error:
+            raise error
+        raise named from error
+
+    def _check_digesting(self) -> None:
+        if self._outcomes.failed:
+            raise Cancelled("the round failed elsewhere")
+        if self._deadline.passed:
+            raise DeadlineExceeded(
+                f"the source was not digested within {self._deadline.timeout_s:g} s", phase="verify", hint=DIGEST_HINT
+            )
+
+    def _verify(self, workers: list[tuple[EngineLink, WorkerLink]]) -> None:
+        with self._timeline.phase("verify"):
+            self._proof.settle()
+            for engine in self._engines:
+                self._outcomes.guard(engine, "verify", partial(self._proof.check_ties, self._ties[engine.name]))
+            for engine, worker in workers:
+                if not worker.in_place:
+                    self._outcomes.guard(engine, "verify", partial(self._check, worker, "staged"), worker)
+
+    def _check(self, worker: WorkerLink, what: str) -> None:
+        digest = self._outcomes.progress(worker).digest
+        assert digest is not None
+        self._proof.check(worker.digest_key, digest, what)
+
+    def _commit(self, pool: ThreadPoolExecutor) -> None:
+        with self._timeline.phase("commit"):
+            # In-place first: they may still fail, and staged engines can then simply stay at n.
+            groups = [[e for e in self._engines if e.in_place == in_place] for in_place in (True, False)]
+            if self._require == "live":
+                groups = [self._engines]
+            for group in groups:
+                if len(group) == 1 and not self._outcomes.failed:
+                    self._commit_engine(pool, group[0])
+                elif not self._outcomes.failed:
+                    for future in [pool.submit(self._commit_engine, pool, engine) for engine in group]:
+                        future.result()
+
+    def _commit_engine(self, pool: ThreadPoolExecutor, engine: EngineLink) -> None:
+        outcome = self._outcomes.of(engine)
+
+        def work() -> None:
+            for worker in engine.workers:
+                self._tell(worker, self._approval(worker))
+            outcome.may_be_committed = True
+            start = self._timeline.elapsed_s()
+            pushed = [w for w in engine.workers if w.in_place and w.transport is not None and not w.transport.pulls]
+            sending = [pool.submit(self._push, engine, worker) for worker in pushed]
+            try:
+                reply = self._order(engine, outcome)
+            except WeightcastError as error:
+                where = {"engine": engine.name, "worker": engine.suspect(), "phase": "commit", "round": self._round}
+                self._outcomes.note(engine, error.at(**where))  # type: ignore[arg-type]
+                for worker in pushed:
+                    if worker.end is not None:
+                        worker.end.abort()
+                raise
+            for future in sending:
+                future.result()
+            for name, seconds in reply.phases.items():
+                outcome.phases.append(Phase(name=name, start_s=start, seconds=seconds))
+                start += seconds
+            for worker in engine.workers:
+                self._confirm(engine, worker)
+            outcome.committed = outcome.error is None
+
+        self._outcomes.guard(engine, "commit", work)
+
+    def _push(self, engine: EngineLink, worker: WorkerLink) -> None:
+        def work() -> None:
+            try:
+                self._send_bytes(worker, self._deadline)
+            except TransportError as error:
+                self._ask_why(engine, worker, error, Committed, "commit")
+
+        self._outcomes.guard(engine, "commit", work, worker)
+
+    def _order(self, engine: EngineLink, outcome: Outcome) -> CommitReply:
+        """Have the engine commit. A lost answer is no lost commit: the order is repeated, as the round's number makes that
+        harmless, until the engine answers or a worker is gone."""
+        order = CommitOrder(
+            epoch=self._epoch,
+            round=self._round,
+            version=self._proof.version,
+            pause=self._pause,
+            clear_cache=self._clear_cache,
+        )
+        first, lost = True, None
+        while True:
+            try:
+                with engine.while_there(self._deadline) as waiting:
+                    return engine.client.commit(order, waiting)
+            except DeadlineExceeded as error:
+                if lost is not None:
+                    raise lost from error  # that is what happened; the repetition only ran out of time
+                raise
+            except AnswerLost as error:
+                lost = error
+                logger.info("%s: the answer to the commit was lost: %s", engine.name, str(error))
+                if engine.lost() or self._deadline.remaining_s() <= REPEAT_AFTER_S:
+                    raise
+            except PeerLost as error:
+                if first and not error.reached:
+                    outcome.may_be_committed = False  # nobody listens: the order never arrived
+                raise
+            first = False
+            time.sleep(REPEAT_AFTER_S)
+
+    def _approval(self, worker: WorkerLink) -> Verified:
+        return Verified(
+            epoch=self._epoch,
+            round=self._round,
+            version=self._proof.version,
+            content=f"{self._proof.content:016x}",
+            digest=self._proof.expected[worker.digest_key],
+        )
+
+    def _confirm(self, engine: EngineLink, worker: WorkerLink) -> None:
+        """The live bytes' own digest, taken by the worker after it went live."""
+        done = self._take(engine, worker, Committed, "commit", self._deadline, cancellable=False)
+        assert isinstance(done, Committed)
+        progress = self._outcomes.progress(worker)
+        progress.digest = done.digest
+        if worker.in_place:
+            progress.nbytes, progress.seconds = done.nbytes, done.transfer_s
+        self._check(worker, "live")
+
+    # -- pieces
+
+    def _send_bytes(self, worker: WorkerLink, deadline: Deadline) -> None:
+        if worker.end is not None:
+            worker.end.send(deadline)
+
+    def _tell(self, worker: WorkerLink, message: Message) -> None:
+        self._coordinator.send(worker.member, message)
+
+    def _take(
+        self,
+        engine: EngineLink,
+        worker: WorkerLink,
+        kind: type[Message],
+        phase: str,
+        deadline: Deadline,
+        *,
+        cancellable: bool = True,
+    ) -> Message:
+        def is_this_round(message: Message) -> bool:
+            return (getattr(message, "epoch", 0), getattr(message, "round", 0)) == (self._epoch, self._round)
+
+        def cancelled() -> WeightcastError | None:
+            if cancellable and self._outcomes.is_over(engine):
+                return Cancelled("the round failed elsewhere")
+            return None
+
+        return self._coordinator.take(
+            worker.member, kind, deadline, phase=phase, matches=is_this_round, cancelled=cancelled
+        )
+
+
+def _pulls(worker: WorkerLink) -> bool:
+    return worker.transport is not None and worker.transport.pulls

@@ -1,0 +1,1 @@
+"""Soak runs: `python -m tests.trials.soak --rounds 2000`."""
