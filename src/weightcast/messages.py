@@ -42,9 +42,10 @@ class Heartbeat(Message, frozen=True, kw_only=True, tag="heartbeat"):
 
 
 class Bye(Message, frozen=True, kw_only=True, tag="bye"):
-    """Either side leaves on purpose."""
+    """Either side leaves on purpose. ``settled``: no round of the trainer that leaves will be taken back any more."""
 
     reason: str
+    settled: bool
 
 
 class Refused(Message, frozen=True, kw_only=True, tag="refused"):

@@ -196,7 +196,7 @@ def test_members_that_were_lost_are_forgotten_with_their_engine(
         end = time.monotonic() + 10
         while coordinator.members("e") and time.monotonic() < end:
             time.sleep(0.01)
-        coordinator.forget_engine("e", "gone")
+        coordinator.forget_engine("e", "gone", settled=True)
     assert [member.engine for member in coordinator._members.values()] == ["other"]
 
 

@@ -100,8 +100,8 @@ def test_a_message_and_an_outcome_embed_the_form() -> None:
 
 
 def test_the_texts_of_every_message_are_cleaned() -> None:
-    raw = bytes([PROTOCOL]) + msgspec.msgpack.encode({"type": "bye", "reason": HOSTILE * 1000})
-    for message in (decode(raw), Bye(reason=HOSTILE * 1000)):
+    raw = bytes([PROTOCOL]) + msgspec.msgpack.encode({"type": "bye", "reason": HOSTILE * 1000, "settled": True})
+    for message in (decode(raw), Bye(reason=HOSTILE * 1000, settled=True)):
         assert isinstance(message, Bye)
         assert message.reason.isprintable()
         assert len(message.reason) == TEXT_CHARACTERS

@@ -43,7 +43,7 @@ FACTS = Facts(host="h", pid=1, device="cpu")
 
 EXAMPLES: list[Message] = [
     Heartbeat(),
-    Bye(reason="done"),
+    Bye(reason="done", settled=True),
     Refused(error=ErrorForm(kind="AuthError", message="no")),
     Hello(ticket="t", engine="e", rank=0, world_size=2, facts=FACTS, version="3-ab", digest="", dirty=False, highest=3),
     Welcome(session="s", manifest=MANIFEST, mode="auto", shadows=1),

@@ -145,7 +145,7 @@ def test_a_trainer_that_says_anything_in_any_order_changes_nothing(engine: Local
             for message in said:
                 rogue.send(member, message)
             if leaves:
-                rogue.send(member, Bye(reason="fuzzed"))
+                rogue.send(member, Bye(reason="fuzzed", settled=False))
             rogue.probe([member])
         finally:
             rogue.close()
@@ -202,7 +202,7 @@ LIES: st.SearchStrategy[Message | bytes] = st.one_of(
     st.builds(Refused, error=ERRORS),
     st.builds(RankAnswer, number=ANY_NUMBER, body=st.binary(max_size=4), failed=st.booleans()),
     st.builds(RankOrder, call=ANY_NUMBER, number=ANY_NUMBER, body=st.binary(max_size=4)),
-    st.builds(Bye, reason=TEXT),
+    st.builds(Bye, reason=TEXT, settled=st.booleans()),
 )
 
 

@@ -273,19 +273,22 @@ class Coordinator:
             for member in members:
                 member.inbox.clear()
 
-    def forget(self, members: Iterable[Member], reason: str = "dismissed") -> None:
-        """Say goodbye to members and drop them. Lost ones are told, too: they may only have been stopped for a while."""
+    def forget(self, members: Iterable[Member], reason: str = "dismissed", *, settled: bool = False) -> None:
+        """Say goodbye to members and drop them. Lost ones are told, too: they may only have been stopped for a while.
+
+        ``settled``: no round will be taken back in them any more.
+        """
         for member in list(members):
-            self.send(member, Bye(reason=reason))
+            self.send(member, Bye(reason=reason, settled=settled))
             with self._changed:
                 member.lost = member.lost or reason
                 self._members.pop(member.identity, None)
 
-    def forget_engine(self, engine: str, reason: str) -> None:
+    def forget_engine(self, engine: str, reason: str, *, settled: bool) -> None:
         """``forget`` everybody of one engine, those that were lost before anybody counted them as well."""
         with self._changed:
             members = [member for member in self._members.values() if member.engine == engine]
-        self.forget(members, reason)
+        self.forget(members, reason, settled=settled)
 
     def close(self) -> None:
         """Dismiss everybody and free the port; idempotent."""

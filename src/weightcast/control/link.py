@@ -77,6 +77,8 @@ class ControlLink:
         self._limit = Deadline(info.timeout_s)
         self._is_answered = False
         self._ended = False
+        self.settled = False
+        """The coordinator left, and takes no round back any more; told before ``on_lost``."""
         self._joiner = Joiner()
         self._seldom = Seldom(logger)
         self._context = new_context()
@@ -113,7 +115,7 @@ class ControlLink:
         """Say goodbye and leave; idempotent."""
         if not self._ended:
             self._ended = True
-            self.send(Bye(reason=reason))
+            self.send(Bye(reason=reason, settled=True))
         self._pump.close()
 
     def _frames(self, parts: list[bytes]) -> None:
@@ -133,6 +135,7 @@ class ControlLink:
         if isinstance(message, Heartbeat):
             return
         if isinstance(message, Bye):
+            self.settled = message.settled
             self._lose(f"the trainer left: {message.reason}")
             return
         self._on_message(message)

@@ -49,10 +49,14 @@ def free_nbytes(device: torch.device) -> int:
 
 
 def give_back(device: torch.device) -> None:
-    """Have the GPU's memory that nothing uses any more be free for others, and not for torch alone."""
-    if device.type == "cuda":
-        gc.collect()
-        torch.cuda.empty_cache()
+    """Have the GPU's memory, and page-locked memory, that nothing uses any more be free for others, and not for torch alone."""
+    if device.type != "cuda":
+        return
+    gc.collect()
+    torch.cuda.empty_cache()
+    empty_host_cache = getattr(torch._C, "_host_emptyCache", None)
+    if empty_host_cache is not None:
+        empty_host_cache()
 
 
 def choose_place(model: LiveModel, areas: Sequence[int], copies: int, *, host: bool) -> Place:

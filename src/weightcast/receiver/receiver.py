@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from weightcast.commit.worker_outcome import NO_VERSION
 from weightcast.control.link import JoinInfo
@@ -32,7 +35,8 @@ class Receiver:
     """Joins a trainer, receives rounds beside the running engine, and makes them live in ``commit``.
 
     ``join``, ``commit``, ``rollback`` and ``leave`` are for the thread that runs the model, between two forward passes. A call
-    that raises left live weights as they were, unless ``dirty`` says otherwise.
+    that raises left live weights as they were, unless ``dirty`` says otherwise. When a trainer has left, and no round of its can be
+    taken back any more, what lay beside the live weights is given back on the thread of its session, between two such calls.
     """
 
     def __init__(self, model: LiveModel, *, rank: int = 0, world_size: int = 1, mode: str = "auto") -> None:
@@ -40,6 +44,8 @@ class Receiver:
         self._rank, self._world_size, self._mode = rank, world_size, mode
         self._round = WorkerRound()
         self._session: Session | None = None
+        self._turn = threading.RLock()
+        """Held by a call that works with the session, and while one that ended gives back its memory."""
         self._greeting: Greeting | None = None
         self._before: tuple[str, str, bool] | None = None
         self._loaded: LoadedTensors | None = None
@@ -56,7 +62,10 @@ class Receiver:
         """Join a trainer, which ``greet`` may have begun. Raises as ``greet`` does, and what the trainer refuses with."""
         greeting = self.greet(info, world_size)
         self._greeting = None
-        self._session = Session(greeting, self._model, self._mode, self._round, self._serves, self._loaded)
+        with self._turn:
+            self._session = Session(
+                greeting, self._model, self._mode, self._round, self._serves, self._let_go, self._loaded
+            )
 
     def greet(self, info: JoinInfo, world_size: int | None = None) -> Greeting:
         """Leave the former trainer and say hello to this one; returns at once. The same again gives the same greeting, until it was
@@ -108,15 +117,17 @@ class Receiver:
     @property
     def num_bytes(self) -> int:
         """Bytes of weights that were received, from all trainers so far."""
-        return self._num_bytes_before + (self._session.num_bytes if self._session is not None else 0)
+        session = self._session
+        return self._num_bytes_before + (session.num_bytes if session is not None else 0)
 
     @property
     def joined(self) -> bool:
-        return self._session is not None and self._session.lost is None
+        session = self._session
+        return session is not None and session.lost is None
 
     @property
     def has_session(self) -> bool:
-        """Whether a trainer was joined and not left, alive or not: rounds it committed can still be taken back."""
+        """Whether a trainer was joined and not left: it is there, or rounds it committed can still be taken back."""
         return self._session is not None
 
     def commit(self, id: RoundId, deadline: Deadline, version: str = "") -> None:
@@ -124,6 +135,10 @@ class Receiver:
 
         StateError when the round was approved as another version than ``version`` (if that is given).
         """
+        with self._turn:
+            self._commit(id, deadline, version)
+
+    def _commit(self, id: RoundId, deadline: Deadline, version: str) -> None:
         session = self._require_session()
         if self._round.id == id and self._round.phase is Phase.COMMITTED:
             return
@@ -164,6 +179,10 @@ class Receiver:
         Repeating the call does nothing. StateError when the round is an older one, or live and not staged. When it fails
         half-way the worker is dirty.
         """
+        with self._turn:
+            self._roll_back(id)
+
+    def _roll_back(self, id: RoundId) -> None:
         session, before = self._require_session(), self._before
         self._require_awake("rollback")
         reversible = session.mode == "staged" and before is not None
@@ -194,16 +213,36 @@ class Receiver:
         if self._greeting is not None:
             self._greeting.close(reason)
             self._greeting = None
-        if self._session is not None:
-            self._loaded = (self._session.target.loaded() or self._loaded) if keeps else None
-            self._session.close(reason)
-            self._num_bytes_before += self._session.num_bytes
-            self._session = None
-            self._model.forget()
-            if self._loaded is not None and self._model.device.type == "cuda":
-                self._loaded = self._loaded.in_host_memory()
-            give_back(self._model.device)
+        with self._turn:
+            session, self._session = self._session, None
+        # Not in the turn: closing waits for the session's thread, which may wait for a turn.
+        self._give_up(session, reason, keeps=keeps)
+
+    def _let_go(self, session: Session) -> None:
+        """Give up a session whose trainer is gone; on the session's thread."""
+        with self._turn:
+            if self._session is session:
+                self._session = None
+                self._give_up(session, session.lost or LEAVES, keeps=True)
+
+    def _give_up(self, session: Session | None, reason: str, *, keeps: bool) -> None:
+        """Free all that a session holds beside the live weights, for others and not for torch alone."""
         self._before = None
+        if session is None:
+            return
+        self._loaded = (session.target.loaded() or self._loaded) if keeps else None
+        session.close(reason)
+        self._num_bytes_before += session.num_bytes
+        self._model.forget()
+        if self._loaded is not None and self._model.device.type == "cuda":
+            self._loaded = self._loaded.in_host_memory()
+        give_back(self._model.device)
+
+    @contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """Inside, no memory is given back beside the engine's thread."""
+        with self._turn:
+            yield
 
     def sleep(self, *, loses: bool) -> None:
         """The engine is about to unmap its weights: leave the trainer, whose next round joins anew once they are back.

@@ -56,6 +56,8 @@ from weightcast.transports.registry import registry
 
 logger = logging.getLogger(__name__)
 
+WAY_BACK_S = 5.0
+"""A trainer takes back at most two seconds after its round's deadline, and its order may wait for the engine."""
 RELEASE_TIMEOUT_S = 10.0
 """An aborted transfer lets go of its ends within a second; more means a transport that breaks its contract."""
 
@@ -70,9 +72,11 @@ class Session:
         mode: str,
         round: WorkerRound,
         serves: Callable[[], str | None],
+        ended: Callable[[Session], None],
         loaded: LoadedTensors | None = None,
     ) -> None:
-        """``serves`` gives the digest of the content that is live now, or None for weights of no version."""
+        """``serves`` gives the digest of the content that is live now, or None for weights of no version. ``ended`` is called on the
+        session's thread once the trainer is gone and takes no round back any more."""
         self._model = model
         self._mode_wish = mode
         self.round = round
@@ -85,14 +89,14 @@ class Session:
         """Whether the last ``receive`` may have written anything."""
         self.num_bytes = 0
         """Bytes received in rounds of this stay."""
-        self._serves = serves
+        self._serves, self._ended = serves, ended
         self._loaded = loaded
         self._epoch = 0
         self._ends: list[WorkerEnd] = []
         self._pulls = True
         self._ends_free = threading.Condition()
         self._using_ends = 0
-        self._leaving = False
+        self._leaving = threading.Event()
         self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="weightcast-receiver", daemon=True)
         self.link = greeting.link
@@ -207,6 +211,24 @@ class Session:
                 except Exception as error:  # noqa: BLE001 - see above
                     self.send_failure(self.round.id, "worker", error)
             self._close_ends()
+            if self._is_settled():
+                try:
+                    if self._model.device.type == "cuda":
+                        wait_stream(self._model.device, Deadline(RELEASE_TIMEOUT_S), "what is left of the last round")
+                    self._ended(self)
+                except Exception:
+                    logger.exception(
+                        "what lay beside the weights was not given back; it is when the next trainer joins"
+                    )
+
+    def _is_settled(self) -> bool:
+        """Wait until no order can come any more to take the last round back; False when this worker leaves before.
+
+        Who does not say goodbye may be a trainer that only its connection was lost of, and that still calls the engine.
+        """
+        if not self.link.settled and self.round.id.round:
+            return not self._leaving.wait(self.round.may_return_s() + WAY_BACK_S)
+        return not self._leaving.is_set()
 
     def _set_up(self, setup: Setup) -> None:
         if not self._close_ends():
@@ -317,7 +339,7 @@ class Session:
         """While a call of the ends runs: they can be aborted and are not closed. An abort either comes before, and is
         noticed here, or finds the ends in use."""
         with self._ends_free:
-            if self._leaving or (self.lost is not None and not self._pulls):
+            if self._leaving.is_set() or (self.lost is not None and not self._pulls):
                 raise PeerLost(self.lost or "this worker leaves")
             if id is not None and self.round.stops(id):
                 raise StateError(f"round {id} is over")
@@ -361,18 +383,19 @@ class Session:
         return True
 
     def close(self, reason: str = "the engine leaves") -> None:
-        """Leave the trainer and free transports and shadow; idempotent."""
+        """Leave the trainer and free transports and shadow; idempotent. May be called on the session's own thread."""
         self.lost = self.lost or reason
         self.round.abort_any(reason)
         with self._ends_free:
-            self._leaving = True
+            self._leaving.set()
         self._abort_transfer()
         self.link.close(reason)
         self._tasks.put(None)
-        if self._thread.is_alive():
+        is_own = threading.current_thread() is self._thread
+        if self._thread.is_alive() and not is_own:
             self._thread.join(5.0)
         self._close_ends()
-        if not self._thread.is_alive():
+        if is_own or not self._thread.is_alive():
             # Now, and not when the garbage collector comes by: the next trainer's shadow needs the room.
             self.target.close()
             self._digest.forget()

@@ -193,6 +193,11 @@ class WorkerRound:
                 self._to(Phase.ROLLING_BACK)
             return self._phase
 
+    def may_return_s(self) -> float:
+        """How long the present round may still be taken back: its trainer gives it up when its time is over."""
+        with self._changed:
+            return 0.0 if self._expiry is None else self._expiry.remaining_s()
+
     def stops(self, id: RoundId) -> bool:
         """Whether a transfer for this round has no more purpose."""
         return id != self._id or self._stopping or self._phase in (Phase.ABORTED, Phase.IDLE)

@@ -110,9 +110,10 @@ class Lead:
         """That of the next round."""
         return self._numbers.next()
 
-    def close(self) -> None:
+    def close(self, *, settled: bool) -> None:
+        """``settled``: no call runs, so that no round is taken back after this."""
         self._presence.close()
-        self._fleet.close()
+        self._fleet.close(settled=settled)
         self._coordinator.close()
         self.records.close()
 

@@ -214,7 +214,7 @@ class Publisher:
             if self._turns.is_child:
                 return  # sockets and engines are the parent's
             with torch.inference_mode(False):
-                self._part.close()
+                self._part.close(settled=not self._turns.is_taken)
 
     def __enter__(self) -> Publisher:
         return self

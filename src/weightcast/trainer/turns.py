@@ -27,6 +27,11 @@ class Turns:
         """Whether this process was forked from the one that made the Publisher."""
         return os.getpid() != self._pid
 
+    @property
+    def is_taken(self) -> bool:
+        """Whether a call runs."""
+        return self._lock.locked()
+
     @contextmanager
     def take(self, what: str) -> Iterator[None]:
         """Run the call ``what`` inside the block, which is ``undisturbed``."""

@@ -377,7 +377,7 @@ def messages() -> list[Message]:
     facts = Facts(host="h", pid=1, device="cpu")
     return [
         Heartbeat(),
-        Bye(reason="done"),
+        Bye(reason="done", settled=True),
         Refused(error=ErrorForm(kind="AuthError", message="no")),
         Hello(
             ticket="t", engine="e", rank=0, world_size=2, facts=facts, version="3-ab", digest="", dirty=False, highest=3

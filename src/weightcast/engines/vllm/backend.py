@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import wraps
 from typing import Any
 
@@ -133,6 +134,15 @@ class VllmBackend(VllmEngine):  # type: ignore[misc]
         self._carry_out(lambda engine: engine.sleep(loses=level >= 2))
         self._error, self._apply_s = before
 
+    @contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """Inside, no memory is given back on another thread than vLLM's: its allocator goes through a list that this would change."""
+        if self._engine is None:
+            yield
+            return
+        with self._engine.receiver.undisturbed():
+            yield
+
     def _asked(self, question: Callable[[VllmModel], dict[str, Any]]) -> dict[str, Any]:
         """Answer about the model, not about an engine: asking must not settle who this worker is, which only joining tells. What
         became of the last update stays known, too."""
@@ -229,10 +239,10 @@ def install_call() -> None:
 
 
 def hear_sleep() -> None:
-    """Have this process's worker say beforehand that it goes to sleep; idempotent."""
+    """Have this process's worker say beforehand that it goes to sleep, or wakes up; idempotent."""
     from vllm.v1.worker.gpu_worker import Worker
 
-    sleep = Worker.sleep
+    sleep, wake_up = Worker.sleep, Worker.wake_up
     if hasattr(sleep, HEARD):
         return
 
@@ -243,8 +253,14 @@ def hear_sleep() -> None:
             backend.before_sleep(level)
         return sleep(worker, level)
 
+    @wraps(wake_up)
+    def awaited(worker: Any, *arguments: Any, **named: Any) -> Any:
+        backend = getattr(worker, "weight_transfer_engine", None)
+        with backend.undisturbed() if isinstance(backend, VllmBackend) else nullcontext():
+            return wake_up(worker, *arguments, **named)
+
     setattr(heard, HEARD, True)
-    Worker.sleep = heard
+    Worker.sleep, Worker.wake_up = heard, awaited
 
 
 def _no_backend(worker: Any) -> dict[str, Any]:

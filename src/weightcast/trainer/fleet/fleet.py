@@ -411,16 +411,16 @@ class Fleet:
 
     # -- leaving
 
-    def _close_workers(self, engine: EngineLink, reason: str) -> None:
-        """Also those who joined and whom an admission that failed did not count."""
+    def _close_workers(self, engine: EngineLink, reason: str, *, settled: bool = True) -> None:
+        """Also those who joined and whom an admission that failed did not count. ``settled``: the engine is in no round."""
         for worker in engine.workers:
             worker.close_end()
-        self._coordinator.forget_engine(engine.name, reason)
+        self._coordinator.forget_engine(engine.name, reason, settled=settled)
         engine.workers = []
 
-    def remove(self, engine: EngineLink) -> None:
-        """Dismiss an engine; it goes on with what it serves."""
-        self._close_workers(engine, "it closed the publisher, or dismissed this engine")
+    def remove(self, engine: EngineLink, *, settled: bool = True) -> None:
+        """Dismiss an engine; it goes on with what it serves. ``settled``: it is in no round."""
+        self._close_workers(engine, "it closed the publisher, or dismissed this engine", settled=settled)
         engine.client.close()
         self.engines.remove(engine)
         self._left.append(engine.name)
@@ -441,10 +441,10 @@ class Fleet:
                 return engine
         raise StateError(f"{name!r} is not in the fleet", hint=f"Engines: {', '.join(e.name for e in self.engines)}")
 
-    def close(self) -> None:
-        """Dismiss all engines and free all transports; idempotent."""
+    def close(self, *, settled: bool) -> None:
+        """Dismiss all engines and free all transports; idempotent. ``settled``: no round runs."""
         for engine in list(self.engines):
-            self.remove(engine)
+            self.remove(engine, settled=settled)
         self._forget_memory()
         self._holder.release()
 

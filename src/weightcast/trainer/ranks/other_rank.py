@@ -105,8 +105,8 @@ class Follower:
     def _source(self) -> Source:
         return self._holder.source
 
-    def close(self) -> None:
-        """Leave rank 0 and free what transports made; idempotent."""
+    def close(self, *, settled: bool) -> None:
+        """Leave rank 0 and free what transports made; idempotent. Rank 0 says whether its rounds are ``settled``."""
         self._lost = self._lost or "this rank closed its publisher"
         self._link.close("it closed its publisher")
         for held in self._ends.values():
