@@ -4,8 +4,16 @@ import signal
 
 import pytest
 
+from weightcast.testing import ranks
+
 pytest.register_assert_rewrite("weightcast.testing.transport_suite")
 
 # A shell starts what it runs in the background with interrupts ignored, and so would be every process that a test interrupts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Many ranks shard, load and publish real modules; each would import these again, which takes longer than most of the tests.
+ranks.PRELOAD += [
+    "tests.support.engine_process", "tests.support.trainer_process", "torch.distributed.fsdp", "transformers.modeling_utils",
+    "weightcast.engines.embedded",
+]  # fmt: skip

@@ -1,7 +1,7 @@
 """Child: an object in a process of its own that can be killed, stopped and continued, and that others can call meanwhile.
 
-Children come from a fork server that has imported torch once, so they start in a fraction of a second. Calls carry numbers: an
-answer that comes after its caller gave up is thrown away and not taken for the next one's.
+Children come from the fork server of testing.ranks, so they start in a fraction of a second. Calls carry numbers: an answer that
+comes after its caller gave up is thrown away and not taken for the next one's.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ import signal
 import threading
 import traceback
 from collections.abc import Callable
-from multiprocessing import forkserver, get_context
+from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any
 
 from weightcast.deadline import Deadline
 from weightcast.errors import DeadlineExceeded
+from weightcast.testing import ranks
 
 PRELOAD = ("tests.support.engine_process", "tests.support.trainer_process")
 
 
 def start_fork_server(*modules: str) -> None:
     """Start the server that children are forked from, with more modules imported; nothing when it runs already."""
-    get_context("forkserver").set_forkserver_preload([*PRELOAD, *modules])
-    forkserver.ensure_running()
+    ranks.start_fork_server(*PRELOAD, *modules)
 
 
 def be_a_host_for_nccl() -> None:

@@ -1,6 +1,8 @@
 """Run ranks as processes: their values come back, their exceptions are raised here with the rank, none outlives the call.
 
-Children are spawned, with one OpenMP thread each and threads that sleep while they wait, as many ranks share few cores.
+Children have one OpenMP thread each, which sleeps while it waits, as many ranks share few cores. They are forked from a server that
+has imported torch, with the environment that their caller has. Where there is a GPU they are spawned: what the server imports may
+ask for the GPU, and no child of that process could use it.
 """
 
 from __future__ import annotations
@@ -12,14 +14,19 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import forkserver, get_context
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext, SpawnContext
 from types import TracebackType
 from typing import Any
+
+import torch
 
 from weightcast.deadline import Deadline
 from weightcast.errors import DeadlineExceeded
 
+PRELOAD: list[str] = []
+"""What the fork server of this process imports beside torch. A suite with many ranks appends what they need before the first starts."""
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 _environment_lock = threading.Lock()
 
@@ -100,9 +107,12 @@ class _Process:
 
     def __init__(self, rank: int, target: Callable[..., None], *args: Any) -> None:
         self.rank = rank
-        context = get_context("spawn")
+        context = _start_context()
         self.channel, theirs = context.Pipe()
-        self._process = context.Process(target=target, args=(theirs, rank, *args), daemon=True)
+        environment = {**os.environ, **_ENVIRONMENT}
+        self._process = context.Process(
+            target=_with_environment, args=(environment, target, theirs, rank, *args), daemon=True
+        )
         try:
             with _child_environment():
                 self._process.start()
@@ -149,9 +159,17 @@ class _Process:
         return "exit", f"the process ended with status {code} before it answered"
 
 
+def start_fork_server(*modules: str) -> None:
+    """Start the server that children are forked from, with more modules imported; nothing when it runs already."""
+    wanted = dict.fromkeys(["weightcast.testing.ranks", *PRELOAD, *modules])
+    get_context("forkserver").set_forkserver_preload(list(wanted))
+    with _child_environment():
+        forkserver.ensure_running()
+
+
 @contextlib.contextmanager
 def _child_environment() -> Iterator[None]:
-    """A spawned child reads OpenMP's variables when it first loads torch, which is before its target runs."""
+    """A child reads OpenMP's variables when torch is first loaded, which is before anything of ours runs there."""
     with _environment_lock:
         before = {name: os.environ.get(name) for name in _ENVIRONMENT}
         os.environ.update(_ENVIRONMENT)
@@ -163,6 +181,20 @@ def _child_environment() -> Iterator[None]:
                     del os.environ[name]
                 else:
                     os.environ[name] = value
+
+
+def _start_context() -> SpawnContext | ForkServerContext:
+    if torch.cuda.is_available():
+        return get_context("spawn")
+    start_fork_server()
+    return get_context("forkserver")
+
+
+def _with_environment(environment: dict[str, str], target: Callable[..., None], *args: Any) -> None:
+    """A forked child has the environment of its server until here."""
+    os.environ.clear()
+    os.environ.update(environment)
+    target(*args)
 
 
 def _run_once(channel: Connection, rank: int, fn: Callable[..., Any], world_size: int, args: tuple[Any, ...]) -> None:
