@@ -38,6 +38,7 @@ from weightcast.lazy import lazy_names
 
 if TYPE_CHECKING:
     from weightcast.report.model import Report
+    from weightcast.sources.streamed import StreamSource
     from weightcast.trainer.publisher import Publisher
     from weightcast.weight_transfer.config import WeightTransferConfig
 
@@ -46,6 +47,7 @@ __version__ = "0.2.0"
 __all__ = [
     "Publisher",
     "Report",
+    "StreamSource",
     "WeightTransferConfig",
     "__version__",
     "errors",
@@ -73,6 +75,11 @@ __all__ = [
 
 __getattr__, __dir__ = lazy_names(
     __name__,
-    {"Publisher": "trainer.publisher", "Report": "report.model", "WeightTransferConfig": "weight_transfer.config"},
+    {
+        "Publisher": "trainer.publisher",
+        "Report": "report.model",
+        "StreamSource": "sources.streamed",
+        "WeightTransferConfig": "weight_transfer.config",
+    },
     __all__,
 )

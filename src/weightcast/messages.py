@@ -126,6 +126,23 @@ class Begin(Message, frozen=True, kw_only=True, tag="begin"):
     timeout_s: Timeout
 
 
+class Filled(Message, frozen=True, kw_only=True, tag="filled"):
+    """Coordinator: a window of a streamed round is filled; a worker that pulls may read it. Windows are filled in the
+    order of their numbers."""
+
+    epoch: Count
+    round: Count
+    window: Count
+
+
+class Read(Message, frozen=True, kw_only=True, tag="read"):
+    """Worker: it has read a window, whose memory may be filled again."""
+
+    epoch: Count
+    round: Count
+    window: Count
+
+
 class Staged(Message, frozen=True, kw_only=True, tag="staged"):
     """Worker: all bytes are in the shadow, and this is their digest."""
 
@@ -206,6 +223,8 @@ AnyMessage = (
     | Setup
     | Ready
     | Begin
+    | Filled
+    | Read
     | Staged
     | Verified
     | Committed

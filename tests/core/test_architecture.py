@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "transports": "errors deadline facts manifest layout untrusted plan cpu cuda content",
     "report": "quoted errors deadline manifest untrusted",
     "commit": "quoted errors deadline logs untrusted content",
-    "sources": "quoted errors deadline manifest layout untrusted record transports",
+    "sources": "quoted errors deadline manifest layout plan untrusted cuda record transports",
     "receiver": "room errors deadline logs facts manifest layout messages digest plan cuda content control transports commit",
     "weight_transfer": "errors deadline untrusted control receiver",
     "vllm_protocol": "",
@@ -57,7 +57,7 @@ MAY_IMPORT = {
     "vllm_protocol.nccl.trainer": "quoted errors deadline manifest cuda vllm_protocol.nccl.wire trainer.clients",
     "vllm_protocol.nccl.worker": "errors deadline manifest cuda receiver weight_transfer vllm_protocol.nccl.wire",
     "testing": "errors deadline manifest layout untrusted plan content transports receiver weight_transfer trainer.clients engines",
-    "weightcast": "lazy errors report weight_transfer trainer",
+    "weightcast": "lazy errors report sources weight_transfer trainer",
     "cli": "quoted room errors deadline logs manifest layout untrusted plan cuda transports report sources weight_transfer trainer.clients trainer.fleet trainer server engines.embedded weightcast",
     "__main__": "cli",
 }

@@ -40,7 +40,7 @@ def fail_once(weights: Tensors, publisher: Publisher) -> tuple[Tensors, RoundFai
     before = {name: value.clone() for name, value in weights.items()}
     weights.update(values())
     with pytest.raises(RoundFailed) as caught:
-        publisher.publish(3.0)
+        publisher.publish(timeout_s=3.0)
     return before, caught.value
 
 
@@ -140,6 +140,6 @@ def test_an_epoch_is_not_set_up_over_a_transfer_that_does_not_end(
         for link in publisher._lead("engines").engines:
             link.broken = "tried anew"
         with pytest.raises(WeightcastError, match="does not end"):
-            publisher.publish(3.0)
+            publisher.publish(timeout_s=3.0)
         session._using_ends -= 1
         assert publisher.publish().ok

@@ -77,7 +77,7 @@ def test_metrics_count_rounds_phases_bytes_and_members(engines: list[LocalEngine
         for engine in engines:
             engine.stop()
         with pytest.raises(RoundFailed, match="not connected"):
-            trainer.publish(2.0)
+            trainer.publish(timeout_s=2.0)
         found = samples(trainer.metrics.render().decode())
         assert found["weightcast_rounds_total", "unconnected"] == 1
         assert found["weightcast_members", "absent"] == 2

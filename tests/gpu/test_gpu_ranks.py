@@ -76,7 +76,7 @@ class TrainerRank:
     def publish(self, seed: int, timeout_s: float | None = None) -> Report:
         """Values of a seed."""
         self.write(seed)
-        return self.publisher.publish(timeout_s)
+        return self.publisher.publish(timeout_s=timeout_s)
 
     def publish_prepared(self, seed: int) -> tuple[Report, int, int]:
         """The same after ``prepare``; also how many digests either of them has queued."""

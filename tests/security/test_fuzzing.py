@@ -24,6 +24,7 @@ from weightcast.messages import (
     Bye,
     Committed,
     Failed,
+    Filled,
     Heartbeat,
     Hello,
     Landings,
@@ -31,6 +32,7 @@ from weightcast.messages import (
     Offer,
     RankAnswer,
     RankOrder,
+    Read,
     Ready,
     Refused,
     Setup,
@@ -83,6 +85,7 @@ MESSAGES: st.SearchStrategy[Message] = st.one_of(
     st.builds(Begin, epoch=SMALL, round=SMALL, base=TEXT, timeout_s=TIMES),
     st.builds(Verified, epoch=SMALL, round=SMALL, version=TEXT, content=TEXT, digest=st.integers(0, 2**64 - 1)),
     st.builds(Abort, epoch=SMALL, round=SMALL, reason=TEXT),
+    st.builds(Filled, epoch=SMALL, round=SMALL, window=SMALL),
     st.builds(
         Setup,
         epoch=SMALL,
@@ -172,6 +175,7 @@ LIES: st.SearchStrategy[Message | bytes] = st.one_of(
         shadow_nbytes=ANY_NUMBER,
         shadow=TEXT,
     ),
+    st.builds(Read, epoch=ANY_NUMBER, round=ANY_NUMBER, window=ANY_NUMBER),
     st.builds(Ready, epoch=ANY_NUMBER, plan_digest=TEXT),
     st.builds(
         Staged,

@@ -30,7 +30,7 @@ class TrainerHost:
         start = time.monotonic()
         answer: dict[str, Any] = {"version": None, "errors": {}, "serving": {}}
         try:
-            answer["version"] = self._publisher.publish(timeout_s).version
+            answer["version"] = self._publisher.publish(timeout_s=timeout_s).version
         except RoundFailed as error:
             answer["errors"] = {name: type(cause).__name__ for name, cause in error.causes.items()}
             answer["serving"] = error.serving

@@ -70,14 +70,14 @@ def test_remove_and_close_end_attempts_at_once(silent: list[SilentEngine]) -> No
             20,
         ):  # all are asked in the first; in the second the silent ones have a whole timeout beside it
             tensors["w"].normal_()
-            publisher.publish(timeout_s)
+            publisher.publish(timeout_s=timeout_s)
             assert model.holds(tensors)
         assert all(engine.asked.is_set() for engine in silent)
         attempts = publisher._part._presence._rejoiner._attempts  # type: ignore[union-attr]
         pool.submit(publisher.remove, clients[0].name).result(HANG_S)
         assert not attempts[clients[1].name].future.done(), "the other's attempt goes on"
         tensors["w"].normal_()
-        publisher.publish(20)
+        publisher.publish(timeout_s=20)
         assert model.holds(tensors)
         pool.submit(publisher.close).result(HANG_S)
 

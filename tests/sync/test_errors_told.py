@@ -209,7 +209,7 @@ def test_a_worker_whose_numbers_make_no_sense_is_not_believed(
             Session, "_send_staged", lambda self, id, digest, nbytes, *times: send(self, id, digest, -5, *times)
         )
         with pytest.raises(RoundFailed) as caught:
-            publisher.publish(1.0)
+            publisher.publish(timeout_s=1.0)
         assert caught.value.serving == {"two": first.version}
         monkeypatch.setattr(Session, "_send_staged", send)
         assert publisher.publish().ok

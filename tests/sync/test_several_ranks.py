@@ -331,7 +331,7 @@ class Side:
         """What a publish of fresh values came to."""
         if seed:
             overwrite(self.held, sharded_local(checkpoint(seed), self.held))
-        return self._told(lambda: self.publisher.publish(timeout_s))
+        return self._told(lambda: self.publisher.publish(timeout_s=timeout_s))
 
     @staticmethod
     def _told(call: Callable[[], Report | None]) -> Told:

@@ -75,8 +75,8 @@ def test_a_publisher_closes_while_an_engine_lets_it_wait_for_a_connection(deaf_p
     well = LocalEngine("well", [DictModel({"w": torch.ones(4)})], mode="staged")
     publisher = Publisher({"w": torch.zeros(4)}, [well, f"http://127.0.0.1:{deaf_port}"], timeout_s=20, require="live")
     try:
-        publisher.publish(3)
-        publisher.publish(3)
+        publisher.publish(timeout_s=3)
+        publisher.publish(timeout_s=3)
         start = time.monotonic()
         publisher.close()
         assert time.monotonic() - start < 3

@@ -17,7 +17,7 @@ from weightcast.layout import Layout, Placement, contiguous_strides
 from weightcast.layout.memory import Memory
 from weightcast.manifest import Manifest, align
 from weightcast.manifest.dtypes import itemsize_of
-from weightcast.plan import Copy, Plan, split
+from weightcast.plan import Copy, Plan, parts_of, split
 from weightcast.plan.replay import Boxes
 
 SCRATCH_NBYTES = 2**28
@@ -36,11 +36,15 @@ class _Begun(NamedTuple):
 class ExpectedDigest:
     """The digest of the source's values in the regions and dtypes of some copies."""
 
-    def __init__(self, manifest: Manifest, copies: Sequence[Copy], memory: Memory) -> None:
+    def __init__(
+        self, manifest: Manifest, copies: Sequence[Copy], memory: Memory, *, keeps_scratch: bool = True
+    ) -> None:
+        """``keeps_scratch``: what casts need beside the values is allocated once, and not for each use."""
         held = tuple(_source_side(copy) for copy in copies if copy.is_plain)
         layout = Layout(placements=held, storage_nbytes=tuple(s.numel() for s in memory.storages))
         self._plain = LayoutDigest(manifest, layout, gaps_are_zero=memory.is_arena)
-        self._casts = _Casts(manifest, [copy for copy in copies if copy.nbytes and not copy.is_plain])
+        casts = [copy for copy in copies if copy.nbytes and not copy.is_plain]
+        self._casts = _Casts(manifest, casts, keeps_scratch=keeps_scratch)
 
         # Here, when a Publisher connects, and not in its first round.
         self._plain.prepare(memory)
@@ -74,6 +78,9 @@ class ExpectedDigest:
             done.record(torch.cuda.current_stream(memory.storages[0].device))
             self._begun = _Begun(memory.number, wait, done)
 
+    def take(self, window: int, memory: Memory, check: Callable[[], None]) -> None:
+        """A window of a stream is filled: digest it before others take its place. Nothing where values lie still."""
+
     def forget(self) -> None:
         """Use nothing of what ``begin`` has queued: values may be other ones since."""
         if self._begun is not None:
@@ -84,10 +91,39 @@ def _is_on_gpu(memory: Memory) -> bool:
     return any(storage.is_cuda for storage in memory.storages[:1])
 
 
+class StreamedDigest(ExpectedDigest):
+    """That of a stream's values, of which only a few windows exist at a time: ``start``, then ``take`` for each window."""
+
+    def __init__(self, manifest: Manifest, copies: Sequence[Copy], memory: Memory) -> None:
+        super().__init__(manifest, (), memory)
+        self._windows = {
+            window: ExpectedDigest(manifest, some, memory, keeps_scratch=False)
+            for window, some in parts_of(copies).items()
+            if some
+        }
+        self._sum = 0
+
+    def start(self, memory: Memory, check: Callable[[], None] = lambda: None) -> Callable[[], int]:
+        """Forget what was taken; the call that is returned gives the sum of what is taken from here on."""
+        self._sum = 0
+        return lambda: self._sum
+
+    def take(self, window: int, memory: Memory, check: Callable[[], None]) -> None:
+        digest = self._windows.get(window)
+        if digest is not None:
+            self._sum = combine([self._sum, digest.of(memory, check)])
+
+
+def expected_digest(manifest: Manifest, copies: Sequence[Copy], memory: Memory, *, is_streamed: bool) -> ExpectedDigest:
+    """The digest of some copies' values, which lie still or pass by in windows."""
+    return (StreamedDigest if is_streamed else ExpectedDigest)(manifest, copies, memory)
+
+
 class _Casts:
     """Copies that cast, in batches that fit a scratch storage."""
 
-    def __init__(self, manifest: Manifest, copies: Sequence[Copy]) -> None:
+    def __init__(self, manifest: Manifest, copies: Sequence[Copy], *, keeps_scratch: bool = True) -> None:
+        self._keeps_scratch = keeps_scratch
         self._batches = list(_batches(copies))
         self._nbytes = max((end for _, end in self._batches), default=0)
         self._digests = [
@@ -112,11 +148,15 @@ class _Casts:
                 check()
                 cast.run()
                 waits.append(partial(int, digest.of(scratch, check)))
+        if not self._keeps_scratch:
+            self._compiled = None
+            for digest in self._digests:
+                digest.forget()
         return lambda: combine(wait() for wait in waits)
 
     def prepare(self, memory: Memory) -> None:
         """Do now what the first ``start`` would do beside computing."""
-        if self._batches:
+        if self._batches and self._keeps_scratch:
             scratch, _ = self._compiled_for(memory)
             for digest in self._digests:
                 digest.prepare(scratch)
@@ -191,6 +231,7 @@ def whole_copies(manifest: Manifest, layout: Layout) -> list[Copy]:
             dst_dtype=manifest[held.region.name].dtype,
             dst_offset=0,
             dst_strides=held.strides,
+            part=held.storage if layout.is_streamed else 0,
         )
         for held in layout.placements
     ]

@@ -37,19 +37,22 @@ from weightcast.messages import (
     AnyMessage,
     Begin,
     Failed,
+    Filled,
     Landings,
     Message,
+    Read,
     Ready,
     Setup,
     Staged,
     Verified,
     Welcome,
 )
-from weightcast.plan import compile_plan, plan_digest
+from weightcast.plan import compile_plan, parts_of, plan_digest
 from weightcast.receiver.base import LiveModel
 from weightcast.receiver.greeting import Greeting
 from weightcast.receiver.loader_area import LoadedTensors, with_area
 from weightcast.receiver.staging import make_target
+from weightcast.receiver.windows import FilledWindows
 from weightcast.receiver.worker_round import Approval, Phase, RoundId, WorkerRound
 from weightcast.transports.base import WorkerEnd
 from weightcast.transports.registry import registry
@@ -87,12 +90,20 @@ class Session:
         """Digest of what this round's transfer left in its target memory."""
         self.has_written = False
         """Whether the last ``receive`` may have written anything."""
+        self._was_written = False
+        self._entered: list[WorkerEnd] = []
+        """Ends that this round was received from, and whether one of them has written in a part that is through."""
         self.num_bytes = 0
         """Bytes received in rounds of this stay."""
         self._serves, self._ended = serves, ended
         self._loaded = loaded
         self._epoch = 0
         self._ends: list[WorkerEnd] = []
+        self._parts: list[tuple[int, ...]] = []
+        """The parts that come over each end."""
+        self._awaits_windows: list[bool] = []
+        """Whether an end reads windows of a stream, each once it is filled."""
+        self._windows = FilledWindows()
         self._pulls = True
         self._ends_free = threading.Condition()
         self._using_ends = 0
@@ -138,6 +149,8 @@ class Session:
             case Verified():
                 approval = Approval(version=message.version, content=message.content, digest=message.digest)
                 self.round.verified(RoundId(epoch=message.epoch, round=message.round), approval)
+            case Filled():
+                self._windows.note(RoundId(epoch=message.epoch, round=message.round), message.window)
             case Abort():
                 id = RoundId(epoch=message.epoch, round=message.round)
                 self.round.abort(id, message.reason)
@@ -188,7 +201,7 @@ class Session:
         self.lost = reason
         self.round.abort_any(reason)
         # A commit that pulls can end without the trainer: its memory stays mapped, and the digest proves what came.
-        if self.round.phase is not Phase.COMMITTING or not self._pulls:
+        if self.round.phase is not Phase.COMMITTING or self._needs_trainer:
             self._abort_transfer()
         self._tasks.put(None)
         logger.warning("%s; this engine goes on with what it serves", reason)
@@ -198,6 +211,12 @@ class Session:
             if self._using_ends:
                 for end in self._ends:
                     end.abort()
+        self._windows.wake()
+
+    @property
+    def _needs_trainer(self) -> bool:
+        """Whether bytes come only while the trainer lives: it sends them, or fills windows with them."""
+        return not self._pulls or any(self._awaits_windows)
 
     # -- on the session's thread
 
@@ -248,6 +267,8 @@ class Session:
                 end = transport.worker_end(offered[rank].data, copies)
                 with self._ends_free:
                     self._ends.append(end)
+                    self._parts.append(tuple(parts_of(copies)))
+                    self._awaits_windows.append(transport.pulls and setup.holdings[rank].is_streamed)
             with self._in_use():
                 for end in self._ends:
                     end.connect(deadline)
@@ -310,36 +331,66 @@ class Session:
             if len(self._ends) > 1 and self._model.device.type == "cuda":
                 # The threads' streams know nothing of the engine's work, which may still read what they write.
                 wait_stream(self._model.device, deadline, "the engine's last step")
-            self.has_written = True
+            self.has_written, self._was_written, self._entered = True, False, []
             try:
-                parts = self._receive_parts(memory, deadline)
+                received = self._receive_from_all(id, memory, deadline)
             except Exception:
-                self.has_written = any(end.has_written for end in self._ends)
+                self.has_written = self._was_written or any(end.has_written for end in self._entered)
                 raise
-        digests = [digest for _, digest in parts if digest is not None]
+        digests = [digest for _, digest in received if digest is not None]
         # Every landing is filled by exactly one copy, so the parts add up to the whole.
-        digest = combine(digests) if len(digests) == len(parts) else None
-        nbytes = sum(nbytes for nbytes, _ in parts)
+        digest = combine(digests) if len(digests) == len(received) else None
+        nbytes = sum(nbytes for nbytes, _ in received)
         self.num_bytes += nbytes
         return nbytes, time.perf_counter() - start, digest
 
-    def _receive_parts(self, memory: Memory, deadline: Deadline) -> list[tuple[int, int | None]]:
+    def _receive_from_all(self, id: RoundId, memory: Memory, deadline: Deadline) -> list[tuple[int, int | None]]:
+        """Bytes and digest of every part of every end."""
         if len(self._ends) == 1:
-            return [self._ends[0].receive_proven(memory, self.manifest, deadline)]
+            return self._receive_from(0, id, memory, deadline)
         with ThreadPoolExecutor(len(self._ends)) as pool:
-            return list(pool.map(lambda end: self._receive_beside(end, memory, deadline), self._ends))
+            numbers = range(len(self._ends))
+            return [
+                each
+                for some in pool.map(lambda number: self._receive_beside(number, id, memory, deadline), numbers)
+                for each in some
+            ]
 
-    def _receive_beside(self, end: WorkerEnd, memory: Memory, deadline: Deadline) -> tuple[int, int | None]:
+    def _receive_beside(
+        self, number: int, id: RoundId, memory: Memory, deadline: Deadline
+    ) -> list[tuple[int, int | None]]:
         """On a thread of its own, whose current GPU and stream are its own, too."""
         with own_stream(self._model.device):
-            return end.receive_proven(memory, self.manifest, deadline)
+            return self._receive_from(number, id, memory, deadline)
+
+    def _receive_from(
+        self, number: int, id: RoundId, memory: Memory, deadline: Deadline
+    ) -> list[tuple[int, int | None]]:
+        """All parts that come over one end, each window of a stream once the trainer says that it is filled."""
+        end, received = self._ends[number], []
+        for part in self._parts[number]:
+            if self._awaits_windows[number]:
+                self._windows.wait(id, part, deadline, lambda: self._check_purpose(id))
+            self._entered.append(end)
+            received.append(end.receive_proven(memory, self.manifest, deadline, part))
+            self._was_written = self._was_written or end.has_written
+            if self._awaits_windows[number]:
+                self.link.send(Read(epoch=id.epoch, round=id.round, window=part))
+        return received
+
+    def _check_purpose(self, id: RoundId) -> None:
+        """Raise where a round that waits for more of a stream is over, or its trainer is gone."""
+        if self._leaving.is_set() or self.lost is not None:
+            raise PeerLost(self.lost or "this worker leaves")
+        if self.round.stops(id):
+            raise StateError(f"round {id} is over")
 
     @contextmanager
     def _in_use(self, id: RoundId | None = None) -> Iterator[None]:
         """While a call of the ends runs: they can be aborted and are not closed. An abort either comes before, and is
         noticed here, or finds the ends in use."""
         with self._ends_free:
-            if self._leaving.is_set() or (self.lost is not None and not self._pulls):
+            if self._leaving.is_set() or (self.lost is not None and self._needs_trainer):
                 raise PeerLost(self.lost or "this worker leaves")
             if id is not None and self.round.stops(id):
                 raise StateError(f"round {id} is over")
@@ -377,7 +428,7 @@ class Session:
             if not self._ends_free.wait_for(lambda: not self._using_ends, RELEASE_TIMEOUT_S):
                 logger.error("a transfer does not let go of its ends; they stay open")
                 return False
-            ends, self._ends = self._ends, []
+            ends, self._ends, self._parts, self._awaits_windows = self._ends, [], [], []
         for end in ends:
             end.close()
         return True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -18,14 +18,19 @@ from weightcast.sources.safetensors import SafetensorsSource
 from weightcast.sources.sharded import ShardedSource
 from weightcast.sources.shards import is_distributed
 from weightcast.sources.state_dict import StateDictSource
+from weightcast.sources.streamed import Stream, StreamSource
+from weightcast.sources.windowed import WindowedSource
 from weightcast.sources.wrappers import ReadThrough, read_through
 
-SourceLike = Source | nn.Module | Mapping[str, torch.Tensor] | str | Path
+SourceLike = Source | nn.Module | Mapping[str, torch.Tensor] | str | Path | StreamSource | Callable[[], Stream] | Stream
 
 
-def make_source(source: SourceLike, *, dtype: torch.dtype | None = None, rename: Rename | None = None) -> Source:
-    """A Source for what a user has; ``dtype`` casts floating-point tensors on the way, of modules and state dicts only:
-    a checkpoint's files are published as they are, and a Source has decided already. ``rename`` gives checkpoint tensors other names (see renaming)."""
+def make_source(
+    source: SourceLike, *, dtype: torch.dtype | None = None, rename: Rename | None = None, keeps: bool = True
+) -> Source:
+    """A Source for what a user has; ``dtype`` casts floating-point tensors on the way, of modules, state dicts and streams only:
+    a checkpoint's files are published as they are, and a Source has decided already. ``rename`` gives checkpoint tensors other names (see renaming).
+    Of a stream ``keeps`` False keeps nothing: another rank sends it."""
     if dtype is not None and isinstance(source, Source | str | Path):
         raise InvalidInput(
             f"dtype has no effect on a {'Source' if isinstance(source, Source) else 'checkpoint folder'}",
@@ -49,8 +54,13 @@ def make_source(source: SourceLike, *, dtype: torch.dtype | None = None, rename:
         return made
     if isinstance(source, str | Path):
         return SafetensorsSource(source, rename=rename)
+    if isinstance(source, StreamSource):
+        return WindowedSource(source, dtype=dtype, rename=rename, keeps=keeps)
+    if not isinstance(source, type) and (callable(source) or isinstance(source, Iterable)):
+        return WindowedSource(StreamSource(source), dtype=dtype, rename=rename, keeps=keeps)
     raise InvalidInput(
-        f"cannot publish a {type(source).__name__}; give a module, a state dict or a checkpoint folder", field="source"
+        f"cannot publish a {type(source).__name__}; give a module, a state dict, a checkpoint folder or a stream",
+        field="source",
     )
 
 
@@ -69,6 +79,9 @@ __all__ = [
     "Source",
     "SourceLike",
     "StateDictSource",
+    "Stream",
+    "StreamSource",
+    "WindowedSource",
     "checkpoint_tensors",
     "make_source",
 ]

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 
+from weightcast.deadline import Deadline
+from weightcast.errors import InvalidInput, StateError
 from weightcast.layout import Layout
 from weightcast.layout.memory import Memory
 from weightcast.manifest import Manifest
+
+if TYPE_CHECKING:
+    from weightcast.sources.streamed import Modes, Stream
 
 
 class Source(ABC):
@@ -47,6 +54,36 @@ class Source(ABC):
     def check(self) -> None:  # noqa: B027 - nothing is left to check where ``fill`` is all of it
         """What of ``refresh`` may run while ``memory`` is being read: it writes nothing. What was read counts only once it has
         returned. Nothing by default; raises StateError as ``refresh`` does."""
+
+    slots = 1
+    """Of a stream: how many windows there is memory for."""
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether what a round reads was given for it alone, and cannot be read again."""
+        return False
+
+    def pour(self, claim: Callable[[int], None], deadline: Deadline, *, to_the_end: bool) -> Iterator[int]:
+        """Of a stream: read it once (see windowed). Values that lie still are there."""
+        raise NotImplementedError
+
+    def open(self, stream: Stream | None, modes: Modes) -> None:
+        """Of a stream: what the next round reads, an iterator or, for None, one that is made for it. ``modes`` are the caller's."""
+        if stream is not None and not isinstance(stream, Iterable):
+            raise InvalidInput(
+                f"a {type(stream).__name__} is no stream of names and tensors",
+                field="stream",
+                hint="The deadline is given by name: publish(timeout_s=5)",
+            )
+        if stream is not None:
+            raise StateError(
+                "this Publisher was given its tensors when it was made, and takes no stream",
+                hint="Give it a StreamSource in place of them",
+            )
+
+    def exhaust(self) -> None:
+        """Read a stream to its end and keep nothing; StateError where the source is none."""
+        raise StateError("this rank publishes no stream", hint="Give every rank the same kind of source")
 
     def check_form(self) -> None:  # noqa: B027 - a source may have nothing of the user's that can change its form
         """Raise StateError, as ``refresh`` does, when the user's tensors are not what they were at connect. Writes nothing."""

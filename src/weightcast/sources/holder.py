@@ -26,13 +26,13 @@ class Holder:
         try:
             self.source.check_form()
         except StateError as error:
-            former = self.source
-            if self._make() is former:
+            former, made = self.source, self._make()
+            if made is former:
                 error.hint = "Give Publisher the module or mapping itself, of which it makes a source anew; or make a new Publisher"
                 raise
             # Tensors that are still in the former one's memory move back first.
             self.release()
-            self.source = self._make()
+            self.source = made if made.layout.is_streamed else self._make()
             return True
         return False
 

@@ -242,18 +242,20 @@ class Lead:
                     else join_error(absent)
                 )
             self._note_connected()
-            if self._ranks.alone:
+            check = _nothing
+            if self._source.layout.is_streamed:
+                pass  # the round reads it
+            elif self._ranks.alone:
                 self._source.fill()
                 check = self._source.check
             else:
                 self._ranks.refresh(deadline)
-                check = _nothing
         engines = [engine for engine in self._fleet.engines if engine.name not in absent]
         try:
             return self._round(engines, self.next_number(), deadline, timeline, absent, check)
         except RoundFailed as failure:
             mistaken = {name for name, cause in failure.causes.items() if isinstance(cause, BaseMismatch)}
-            if not mistaken or mistaken != set(failure.causes) or not mistaken <= asked:
+            if not mistaken or mistaken != set(failure.causes) or not mistaken <= asked or self._source.is_spent:
                 raise
             # An order of the last round was carried out after the engine had said what it serves: it is asked once more.
             if self._presence.bring_up(engines, deadline):
@@ -295,7 +297,7 @@ class Lead:
 
     def _catch_up(self, engine: EngineLink, current: EngineLink | None, deadline: Deadline) -> Report | None:
         """Bring one engine to what the fleet serves, if the source still has exactly that."""
-        if current is None:
+        if current is None or self._source.layout.is_streamed:
             return None
         if not engine.dirty and (engine.version, engine.digest) == (current.version, current.digest):
             return None

@@ -13,8 +13,9 @@ from weightcast.deadline import Deadline, is_seconds
 from weightcast.errors import InvalidInput, StateError, Unsupported
 from weightcast.messages import ModeWish
 from weightcast.report.model import Report
-from weightcast.sources import Rename, Source, SourceLike, make_source
+from weightcast.sources import Rename, Source, SourceLike, Stream, make_source
 from weightcast.sources.holder import Holder
+from weightcast.sources.streamed import Modes
 from weightcast.trainer.clients import EngineClient, SyncEngine, make_clients
 from weightcast.trainer.first_rank import Lead
 from weightcast.trainer.fleet.addresses import address_beside, address_towards
@@ -32,7 +33,7 @@ PAUSES = ("keep", "wait", "abort", "none")
 
 
 class Publisher:
-    """Publishes a module, a state dict or a checkpoint folder to engines, all or nothing.
+    """Publishes a module, a state dict, a checkpoint folder or a stream of tensors to engines, all or nothing.
 
     Args:
         source: what to publish; see trainer.sources.
@@ -110,7 +111,8 @@ class Publisher:
             _check_silence(silence_s)
             patterns = check_patterns(unused)
             token = usable_token(token)
-            self._holder = Holder(partial(make_source, source, dtype=dtype, rename=rename))
+            keeps = group is None or group.rank == 0
+            self._holder = Holder(partial(make_source, source, dtype=dtype, rename=rename, keeps=keeps))
             if group is None:
                 refuse_idle(patterns, self._source.manifest)
                 check_complete(self._source.manifest, {0: self._source.layout}, hint=SHARDED_HINT)
@@ -240,13 +242,15 @@ class Publisher:
                 return
             if self._source.is_copied:
                 raise Unsupported(
-                    "a state dict is copied by publish(), there is nothing to prepare", hint="Publish the module itself"
+                    "publish() copies the values of this source, there is nothing to prepare",
+                    hint="Publish the module itself",
                 )
             for digest in self._part.expected.values():
                 digest.begin(self._source.memory)
 
-    def publish(self, timeout_s: float | None = None) -> Report:
-        """Bring every engine to the next version.
+    def publish(self, stream: Stream | None = None, *, timeout_s: float | None = None) -> Report:
+        """Bring every engine to the next version, with the values of ``stream`` where the source is a StreamSource and this round's
+        iterator is given here.
 
         When it returns, every engine serves that version, proven by digest (require="live": but those whose report is not
         ``ok``). A publisher that was never connected connects first and raises what ``connect`` does. When it raises
@@ -255,8 +259,10 @@ class Publisher:
         the round begins is PeerLost or DeadlineExceeded on all others, and nothing was changed. It ends at most two seconds after
         its deadline. Tensors of the source must not change while it runs.
         """
+        modes = Modes()
         with self._turns.take("publish"):
             deadline = self._begin(timeout_s)
+            self._source.open(stream, modes)
             try:
                 return self._part.publish(deadline)
             finally:

@@ -35,7 +35,7 @@ class TrainerHost:
         answer: dict[str, Any] = {"version": None, "error": "", "ok": (), "dirty": ()}
         start = time.monotonic()
         try:
-            report = self._publisher.publish(timeout_s)
+            report = self._publisher.publish(timeout_s=timeout_s)
             answer |= {"version": report.version, "ok": tuple(e.name for e in report.engines if e.ok)}
         except WeightcastError as error:
             answer["error"] = str(error)

@@ -176,7 +176,7 @@ class Field:
         assert self.publisher is not None
         self.change()
         start = time.monotonic()
-        report = self.publisher.publish(timeout_s if timeout_s is not None else self.healing_s)
+        report = self.publisher.publish(timeout_s=timeout_s if timeout_s is not None else self.healing_s)
         self.seconds = time.monotonic() - start
         self.seeds[report.number] = self.seed  # a higher one than expected when engines knew more than the trainer
         self.version = report.version
@@ -196,7 +196,7 @@ class Field:
         self.change()
         start = time.monotonic()
         try:
-            report = self.publisher.publish(timeout_s)
+            report = self.publisher.publish(timeout_s=timeout_s)
         except WeightcastError as error:
             seconds = time.monotonic() - start
             expect(seconds <= timeout_s + GRACE_S, f"the error came after {seconds:.1f} s: {error}")

@@ -25,13 +25,14 @@ from weightcast.errors import (
     PeerLost,
     PlanMismatch,
     StateError,
+    Unsupported,
     WeightcastError,
 )
 from weightcast.layout import image_layout, most_placements
-from weightcast.manifest import Manifest
+from weightcast.manifest import ALIGNMENT, Manifest
 from weightcast.manifest.names import shown
 from weightcast.messages import MAX_FRAME_NBYTES, Landings, ModeWish, Offer, Ready, Setup, Welcome
-from weightcast.plan import Plan, compile_plan, plan_digest
+from weightcast.plan import Plan, compile_plan, parts_of, plan_digest
 from weightcast.sources.holder import Holder
 from weightcast.trainer.fleet.choice import Choice
 from weightcast.trainer.fleet.groups import Group, groups_of, mates_of
@@ -68,6 +69,7 @@ class FleetSettings:
 
 PLACEMENT_NBYTES = 512
 """More than what one placement takes in a message, long names included."""
+BUCKETS_A_WINDOW = 4
 PLANNING_SHARE = 0.5
 """Share of the time left that planning for one worker may take."""
 
@@ -206,11 +208,15 @@ class Fleet:
                 if worker.transport is not None and worker.transport.name in errors:
                     self._blame(engine, worker, errors[worker.transport.name], failures, again, by_trainer=True)
         engines = [engine for engine in engines if engine.name not in {*failures, *again}]
-        if any(self.ties.doubtful(engine) for engine in engines):
+        is_streamed = self._holder.source.layout.is_streamed
+        if not is_streamed and any(self.ties.doubtful(engine) for engine in engines):
             self.ranks.refresh(deadline)
         for engine in engines:
             with _noting(engine, failures):
-                self.ties.check(engine, self._holder.source.memory, deadline)
+                if is_streamed:
+                    _refuse_in_place(engine)  # and tied tensors are compared when they come
+                else:
+                    self.ties.check(engine, self._holder.source.memory, deadline)
                 for worker in engine.workers:
                     self._expect(worker, deadline)
         present = [engine for engine in engines if engine.name not in failures]
@@ -306,6 +312,7 @@ class Fleet:
             check=lambda: limit.check("planning a worker's landings"),
         )
         worker.plan, worker.plan_digest, worker.digest_key = plan, plan_digest(plan), plan_key(plan)
+        worker.parts = tuple(parts_of(plan.get(LEADER, ())))
         if worker.digest_key not in self.expected:
             self.expected[worker.digest_key] = self.ranks.expected(worker.digest_key, plan, deadline)
 
@@ -337,7 +344,7 @@ class Fleet:
         """The sending sides of a group of workers that want the same, on all ranks that have something for them, and what each
         offers."""
         settings = self._settings
-        bucket_nbytes = settings.bucket_nbytes or transport.default_bucket_nbytes
+        bucket_nbytes = settings.bucket_nbytes or self._bucket_nbytes(transport)
         own: list[TrainerEnd] = []
         if LEADER in plan:
             own = transport.trainer_ends(
@@ -363,6 +370,14 @@ class Fleet:
             shared = SharedEnd(self.ranks, own[number] if own else None, numbers)
             everywhere.append((shared, (*offered[number], *others)))
         return everywhere
+
+    def _bucket_nbytes(self, transport: Transport) -> int:
+        """That of the transport; smaller for a stream, so that a window is several: each is packed while the one before it travels."""
+        layout = self._holder.source.layout
+        if not layout.is_streamed:
+            return transport.default_bucket_nbytes
+        window = max(layout.storage_nbytes, default=0)
+        return max(ALIGNMENT, min(transport.default_bucket_nbytes, window // BUCKETS_A_WINDOW // ALIGNMENT * ALIGNMENT))
 
     def content(self, deadline: Deadline) -> ExpectedDigest | SharedDigest:
         """The digest of all that is published; shared with workers that want exactly that."""
@@ -452,6 +467,16 @@ class Fleet:
 def landings_nbytes(manifest: Manifest) -> int:
     """How long a worker's landings may be as a message."""
     return min(MAX_FRAME_NBYTES, most_placements(manifest) * PLACEMENT_NBYTES)
+
+
+def _refuse_in_place(engine: EngineLink) -> None:
+    """Raise Unsupported for an engine that has no staged copy: what it is to commit is known once a stream was read to its end."""
+    if engine.in_place:
+        raise Unsupported(
+            "a stream cannot be written in place: an engine would have to stand still while the stream is produced",
+            hint="Let the engine have a staged copy: mode='staged', or more free memory on its device\n"
+            "Or publish tensors that are there at once: a module, or a state dict",
+        )
 
 
 @contextmanager

@@ -33,7 +33,7 @@ class SendingEnd(Protocol):
 
     def connect(self, deadline: Deadline) -> None: ...
 
-    def send(self, deadline: Deadline) -> int: ...
+    def send(self, deadline: Deadline, part: int = 0) -> int: ...
 
     def abort(self) -> None: ...
 
@@ -48,6 +48,8 @@ class WorkerLink:
     landings: Landings
     transport: Transport | None = None
     plan: Plan = field(default_factory=dict)
+    parts: tuple[int, ...] = (0,)
+    """The parts that rank 0 gives it: windows of a stream, or 0."""
     reason: str = ""
     plan_digest: str = ""
     unusable: dict[str, str] = field(default_factory=dict)
@@ -81,6 +83,11 @@ class WorkerLink:
     @property
     def in_place(self) -> bool:
         return self.landings.mode == "in_place"
+
+    @property
+    def pulls(self) -> bool:
+        """Whether its transport reads the trainer's memory."""
+        return self.transport is not None and self.transport.pulls
 
     def close_end(self) -> None:
         if self.end is not None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Protocol, TypeVar
 
-from weightcast.content.expected import ExpectedDigest
+from weightcast.content.expected import ExpectedDigest, expected_digest
 from weightcast.control.coordinator import Coordinator, Member
 from weightcast.deadline import Deadline
 from weightcast.digest.formula import combine
@@ -34,6 +34,7 @@ from weightcast.trainer.ranks.orders import (
     Answer,
     Digest,
     Enter,
+    Exhaust,
     Expect,
     Finish,
     Keep,
@@ -263,10 +264,11 @@ class Ranks:
         return {LEADER: self._source.layout, **self._layouts}
 
     def facts(self) -> list[Facts]:
-        """Of all ranks, for choosing a transport that each of them can use."""
+        """Of all ranks that give something, for choosing a transport that each of them can use."""
+        others = {} if self._source.layout.is_streamed else self._members
         return [
             local_facts(self._source.device, files=self._source.memory.files),
-            *(member.hello.facts for member in self._members.values()),
+            *(member.hello.facts for member in others.values()),
         ]
 
     def adopt(self, transports: Sequence[str], deadline: Deadline) -> bool:
@@ -286,15 +288,28 @@ class Ranks:
         for rank, number in posted.items():
             self.hear(rank, number, deadline, phase="prepare")
 
+    def exhaust(self) -> Callable[[Deadline], None]:
+        """Have all other ranks read their streams to the end, beside this one; the call that is returned waits for them."""
+        posted = {rank: self.post(member, Exhaust()) for rank, member in self._members.items()}
+
+        def wait(deadline: Deadline) -> None:
+            for rank, number in posted.items():
+                self.hear(rank, number, deadline, phase="transfer")
+
+        return wait
+
     def expected(
         self, key: str, plan: Plan, deadline: Deadline, manifest: Manifest | None = None
     ) -> ExpectedDigest | SharedDigest:
         """The digest of a plan's values, each rank's part computed where it lies; at the positions of ``manifest``, or of what is
         published."""
-        own = ExpectedDigest(manifest or self.manifest, plan.get(LEADER, ()), self._source.memory)
-        if self.alone:
-            return own
+        source = self._source
+        own = expected_digest(
+            manifest or self.manifest, plan.get(LEADER, ()), source.memory, is_streamed=source.layout.is_streamed
+        )
         others = {rank: self._members[rank] for rank in plan if rank != LEADER}
+        if not others:
+            return own
         posted = {
             rank: self.post(member, Expect(key=key, copies=plan[rank], manifest=manifest))
             for rank, member in others.items()
@@ -379,6 +394,9 @@ class SharedDigest:
     def start(self, memory: Memory, check: Callable[[], None]) -> Callable[[], int]:
         """``of`` in two steps, of which the second does all: the other ranks' answers have to be waited for anyhow."""
         return partial(self.of, memory, check)
+
+    def take(self, window: int, memory: Memory, check: Callable[[], None]) -> None:
+        """Nothing: streams have one rank's part only."""
 
     def begin(self, memory: Memory) -> None:
         """That of this rank's part: every rank begins its own."""

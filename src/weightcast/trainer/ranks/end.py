@@ -33,12 +33,13 @@ class SharedEnd:
 
         self._everywhere(lambda pair: Connect(pair=pair, timeout_s=deadline.limit_s()), connect_own, deadline, "setup")
 
-    def send(self, deadline: Deadline) -> int:
+    def send(self, deadline: Deadline, part: int = 0) -> int:
+        """``part`` is this rank's: others hold no streams, so that all of theirs is one."""
         own, sent = self._own, [0]
 
         def send_own() -> None:
             if own is not None:
-                sent.append(own.send(deadline))
+                sent.append(own.send(deadline, part))
 
         others = self._everywhere(
             lambda pair: Send(pair=pair, timeout_s=deadline.limit_s()), send_own, deadline, "transfer"

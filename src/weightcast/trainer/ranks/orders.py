@@ -84,6 +84,10 @@ class Refresh(Order, frozen=True, kw_only=True, tag="refresh"):
     """Make your memory hold the values to publish now."""
 
 
+class Exhaust(Order, frozen=True, kw_only=True, tag="exhaust"):
+    """Read the stream that you publish to its end and keep nothing: rank 0 reads its own, and gathers with you."""
+
+
 class Digest(Order, frozen=True, kw_only=True, tag="digest"):
     """Digest what was expected under a key; ``value`` in the answer."""
 
@@ -153,6 +157,7 @@ AnyOrder = (
     | Connect
     | Send
     | Refresh
+    | Exhaust
     | Digest
     | Abort
     | Release

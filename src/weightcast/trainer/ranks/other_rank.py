@@ -42,6 +42,7 @@ from weightcast.trainer.ranks.orders import (
     Connect,
     Digest,
     Enter,
+    Exhaust,
     Expect,
     Finish,
     Keep,
@@ -268,6 +269,8 @@ class Follower:
                 return Answer(offers=self._open(order))
             case Refresh():
                 self._source.refresh()
+            case Exhaust():
+                self._source.exhaust()
         return Answer()
 
     def _open(self, order: Pair) -> tuple[bytes, ...]:

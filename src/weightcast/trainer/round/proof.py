@@ -50,6 +50,11 @@ class RoundProof:
         each = dict.fromkeys([self._source_content, *self._wanted.values(), *tied])
         self._waits = {digest: digest.start(memory, check) for digest in each}
 
+    def take(self, window: int, memory: Memory, check: Callable[[], None]) -> None:
+        """Digest a window of a stream, which is filled now and will be filled again."""
+        for digest in self._waits:
+            digest.take(window, memory, check)
+
     def compute(self) -> None:
         """Finish the digests. An error of weightcast's is kept for ``settle``: bytes that travel meanwhile may be about to fail for
         another reason, which says more."""

@@ -2,7 +2,8 @@
 
     begin     staged workers are told to receive; pulled bytes are made visible first. The source's digest is started, and what
               the source checks last is checked while a GPU computes it
-    transfer  bytes travel while engines serve n; meanwhile the source is digested
+    transfer  bytes travel while engines serve n; meanwhile the source is digested. A stream is read here, window by window: each is
+              filled by the thread that calls, then read by the workers, while the next one is filled
     verify    every staged worker's digest must be the source's
     commit    engines make n+1 live between two steps; in-place engines receive now
     (failure) whoever has not committed is told to abort; staged engines that may have are rolled back
@@ -32,11 +33,14 @@ from weightcast.errors import (
     AnswerLost,
     DeadlineExceeded,
     GroupBroken,
+    InvalidInput,
     PeerLost,
+    StateError,
     TransportError,
+    Unsupported,
     WeightcastError,
 )
-from weightcast.messages import Begin, Committed, Message, Staged, Verified
+from weightcast.messages import Begin, Committed, Filled, Message, Read, Staged, Verified
 from weightcast.report.model import Phase, Report
 from weightcast.sources.base import Source
 from weightcast.trainer.clients.base import CommitOrder, CommitReply
@@ -48,6 +52,7 @@ from weightcast.trainer.round.account import Account
 from weightcast.trainer.round.proof import RoundProof
 from weightcast.trainer.round.timeline import Timeline
 from weightcast.trainer.round.undo import WayBack
+from weightcast.trainer.round.windows import WindowTurns
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +98,8 @@ class Round:
         self._refusal: WeightcastError | None = None
         self._transfer_deadline = deadline
         self._outcomes = Outcomes(engines, require, self._epoch, round)
+        readers = {worker.member.key: worker.parts for engine in engines for worker in engine.workers}
+        self._turns = WindowTurns(source.slots, readers)
         self._account = Account(self._outcomes, absent or {}, number=number, epoch=self._epoch, round=round)
         self._ties = {engine.name: fleet.ties.doubtful(engine) for engine in engines}
         compared = {tie: fleet.ties.digests(tie, deadline) for ties in self._ties.values() for tie in ties}
@@ -169,6 +176,9 @@ class Round:
             self._transfer_deadline = self._deadline.part(LIVE_TRANSFER_SHARE)
         staged = [(engine, worker) for engine, worker in workers if not worker.in_place]
         in_place = [(engine, worker) for engine, worker in workers if worker.in_place]
+        if self._source.layout.is_streamed:
+            self._transfer_stream(pool, workers)
+            return
         with self._timeline.phase("begin"):
             # Before the digest: making bytes visible waits for the trainer's GPU, which would have to digest first.
             self._show(staged)
@@ -183,7 +193,8 @@ class Round:
                 raise
             self._show(in_place)
         with self._timeline.phase("transfer"):
-            only = staged[0] if len(staged) == 1 and _pulls(staged[0][1]) else None
+            self._turns.fill(0)
+            only = staged[0] if len(staged) == 1 and staged[0][1].pulls else None
             futures = [] if only else [pool.submit(self._stage, engine, worker) for engine, worker in staged]
             if staged:
                 self._proof.compute()
@@ -192,15 +203,60 @@ class Round:
             for future in futures:
                 future.result()
 
-    def _show(self, workers: list[tuple[EngineLink, WorkerLink]]) -> None:
-        """Make the values visible to those who pull them."""
-        for engine, worker in workers:
-            if _pulls(worker):
-                self._outcomes.guard(engine, "begin", partial(self._show_one, engine, worker))
+    def _transfer_stream(self, pool: ThreadPoolExecutor, workers: list[tuple[EngineLink, WorkerLink]]) -> None:
+        with self._timeline.phase("begin"):
+            self._tell_begin(workers)
+            self._proof.start({worker.digest_key for _, worker in workers}, self._source.memory, self._check_digesting)
+            others_end = self._fleet.ranks.exhaust()
+        with self._timeline.phase("transfer"):
+            futures = [pool.submit(self._stage, engine, worker) for engine, worker in workers]
+            try:
+                self._pour(workers)
+                others_end(self._deadline)
+            except Cancelled:
+                pass  # an engine failed, whose outcome says why
+            except BaseException as error:
+                if isinstance(error, StateError | InvalidInput | Unsupported):
+                    self._refusal = error
+                self._outcomes.fail()
+                self._turns.wake()
+                raise
+            for future in futures:
+                future.result()
+            self._proof.compute()
 
-    def _show_one(self, engine: EngineLink, worker: WorkerLink) -> None:
+    def _pour(self, workers: list[tuple[EngineLink, WorkerLink]]) -> None:
+        """Read the stream, and have workers read each window that it has filled."""
+
+        # A worker that does not read in time ends its own wait first, which says who it is.
+        patience = Deadline(self._deadline.limit_s() + UNDO_S)
+
+        def claim(window: int) -> None:
+            self._turns.claim(window, patience, self._cancelled)
+
+        for window in self._source.pour(claim, self._deadline, to_the_end=not self._fleet.ranks.alone):
+            wanting = [pair for pair in workers if window in pair[1].parts]
+            self._show(wanting, window)
+            for _, worker in wanting:
+                if worker.pulls:
+                    self._tell(worker, Filled(epoch=self._epoch, round=self._round, window=window))
+            self._turns.fill(window)
+            if self._outcomes.failed:
+                raise Cancelled("the round failed elsewhere")
+            self._proof.take(window, self._source.memory, self._check_digesting)
+
+    def _cancelled(self) -> WeightcastError | None:
+        return Cancelled("the round failed elsewhere") if self._outcomes.failed else None
+
+    def _show(self, workers: list[tuple[EngineLink, WorkerLink]], part: int = 0) -> None:
+        """Make the values of a part visible to those who pull them."""
+        for engine, worker in workers:
+            if worker.pulls:
+                self._outcomes.guard(engine, "begin", partial(self._show_one, engine, worker, part))
+
+    def _show_one(self, engine: EngineLink, worker: WorkerLink, part: int) -> None:
         try:
-            self._send_bytes(worker, self._deadline)
+            self._send_bytes(worker, self._deadline, part)
         except TransportError as error:
             self._ask_why(engine, worker, error, Committed if worker.in_place else Staged, "begin")
 
@@ -214,17 +270,35 @@ class Round:
         """Send (if it is pushed) and wait until the worker has all bytes and their digest."""
 
         def work() -> None:
-            if worker.transport is not None and not worker.transport.pulls:
-                try:
-                    self._send_bytes(worker, self._transfer_deadline)
-                except TransportError as error:
-                    self._ask_why(engine, worker, error, Staged, "transfer")
+            for part in worker.parts:
+                self._stage_part(engine, worker, part)
             staged = self._take(engine, worker, Staged, "transfer", self._transfer_deadline)
             assert isinstance(staged, Staged)
             progress = self._outcomes.progress(worker)
             progress.nbytes, progress.seconds, progress.digest = staged.nbytes, staged.transfer_s, staged.digest
 
-        self._outcomes.guard(engine, "transfer", work, worker)
+        try:
+            self._outcomes.guard(engine, "transfer", work, worker)
+        finally:
+            self._turns.leave(worker.member.key)
+
+    def _stage_part(self, engine: EngineLink, worker: WorkerLink, part: int) -> None:
+        """Have the worker get one part; its memory may be overwritten then, if the part is a window of a stream."""
+        deadline = self._transfer_deadline
+        self._turns.wait_filled(part, deadline, partial(self._over, engine))
+        if not worker.pulls:
+            try:
+                self._send_bytes(worker, deadline, part)
+            except TransportError as error:
+                self._ask_why(engine, worker, error, Staged, "transfer")
+        elif self._source.layout.is_streamed:
+            self._take(
+                engine, worker, Read, "transfer", deadline, matches=lambda told: getattr(told, "window", part) == part
+            )
+        self._turns.release(worker.member.key, part)
+
+    def _over(self, engine: EngineLink) -> WeightcastError | None:
+        return Cancelled("the round failed elsewhere") if self._outcomes.is_over(engine) else None
 
     def _ask_why(
         self, engine: EngineLink, worker: WorkerLink, error: WeightcastError, kind: type[Message], phase: str
@@ -286,7 +360,7 @@ class Round:
                 self._tell(worker, self._approval(worker))
             outcome.may_be_committed = True
             start = self._timeline.elapsed_s()
-            pushed = [w for w in engine.workers if w.in_place and w.transport is not None and not w.transport.pulls]
+            pushed = [worker for worker in engine.workers if worker.in_place and not worker.pulls]
             sending = [pool.submit(self._push, engine, worker) for worker in pushed]
             try:
                 reply = self._order(engine, outcome)
@@ -369,9 +443,9 @@ class Round:
 
     # -- pieces
 
-    def _send_bytes(self, worker: WorkerLink, deadline: Deadline) -> None:
+    def _send_bytes(self, worker: WorkerLink, deadline: Deadline, part: int = 0) -> None:
         if worker.end is not None:
-            worker.end.send(deadline)
+            worker.end.send(deadline, part)
 
     def _tell(self, worker: WorkerLink, message: Message) -> None:
         self._coordinator.send(worker.member, message)
@@ -385,19 +459,15 @@ class Round:
         deadline: Deadline,
         *,
         cancellable: bool = True,
+        matches: Callable[[Message], bool] = lambda _: True,
     ) -> Message:
         def is_this_round(message: Message) -> bool:
-            return (getattr(message, "epoch", 0), getattr(message, "round", 0)) == (self._epoch, self._round)
+            at = (getattr(message, "epoch", 0), getattr(message, "round", 0))
+            return at == (self._epoch, self._round) and matches(message)
 
         def cancelled() -> WeightcastError | None:
-            if cancellable and self._outcomes.is_over(engine):
-                return Cancelled("the round failed elsewhere")
-            return None
+            return self._over(engine) if cancellable else None
 
         return self._coordinator.take(
             worker.member, kind, deadline, phase=phase, matches=is_this_round, cancelled=cancelled
         )
-
-
-def _pulls(worker: WorkerLink) -> bool:
-    return worker.transport is not None and worker.transport.pulls

@@ -85,7 +85,7 @@ def second_takes_over(make: MakeField) -> Outcome:
     with make() as field:
         field.start()
         with field.second(takeover=True) as second:
-            number = second.publish(field.unhurried_s).number
+            number = second.publish(timeout_s=field.unhurried_s).number
             expect(number == 2, f"the second trainer published {number}")
             seed = field.seed
             failure = field.fail(field.unhurried_s)
