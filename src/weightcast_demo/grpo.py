@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 
 from weightcast_demo import task
-from weightcast_demo.policy import answer_logprobs
+from weightcast_demo.policy import answer_logprobs, answer_scores, chosen
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,14 +48,18 @@ class Warmth:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepStats:
-    """What one optimizer step saw. ``logprob_gap``: largest difference between the server's and the trainer's
-    log-probability of one sampled token, before the step; on-policy it is rounding only."""
+    """What one optimizer step saw, before it changed the weights; means are over the sampled tokens."""
 
     loss: float
     grad_norm: float
     clipped: float
     """Share of tokens whose ratio was clipped."""
     logprob_gap: float
+    """Largest difference between the server's and the trainer's log-probability of one token; on-policy it is rounding only."""
+    kl: float
+    """Kullback-Leibler divergence from the warmed-up policy, in nats a token, by the estimator that is never negative."""
+    entropy: float
+    """Entropy of the policy's next token, in nats."""
     seconds: float
 
 
@@ -82,13 +87,26 @@ def clipped_loss(
     return -(gain * mask).sum() / count, clipped
 
 
+def divergence(logprobs: torch.Tensor, reference: torch.Tensor, mask: torch.Tensor) -> float:
+    """The mean of ``exp(r) - 1 - r`` with ``r = reference - logprobs``, over tokens that were sampled with ``logprobs``.
+
+    Its expectation is the Kullback-Leibler divergence from the reference, and no token's part of it is negative.
+    """
+    ratio = reference - logprobs
+    return float(((ratio.exp() - 1 - ratio) * mask).sum() / mask.sum().clamp(min=1))
+
+
 class Learner:
-    """The trainer's model and optimizer. ``warm_up`` first, then ``step`` once for each batch of rollouts."""
+    """The trainer's model and optimizer. ``warm_up`` first, then ``step`` once for each batch of rollouts.
+
+    The first step keeps a copy of the policy, from which later divergences count.
+    """
 
     def __init__(self, model: Any, *, lr: float = 1e-4, warm_up_lr: float = 3e-3) -> None:
         self.model = model
         self.warm_up_lr = warm_up_lr
         self._optimizer = self._adam(lr)
+        self._reference: Any = None
 
     def _adam(self, lr: float) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
@@ -113,7 +131,13 @@ class Learner:
     def step(self, rollouts: Rollouts) -> StepStats:
         """One optimizer step on one batch; raises nothing for a batch without signal, its gradient is zero."""
         began = time.perf_counter()
-        logprobs = answer_logprobs(self.model, rollouts.prompts, rollouts.tokens)
+        if self._reference is None:
+            self._reference = copy.deepcopy(self.model).requires_grad_(False)
+        scores = answer_scores(self.model, rollouts.prompts, rollouts.tokens)
+        logprobs = chosen(scores, rollouts.tokens)
+        with torch.no_grad():
+            reference = answer_logprobs(self._reference, rollouts.prompts, rollouts.tokens)
+            entropy = -(scores.exp() * scores).sum(-1)
         gap = ((logprobs.detach() - rollouts.logprobs).abs() * rollouts.mask).max()
         advantage = advantages(rollouts.rewards, rollouts.group_size)
         loss, clipped = clipped_loss(logprobs, rollouts.logprobs, advantage, rollouts.mask)
@@ -123,6 +147,8 @@ class Learner:
             grad_norm=norm,
             clipped=float(clipped),
             logprob_gap=float(gap),
+            kl=divergence(logprobs.detach(), reference, rollouts.mask),
+            entropy=float((entropy * rollouts.mask).sum() / rollouts.mask.sum().clamp(min=1)),
             seconds=time.perf_counter() - began,
         )
 

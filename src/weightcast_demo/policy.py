@@ -68,12 +68,22 @@ def save_folder(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def answer_logprobs(model: Any, prompts: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Log-probability of each answer token given its prompt and the tokens before it, float32 like ``tokens``.
+def answer_scores(model: Any, prompts: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities of all tokens at each place of the answers, float32 [rows, answer, vocabulary].
 
     Prompts all have one length; short answers are padded on the right, and what is returned there has no meaning.
     """
     first = prompts.shape[1] - 1
     inputs = torch.cat([prompts, tokens[:, :-1]], dim=1)
     logits: torch.Tensor = model(input_ids=inputs, use_cache=False).logits[:, first:]
-    return logits.float().log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    return logits.float().log_softmax(-1)
+
+
+def chosen(scores: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Of ``answer_scores``, those of the answers' own tokens."""
+    return scores.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+
+
+def answer_logprobs(model: Any, prompts: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Log-probability of each answer token given its prompt and the tokens before it, float32 like ``tokens``."""
+    return chosen(answer_scores(model, prompts, tokens), tokens)

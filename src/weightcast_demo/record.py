@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from weightcast.errors import InvalidInput
-from weightcast.report.html import Page
 from weightcast.report.model import Report
-from weightcast.report.plot import moving_mean
+from weightcast_demo import task
 from weightcast_demo.grpo import Rollouts, StepStats, Warmth
-
-MIN_RISE = 0.12
-"""How much the mean reward of the last ten steps has to exceed that of the first ten."""
-
-MIN_STEPS_FOR_RISE = 40
-"""Shorter runs are not judged by their reward."""
 
 MAX_LOGPROB_GAP = 1e-3
 """Server and trainer compute the same float32 model in batches of different shapes: they differ by rounding only."""
@@ -25,6 +19,7 @@ MAX_LOGPROB_GAP = 1e-3
 class Options:
     """How to run the demo. ``warm_up``: the probability of a right answer at which the warm-up ends."""
 
+    num_digits: int = task.NUM_DIGITS
     iterations: int = 56
     seconds: float | None = None
     """Stop learning after about this long; None: no limit."""
@@ -39,9 +34,13 @@ class Options:
     warm_up_steps: int = 80
     held_out: int = 256
     timeout_s: float = 60.0
+    min_rise: float = 0.12
+    """How much the mean reward of the last steps has to exceed that of the first ones."""
+    judged_from: int = 40
+    """Runs of fewer steps are not judged by what was learned."""
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "num_prompts", "group_size", "held_out"):
+        for name in ("num_digits", "iterations", "num_prompts", "group_size", "held_out"):
             if getattr(self, name) < 1:
                 raise InvalidInput(f"{name} must be at least 1, not {getattr(self, name)}", field=name)
         if self.seconds is not None and not self.seconds > 0:
@@ -67,40 +66,65 @@ class Verdict:
         return all(check.passed for check in self.checks)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One step: what its rollouts earned, what the optimizer saw, and where the time went."""
+
+    reward: float
+    num_tokens: int
+    sampling_s: float
+    publishing_s: float
+    stats: StepStats
+
+
 @dataclass(slots=True, kw_only=True)
 class Run:
-    """What happened so far."""
+    """What happened so far. ``prompts`` are held out; ``before`` and ``after`` are the served policy's likeliest answers to them."""
 
     options: Options
     warmth: Warmth
     reports: list[Report] = field(default_factory=list)
     matched: list[bool] = field(default_factory=list)
-    rewards: list[float] = field(default_factory=list)
-    grad_norms: list[float] = field(default_factory=list)
-    logprob_gap: float = 0.0
-    num_tokens: int = 0
-    sampling_s: float = 0.0
-    training_s: float = 0.0
+    steps: list[Step] = field(default_factory=list)
     seconds: float = 0.0
-    accuracy_before: float = 0.0
-    accuracy_after: float = 0.0
+    prompts: Sequence[Sequence[int]] = ()
+    before: Sequence[Sequence[int]] = ()
+    after: Sequence[Sequence[int]] = ()
 
     def add_round(self, report: Report, matched: bool) -> None:
         self.reports.append(report)
         self.matched.append(matched)
 
-    def add_step(self, rollouts: Rollouts, stats: StepStats) -> None:
-        self.rewards.append(rollouts.mean_reward)
-        self.grad_norms.append(stats.grad_norm)
-        self.logprob_gap = max(self.logprob_gap, stats.logprob_gap)
-        self.num_tokens += rollouts.num_tokens
-        self.sampling_s += rollouts.seconds
-        self.training_s += stats.seconds
+    def add_step(self, rollouts: Rollouts, stats: StepStats, report: Report) -> None:
+        self.steps.append(
+            Step(
+                reward=rollouts.mean_reward,
+                num_tokens=rollouts.num_tokens,
+                sampling_s=rollouts.seconds,
+                publishing_s=report.total_s,
+                stats=stats,
+            )
+        )
+
+    @property
+    def rewards(self) -> list[float]:
+        """The mean reward of each step."""
+        return [step.reward for step in self.steps]
+
+    @property
+    def logprob_gap(self) -> float:
+        """The largest gap between the server's and the trainer's log-probability of a token."""
+        return max((step.stats.logprob_gap for step in self.steps), default=0.0)
+
+    @property
+    def accuracy(self) -> tuple[float, float]:
+        """Share of held-out prompts answered rightly, before and after."""
+        return task.accuracy(self.prompts, self.before), task.accuracy(self.prompts, self.after)
 
     @property
     def window(self) -> int:
-        """How many steps at each end are compared: ten, or half of a short run."""
-        return max(1, min(10, len(self.rewards) // 2))
+        """How many steps at each end are compared: ten, or a third of a short run."""
+        return max(1, min(10, len(self.steps) // 3))
 
     def first_and_last(self) -> tuple[float, float]:
         """Mean reward of the first and of the last steps of the run, ``window`` of them each."""
@@ -116,14 +140,13 @@ class Run:
         digests = [report.digest for report in self.reports]
         changes = [
             after != before
-            for norm, before, after in zip(self.grad_norms, digests[:-1], digests[1:], strict=True)
-            if norm > 0
+            for step, before, after in zip(self.steps, digests[:-1], digests[1:], strict=True)
+            if step.stats.grad_norm > 0
         ]
         return len(changes), sum(changes)
 
     def verdict(self) -> Verdict:
-        """Judge the run; the reward only counts in a run that is long enough to show it."""
-        first, last = self.first_and_last()
+        """Judge the run; what was learned only counts in a run that is long enough to show it."""
         learned, changed = self._learned_and_changed()
         checks = [
             Check(
@@ -140,39 +163,38 @@ class Run:
                 f"(allowed {MAX_LOGPROB_GAP:.0e})",
             ),
         ]
-        if len(self.rewards) >= MIN_STEPS_FOR_RISE:
-            checks.append(
-                Check(
-                    passed=last >= first + MIN_RISE,
-                    text=f"reward rose from {first:.3f} (first 10 steps) to {last:.3f} (last 10), needed +{MIN_RISE}",
-                )
-            )
+        if len(self.steps) >= self.options.judged_from:
+            checks += self._judge_learning()
         return Verdict(checks=tuple(checks))
+
+    def _judge_learning(self) -> list[Check]:
+        first, last = self.first_and_last()
+        before, after = self.accuracy
+        needed = self.options.min_rise
+        return [
+            Check(
+                passed=last >= first + needed,
+                text=f"reward rose from {first:.3f} (first {self.window} steps) to {last:.3f} (last {self.window}), "
+                f"needed +{needed:g}",
+            ),
+            Check(
+                passed=after > before,
+                text=f"greedy answers to held-out prompts: {before:.3f} right before, {after:.3f} after, needed more",
+            ),
+        ]
 
     def facts(self) -> dict[str, str]:
         """The run in figures, for the terminal and the page."""
         first, last = self.first_and_last()
-        times = sorted(report.total_s for report in self.reports)
+        before, after = self.accuracy
+        sampling = sum(step.sampling_s for step in self.steps)
+        training = sum(step.stats.seconds for step in self.steps)
+        publishing = sum(step.publishing_s for step in self.steps)
+        tokens = sum(step.num_tokens for step in self.steps)
         return {
             f"Reward, first and last {self.window} steps": f"{first:.3f} → {last:.3f}",
-            "Greedy accuracy, before and after": f"{self.accuracy_before:.3f} → {self.accuracy_after:.3f}",
+            "Greedy accuracy, before and after": f"{before:.3f} → {after:.3f}",
             "Largest log-probability gap": f"{self.logprob_gap:.1e}",
-            "Generation": f"{self.num_tokens / max(self.sampling_s, 1e-9):,.0f} tokens/s",
-            "Time sampling, training, publishing": f"{self.sampling_s:.1f} s, {self.training_s:.1f} s, {sum(times):.1f} s",
+            "Generation": f"{tokens / max(sampling, 1e-9):,.0f} tokens/s",
+            "Time sampling, training, publishing": f"{sampling:.1f} s, {training:.1f} s, {publishing:.1f} s",
         }
-
-    def page(self) -> Page:
-        """The report page of the run."""
-        options = self.options
-        return Page(
-            title="A policy learns while a live server serves it",
-            summary=(
-                f"Qwen3 with 0.64M parameters, sorting eight digits: {self.warmth.steps} supervised steps, then "
-                f"{len(self.rewards)} steps of GRPO with {options.num_prompts} x {options.group_size} samples in "
-                f"{self.seconds:.0f} s. Rollouts come from a server process; its weights are published after every step."
-            ),
-            reports=self.reports,
-            series_title="Reward (share of exactly right answers)",
-            series={"mean of 10 steps": moving_mean(self.rewards, 10), "each step": self.rewards},
-            facts=self.facts(),
-        )

@@ -47,20 +47,16 @@ class HttpSampler:
             seconds=seconds,
         )
 
-    def greedy_accuracy(self, prompts: torch.Tensor) -> float:
-        """Share of prompts that the server answers rightly with its likeliest tokens."""
-        choices = self._complete(prompts, n=1, temperature=0.0)
-        right = [
-            task.reward(prompt, _token_ids(choice)) for prompt, choice in zip(prompts.tolist(), choices, strict=True)
-        ]
-        return sum(right) / len(right)
+    def greedy(self, prompts: torch.Tensor) -> list[list[int]]:
+        """The server's likeliest answer to each prompt, as token ids."""
+        return [_token_ids(choice) for choice in self._complete(prompts, n=1, temperature=0.0)]
 
     def _complete(self, prompts: torch.Tensor, *, n: int, **sampling: Any) -> list[dict[str, Any]]:
         body = {
             "model": self._model,
             "prompt": prompts.tolist(),
             "n": n,
-            "max_tokens": task.ANSWER_LENGTH,
+            "max_tokens": prompts.shape[1] - 1,
             "return_token_ids": True,
             **sampling,
         }

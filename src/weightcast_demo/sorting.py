@@ -17,12 +17,13 @@ import torch
 from rich.console import Console
 
 from weightcast.errors import EngineError, InvalidInput
-from weightcast.report.html import write_page
 from weightcast.report.live import LiveTable, Step
 from weightcast.report.model import Report
+from weightcast.report.page import write_page
 from weightcast.report.plot import curve, moving_mean
 from weightcast_demo import task
 from weightcast_demo.grpo import Learner, Warmth
+from weightcast_demo.page import page_of
 from weightcast_demo.policy import build_policy, save_folder
 from weightcast_demo.record import Options, Run, Verdict
 from weightcast_demo.sampler import HttpSampler
@@ -62,7 +63,9 @@ def _warm_up(learner: Learner, options: Options, console: Console) -> Warmth:
     began = time.perf_counter()
     with console.status("supervised warm-up"):
         warmth = learner.warm_up(
-            task.SortingDigits(options.seed), enough=options.warm_up, max_steps=options.warm_up_steps
+            task.SortingDigits(options.seed, options.num_digits),
+            enough=options.warm_up,
+            max_steps=options.warm_up_steps,
         )
     console.print(
         f"warm-up: {warmth.steps} supervised steps in {time.perf_counter() - began:.1f} s, "
@@ -88,22 +91,24 @@ class _Training:
         options = self.options
         run = Run(options=options, warmth=warmth)
         sampler = HttpSampler(self.client, model=MODEL_NAME)
-        held_out = task.SortingDigits(options.seed + 2**31).prompts(options.held_out)
+        held_out = task.SortingDigits(options.seed + 2**31, options.num_digits).prompts(options.held_out)
+        run.prompts = held_out.tolist()
         with Publisher(
             self.learner.model, engines=[self.server.url], token=self.server.token, timeout_s=options.timeout_s
         ) as publisher:
             publisher.connect()
             run.add_round(*self._publish(publisher))
             self._expect_ready()
-            run.accuracy_before = sampler.greedy_accuracy(held_out)
-            self.console.print(f"first version served: greedy accuracy {run.accuracy_before:.2f}", highlight=False)
+            run.before = sampler.greedy(held_out)
+            accuracy = task.accuracy(run.prompts, run.before)
+            self.console.print(f"first version served: greedy accuracy {accuracy:.2f}", highlight=False)
             self._learn(run, sampler, publisher)
-            run.accuracy_after = sampler.greedy_accuracy(held_out)
+            run.after = sampler.greedy(held_out)
         return run
 
     def _learn(self, run: Run, sampler: HttpSampler, publisher: Any) -> None:
         options = self.options
-        prompts = task.SortingDigits(options.seed + 1)
+        prompts = task.SortingDigits(options.seed + 1, options.num_digits)
         began = time.perf_counter()
         with LiveTable(self.console) as table:
             for number in range(1, options.iterations + 1):
@@ -115,7 +120,7 @@ class _Training:
                 stats = self.learner.step(rollouts)
                 report, matched = self._publish(publisher)
                 run.add_round(report, matched)
-                run.add_step(rollouts, stats)
+                run.add_step(rollouts, stats, report)
                 table.add(
                     Step(
                         number=number,
@@ -165,6 +170,6 @@ def _conclude(run: Run, console: Console) -> Verdict:
 
 def _write(path: Path, run: Run) -> Path:
     try:
-        return write_page(path, run.page())
+        return write_page(path, page_of(run))
     except OSError as error:
         raise InvalidInput(f"the page cannot be written: {error}", field="report") from None

@@ -1,4 +1,4 @@
-"""The task: sort eight digits. ``^83512907=`` is answered by ``01235789.``; the reward is 1 for exactly that, else 0."""
+"""The task: sort digits. ``^83512907=`` is answered by ``01235789.``; the reward is 1 for exactly that, else 0."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ ALPHABET = "0123456789^=._?"
 
 BEGIN, ASK, END, PAD, UNKNOWN = (ALPHABET.index(character) for character in "^=._?")
 NUM_DIGITS = 8
-PROMPT_LENGTH = NUM_DIGITS + 2
-ANSWER_LENGTH = NUM_DIGITS + 1
 
 
 def encode(text: str) -> list[int]:
@@ -26,25 +24,31 @@ def decode(token_ids: Sequence[int]) -> str:
 
 
 class SortingDigits:
-    """An endless stream of prompts; equal seeds give equal streams."""
+    """An endless stream of prompts of ``num_digits`` digits; equal seeds give equal streams."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, num_digits: int = NUM_DIGITS) -> None:
         self._generator = torch.Generator().manual_seed(seed)
+        self._num_digits = num_digits
 
     def prompts(self, count: int) -> torch.Tensor:
-        """``count`` prompts as token ids, int64 [count, PROMPT_LENGTH]."""
-        digits = torch.randint(0, 10, (count, NUM_DIGITS), generator=self._generator)
+        """``count`` prompts as token ids, int64 [count, num_digits + 2]."""
+        digits = torch.randint(0, 10, (count, self._num_digits), generator=self._generator)
         begin = torch.full((count, 1), BEGIN)
         ask = torch.full((count, 1), ASK)
         return torch.cat([begin, digits, ask], dim=1)
 
 
 def answers(prompts: torch.Tensor) -> torch.Tensor:
-    """The right answers, int64 [count, ANSWER_LENGTH]."""
-    digits = prompts[:, 1 : 1 + NUM_DIGITS].sort(dim=1).values
+    """The right answers, int64 [count, num_digits + 1]."""
+    digits = prompts[:, 1:-1].sort(dim=1).values
     return torch.cat([digits, torch.full((len(prompts), 1), END)], dim=1)
 
 
 def reward(prompt: Sequence[int], answer: Sequence[int]) -> float:
     """1.0 for exactly the sorted digits and the end sign, else 0.0."""
-    return float(list(answer) == [*sorted(prompt[1 : 1 + NUM_DIGITS]), END])
+    return float(list(answer) == [*sorted(prompt[1:-1]), END])
+
+
+def accuracy(prompts: Sequence[Sequence[int]], given: Sequence[Sequence[int]]) -> float:
+    """Share of prompts that were answered rightly."""
+    return sum(reward(prompt, answer) for prompt, answer in zip(prompts, given, strict=True)) / len(prompts)

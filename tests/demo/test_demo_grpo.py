@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from weightcast_demo import task
-from weightcast_demo.grpo import Learner, Rollouts, advantages, clipped_loss
+from weightcast_demo.grpo import Learner, Rollouts, advantages, clipped_loss, divergence
 from weightcast_demo.policy import answer_logprobs, build_policy
 
 
@@ -20,7 +20,7 @@ def generator(seed: int) -> torch.Generator:
 def rollouts_of(model: torch.nn.Module, seed: int, *, num_prompts: int = 4, group_size: int = 6) -> Rollouts:
     """Answers of random digits, every other one right; log-probabilities of the model itself."""
     prompts = task.SortingDigits(seed).prompts(num_prompts).repeat_interleave(group_size, dim=0)
-    tokens = torch.randint(0, 10, (len(prompts), task.ANSWER_LENGTH), generator=generator(seed))
+    tokens = torch.randint(0, 10, (len(prompts), task.NUM_DIGITS + 1), generator=generator(seed))
     tokens[::2] = task.answers(prompts)[::2]
     rewards = [task.reward(p, t) for p, t in zip(prompts.tolist(), tokens.tolist(), strict=True)]
     mask = torch.ones_like(tokens, dtype=torch.bool)
@@ -92,6 +92,40 @@ def test_the_gap_shows_one_wrong_logprob_and_ignores_padding() -> None:
     rollouts.logprobs[1, -1] = 99.0  # padding
     rollouts.logprobs[2, 3] += 0.25
     assert Learner(model).step(rollouts).logprob_gap == pytest.approx(0.25, abs=1e-3)
+
+
+@torch.no_grad()
+def distributions(model: torch.nn.Module, rollouts: Rollouts) -> torch.Tensor:
+    """The model's next-token probabilities at each place of the answers, in float64."""
+    text = torch.cat([rollouts.prompts, rollouts.tokens], dim=1)
+    logits = model(input_ids=text, use_cache=False).logits[:, rollouts.prompts.shape[1] - 1 : -1]
+    return logits.double().softmax(-1)
+
+
+def test_entropy_and_divergence_are_those_of_the_distributions() -> None:
+    model = build_policy(58)
+    learner = Learner(model, lr=3e-3)
+    rollouts = rollouts_of(model, 58)
+    start = distributions(model, rollouts)
+    first = learner.step(rollouts)
+    assert first.kl == 0.0, "before its first step the policy is the one that it is compared with"
+    now = distributions(model, rollouts)
+    second = learner.step(rollouts)
+    for stats, probabilities in ((first, start), (second, now)):
+        entropy = -(probabilities * probabilities.log()).sum(-1)
+        assert stats.entropy == pytest.approx(entropy[rollouts.mask].mean().item(), abs=1e-4)
+    ratio = (start / now).gather(-1, rollouts.tokens.unsqueeze(-1)).squeeze(-1)[rollouts.mask]
+    assert second.kl == pytest.approx((ratio - 1 - ratio.log()).mean().item(), rel=1e-3)
+    assert second.kl > 1e-5
+
+
+def test_the_divergence_of_samples_is_that_of_their_distributions() -> None:
+    rng = generator(59)
+    now, start = (torch.randn(7, generator=rng).log_softmax(-1) for _ in range(2))
+    tokens = torch.multinomial(now.exp(), 200_000, replacement=True, generator=rng)
+    exact = (now.exp() * (now - start)).sum().item()
+    estimate = divergence(now[tokens], start[tokens], torch.ones(len(tokens), dtype=torch.bool))
+    assert estimate == pytest.approx(exact, rel=0.05)
 
 
 def test_warm_up_stops_when_warm_or_at_its_limit() -> None:

@@ -74,7 +74,8 @@ def test_rollouts_hold_every_answer_at_its_prompt() -> None:
 def test_greedy_accuracy_counts_right_answers() -> None:
     reply = Reply(62)
     prompts = task.SortingDigits(62).prompts(9)
-    accuracy = reply.sampler().greedy_accuracy(prompts)
+    answers = reply.sampler().greedy(prompts)
+    accuracy = task.accuracy(prompts.tolist(), answers)
     right = [task.reward(p, reply.choices[i]["token_ids"]) for i, p in enumerate(prompts.tolist())]
     assert accuracy == sum(right) / 9
     assert reply.request["temperature"] == 0.0
@@ -123,8 +124,8 @@ def failing(error: Exception | httpx.Response) -> HttpSampler:
 def test_failures_are_named() -> None:
     prompts = task.SortingDigits(64).prompts(2)
     with pytest.raises(EngineError, match="answered 503: not yet"):
-        failing(httpx.Response(503, text="not yet")).greedy_accuracy(prompts)
+        failing(httpx.Response(503, text="not yet")).greedy(prompts)
     with pytest.raises(EngineError, match="cannot be reached: refused"):
-        failing(httpx.ConnectError("refused")).greedy_accuracy(prompts)
+        failing(httpx.ConnectError("refused")).greedy(prompts)
     with pytest.raises(DeadlineExceeded, match=r"2 prompts in 2\.5 s"):
-        failing(httpx.ReadTimeout("slow")).greedy_accuracy(prompts)
+        failing(httpx.ReadTimeout("slow")).greedy(prompts)

@@ -1,124 +1,187 @@
-"""The page is one well-formed file that says what happened and trusts no text."""
+"""A page is one file around a JSON document: what the document says, and that no text in it becomes markup."""
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import hashlib
+import json
 import random
 import re
 from html.parser import HTMLParser
+from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import pytest
 from report_samples import make_report
 
 from weightcast.errors import InvalidInput
-from weightcast.report.html import Page, render, write_page
-from weightcast.report.model import Phase
-from weightcast.report.svg import ticks
+from weightcast.report.colours import PHASE_COLOURS, phase_colour
+from weightcast.report.page import LIVE_PAGE, Chart, Page, embedded, render, write_page
+from weightcast.report.rounds import KEPT, stalls
+from weightcast.report.tables import Cell, Table
 
-VOID = {"meta", "line", "rect", "polyline", "br"}
-HOSTILE = "</script><script>alert('x')</script>\"'&<img src=x onerror=y>"
+HOSTILE = "</script><script>alert('x')</script><!--<script>\"'&<img src=x onerror=y>\u2028\u2029]]>"
 
 
-class Outline(HTMLParser):
-    """Checks that tags nest, and keeps what a test asks about."""
+class Elements(HTMLParser):
+    """The elements of a page, with their attributes."""
 
-    def __init__(self) -> None:
+    def __init__(self, text: str) -> None:
         super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text: list[str] = []
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(text)
+        self.close()
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
+        self.found.append((tag, dict(attrs)))
 
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text.append(data)
-
-    def all(self, tag: str, css_class: str) -> list[dict[str, str | None]]:
-        return [a for t, a in self.tags if t == tag and css_class in (a.get("class") or "").split()]
+    @property
+    def tags(self) -> list[str]:
+        return [tag for tag, _ in self.found]
 
 
-def outline(text: str) -> Outline:
-    parser = Outline()
-    parser.feed(text)
-    parser.close()
-    assert parser.open == []
-    return parser
+def document_in(text: str) -> dict[str, Any]:
+    """The document that a browser's JSON.parse gets."""
+    (data,) = re.findall(r'<script type="application/json" id="document">(.*?)</script>', text, re.DOTALL)
+    found: dict[str, Any] = json.loads(data)
+    return found
 
 
-def test_every_round_phase_and_digest_is_on_the_page() -> None:
+def test_the_document_has_every_round_and_its_figures() -> None:
     rng = random.Random(21)
     reports = [make_report(rng, number=number + 1) for number in range(7)]
+    reports[3] = make_report(rng, number=4, matching=False)
     rewards = [rng.random() for _ in range(6)]
-    page = Page(
-        title="a run", reports=reports, series={"mean": rewards, "each": rewards}, facts={"Accuracy": "0.5 → 0.9"}
+    chart = Chart(title="Reward", series={"mean": rewards, "each": rewards[::-1]})
+    document = document_in(
+        render(Page(title="a run", reports=reports, charts=[chart], facts={"Accuracy": "0.5 → 0.9"}))
     )
-    found = outline(render(page))
-    assert len(found.all("rect", "phase")) == sum(len(report.phases) for report in reports)
-    assert len(found.all("rect", "hit")) == len(rewards)
-    assert len(found.all("polyline", "line")) == 2
-    text = " ".join(found.text)
-    for report in reports:
-        assert report.version in text
-        assert report.digest[:16] in text
-    assert "0.5 → 0.9" in text
-    assert "7 of 7" in text
+    (trainer,) = document["engines"]
+    for told, report in zip(trainer["rounds"], reports, strict=True):
+        assert (told["version"], told["digest"], told["proven"]) == (
+            report.version,
+            report.digest,
+            report.digests_match,
+        )
+        assert told["phases"] == [
+            {"name": phase.name, "start_s": phase.start_s, "seconds": phase.seconds} for phase in report.phases
+        ]
+        assert told["error"] is None
+    assert document["charts"][0]["series"] == {"mean": rewards, "each": rewards[::-1]}
+    assert document["facts"]["Accuracy"] == "0.5 → 0.9"
+    assert document["facts"]["Rounds proven by digest"] == "6 of 7"
+    assert document["details"][0]["rows"][0][0] == reports[-1].engines[0].name
 
 
-def test_a_round_with_a_wrong_digest_is_marked() -> None:
+def test_failed_rounds_say_why_and_long_runs_are_cut() -> None:
     rng = random.Random(22)
-    reports = [make_report(rng), make_report(rng, matching=False)]
-    found = outline(render(Page(title="t", reports=reports)))
-    assert len(found.all("b", "ok")) == 1
-    assert len(found.all("b", "bad")) == 1
-    assert "1 of 2" in " ".join(found.text)
+    good, bad = make_report(rng, number=1), make_report(rng, number=2)
+    engine = dataclasses.replace(bad.engines[0], ok=False, error="PeerLost: the worker was killed")
+    bad = dataclasses.replace(bad, outcome="aborted", engines=(engine,))
+    (trainer,) = Page(title="t", reports=[good] * KEPT + [bad]).document()["engines"]
+    assert len(trainer["rounds"]) == KEPT
+    assert f"newest {KEPT} of {KEPT + 1}" in trainer["note"]
+    assert trainer["rounds"][-1].error == f"aborted; {engine.name}: PeerLost: the worker was killed"
+    assert trainer["status"]["weight_version"] == good.version
+    degraded = dataclasses.replace(good, engines=(engine,))
+    (trainer,) = Page(title="t", reports=[degraded]).document()["engines"]
+    assert "the worker was killed" in trainer["rounds"][0].error
 
 
-def test_nothing_from_outside_becomes_markup() -> None:
+def test_stalls_are_from_the_pause_to_its_end() -> None:
+    rng = random.Random(23)
+    first, second = make_report(rng), make_report(rng)
+    other = dataclasses.replace(second.engines[0], name="other", phases=())
+    second = dataclasses.replace(second, engines=(*second.engines, other))
+    found = stalls([first, second])
+    name = first.engines[0].name
+    assert found[name] == pytest.approx([first.total_s * 1e3, second.total_s * 1e3])
+    assert [value != value for value in found["other"]] == [True, True]
+    assert document_in(render(Page(title="t", charts=[Chart(title="s", series=found)])))["charts"][0]["series"][
+        "other"
+    ] == [None, None]
+
+
+def hostile_page() -> Page:
     report = make_report(random.Random(23))
     engine = report.engines[0]
     worker = dataclasses.replace(engine.workers[0], transport=HOSTILE, reason=HOSTILE, digest=HOSTILE)
     engine = dataclasses.replace(
         engine, name=HOSTILE, kind=HOSTILE, version=HOSTILE, ok=False, error=HOSTILE, workers=(worker,)
     )
+    phase = dataclasses.replace(report.phases[0], name=HOSTILE)
     report = dataclasses.replace(
-        report, version=HOSTILE, digest=HOSTILE, mode=HOSTILE, engines=(engine,),
-        phases=(Phase(name=HOSTILE, start_s=0.0, seconds=1.0),),
-    )  # fmt: skip
-    page = Page(
-        title=HOSTILE, summary=HOSTILE, reports=[report], series_title=HOSTILE, series={HOSTILE: [1.0], "b": [2.0]},
+        report, version=HOSTILE, digest=HOSTILE, mode=HOSTILE, engines=(engine,), phases=(phase,), unused=(HOSTILE,)
+    )
+    return Page(
+        title=HOSTILE,
+        summary=HOSTILE,
+        reports=[report],
         facts={HOSTILE: HOSTILE},
-    )  # fmt: skip
-    found = outline(render(page))
-    names = [tag for tag, _ in found.tags]
-    assert names.count("script") == 1
-    assert "img" not in names
-    assert not any(name.startswith("on") for _, attributes in found.tags for name in attributes)
-    assert any(HOSTILE in text for text in found.text), "the text itself is shown as it is"
+        charts=[Chart(title=HOSTILE, note=HOSTILE, unit=HOSTILE, series={HOSTILE: [1.0], "__proto__": [2.0]})],
+        tables=[Table(title=HOSTILE, columns=(HOSTILE,), rows=[[HOSTILE], [Cell(text=HOSTILE, state="bad")]])],
+    )
 
 
-def test_the_page_loads_nothing() -> None:
-    text = render(Page(title="t", reports=[make_report(random.Random(24))], series={"a": [0.1, 0.2]}))
-    assert not re.search(r"(src|href)\s*=|https?://(?!127\.0\.0\.1)|@import|url\(", text)
-    assert "default-src 'none'" in text
+def test_nothing_from_outside_becomes_markup() -> None:
+    text = render(hostile_page())
+    found = Elements(text)
+    assert found.tags.count("script") == 2
+    assert "img" not in found.tags
+    assert not any(name.startswith("on") for _, attributes in found.found for name in attributes)
+    document = document_in(text)
+    assert document["title"] == HOSTILE, "the text itself arrives as it is"
+    assert document["tables"][0]["rows"][1][0] == {"text": HOSTILE, "state": "bad"}
 
 
-def test_an_empty_run_gives_a_page_too() -> None:
-    outline(render(Page(title="nothing yet", series={"reward": []})))
+def test_no_sign_of_markup_is_left_in_embedded_json() -> None:
+    rng = random.Random(24)
+    signs = "<>&\u2028\u2029/!-[]{}\"'\\\n\x00\ud7ff\U0001f600 script"
+    for _ in range(200):
+        text = "".join(rng.choice(signs) for _ in range(rng.randrange(40)))
+        made = embedded({text: [text, float("nan")]})
+        assert not set(made) & set("<>&\u2028\u2029")
+        assert json.loads(made) == {text: [text, None]}
 
 
-def test_series_of_different_lengths_are_refused() -> None:
+def test_the_page_loads_nothing_and_admits_its_own_script_alone() -> None:
+    for page, connect in ((Page(title="t", reports=[make_report(random.Random(25))]), "'none'"), (LIVE_PAGE, "'self'")):
+        text = render(page)
+        found = Elements(text)
+        assert not [attributes for _, attributes in found.found if "src" in attributes]
+        assert [attributes.get("href") for tag, attributes in found.found if tag == "link"] == ["data:,"]
+        (policy,) = [attributes["content"] for tag, attributes in found.found if "http-equiv" in attributes]
+        rules = dict(rule.split(" ", 1) for rule in (policy or "").split("; "))
+        for kind, tag in (("style-src", "style"), ("script-src", "script")):
+            (content,) = re.findall(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
+            assert rules[kind] == f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
+        assert rules["default-src"] == rules["base-uri"] == rules["form-action"] == "'none'"
+        assert rules["connect-src"] == connect
+
+
+def test_the_script_puts_texts_in_as_texts() -> None:
+    for name in ("charts.js", "page.js"):
+        script = files("weightcast.report").joinpath("assets", name).read_text(encoding="utf-8")
+        for way in ("innerHTML", "outerHTML", "insertAdjacent", "document.write", "eval(", "Function(", "srcdoc"):
+            assert way not in script
+
+
+def test_no_phase_is_red_and_a_name_has_one_colour() -> None:
+    for name in (*PHASE_COLOURS, "some other", "another", "x"):
+        red, green, blue = (int(phase_colour(name)[place : place + 2], 16) for place in (1, 3, 5))
+        assert red < 1.5 * max(green, blue), name
+        assert phase_colour(name) == phase_colour(name)
+    assert len({phase_colour(name) for name in ("prepare", "begin", "transfer", "verify", "commit", "undo")}) == 6
+    assert len({phase_colour(name) for name in ("pause", "apply", "resume")}) == 3
+
+
+def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(InvalidInput, match="different lengths"):
-        Page(title="t", series={"a": [1.0], "b": [1.0, 2.0]})
+        Chart(title="t", series={"a": [1.0], "b": [1.0, 2.0]})
+    with pytest.raises(InvalidInput, match="needs 2 cells"):
+        Table(title="t", columns=("a", "b"), rows=[["1"]])
 
 
 def test_writing_replaces_the_page_whole(tmp_path: Path) -> None:
@@ -128,14 +191,3 @@ def test_writing_replaces_the_page_whole(tmp_path: Path) -> None:
     assert write_page(path, page) == path
     assert path.read_text(encoding="utf-8") == render(page)
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_ticks_cover_the_range_with_round_numbers() -> None:
-    rng = random.Random(25)
-    for _ in range(200):
-        low = rng.uniform(-5, 5) * 10 ** rng.randrange(-4, 4)
-        high = low + rng.uniform(1e-6, 9) * 10 ** rng.randrange(-3, 4)
-        marks = ticks(low, high)
-        assert marks[0] <= low + 1e-6 * (high - low)
-        assert marks[-1] >= high - 1e-6 * (high - low)
-        assert 2 <= len(marks) <= 8

@@ -25,7 +25,7 @@ ROUND = {
     "round": 2,
     "version": "3-ab",
     "seconds": 0.5,
-    "phases": {"pause": 0.1},
+    "phases": [{"name": "pause", "start_s": 0.0, "seconds": 0.1}],
 }
 STATUS = {"weight_version": "3-ab", "ready": True, "reason": "", "dirty": False, "paused": False, "model": "m"}
 GOOD = {"engines": [{"name": "m", "status": STATUS, "rounds": [{**ROUND, "error": None}]}]}
@@ -41,6 +41,8 @@ BAD = [
     b"[" * 100_000, b'{"engines": [' + b"[" * 100_000,
     answer_of({"name": 7}), answer_of({"status": 7}), answer_of({"rounds": 7}), answer_of({"rounds": [7]}),
     answer_of({"status": {"weight_version": 7, "ready": True}}), answer_of({"status": STATUS, "rounds": [{**ROUND, "phases": 7}]}),
+    answer_of({"status": STATUS, "rounds": [{**ROUND, "phases": [{"name": "", "start_s": 0.0, "seconds": 0.1}]}]}),
+    answer_of({"status": STATUS, "rounds": [{**ROUND, "phases": [{"name": "p", "start_s": -1.0, "seconds": 0.1}]}]}),
     answer_of({"status": STATUS, "rounds": [{**ROUND, "seconds": "long"}]}),
     answer_of({"status": STATUS, "rounds": [{**ROUND, "seconds": 1e300}]}),
     answer_of({"status": STATUS, "rounds": [{**ROUND, "at": -1}]}),
@@ -95,9 +97,12 @@ def test_a_server_that_answers_anything_counts_as_not_reached(servers: tuple[Ser
     bad.body = body
     with WatchServer([bad.url, good.url]) as watching:
         first, second = watching.rounds()["engines"]
-    assert first == {"name": bad.url, "status": None, "rounds": []}
+    assert (first["name"], first["status"], first["rounds"]) == (bad.url, None, [])
+    assert first["error"].startswith("/weightcast/rounds did not answer with rounds: ")
+    assert len(first["error"]) <= 2000
+    assert first["error"].isprintable()
     assert (second["name"], second["status"]["weight_version"]) == (good.url, "3-ab")
-    assert second["rounds"][0]["phases"] == {"pause": 0.1}
+    assert list(second["rounds"][0]["phases"]) == ROUND["phases"]
 
 
 def test_texts_are_cleaned_and_lists_cut(servers: tuple[Server, Server]) -> None:
@@ -107,7 +112,7 @@ def test_texts_are_cleaned_and_lists_cut(servers: tuple[Server, Server]) -> None
         **ROUND,
         "version": HOSTILE_TEXT,
         "error": HOSTILE_TEXT,
-        "phases": {HOSTILE_TEXT + str(i): 0.1 for i in range(100)},
+        "phases": [{"name": HOSTILE_TEXT + str(i), "start_s": 0.0, "seconds": 0.1} for i in range(100)],
     }
     bad.body = json.dumps({"engines": [{"name": HOSTILE_TEXT, "status": status, "rounds": [row] * 20}] * 2}).encode()
     with WatchServer([bad.url]) as watching:

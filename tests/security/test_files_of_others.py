@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from weightcast.report.html import Page, write_page
 from weightcast.report.model import Report
+from weightcast.report.page import Page, write_page
 from weightcast.report.roundlog import RoundLog
 from weightcast.server.run import ready_file
 from weightcast.untrusted.written import write_whole

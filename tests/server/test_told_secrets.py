@@ -22,7 +22,7 @@ from weightcast.control import Coordinator, JoinInfo
 from weightcast.errors import WeightcastError
 from weightcast.facts import Facts
 from weightcast.messages import Hello
-from weightcast.report.html import Page, write_page
+from weightcast.report.page import Page, write_page
 from weightcast.server import ServerConfig
 from weightcast.testing.models import build_tiny_model
 from weightcast.transports.cuda_ipc import CudaIpcOffer

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -21,8 +21,10 @@ class Demo(StrEnum):
 
 def command(
     demo: Annotated[Demo, typer.Argument(help="sorting: train and serve; smollm: push a checkpoint.")] = Demo.sorting,
-    short: Annotated[bool, typer.Option("--short", help="sorting: a few steps, judged without the reward.")] = False,
-    iterations: Annotated[int | None, typer.Option(min=1, help="sorting: optimizer steps.", show_default="56")] = None,
+    short: Annotated[bool, typer.Option("--short", help="sorting: a smaller task, in under a minute.")] = False,
+    iterations: Annotated[
+        int | None, typer.Option(min=1, help="sorting: optimizer steps.", show_default="56, short: 24")
+    ] = None,
     seconds: Annotated[float | None, typer.Option(min=1, help="sorting: stop learning after about this long.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**31, help="sorting: seed of everything random.")] = 0,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the server; 0: a free one.")] = 0,
@@ -47,15 +49,10 @@ def _sorting(short: bool, iterations: int | None, seconds: float | None, seed: i
     from weightcast_demo.record import Options
     from weightcast_demo.sorting import run_demo
 
-    options = Options(
-        iterations=iterations or (8 if short else 56),
-        seconds=seconds,
-        seed=seed,
-        port=port,
-        report=report,
-        warm_up=0.1 if short else 0.3,
-        held_out=128 if short else 256,
-    )
+    short_task = {"num_digits": 4, "iterations": 24, "lr": 2e-4, "held_out": 512, "min_rise": 0.03, "judged_from": 20}
+    asked = {"iterations": iterations} if iterations is not None else {}
+    task: dict[str, Any] = {**(short_task if short else {}), **asked}
+    options = Options(seconds=seconds, seed=seed, port=port, report=report, **task)
     return run_demo(options, console()).passed
 
 

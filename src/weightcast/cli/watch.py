@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import webbrowser
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +14,7 @@ import typer
 
 from weightcast.cli.shared import console, reported_errors
 from weightcast.errors import InvalidInput
+from weightcast.quoted import quoted
 from weightcast.report.watched import watched_engines
 from weightcast.server.pages import foreign_page
 from weightcast.trainer.clients.urls import Endpoint, endpoint_of
@@ -67,24 +67,12 @@ class WatchServer(ThreadingHTTPServer):
     def _trainer(self) -> list[dict[str, Any]]:
         if self._log is None or not self._log.exists():
             return []
-        from weightcast.report.roundlog import latest_rounds
+        import msgspec
 
-        reports = latest_rounds(self._log)[-SHOWN_ROUNDS:]
-        served = next((report.version for report in reversed(reports) if report.outcome == "committed"), "default")
-        rounds = [
-            {
-                "at": None,
-                "action": "publish",
-                "epoch": report.epoch,
-                "round": report.round,
-                "version": report.version,
-                "seconds": report.total_s,
-                "phases": report.phase_seconds(),
-                "error": None if report.outcome == "committed" else report.outcome,
-            }
-            for report in reports
-        ]
-        return [{"name": "trainer", "status": {"weight_version": served, "ready": True}, "rounds": rounds}]
+        from weightcast.report.roundlog import latest_rounds
+        from weightcast.report.rounds import trainer_of
+
+        return [msgspec.to_builtins(trainer_of(latest_rounds(self._log)[-SHOWN_ROUNDS:]))]
 
 
 def _ask(endpoint: Endpoint) -> list[dict[str, Any]]:
@@ -95,17 +83,24 @@ def _ask(endpoint: Endpoint) -> list[dict[str, Any]]:
     from weightcast.deadline import Deadline
     from weightcast.trainer.clients import wire
 
-    missing: list[dict[str, Any]] = [{"name": endpoint.url, "status": None, "rounds": []}]
     try:
         deadline = Deadline(ASK_TIMEOUT_S)
         answer = wire.request("GET", endpoint, "/weightcast/rounds", None, deadline)
         if answer.status != HTTPStatus.OK:
-            return missing
+            return _missing(endpoint, f"/weightcast/rounds answered {answer.status}")
         engines = watched_engines(answer.content)
-    except (httpcore.TimeoutException, httpcore.NetworkError, httpcore.ProtocolError, msgspec.DecodeError):
-        return missing
+    except httpcore.TimeoutException:
+        return _missing(endpoint, f"no answer in {ASK_TIMEOUT_S:g} s")
+    except (httpcore.NetworkError, httpcore.ProtocolError) as error:
+        return _missing(endpoint, f"cannot be reached: {type(error).__name__}: {error}")
+    except msgspec.DecodeError as error:
+        return _missing(endpoint, f"/weightcast/rounds did not answer with rounds: {error}")
     named = [endpoint.url] if len(engines) == 1 else [f"{endpoint.url} {engine.name}" for engine in engines]
     return [{**msgspec.to_builtins(engine), "name": name} for engine, name in zip(engines, named, strict=True)]
+
+
+def _missing(endpoint: Endpoint, error: str) -> list[dict[str, Any]]:
+    return [{"name": endpoint.url, "status": None, "rounds": [], "error": quoted(error)}]
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -114,7 +109,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Refuses pages of other sites, and another name for this machine, which is somebody else's page, too."""
-        from weightcast.report.watch import watch_page
+        import msgspec
+
+        from weightcast.report.page import LIVE_PAGE, render
 
         if (
             self.headers.get("Host", "").rpartition(":")[0] not in ("127.0.0.1", "localhost")
@@ -122,14 +119,14 @@ class _Handler(BaseHTTPRequestHandler):
         ):
             self.send_error(HTTPStatus.FORBIDDEN)
         elif self.path == "/":
-            self._answer("text/html; charset=utf-8", watch_page("weightcast").encode())
+            self._answer("text/html; charset=utf-8", render(LIVE_PAGE).encode())
         elif self.path == "/weightcast/rounds":
-            self._answer("application/json", json.dumps(self.server.rounds()).encode())
+            self._answer("application/json", msgspec.json.encode(self.server.rounds()))
         else:
             self.send_error(HTTPStatus.NOT_FOUND)
 
     def _answer(self, media_type: str, body: bytes) -> None:
-        from weightcast.report.watch import PAGE_HEADERS
+        from weightcast.report.page import PAGE_HEADERS
 
         self.send_response(HTTPStatus.OK)
         for name, value in {**PAGE_HEADERS, "Content-Type": media_type, "Content-Length": str(len(body))}.items():

@@ -11,9 +11,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from weightcast.report.colours import phase_colour
 from weightcast.report.model import Report
-
-PHASE_COLOURS = ("blue", "cyan", "yellow", "green", "magenta", "red")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,10 +92,10 @@ def phase_bar(report: Report, width: int = 24) -> Text:
     total = sum(seconds.values())
     bar = Text()
     drawn, passed = 0, 0.0
-    for number, value in enumerate(seconds.values()):
+    for name, value in seconds.items():
         passed += value
         end = round(passed / total * width) if total else 0
-        bar.append("▄" * (end - drawn), PHASE_COLOURS[number % len(PHASE_COLOURS)])
+        bar.append("▄" * (end - drawn), phase_colour(name))
         drawn = end
     return bar
 
@@ -104,8 +103,8 @@ def phase_bar(report: Report, width: int = 24) -> Text:
 def legend(report: Report) -> Text:
     """Names and milliseconds of a round's phases, in the colours of its bar."""
     text = Text.assemble(("publish: ", "dim"))
-    for number, (name, seconds) in enumerate(report.phase_seconds().items()):
-        text.append("▄ ", PHASE_COLOURS[number % len(PHASE_COLOURS)])
+    for name, seconds in report.phase_seconds().items():
+        text.append("▄ ", phase_colour(name))
         text.append(f"{name} {seconds * 1e3:.1f} ms   ")
     return text
 

@@ -34,6 +34,17 @@ class WatchedStatus(msgspec.Struct, frozen=True, kw_only=True):
         quote_fields(self)
 
 
+class WatchedPhase(msgspec.Struct, frozen=True, kw_only=True):
+    """One phase of an order: when it began and how long it took."""
+
+    name: Annotated[str, msgspec.Meta(min_length=1)]
+    start_s: Seconds
+    seconds: Seconds
+
+    def __post_init__(self) -> None:
+        msgspec.structs.force_setattr(self, "name", quoted(self.name, 64))
+
+
 class WatchedRound(msgspec.Struct, frozen=True, kw_only=True):
     """One order that an engine carried out."""
 
@@ -42,14 +53,13 @@ class WatchedRound(msgspec.Struct, frozen=True, kw_only=True):
     round: Number
     version: str
     seconds: Seconds
-    phases: dict[str, Seconds] = {}
+    phases: tuple[WatchedPhase, ...] = ()
     at: Annotated[float, msgspec.Meta(ge=0, le=1e11)] | None = None
     error: str | None = None
 
     def __post_init__(self) -> None:
         quote_fields(self)
-        phases = {quoted(name, 64): seconds for name, seconds in list(self.phases.items())[:MAX_PHASES]}
-        msgspec.structs.force_setattr(self, "phases", phases)
+        msgspec.structs.force_setattr(self, "phases", self.phases[:MAX_PHASES])
 
 
 class WatchedEngine(msgspec.Struct, frozen=True, kw_only=True):

@@ -13,7 +13,7 @@ from starlette.routing import Router
 
 from weightcast.errors import EngineError, InvalidInput
 from weightcast.manifest import Manifest, TensorSpec
-from weightcast.report.watch import PAGE_HEADERS, watch_page
+from weightcast.report.page import LIVE_PAGE, PAGE_HEADERS, render
 from weightcast.server.auth import TokenAuth, guards_of, presented_token
 from weightcast.server.body import inside, query_flag, read_struct
 from weightcast.server.control import CommitPause, EngineControl, RoundOrder
@@ -181,7 +181,7 @@ class ControlRoutes:
         return json_response({"engines": [{"name": status.model, "status": status, "rounds": self._history.entries()}]})
 
     async def page(self, request: Request) -> Response:
-        return Response(watch_page("weightcast"), headers=PAGE_HEADERS, media_type="text/html")
+        return Response(render(LIVE_PAGE), headers=PAGE_HEADERS, media_type="text/html")
 
     async def _carry_out(self, order: RoundOrder) -> Response:
         history = self._history.record(order.action, order.epoch, order.round, order.version)

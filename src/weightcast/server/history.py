@@ -4,26 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from weightcast.report.rounds import PageRound, in_sequence
+
 KEPT = 200
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RoundEntry:
-    """One order: when it came (seconds since 1970), what came of it, and how long each phase took. ``error`` is a class's
-    name: what an error says is for the owner of the token."""
-
-    at: float
-    action: str
-    epoch: int
-    round: int
-    version: str
-    seconds: float
-    phases: Mapping[str, float] = field(default_factory=dict)
-    error: str | None = None
 
 
 @dataclass(slots=True)
@@ -35,10 +22,13 @@ class Outcome:
 
 
 class RoundHistory:
-    """The latest ``KEPT`` entries. For one thread, that of the event loop."""
+    """The latest ``KEPT`` entries. For one thread, that of the event loop.
+
+    ``error`` of an entry is a class's name: what an error says is for the owner of the token.
+    """
 
     def __init__(self) -> None:
-        self._entries: deque[RoundEntry] = deque(maxlen=KEPT)
+        self._entries: deque[PageRound] = deque(maxlen=KEPT)
 
     @contextmanager
     def record(self, action: str, epoch: int, round: int, version: str) -> Iterator[Outcome]:
@@ -52,18 +42,18 @@ class RoundHistory:
             raise
         finally:
             self._entries.append(
-                RoundEntry(
+                PageRound(
                     at=at,
                     action=action,
                     epoch=epoch,
                     round=round,
                     version=outcome.version,
                     seconds=time.perf_counter() - start,
-                    phases=outcome.phases,
+                    phases=in_sequence(outcome.phases),
                     error=error,
                 )
             )
 
-    def entries(self) -> list[RoundEntry]:
+    def entries(self) -> list[PageRound]:
         """Oldest first."""
         return list(self._entries)
