@@ -69,10 +69,17 @@ def _charts(run: Run) -> list[Chart]:
             x_label="round",
         ),
         Chart(
+            title="Publish",
+            unit="ms",
+            series={"publish": [report.total_s * 1e3 for report in run.reports]},
+            x_label="round",
+        ),
+        Chart(
             title="Largest gap of log-probabilities",
             note="Between the server and the trainer, of one sampled token.",
             series={"gap": [step.logprob_gap for step in stats]},
         ),
+        Chart(title="Length of answers", unit="tokens", series={"tokens": [step.answer_length for step in run.steps]}),
     ]
 
 

@@ -72,9 +72,15 @@ class Step:
 
     reward: float
     num_tokens: int
+    num_answers: int
     sampling_s: float
     publishing_s: float
     stats: StepStats
+
+    @property
+    def answer_length(self) -> float:
+        """Tokens an answer, on average."""
+        return self.num_tokens / self.num_answers
 
 
 @dataclass(slots=True, kw_only=True)
@@ -100,6 +106,7 @@ class Run:
             Step(
                 reward=rollouts.mean_reward,
                 num_tokens=rollouts.num_tokens,
+                num_answers=len(rollouts.tokens),
                 sampling_s=rollouts.seconds,
                 publishing_s=report.total_s,
                 stats=stats,

@@ -139,6 +139,7 @@ def test_totals_and_page() -> None:
     assert charts["Share of time"] == {"sampling": [0.5] * 12, "training": [0.25] * 12, "publishing": [0.1] * 12}
     assert charts["Generation"] == {"tokens/s": [24.0] * 12}
     assert charts["Stall per commit"]["e"] == pytest.approx([number + 1.0 for number in range(13)])
+    assert charts["Length of answers"] == {"tokens": [3.0] * 12}
     (samples,) = document["tables"]
     states = [[cell.state for cell in row[2:]] for row in samples.rows]
     assert states == [["good", "good"]] * 5 + [["bad", "good"]] * 5

@@ -36,7 +36,7 @@ function drawTable(columns, rows, classes = "") {
 
 // What a picture shows, in figures; made when somebody asks for it.
 function figures(label, columns, rows) {
-  const box = node("details", { "data-key": `details ${label}` }, node("summary", {}, "In figures"));
+  const box = node("details", { "data-key": `details ${label}` }, node("summary", { "data-key": `summary ${label}` }, "In figures"));
   box.addEventListener("toggle", () => {
     if (box.open && box.children.length === 1) box.append(scroller(`${label}, in figures`, "tall", drawTable(columns, rows())));
   });
