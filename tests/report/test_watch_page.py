@@ -65,7 +65,7 @@ def test_a_fleet_round_by_round(
         engines[0].arm("transfer:end", "corrupt")
         with pytest.raises(RoundFailed):
             publisher.publish()
-        trainer.locator("tr.why:has-text('aborted'):has-text('DigestMismatch')").wait_for()
+        trainer.locator("tr.why:has-text('aborted'):has-text('staged weights have digest')").wait_for()
         tensors.update(values_of(2))
         second = publisher.publish()
         page.get_by_text(f"2 engines, serving {second.version}").wait_for()
