@@ -2,6 +2,7 @@
 
     WeightcastError
     ├── InvalidInput          bad value from a caller; nothing changed                    (HTTP 422)
+    │   └── PromptTooLong     a prompt leaves no room for an answer                       (HTTP 400)
     ├── StateError            the call is fine, the moment is not                         (HTTP 409)
     │   └── BaseMismatch      a round builds on other weights than the worker serves
     ├── AuthError             missing or wrong token, ticket or key                       (HTTP 401)
@@ -100,6 +101,19 @@ class InvalidInput(WeightcastError, ValueError):
     def __init__(self, message: str, *, field: str | None = None, hint: str | None = None) -> None:
         super().__init__(message, hint=hint)
         self.field = field
+
+
+class PromptTooLong(InvalidInput):
+    """A prompt leaves no room for an answer. Status and words are those of OpenAI's API: clients look for them and shorten the prompt."""
+
+    http_status = 400
+    default_hint = "Please reduce the length of the prompt"
+
+    @classmethod
+    def of(cls, found: str, *, max_model_len: int) -> PromptTooLong:
+        """``found`` says how long the prompt is: so many tokens, or so many characters."""
+        most = f"This model's maximum context length is {max_model_len} tokens"
+        return cls(f"{most}. However, your prompt contains {found}, which leaves no room for an answer", field="prompt")
 
 
 class StateError(WeightcastError):
@@ -310,6 +324,7 @@ _BY_NAME = {
     kind.__name__: kind
     for kind in (
         InvalidInput,
+        PromptTooLong,
         StateError,
         BaseMismatch,
         AuthError,

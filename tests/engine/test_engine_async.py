@@ -14,7 +14,7 @@ from engine_reference import greedy, greedy_on, random_prompts
 from weightcast.engines.base import InferenceEngine
 from weightcast.engines.embedded import AsyncLLM, RequestOutput, RequestOutputKind, SamplingParams
 from weightcast.engines.embedded.sequence import Request
-from weightcast.errors import EngineError, InvalidInput, StateError
+from weightcast.errors import EngineError, InvalidInput, PromptTooLong, StateError
 from weightcast.server import create_app
 
 
@@ -175,10 +175,15 @@ async def test_giving_up_on_a_waiting_pause(serve: Any) -> None:
     assert (await _last(llm, [1], SamplingParams(max_tokens=2))).finished
 
 
-async def test_bad_arguments_are_raised_by_the_call(serve: Any) -> None:
+async def test_a_prompt_without_room_for_an_answer_is_refused(serve: Any) -> None:
     llm, _ = serve(max_model_len=32)
-    with pytest.raises(InvalidInput, match="at most 31"):
-        llm.generate([1] * 32, SamplingParams())
+    for prompt, found in (
+        ([1] * 32, "32 input tokens"),
+        ([1] * 5000, "5000 input tokens"),
+        ("ab" * 5000, "10000 characters"),
+    ):
+        with pytest.raises(PromptTooLong, match=f"maximum context length is 32 tokens.*{found}"):
+            await _last(llm, prompt, SamplingParams())
     assert (await llm.status()).ready
 
 

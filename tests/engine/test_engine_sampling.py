@@ -17,7 +17,13 @@ from weightcast.errors import InvalidInput
 
 def _row(params: SamplingParams, seed: int, tokens: tuple[int, ...] = ()) -> Any:
     return SimpleNamespace(
-        params=params, greedy=params.temperature < 1e-5, rng=random.Random(seed), tokens=list(tokens)
+        params=params,
+        greedy=params.temperature < 1e-5,
+        rng=random.Random(seed),
+        tokens=list(tokens),
+        num_prompt=len(tokens),
+        num_output=0,
+        grammar=None,
     )
 
 
@@ -189,6 +195,14 @@ def test_logprobs_zero_means_the_sampled_token(build: Any, start: Any) -> None:
         ("repetition_penalty", 0.0),
         ("repetition_penalty", 1e-308),
         ("repetition_penalty", 1e300),
+        ("presence_penalty", 2.1),
+        ("frequency_penalty", float("nan")),
+        ("logit_bias", {5: 100.5}),
+        ("logit_bias", {5: True}),
+        ("logit_bias", {"x": 1.0}),
+        ("logit_bias", {-1: 1.0}),
+        ("logit_bias", [5]),
+        ("structured_outputs", "json"),
         ("seed", 2**64),
         ("seed", "7"),
         ("max_tokens", 0),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from weightcast.errors import InvalidInput
@@ -25,6 +25,21 @@ def stop_ids(name: str, value: Any) -> tuple[int, ...]:
         if not _is_integer(token) or token < 0:
             raise InvalidInput(f"{name} holds token ids, not {token!r}", field=name)
     return ids
+
+
+def biases(name: str, value: Any, *, bound: float) -> dict[int, float]:
+    """A number from -bound to bound per token id; token ids may be texts, as JSON has them."""
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise InvalidInput(f"{name} gives a number for each token id, not {value!r}", field=name)
+    found: dict[int, float] = {}
+    for key, bias in value.items():
+        if isinstance(key, bool) or not isinstance(key, int | str) or not str(key).isdecimal() or len(str(key)) > 18:
+            raise InvalidInput(f"{name} is keyed by token ids, not {str(key)[:40]!r}", field=name)
+        number(name, bias, low=-bound, high=bound)
+        found[int(key)] = float(bias)
+    return found
 
 
 def boolean(name: str, value: Any) -> None:

@@ -22,7 +22,7 @@ from weightcast.engines.base import (
     SamplingParams,
     VersionSpan,
 )
-from weightcast.errors import EngineError, InvalidInput, StateError
+from weightcast.errors import EngineError, InvalidInput, PromptTooLong, StateError
 from weightcast.testing.tokenizer import VOCAB_SIZE, build_tokenizer
 
 _LETTERS = string.ascii_letters + string.digits
@@ -300,7 +300,7 @@ class ScriptedEngine:
         if not all(0 <= number < VOCAB_SIZE for number in ids):
             raise InvalidInput(f"token ids must be from 0 to {VOCAB_SIZE - 1}", field="prompt")
         if len(ids) >= self.max_model_len:
-            raise InvalidInput(f"{len(ids)} prompt tokens leave no room in {self.max_model_len}", field="prompt")
+            raise PromptTooLong.of(f"{len(ids)} input tokens", max_model_len=self.max_model_len)
         return ids
 
     def _limit(self, prompt_ids: Sequence[int], params: SamplingParams) -> int:

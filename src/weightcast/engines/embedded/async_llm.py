@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Any, TypeVar
 
 from weightcast.engines.base import (
@@ -23,6 +24,8 @@ from weightcast.manifest import Manifest
 
 T = TypeVar("T")
 _LIVENESS_CHECK_S = 1.0
+_SHORT_PROMPT = 4096
+"""Characters or token ids that are looked at in about a millisecond."""
 
 
 class AsyncLLM:
@@ -60,13 +63,16 @@ class AsyncLLM:
     ) -> AsyncGenerator[RequestOutput, None]:
         """Stream cumulative outputs, the last one finished (FINAL_ONLY: that one only); closing the iterator early aborts the request.
 
-        InvalidInput is raised by this call itself, StateError (not ready, queue full) by the first step of the
-        iterator. A slow reader misses intermediate outputs, never the last one.
+        InvalidInput and StateError (not ready, queue full) are raised by the first step of the iterator. A slow reader misses
+        intermediate outputs, never the last one.
         """
         latest = _Latest(asyncio.get_running_loop())
         stream = sampling_params.output_kind is RequestOutputKind.CUMULATIVE
-        request = self.engine.request(prompt, sampling_params, latest.put, request_id=request_id, stream=stream)
-        return self._stream(request, latest)
+        make = partial(self.engine.request, prompt, sampling_params, latest.put, request_id=request_id, stream=stream)
+        # Tokens of a long text and a grammar take a while to make; the event loop goes on meanwhile.
+        short = isinstance(prompt, str | Sequence) and len(prompt) <= _SHORT_PROMPT
+        takes_long = not short or sampling_params.structured_outputs is not None
+        return self._stream(make, latest, takes_long=takes_long)
 
     async def run_between_steps(self, command: Callable[[], T]) -> T:
         """Run ``command`` on the engine's thread between two forward passes and return its result."""
@@ -124,8 +130,11 @@ class AsyncLLM:
     async def shutdown(self) -> None:
         await asyncio.to_thread(self.engine.shutdown)
 
-    async def _stream(self, request: Request, latest: _Latest) -> AsyncGenerator[RequestOutput, None]:
+    async def _stream(
+        self, make: Callable[[], Request], latest: _Latest, *, takes_long: bool
+    ) -> AsyncGenerator[RequestOutput, None]:
         finished = False
+        request = await asyncio.to_thread(make) if takes_long else make()
         try:
             await self._wait(self.engine.submit([request]))
             while not finished:

@@ -198,6 +198,7 @@ class EngineCore:
             num_prompt=len(prompt),
             rng=random.Random(f"{seed}:{index}"),
             detokenizer=detokenizer,
+            grammar=None if request.grammar is None else request.grammar.copy(),
             logprobs=None if params.logprobs is None else [],
         )
 
@@ -213,6 +214,9 @@ class EngineCore:
                 continue
             if not sampled.finite:
                 self._end(sequence.request, "error", "the model's logits are not finite numbers")
+                continue
+            if sequence.grammar is not None and not sequence.grammar.accept(sampled.token):
+                self._end(sequence.request, "error", f"structured_outputs: {sequence.grammar.error}")
                 continue
             self._accept(sequence, sampled, version)
             touched[sequence.request.request_id] = sequence.request
@@ -234,7 +238,9 @@ class EngineCore:
         params = sequence.params
         enough = sequence.num_output >= params.min_tokens
         stop_id = enough and token in params.stop_token_ids
-        stopped = stop_id or (enough and not params.ignore_eos and token in self._eos)
+        # A form that is complete leaves nothing else to sample, whatever was asked about the end of the text.
+        complete = sequence.grammar is not None and token in self._eos
+        stopped = stop_id or complete or (enough and not params.ignore_eos and token in self._eos)
         full = len(sequence.tokens) >= self._max_model_len
         full = full or (params.max_tokens is not None and sequence.num_output >= params.max_tokens)
         found = self._add_text(sequence, ended=stopped or full, drop_last=stopped, search=enough)

@@ -7,7 +7,7 @@ import logging
 import threading
 import uuid
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from weightcast.engines.base import EngineStatus, LiveDigests, PauseMode, SamplingParams
 from weightcast.engines.embedded.config import EngineConfig
 from weightcast.engines.embedded.core import EngineCore
+from weightcast.engines.embedded.grammar import Grammars
 from weightcast.engines.embedded.kv import KvCache
 from weightcast.engines.embedded.loading import eos_ids, kv_capacity, load_model, load_tokenizer, model_length
 from weightcast.engines.embedded.runner import ModelRunner
@@ -24,7 +25,7 @@ from weightcast.engines.embedded.support import probe
 from weightcast.engines.embedded.text import Text
 from weightcast.engines.embedded.thread import EngineThread
 from weightcast.engines.embedded.transfer import WeightTransfer, unwrap
-from weightcast.errors import DeadlineExceeded, EngineError, InvalidInput
+from weightcast.errors import DeadlineExceeded, EngineError, InvalidInput, PromptTooLong
 from weightcast.manifest import Manifest
 from weightcast.manifest.dtypes import name_of
 
@@ -41,7 +42,7 @@ class Engine:
         self.config = config
         self.model = load_model(config)
         self.max_model_len = model_length(self.model, config.max_model_len)
-        self.text = Text(load_tokenizer(config))
+        self.text = Text(load_tokenizer(config), self.max_model_len)
         self.model_name = config.served_model_name or _name_of(config.model)
         kv_bytes = probe(self.model, longest=self.max_model_len)
         self._cache = KvCache(
@@ -50,12 +51,14 @@ class Engine:
             config.max_num_seqs,
         )
         self._transfer = WeightTransfer(config.transfer, self.model)
+        eos = eos_ids(self.model, self.text.tokenizer)
+        self._grammars = Grammars(self.text.tokenizer, eos, self.vocab_size)
         self.core = EngineCore(
             scheduler=Scheduler(self._cache, config.max_num_seqs, config.max_num_batched_tokens),
             runner=ModelRunner(self.model, self._cache),
             transfer=self._transfer,
             text=self.text,
-            eos=eos_ids(self.model, self.text.tokenizer),
+            eos=eos,
             max_model_len=self.max_model_len,
             max_sequences=config.max_num_seqs + config.max_waiting,
             seed=config.seed,
@@ -86,15 +89,12 @@ class Engine:
         if not ids:
             raise InvalidInput("the prompt is empty", field="prompt")
         if len(ids) >= self.max_model_len:
-            raise InvalidInput(
-                f"the prompt has {len(ids)} tokens, at most {self.max_model_len - 1} leave room for an answer",
-                field="prompt",
-            )
-        strange = [token for token in ids if not 0 <= token < self.vocab_size]
-        if strange:
-            raise InvalidInput(f"token id {strange[0]} is not in the vocabulary of {self.vocab_size}", field="prompt")
+            raise PromptTooLong.of(f"{len(ids)} input tokens", max_model_len=self.max_model_len)
+        self._check_vocabulary("prompt", ids)
         if params.stop and self.text.tokenizer is None:
             raise InvalidInput("stop strings need a tokenizer", field="stop", hint="Use stop_token_ids")
+        self._check_vocabulary("logit_bias", params.logit_bias)
+        form = params.structured_outputs
         return Request(
             request_id=request_id or uuid.uuid4().hex,
             prompt=text,
@@ -102,8 +102,15 @@ class Engine:
             params=params,
             sink=sink,
             stream=stream,
+            grammar=None if form is None else self._grammars.compile(form),
             bounded=bounded,
         )
+
+    def _check_vocabulary(self, field: str, tokens: Iterable[int]) -> None:
+        vocab = self.vocab_size
+        for token in tokens:
+            if not 0 <= token < vocab:
+                raise InvalidInput(f"token id {token} is not in the vocabulary of {vocab}", field=field)
 
     def submit(self, requests: Sequence[Request]) -> Future[None]:
         """Queue requests in one go; the future raises if one is not taken (those before it are)."""

@@ -31,7 +31,9 @@ class Sampled:
 def sample(logits: torch.Tensor, rows: Seq[Sequence], banned: Seq[Seq[int]]) -> list[Sampled]:
     """Sample one token per row. ``banned[i]`` are ids that row i must not produce now."""
     logits = _precise(logits)
-    _ban(logits, banned)
+    _constrain(logits, rows, banned)
+    _ban(logits, rows, banned)
+    _bias(logits, rows)
     _penalise(logits, rows)
     wants = [row.params.logprobs for row in rows]
     if all(row.greedy for row in rows) and all(want is None for want in wants):
@@ -56,21 +58,52 @@ def _precise(logits: torch.Tensor) -> torch.Tensor:
     return logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32, copy=True)
 
 
-def _ban(logits: torch.Tensor, banned: Seq[Seq[int]]) -> None:
-    places = [(row, token) for row, tokens in enumerate(banned) for token in tokens if token < logits.shape[1]]
+def _constrain(logits: torch.Tensor, rows: Seq[Sequence], banned: Seq[Seq[int]]) -> None:
+    """Leave each row that has a grammar the tokens that the grammar allows, less the banned ones unless those are all."""
+    for number, row in enumerate(rows):
+        if row.grammar is not None:
+            allowed = row.grammar.allowed(logits.shape[1])
+            wanted = allowed.clone()
+            wanted[[token for token in banned[number] if token < len(wanted)]] = False
+            kept = wanted if wanted.any() else allowed
+            logits[number].masked_fill_(~kept.to(logits.device), float("-inf"))
+
+
+def _ban(logits: torch.Tensor, rows: Seq[Sequence], banned: Seq[Seq[int]]) -> None:
+    vocab = logits.shape[1]
+    places = [
+        (number, token)
+        for number, tokens in enumerate(banned)
+        for token in tokens
+        if token < vocab and rows[number].grammar is None
+    ]
     if places:
         index = torch.tensor(places, device=logits.device)
         logits[index[:, 0], index[:, 1]] = float("-inf")
 
 
-def _penalise(logits: torch.Tensor, rows: Seq[Sequence]) -> None:
-    """Repetition penalty over all tokens of prompt and output, as in CTRL: seen tokens move towards unlikely."""
+def _bias(logits: torch.Tensor, rows: Seq[Sequence]) -> None:
     for number, row in enumerate(rows):
-        penalty = row.params.repetition_penalty
-        if penalty != 1.0:
-            seen = torch.tensor(sorted(set(row.tokens)), device=logits.device)
+        if row.params.logit_bias:
+            tokens = torch.tensor(list(row.params.logit_bias), device=logits.device)
+            values = list(row.params.logit_bias.values())
+            logits[number, tokens] += torch.tensor(values, dtype=logits.dtype, device=logits.device)
+
+
+def _penalise(logits: torch.Tensor, rows: Seq[Sequence]) -> None:
+    """First the repetition penalty over all tokens of prompt and output, as in CTRL: seen tokens move towards unlikely. Then the
+    frequency and the presence penalty, over the output alone, as OpenAI defines them."""
+    for number, row in enumerate(rows):
+        params = row.params
+        if params.repetition_penalty != 1.0:
+            seen = torch.unique(torch.tensor(row.tokens)).to(logits.device)
             values = logits[number, seen]
+            penalty = params.repetition_penalty
             logits[number, seen] = torch.where(values > 0, values / penalty, values * penalty)
+        if (params.frequency_penalty or params.presence_penalty) and row.num_output:
+            tokens, counts = torch.unique(torch.tensor(row.tokens[row.num_prompt :]), return_counts=True)
+            taken = params.frequency_penalty * counts.to(logits.dtype) + params.presence_penalty
+            logits[number, tokens.to(logits.device)] -= taken.to(logits.device)
 
 
 def _temper(logits: torch.Tensor, rows: Seq[Sequence]) -> None:

@@ -15,6 +15,7 @@ from weightcast.engines.base import (
     VersionSpan,
 )
 from weightcast.engines.embedded.detokenize import Detokenizer
+from weightcast.engines.embedded.grammar import Grammar
 from weightcast.engines.embedded.kv import Shelf
 from weightcast.engines.sampling import GREEDY_BELOW
 
@@ -31,6 +32,8 @@ class Request:
     params: SamplingParams
     sink: Sink
     stream: bool
+    grammar: Grammar | None = None
+    """The form of the answers, at its beginning: each sequence follows a copy."""
     bounded: bool = True
     """False: taken even when the queue is full."""
     arrival: int = 0
@@ -65,6 +68,7 @@ class Sequence:
     num_prompt: int
     rng: random.Random
     detokenizer: Detokenizer | None
+    grammar: Grammar | None = None
     num_computed: int = 0
     kv_epoch: int = -1
     """The weights epoch in which its first key was computed."""

@@ -6,15 +6,22 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from weightcast.engines.embedded.detokenize import Decode
-from weightcast.errors import InvalidInput
+from weightcast.errors import InvalidInput, PromptTooLong
 
 
 class Text:
     """Encodes prompts and decodes tokens; remembers the text of single tokens."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, max_model_len: int) -> None:
         self.tokenizer = tokenizer
+        self._max_model_len = max_model_len
         self._tokens: dict[int, str] = {}
+        self._longest_token: int | None = None
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is not None:
+            # Otherwise the first call would change them, and other threads may encode at that moment.
+            backend.no_truncation()
+            backend.no_padding()
 
     def decoder(self, *, skip_special_tokens: bool) -> Decode | None:
         """A function from token ids to text, or None without a tokenizer."""
@@ -58,7 +65,13 @@ class Text:
         return self._encode(text, add_special_tokens=False)
 
     def _encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        return [int(t) for t in self._required().encode(text, add_special_tokens=add_special_tokens)]
+        tokenizer = self._required()
+        if self._longest_token is None:
+            self._longest_token = max(map(len, tokenizer.get_vocab()))
+        if len(text) > self._max_model_len * self._longest_token:
+            # To find out how many tokens these are would take minutes.
+            raise PromptTooLong.of(f"{len(text)} characters", max_model_len=self._max_model_len)
+        return [int(t) for t in tokenizer.encode(text, add_special_tokens=add_special_tokens)]
 
     def _required(self) -> Any:
         if self.tokenizer is None:
