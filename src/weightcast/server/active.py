@@ -12,9 +12,11 @@ class ActiveRequests:
 
     def __init__(self) -> None:
         self._engine_ids: dict[str, set[str]] = {}
+        self._num_requests = 0
 
     def __len__(self) -> int:
-        return len(self._engine_ids)
+        """How many requests are in work, whatever number of ids each has."""
+        return self._num_requests
 
     @contextmanager
     def running(self, names: Iterable[str], num_prompts: int) -> Iterator[list[str]]:
@@ -24,9 +26,11 @@ class ActiveRequests:
         ids = [f"{stem}-{index}" for index in range(num_prompts)]
         for name in names:
             self._engine_ids.setdefault(name, set()).update(ids)
+        self._num_requests += 1
         try:
             yield ids
         finally:
+            self._num_requests -= 1
             for name in names:
                 left = self._engine_ids[name] - set(ids)
                 if left:

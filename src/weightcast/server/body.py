@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+import gc
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -14,8 +16,10 @@ from weightcast.server.replies import RequestRefused
 from weightcast.untrusted.invalid import invalid_input
 from weightcast.untrusted.known import known
 
+T = TypeVar("T")
 StructT = TypeVar("StructT", bound=msgspec.Struct)
 
+SHORT_BODY_NBYTES = 16 * 2**10
 SMALL_BODY_NBYTES = 256 * 2**10
 ALL_BODIES_NBYTES = 512 * 2**20
 
@@ -80,13 +84,32 @@ def decode(data: bytes, cls: type[StructT]) -> StructT:
     if not data.strip():
         raise InvalidInput("the request has no body; send a JSON object", field="body")
     try:
-        return msgspec.json.decode(data, type=known(cls))
+        with _without_collecting(len(data)):
+            return msgspec.json.decode(data, type=known(cls))
     except msgspec.ValidationError as error:
         raise invalid_input(error) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidInput(f"the body is not valid JSON: {error}", field="body") from None
     except RecursionError:
         raise InvalidInput("the body is nested too deeply", field="body") from None
+
+
+async def aside(nbytes: int, work: Callable[[], T]) -> T:
+    """Work on a body: at once when the body is small, else on a thread, while the event loop goes on."""
+    return work() if nbytes <= SHORT_BODY_NBYTES else await asyncio.to_thread(work)
+
+
+@contextmanager
+def _without_collecting(nbytes: int) -> Iterator[None]:
+    """No garbage is collected while a large body is decoded: a million small lists would be looked through again and again."""
+    pauses = nbytes > SMALL_BODY_NBYTES and gc.isenabled()
+    if pauses:
+        gc.disable()
+    try:
+        yield
+    finally:
+        if pauses:
+            gc.enable()
 
 
 @contextmanager

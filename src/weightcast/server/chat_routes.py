@@ -9,10 +9,11 @@ from starlette.responses import Response
 
 from weightcast.engines.base import RequestOutput
 from weightcast.server import logprobs
-from weightcast.server.body import read_struct
+from weightcast.server.body import aside
 from weightcast.server.context import ServerContext
-from weightcast.server.generation import Generator, Job, Piece, choice_extras
+from weightcast.server.generation import Generator
 from weightcast.server.operation import Operation
+from weightcast.server.pieces import Job, Piece, choice_extras
 from weightcast.server.prompts import chat_prompt
 from weightcast.server.sampling import chat_sampling
 from weightcast.server.schemas import ChatRequest, check_supported
@@ -77,8 +78,9 @@ class ChatRoutes:
         ]
 
     async def chat(self, http: Request) -> Response:
-        request = await read_struct(http, ChatRequest, self._context.config.max_body_nbytes)
+        request, nbytes = await self._context.bodies.read(http, ChatRequest)
         check_supported(request)
-        prompt = chat_prompt(request, self._context.engine.tokenizer)
+        engine = self._context.engine
+        prompt = await aside(nbytes, lambda: chat_prompt(request, engine.tokenizer, engine.max_model_len))
         job = self._generator.job(http, request, [prompt], chat_sampling(request))
         return await self._generator.answer(http, job)

@@ -9,10 +9,11 @@ from starlette.responses import Response
 
 from weightcast.engines.base import RequestOutput
 from weightcast.server import logprobs
-from weightcast.server.body import read_struct
+from weightcast.server.body import aside
 from weightcast.server.context import ServerContext
-from weightcast.server.generation import Generator, Job, Piece, choice_extras
+from weightcast.server.generation import Generator
 from weightcast.server.operation import Operation
+from weightcast.server.pieces import Job, Piece, choice_extras
 from weightcast.server.prompts import completion_prompts
 from weightcast.server.sampling import completion_sampling
 from weightcast.server.schemas import CompletionRequest, check_supported
@@ -41,7 +42,7 @@ class CompletionDialect:
         choice: dict[str, Any] = {"index": piece.index, "text": piece.text, "logprobs": None}
         if piece.logprobs is not None and job.params.logprobs is not None:
             choice["logprobs"] = logprobs.completion_logprobs(
-                piece.token_ids, piece.logprobs, job.params.logprobs, piece.text_offset, job.as_ids
+                piece.scored_ids, piece.logprobs, job.params.logprobs, piece.text_offset, job.as_ids, job.text_of
             )
         if job.wants_ids and piece.first:
             choice["prompt_token_ids"] = piece.prompt.prompt_token_ids
@@ -69,8 +70,9 @@ class CompletionRoutes:
         ]
 
     async def completions(self, http: Request) -> Response:
-        request = await read_struct(http, CompletionRequest, self._context.config.max_body_nbytes)
+        request, nbytes = await self._context.bodies.read(http, CompletionRequest)
         check_supported(request)
-        prompts = completion_prompts(request, self._context.engine.tokenizer)
+        engine = self._context.engine
+        prompts = await aside(nbytes, lambda: completion_prompts(request, engine.tokenizer, engine.max_model_len))
         job = self._generator.job(http, request, prompts, completion_sampling(request))
         return await self._generator.answer(http, job)

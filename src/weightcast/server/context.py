@@ -9,7 +9,9 @@ from weightcast.engines.base import InferenceEngine
 from weightcast.server.active import ActiveRequests
 from weightcast.server.auth import TokenAuth
 from weightcast.server.config import ServerConfig
+from weightcast.server.lenient import LenientBodies
 from weightcast.server.metrics import ServerMetrics
+from weightcast.server.replies import RequestRefused
 
 
 @dataclass(slots=True, kw_only=True)
@@ -22,10 +24,18 @@ class ServerContext:
     active: ActiveRequests = field(default_factory=ActiveRequests)
     created: int = field(default_factory=lambda: int(time.time()))
     token_auth: TokenAuth = field(init=False)
+    bodies: LenientBodies = field(init=False)
 
     def __post_init__(self) -> None:
         self.token_auth = TokenAuth(self.config.token)
+        self.bodies = LenientBodies(self.config.max_body_nbytes)
 
     @property
     def model_name(self) -> str:
         return self.config.served_model_name or self.engine.model_name
+
+    def check_model(self, name: str | None) -> None:
+        """RequestRefused (404) when a request names a model that is not the served one."""
+        if name is not None and name != self.model_name:
+            only = f"the model {name!r} is not served here, only {self.model_name!r}"
+            raise RequestRefused(404, only, kind="NotFound", param="model")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import Any
 
 import msgspec
@@ -48,6 +49,10 @@ class InfoRoutes:
         reads = [
             get("/v1/models", self.models, "The served model", "openai", guard="api_key"),
             get("/health", self.health, "200 while weights can be received", "info"),
+            get("/ping", self.health, "The same as /health", "info"),
+            Operation(method="POST", path="/ping", handler=self.health, summary="The same as /health", tag="info"),
+            get("/version", self.version, "The version of weightcast", "info"),
+            get("/load", self.load, "How many requests are in work", "info"),
             get("/ready", self.ready, "200 when requests are served", "info"),
             get("/metrics", self.metrics, "Prometheus metrics", "info", media_type="text/plain"),
             get("/server_info", self.server_info, "How the engine is configured", "rl", query=config_format),
@@ -81,6 +86,12 @@ class InfoRoutes:
         if not status.alive:
             raise EngineError(f"not alive: {status.reason}", engine=self._context.model_name)
         return json_response({"status": "ok", "weight_version": status.weight_version, "ready": status.ready})
+
+    async def version(self, request: Request) -> Response:
+        return json_response({"version": version("weightcast")})
+
+    async def load(self, request: Request) -> Response:
+        return json_response({"server_load": len(self._context.active)})
 
     async def ready(self, request: Request) -> Response:
         return readiness(await self._engine.status(), self._context.model_name)

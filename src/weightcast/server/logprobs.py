@@ -5,12 +5,15 @@ JSON has no minus infinity: a token that cannot be sampled gets -9999, as with v
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from weightcast.engines.base import Logprob
 
 IMPOSSIBLE = -9999.0
+
+Entries = Sequence[Mapping[int, Logprob] | None]
+"""The likeliest tokens at each place, with the token that stands there; None where nothing predicts it."""
 
 
 def token_name(token_id: int, decoded: str, as_id: bool) -> str:
@@ -20,22 +23,29 @@ def token_name(token_id: int, decoded: str, as_id: bool) -> str:
 
 def completion_logprobs(
     token_ids: Sequence[int],
-    logprobs: Sequence[Mapping[int, Logprob]],
+    logprobs: Entries,
     num_top: int,
     text_offset: int,
     as_ids: bool,
+    text_of: Callable[[int], str],
 ) -> dict[str, Any]:
-    """/v1/completions: four lists, one entry a token. ``top_logprobs`` holds the sampled token too."""
+    """/v1/completions: four lists, one entry a token. ``top_logprobs`` holds the sampled token too. The first token of a prompt that
+    is echoed has no entry, for nothing predicts it: null, and its text by ``text_of``."""
     names: list[str] = []
-    values: list[float] = []
-    tops: list[dict[str, float]] = []
+    values: list[float | None] = []
+    tops: list[dict[str, float] | None] = []
     offsets: list[int] = []
     for token_id, entry in zip(token_ids, logprobs, strict=True):
-        sampled = entry[token_id]
-        names.append(token_name(token_id, sampled.decoded_token, as_ids))
-        values.append(_finite(sampled.logprob))
+        text = text_of(token_id) if entry is None else entry[token_id].decoded_token
+        names.append(token_name(token_id, text, as_ids))
         offsets.append(text_offset)
-        text_offset += len(sampled.decoded_token)
+        text_offset += len(text)
+        if entry is None:
+            values.append(None)
+            tops.append(None)
+            continue
+        sampled = entry[token_id]
+        values.append(_finite(sampled.logprob))
         shown = {token_id: sampled, **_likeliest(entry, num_top)}
         tops.append({token_name(key, lp.decoded_token, as_ids): _finite(lp.logprob) for key, lp in shown.items()})
     return {"text_offset": offsets, "token_logprobs": values, "tokens": names, "top_logprobs": tops}
@@ -52,7 +62,7 @@ def chat_logprobs(
     return {"content": content}
 
 
-def prompt_logprobs(entries: Sequence[Mapping[int, Logprob] | None]) -> list[dict[str, Any] | None]:
+def prompt_logprobs(entries: Entries) -> list[dict[str, Any] | None]:
     """One object a prompt position, keyed by token id; null for the first, which nothing predicts."""
     return [
         None
@@ -65,9 +75,12 @@ def prompt_logprobs(entries: Sequence[Mapping[int, Logprob] | None]) -> list[dic
     ]
 
 
-def text_length(token_ids: Sequence[int], logprobs: Sequence[Mapping[int, Logprob]]) -> int:
+def text_length(token_ids: Sequence[int], logprobs: Entries, text_of: Callable[[int], str]) -> int:
     """Characters that these tokens add to ``text_offset``."""
-    return sum(len(entry[token_id].decoded_token) for token_id, entry in zip(token_ids, logprobs, strict=True))
+    return sum(
+        len(text_of(token_id) if entry is None else entry[token_id].decoded_token)
+        for token_id, entry in zip(token_ids, logprobs, strict=True)
+    )
 
 
 def _likeliest(entry: Mapping[int, Logprob], num_top: int) -> dict[int, Logprob]:

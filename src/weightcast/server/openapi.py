@@ -43,6 +43,7 @@ _ERROR = {
     },
 }
 _REASONS = {
+    "400": "the prompt leaves no room for an answer",
     "401": "missing or wrong token or key",
     "404": "unknown path or model",
     "405": "wrong method",
@@ -109,7 +110,9 @@ def _answer(media_type: str) -> dict[str, Any]:
 
 
 def _possible(code: str, operation: Operation) -> bool:
-    return not (code == "424" and not operation.changes_weights)
+    if code == "400":
+        return operation.tag == "openai" and operation.body is not None
+    return code != "424" or operation.changes_weights
 
 
 def _error(text: str) -> dict[str, Any]:

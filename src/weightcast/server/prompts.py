@@ -8,13 +8,16 @@ from typing import Any
 
 import msgspec
 
+from weightcast.engines.lengths import check_text_length
 from weightcast.errors import InvalidInput, Unsupported
-from weightcast.server.schemas import ChatMessage, ChatRequest, CompletionRequest, UnsupportedField
+from weightcast.server.schemas import ChatMessage, ChatRequest, CompletionRequest, Tool, UnsupportedField
+from weightcast.untrusted.invalid import invalid_input
+from weightcast.untrusted.known import known
 
 PromptItem = str | list[int]
 
 
-def completion_prompts(request: CompletionRequest, tokenizer: Any) -> list[PromptItem]:
+def completion_prompts(request: CompletionRequest, tokenizer: Any, max_model_len: int) -> list[PromptItem]:
     """The prompts in order: one text, several texts, one list of token ids, several of them, or a mix of the last."""
     prompt = request.prompt
     if isinstance(prompt, str):
@@ -28,13 +31,16 @@ def completion_prompts(request: CompletionRequest, tokenizer: Any) -> list[Promp
     if request.add_special_tokens is False and any(isinstance(item, str) for item in items):
         if tokenizer is None:
             raise InvalidInput("the served model has no tokenizer", field="prompt", hint="Send token ids")
-        return [
-            list(tokenizer.encode(item, add_special_tokens=False)) if isinstance(item, str) else item for item in items
-        ]
+        return [_without_special(item, tokenizer, max_model_len) if isinstance(item, str) else item for item in items]
     return items
 
 
-def chat_prompt(request: ChatRequest, tokenizer: Any) -> list[int]:
+def _without_special(text: str, tokenizer: Any, max_model_len: int) -> list[int]:
+    check_text_length(text, tokenizer, max_model_len)
+    return [int(token) for token in tokenizer.encode(text, add_special_tokens=False)]
+
+
+def chat_prompt(request: ChatRequest, tokenizer: Any, max_model_len: int) -> list[int]:
     """Token ids of the messages in the served model's chat template."""
     if not request.messages:
         raise InvalidInput("messages is empty", field="messages")
@@ -46,7 +52,16 @@ def chat_prompt(request: ChatRequest, tokenizer: Any) -> list[int]:
         raise UnsupportedField("add_special_tokens", True, "The chat template writes the special tokens")
     messages = [_message(message, index) for index, message in enumerate(request.messages)]
     kwargs = _template_kwargs(request, tokenizer)
-    return _render(tokenizer, messages, kwargs)
+    if request.tools:
+        kwargs["tools"] = _tools(request.tools, tokenizer)
+    text = _render(tokenizer, messages, kwargs)
+    check_text_length(text, tokenizer, max_model_len)
+    return [int(token) for token in tokenizer.encode(text, add_special_tokens=False)]
+
+
+def prompt_text(ids: Sequence[int], tokenizer: Any) -> str:
+    """The text of a prompt that was given as token ids, special tokens and all; empty without a tokenizer."""
+    return "" if tokenizer is None else str(tokenizer.decode(list(ids)))
 
 
 def _item(item: str | int | list[int], index: int) -> PromptItem:
@@ -60,11 +75,30 @@ def _item(item: str | int | list[int], index: int) -> PromptItem:
 
 
 def _message(message: ChatMessage, index: int) -> dict[str, Any]:
-    if message.tool_calls or message.tool_call_id:
-        raise UnsupportedField(f"messages[{index}].tool_calls", message.tool_calls or message.tool_call_id)
     fields = {name: value for name, value in msgspec.to_builtins(message).items() if value is not None}
     fields["content"] = _text(message.content, index)
+    if message.tool_calls is not None:
+        fields["tool_calls"] = [
+            _tool_call(call, f"messages[{index}].tool_calls[{number}]")
+            for number, call in enumerate(message.tool_calls)
+        ]
     return fields
+
+
+def _tool_call(call: dict[str, Any], where: str) -> dict[str, Any]:
+    """A call as chat templates take it: with its arguments decoded, which OpenAI's clients send as JSON text."""
+    function = call.get("function")
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise InvalidInput(f"{where}.function needs a name", field=f"{where}.function")
+    arguments = function.get("arguments") or {}
+    try:
+        decoded = msgspec.json.decode(arguments) if isinstance(arguments, str) else arguments
+    except (msgspec.DecodeError, RecursionError):
+        decoded = None
+    if not isinstance(decoded, dict):
+        field = f"{where}.function.arguments"
+        raise InvalidInput(f"{field} is a JSON object, or the text of one", field=field)
+    return {**call, "function": {**function, "arguments": decoded}}
 
 
 def _text(content: str | list[dict[str, Any]] | None, index: int) -> str:
@@ -95,10 +129,22 @@ def _template_kwargs(request: ChatRequest, tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def _render(tokenizer: Any, messages: Sequence[dict[str, Any]], kwargs: dict[str, Any]) -> list[int]:
+def _tools(tools: list[dict[str, Any]], tokenizer: Any) -> list[dict[str, Any]]:
+    """The tools as the chat template gets them; refused where the template has no place for them."""
+    try:
+        msgspec.convert(tools, known(list[Tool]))
+    except msgspec.ValidationError as error:
+        refused = invalid_input(error)
+        field = "tools" if refused.field == "body" else f"tools{refused.field}"
+        raise InvalidInput(f"tools: {refused.message}", field=field) from None
+    if "tools" not in tokenizer.get_chat_template(tools=tools):
+        raise UnsupportedField("tools", tools, "The chat template of the served model knows no tools")
+    return tools
+
+
+def _render(tokenizer: Any, messages: Sequence[dict[str, Any]], kwargs: dict[str, Any]) -> str:
     """A template is a program over the caller's values: whatever it raises says that they do not fit it."""
     try:
-        ids = tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=False, **kwargs)
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, **kwargs))
     except Exception as error:
         raise InvalidInput(f"the chat template refuses these messages: {error}", field="messages") from error
-    return [int(number) for number in ids]

@@ -1,4 +1,4 @@
-"""Bodies of the OpenAI routes. Unknown fields are refused by name; null means "not given".
+"""Bodies of the OpenAI routes. Fields that nobody knows are ignored, as with vLLM, and named in the log; null means "not given".
 
 Fields that other servers know and this one does not are declared too: their neutral value is accepted, anything else is
 refused with the field's name, never ignored.
@@ -15,12 +15,55 @@ from weightcast.errors import InvalidInput, Unsupported
 Prompt = str | list[str | int | list[int]]
 
 
-class StreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class JsonSchema(msgspec.Struct, kw_only=True):
+    """A JSON schema as OpenAI's API wraps it. ``strict`` says nothing new: an answer always keeps to the schema."""
+
+    schema: dict[str, Any] | bool
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(msgspec.Struct, kw_only=True):
+    """The form that an answer must have."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class StructuredOutputsBody(msgspec.Struct, kw_only=True):
+    """The form that an answer must have, as vLLM's clients write it."""
+
+    json: str | dict[str, Any] | bool | None = None
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    structural_tag: str | None = None
+    disable_any_whitespace: bool | None = None
+    disable_additional_properties: bool | None = None
+    whitespace_pattern: str | None = None
+
+
+class Function(msgspec.Struct, kw_only=True):
+    """A function that a model may call; everything else about it reaches the chat template as it is."""
+
+    name: str
+
+
+class Tool(msgspec.Struct, kw_only=True):
+    """What is checked of a tool."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class StreamOptions(msgspec.Struct, kw_only=True):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
 
 
-class GenerationRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class GenerationRequest(msgspec.Struct, kw_only=True):
     """What /v1/completions and /v1/chat/completions share."""
 
     model: str | None = None
@@ -53,27 +96,32 @@ class GenerationRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True
     cache_salt: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
-    # Only the neutral value.
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    length_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputsBody | None = None
+    # Only the neutral value.
+    length_penalty: float | None = None
     use_beam_search: bool | None = None
-    echo: bool | None = None
     bad_words: list[str] | None = None
     allowed_token_ids: list[int] | None = None
     truncate_prompt_tokens: int | None = None
     spaces_between_special_tokens: bool | None = None
-    response_format: dict[str, Any] | None = None
-    structured_outputs: dict[str, Any] | None = None
+    guided_json: str | dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
     vllm_xargs: dict[str, Any] | None = None
     kv_transfer_params: dict[str, Any] | None = None
 
 
-class CompletionRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=True):
+class CompletionRequest(GenerationRequest, kw_only=True):
     """POST /v1/completions."""
 
     prompt: Prompt
+    echo: bool | None = None
+    """The prompt comes back in front of the answer, with its log-probabilities where those are asked for."""
     logprobs: int | None = None
     add_special_tokens: bool | None = None
     suffix: str | None = None
@@ -93,10 +141,11 @@ class ChatMessage(msgspec.Struct, kw_only=True):
     tool_call_id: str | None = None
 
 
-class ChatRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=True):
+class ChatRequest(GenerationRequest, kw_only=True):
     """POST /v1/chat/completions."""
 
     messages: list[ChatMessage]
+    echo: bool | None = None
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
@@ -120,25 +169,22 @@ class ChatRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=True):
 
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "presence_penalty": (0.0,),
-    "frequency_penalty": (0.0,),
     "length_penalty": (1.0,),
-    "logit_bias": ({},),
     "use_beam_search": (False,),
-    "echo": (False,),
     "bad_words": ([],),
     "allowed_token_ids": (),
     "truncate_prompt_tokens": (),
     "spaces_between_special_tokens": (True,),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
     "vllm_xargs": ({},),
     "kv_transfer_params": ({},),
     "suffix": ("",),
     "prompt_embeds": ([],),
     "chat_template": (),
     "documents": ([],),
-    "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
@@ -150,10 +196,11 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "web_search_options": (),
 }
 _HINTS = {
-    "echo": "Ask for prompt_logprobs, and put the prompt in front yourself",
-    "repetition_penalty": "",
-    "presence_penalty": "Use repetition_penalty",
-    "frequency_penalty": "Use repetition_penalty",
+    "tool_choice": "Give response_format or structured_outputs: they force an answer into a form",
+    "guided_json": 'Use structured_outputs: {"json": ...}',
+    "guided_regex": 'Use structured_outputs: {"regex": ...}',
+    "guided_choice": 'Use structured_outputs: {"choice": ...}',
+    "guided_grammar": 'Use structured_outputs: {"grammar": ...}',
     "chat_template": "The template of the served model's tokenizer is used; chat_template_kwargs reach it",
     "truncate_prompt_tokens": "Shorten the prompt before sending it",
     "reasoning_effort": "Pass what the chat template understands in chat_template_kwargs",
@@ -176,6 +223,8 @@ def check_supported(request: GenerationRequest) -> None:
             raise UnsupportedField(name, value, _HINTS.get(name))
     if isinstance(request, CompletionRequest) and request.best_of not in (None, request.n or 1):
         raise UnsupportedField("best_of", request.best_of, "Only best_of = n is possible; ask for n outputs")
+    if isinstance(request, ChatRequest) and request.echo:
+        raise UnsupportedField("echo", True, "Put the last message in front yourself")
     if request.stream_options is not None and not request.stream:
         raise InvalidInput("stream_options needs stream=true", field="stream_options")
     if request.stream and request.prompt_logprobs is not None:

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from weightcast.engines.embedded.detokenize import Decode
-from weightcast.errors import InvalidInput, PromptTooLong
+from weightcast.engines.lengths import check_text_length
+from weightcast.errors import InvalidInput
 
 
 class Text:
@@ -16,7 +17,6 @@ class Text:
         self.tokenizer = tokenizer
         self._max_model_len = max_model_len
         self._tokens: dict[int, str] = {}
-        self._longest_token: int | None = None
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is not None:
             # Otherwise the first call would change them, and other threads may encode at that moment.
@@ -66,11 +66,7 @@ class Text:
 
     def _encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         tokenizer = self._required()
-        if self._longest_token is None:
-            self._longest_token = max(map(len, tokenizer.get_vocab()))
-        if len(text) > self._max_model_len * self._longest_token:
-            # To find out how many tokens these are would take minutes.
-            raise PromptTooLong.of(f"{len(text)} characters", max_model_len=self._max_model_len)
+        check_text_length(text, tokenizer, self._max_model_len)
         return [int(t) for t in tokenizer.encode(text, add_special_tokens=add_special_tokens)]
 
     def _required(self) -> Any:
