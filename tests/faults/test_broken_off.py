@@ -137,7 +137,7 @@ def test_an_epoch_is_not_set_up_over_a_transfer_that_does_not_end(
         session = engine.workers[0].receiver._session
         assert session is not None
         session._using_ends += 1
-        for link in publisher._lead("engines").engines:
+        for link in publisher._first_rank("engines").engines:
             link.broken = "tried anew"
         with pytest.raises(WeightcastError, match="does not end"):
             publisher.publish(timeout_s=3.0)

@@ -39,11 +39,12 @@ def command(
 ) -> None:
     """Compare an engine's live weights with CHECKPOINT. Exit status 1 unless they are proven equal."""
     from weightcast.deadline import Deadline
+    from weightcast.manifest.names import check_patterns
     from weightcast.sources.renaming import renames
     from weightcast.sources.safetensors import SafetensorsSource
     from weightcast.trainer.clients.http import HttpEngineClient
     from weightcast.trainer.comparison import compare
-    from weightcast.trainer.fleet.places import check_patterns, refuse_idle
+    from weightcast.trainer.fleet.places import refuse_idle
 
     with reported_errors(as_json=as_json):
         deadline = Deadline(timeout)

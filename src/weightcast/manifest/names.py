@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from fnmatch import fnmatchcase
 
+from weightcast.errors import InvalidInput
+
 SHOWN = 4
 
 
@@ -24,6 +26,16 @@ def kind_of(name: str) -> str:
 def matching(patterns: Iterable[str], names: Collection[str]) -> set[str]:
     """The names that one of the shell-style patterns matches; ``*`` matches dots, too."""
     return {name for pattern in patterns for name in names if fnmatchcase(name, pattern)}
+
+
+def check_patterns(unused: object) -> tuple[str, ...]:
+    """The patterns of ``unused=``; raises InvalidInput for what is no sequence of strings."""
+    if isinstance(unused, str) or not isinstance(unused, Iterable):
+        raise InvalidInput(f"unused is a sequence of patterns, not {unused!r}", field="unused")
+    patterns = tuple(unused)
+    if not all(isinstance(pattern, str) and pattern for pattern in patterns):
+        raise InvalidInput(f"unused is a sequence of patterns, not {patterns!r}", field="unused")
+    return patterns
 
 
 def patterns_for(names: Sequence[str], others: Collection[str]) -> list[str]:

@@ -1,11 +1,10 @@
-"""Lead: what a Publisher does on rank 0, the only one there mostly is. It joins engines, numbers rounds, runs them, keeps the book."""
+"""FirstRank: what a Publisher does on rank 0, the only one there mostly is. It joins engines, numbers rounds, runs them, keeps the book."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 
 from weightcast.content.expected import ExpectedDigest
 from weightcast.control.coordinator import Coordinator
@@ -19,17 +18,17 @@ from weightcast.sources import Source
 from weightcast.sources.holder import Holder
 from weightcast.trainer.clients import EngineClient, SyncEngine, make_client, twins
 from weightcast.trainer.clients.urls import engine_name
-from weightcast.trainer.fleet.fleet import Fleet, FleetSettings
+from weightcast.trainer.fleet.fleet import Fleet
 from weightcast.trainer.fleet.link import UNKNOWN, EngineLink
 from weightcast.trainer.fleet.numbers import Numbers
-from weightcast.trainer.fleet.outcomes import Require
 from weightcast.trainer.fleet.places import refuse_idle
 from weightcast.trainer.fleet.presence import Presence, join_error, not_connected
 from weightcast.trainer.ranks import Ranks
 from weightcast.trainer.ranks.all_ranks import RANKS, SharedDigest
 from weightcast.trainer.records import Records
-from weightcast.trainer.round.round import Round
+from weightcast.trainer.round.round import Brief, Round
 from weightcast.trainer.round.timeline import Timeline
+from weightcast.trainer.settings import Settings
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +37,7 @@ def _nothing() -> None:
     """What is left to check of a source that has checked everything."""
 
 
-class Lead:
+class FirstRank:
     """The calls of a Publisher, whose docstrings say what they do. Not thread-safe: one call at a time.
 
     ``clients`` are the fleet's first engines, ``size`` is the number of trainer ranks.
@@ -48,27 +47,18 @@ class Lead:
         self,
         holder: Holder,
         clients: Sequence[EngineClient],
-        settings: FleetSettings,
+        settings: Settings,
         *,
         size: int,
-        token: str | None,
-        pause: str,
-        clear_cache: bool,
-        require: Require,
-        timeout_s: float,
-        silence_s: float,
-        log: str | Path | None,
     ) -> None:
-        self._holder, self._token, self._timeout_s = holder, token, timeout_s
-        self._pause, self._clear_cache, self._require = pause, clear_cache, require
-        self._address, self._unused = settings.address, settings.unused
+        self._holder, self._settings = holder, settings
         links = [EngineLink(client) for client in clients]
-        self.records = Records(links, log=log)
-        self._coordinator = Coordinator(settings.address, silence_s=silence_s)
+        self.records = Records(links, log=settings.log)
+        self._coordinator = Coordinator(settings.reached_at, silence_s=settings.silence_s)
         self._ranks = Ranks(holder, self._coordinator, size)
         self._fleet = Fleet(holder, self._coordinator, settings, self._ranks)
         self._fleet.engines = links
-        self._presence = Presence(self._fleet, require, timeout_s)
+        self._presence = Presence(self._fleet, settings)
         self._numbers = Numbers(self._fleet, self.records.last_number)
         self._rounds = 0
         self._was_connected = False
@@ -93,7 +83,7 @@ class Lead:
 
     @property
     def control_address(self) -> str:
-        return f"tcp://{self._address}:{self._coordinator.port}"
+        return f"tcp://{self._settings.reached_at}:{self._coordinator.port}"
 
     def join_info(self) -> JoinInfo:
         """How the other ranks reach this one."""
@@ -102,7 +92,7 @@ class Lead:
             public_key=self._coordinator.public_key,
             ticket=self._ranks.ticket(),
             engine=RANKS,
-            timeout_s=self._timeout_s,
+            timeout_s=self._settings.timeout_s,
             silence_s=self._coordinator.silence_s,
         )
 
@@ -135,7 +125,7 @@ class Lead:
 
     def _check_settings(self) -> None:
         """Raise InvalidInput for what can be told only once all ranks have said what they hold."""
-        refuse_idle(self._unused, self._ranks.manifest)
+        refuse_idle(self._settings.unused, self._ranks.manifest)
 
     def _renew(self, deadline: Deadline) -> None:
         """Look at the source anew, on all ranks."""
@@ -174,7 +164,7 @@ class Lead:
                 try:
                     self._catch_up(engine, current, deadline)
                 except RoundFailed as error:
-                    if self._require == "all":
+                    if self._settings.require == "all":
                         raise
                     logger.warning("%s was not brought to what the others serve: %s", engine.name, str(error))
 
@@ -197,7 +187,7 @@ class Lead:
                 return
 
     def _add(self, engine: str | EngineClient | SyncEngine, deadline: Deadline) -> Report | None:
-        link = EngineLink(make_client(engine, token=self._token))
+        link = EngineLink(make_client(engine, token=self._settings.token))
         for other in self._fleet.engines:
             if twins([other.client, link.client]):
                 if link.client is not other.client:
@@ -272,22 +262,8 @@ class Lead:
         check: Callable[[], None] = _nothing,
     ) -> Report:
         self._rounds += 1
-        attempt = Round(
-            self._fleet,
-            engines,
-            self._source,
-            self._fleet.content(deadline),
-            self._coordinator,
-            number=number,
-            round=self._rounds,
-            pause=self._pause,
-            clear_cache=self._clear_cache,
-            deadline=deadline,
-            timeline=timeline,
-            require=self._require,
-            absent=absent,
-            check=check,
-        )
+        brief = Brief(number, self._rounds, deadline, timeline, absent, check)
+        attempt = Round(self._fleet, engines, brief)
         try:
             return attempt.run()
         finally:

@@ -3,73 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from types import TracebackType
+from typing import Unpack
 
 import torch
 
-from weightcast.deadline import Deadline, is_seconds
+from weightcast.deadline import Deadline
 from weightcast.errors import InvalidInput, StateError, Unsupported
-from weightcast.messages import ModeWish
 from weightcast.report.model import Report
 from weightcast.sources import Rename, Source, SourceLike, Stream, make_source
 from weightcast.sources.holder import Holder
 from weightcast.sources.streamed import Modes
 from weightcast.trainer.clients import EngineClient, SyncEngine, make_clients
-from weightcast.trainer.first_rank import Lead
+from weightcast.trainer.first_rank import FirstRank
 from weightcast.trainer.fleet.addresses import address_beside, address_towards
-from weightcast.trainer.fleet.fleet import FleetSettings
-from weightcast.trainer.fleet.outcomes import Require
-from weightcast.trainer.fleet.places import check_patterns, refuse_idle
+from weightcast.trainer.fleet.places import refuse_idle
 from weightcast.trainer.metrics import TrainerMetrics
-from weightcast.trainer.ranks import Follower, GivenGroup, Group, check_complete, chosen_group
+from weightcast.trainer.ranks import GivenGroup, Meeting, OtherRank, check_complete, chosen_group
+from weightcast.trainer.settings import Settings, SettingsGiven
 from weightcast.trainer.turns import Turns, undisturbed
 from weightcast.transports.facts import outward_address
-from weightcast.untrusted.secret import usable_token
 
 SHARDED_HINT = "Make a Publisher on every rank of the trainer, with process_group="
-PAUSES = ("keep", "wait", "abort", "none")
 
 
 class Publisher:
     """Publishes a module, a state dict, a checkpoint folder or a stream of tensors to engines, all or nothing.
 
     Args:
-        source: what to publish; see trainer.sources.
+        source: what to publish; see sources.
         engines: URLs of servers, ``LLM`` objects of this process, or EngineClients.
-        token: for weight-changing routes of the servers.
         dtype: publish the floating-point tensors of a module or a state dict in this type (float64, float32, float16 or bfloat16): what goes
             live is the value rounded to it, then cast to the engine's type. None: each tensor is published in its own type, and the
             engine's types decide. Integers and float8 tensors stay as they are.
         rename: other names for checkpoint tensors, where engines have them under other prefixes: a mapping of prefixes, such as
             {"model.language_model.": "model."}, of which the longest counts, or a function of a name.
-        transport: "auto" or a transport's name.
-        mode: "auto", "staged" or "in_place"; an engine's own setting counts before it.
-        shadows: staged copies that an engine keeps where its memory has room. With 2 a commit is one copy instead of an
-            exchange, which halves the time that requests in flight stand still.
-        timeout_s: deadline of ``connect`` and of each ``publish``, all waits in it included.
-        pause: what happens to requests in flight while the commit runs: "keep" (frozen, then continued), "wait", "abort" or
-            "none" (the engine only makes sure that no step runs meanwhile; as "keep" where caches are cleared or several workers change).
-        clear_cache: recompute keys and values of kept requests under the new weights, and forget cached prefixes.
-        require: "all": every engine reaches the next version or none does. "live": an engine that fails is dropped from the round
-            and the others go on; the report names it, and later rounds try to have it back.
-        takeover: leave a trainer that is still connected to an engine when it first joins; without it a second trainer is refused.
-        address: where engines reach this process; found by itself when omitted.
-        bucket_nbytes: bytes of the pieces that tcp and nccl send, a multiple of 256; two are in flight. None: 8 MiB for tcp,
-            256 MiB for nccl.
-        silence_s: a worker that is not heard for so long is lost.
-        log: file that every round's report is appended to, committed or not; one that cannot be written is no reason to fail.
-            Numbers go on from it, also when no engine can be reached that knows the last one.
-        unused: patterns (shell-style, on checkpoint names) of tensors that engines may rightly have no use for, such as value heads:
-            ["v_head.*"]. Any other tensor without a place in an engine is PlanMismatch; reports list what was left out.
         process_group: the ranks of a distributed trainer, each of which makes a Publisher of its own part of the model (DTensors;
             plain tensors count as replicas). None: this rank alone. "auto", where torch.distributed has several ranks: all of them
             for a source with DTensors over all ranks, for a module that DistributedDataParallel wraps, and for any module under
             accelerate (so under TRL, too); InvalidInput for other sources, which do not tell. ``connect``, ``publish``, ``add`` and ``remove`` are then collective: every rank makes
             the same calls in the same order, and all return the same report or raise the same error. Rank 0 leads; what the
             others give besides source, dtype, rename, timeout_s and address is not looked at.
-        metrics_port: serve Prometheus metrics on this port of the loopback interface; 0 chooses one (``metrics_port`` says which).
+        settings: ``token``, ``timeout_s``, ``mode``, ``require`` and the other keywords that trainer.settings.Settings explains.
 
     One call at a time: a call that comes while another thread makes one is a StateError, but for ``close``. A forked child has the
     module's tensors as memory of its own, and no use of the Publisher: ``close`` does nothing there, other calls are a StateError.
@@ -82,96 +59,72 @@ class Publisher:
         source: SourceLike,
         engines: Sequence[str | EngineClient | SyncEngine] = (),
         *,
-        token: str | None = None,
         dtype: torch.dtype | None = None,
         rename: Rename | None = None,
-        transport: str = "auto",
-        mode: ModeWish = "auto",
-        shadows: int = 1,
-        timeout_s: float = 60.0,
-        pause: str = "keep",
-        clear_cache: bool = True,
-        require: Require = "all",
-        takeover: bool = False,
-        address: str | None = None,
-        bucket_nbytes: int | None = None,
-        silence_s: float = 5.0,
-        log: str | Path | None = None,
-        unused: Sequence[str] = (),
-        metrics_port: int | None = None,
         process_group: GivenGroup = "auto",
+        **settings: Unpack[SettingsGiven],
     ) -> None:
-        self._timeout_s, self._closed, self._turns = timeout_s, False, Turns()
+        self._closed, self._turns = False, Turns()
+        self.metrics_port: int | None = None
         chosen = chosen_group(process_group, source)
-        group = None if chosen is None else Group(chosen)
-        deadline = Deadline(timeout_s)
+        meeting = None if chosen is None else Meeting(chosen)
+        deadline = Deadline(Settings().timeout_s)
         try:
+            self._settings = Settings(**settings)
+            deadline = Deadline(self._settings.timeout_s)
             _check_engines(engines)
-            _check_choices(pause, mode, shadows, require)
-            _check_silence(silence_s)
-            patterns = check_patterns(unused)
-            token = usable_token(token)
-            keeps = group is None or group.rank == 0
+            keeps = meeting is None or meeting.rank == 0
             self._holder = Holder(partial(make_source, source, dtype=dtype, rename=rename, keeps=keeps))
-            if group is None:
-                refuse_idle(patterns, self._source.manifest)
+            if meeting is None:
+                refuse_idle(self._settings.unused, self._source.manifest)
                 check_complete(self._source.manifest, {0: self._source.layout}, hint=SHARDED_HINT)
         except Exception as error:
-            if group is not None:
-                group.meet(deadline, error)
+            if meeting is not None:
+                meeting.meet(deadline, error)
             raise
-        one_host = group.meet(deadline) if group is not None else True
-        self.metrics_port: int | None = None
-        self._part: Lead | Follower
-        if group is not None and group.rank > 0:
-            # Rank 0's control channel carries everything from here on.
-            info = group.introduce(deadline, None)
-            self._part = Follower(
-                self._holder,
-                info,
-                rank=group.rank,
-                size=group.size,
-                address=address or address_beside(info.address) if one_host else outward_address(),
-            )
-            return
+        one_host = meeting.meet(deadline) if meeting is not None else True
+        self._part: FirstRank | OtherRank
+        if meeting is not None and meeting.rank > 0:
+            self._part = self._follow(meeting, one_host, deadline)
+        else:
+            self._part = self._lead(engines, meeting, one_host, deadline)
+
+    def _follow(self, meeting: Meeting, one_host: bool, deadline: Deadline) -> OtherRank:
+        """This rank's part where it is not rank 0, whose control channel carries everything from here on."""
+        info = meeting.introduce(deadline, None)
+        nearest = address_beside(info.address) if one_host else outward_address()
+        address = self._settings.address or nearest
+        return OtherRank(self._holder, info, rank=meeting.rank, size=meeting.size, address=address)
+
+    def _lead(
+        self,
+        engines: Sequence[str | EngineClient | SyncEngine],
+        meeting: Meeting | None,
+        one_host: bool,
+        deadline: Deadline,
+    ) -> FirstRank:
+        """Rank 0's part; other ranks learn how to reach it, or why it could not be made."""
+        first: FirstRank | None = None
         try:
-            clients = make_clients(engines, token=token)
-            settings = FleetSettings(
-                transport=None if transport == "auto" else transport,
-                mode=mode,
-                shadows=shadows,
-                bucket_nbytes=bucket_nbytes,
-                takeover=takeover,
-                address=address
-                or (address_towards({client.host for client in clients}) if one_host else outward_address()),
-                unused=patterns,
-                share=require == "all",
-            )
-            self._part = lead = Lead(
-                self._holder,
-                clients,
-                settings,
-                size=1 if group is None else group.size,
-                token=token,
-                pause=pause,
-                clear_cache=clear_cache,
-                require=require,
-                timeout_s=timeout_s,
-                silence_s=silence_s,
-                log=log,
-            )
-        except Exception as error:
-            if group is not None:
-                group.introduce(deadline, None, error)
+            clients = make_clients(engines, token=self._settings.token)
+            nearest = address_towards({client.host for client in clients}) if one_host else outward_address()
+            settings = replace(self._settings, address=self._settings.address or nearest)
+            first = FirstRank(self._holder, clients, settings, size=1 if meeting is None else meeting.size)
+            if settings.metrics_port is not None:
+                self.metrics_port = first.records.metrics.serve(settings.metrics_port)
+        except BaseException as error:
+            if first is not None:
+                first.close(settled=True)
+            if meeting is not None and isinstance(error, Exception):
+                meeting.introduce(deadline, None, error)
             raise
-        try:
-            if group is not None:
-                group.introduce(deadline, lead.join_info())
-            if metrics_port is not None:
-                self.metrics_port = lead.records.metrics.serve(metrics_port)
-        except BaseException:
-            self.close()
-            raise
+        if meeting is not None:
+            try:
+                meeting.introduce(deadline, first.join_info())
+            except BaseException:
+                first.close(settled=True)
+                raise
+        return first
 
     @property
     def _source(self) -> Source:
@@ -273,17 +226,17 @@ class Publisher:
     @property
     def versions(self) -> dict[str, str]:
         """What each engine serves, as last heard."""
-        return self._lead("versions").records.versions()
+        return self._first_rank("versions").records.versions()
 
     @property
     def members(self) -> dict[str, str]:
         """The state of each engine: "ready", "dirty", "unknown" (what it serves could not be asked), or why it is not connected."""
-        return self._lead("members").records.members()
+        return self._first_rank("members").records.members()
 
     @property
     def metrics(self) -> TrainerMetrics:
         """Prometheus metrics of this publisher: ``render()`` them, or have ``metrics_port=`` serve them."""
-        return self._lead("metrics").records.metrics
+        return self._first_rank("metrics").records.metrics
 
     @property
     def last_report(self) -> Report | None:
@@ -293,7 +246,7 @@ class Publisher:
     @property
     def control_address(self) -> str:
         """The endpoint engines connect back to."""
-        return self._lead("control_address").control_address
+        return self._first_rank("control_address").control_address
 
     # -- pieces
 
@@ -304,11 +257,11 @@ class Publisher:
     def _begin(self, timeout_s: float | None) -> Deadline:
         """The deadline of a call that begins now."""
         self._require_open()
-        return Deadline(self._timeout_s if timeout_s is None else timeout_s)
+        return Deadline(self._settings.timeout_s if timeout_s is None else timeout_s)
 
-    def _lead(self, what: str) -> Lead:
+    def _first_rank(self, what: str) -> FirstRank:
         """The part that knows what is asked; only rank 0 of several has it."""
-        if isinstance(self._part, Follower):
+        if isinstance(self._part, OtherRank):
             raise StateError(f"this rank knows no {what}", hint="Ask trainer rank 0")
         return self._part
 
@@ -321,19 +274,3 @@ def _check_engines(engines: object) -> None:
         raise InvalidInput(
             f"engines is a list, not one {type(engines).__name__}", field="engines", hint="Give [engine]"
         )
-
-
-def _check_choices(pause: str, mode: str, shadows: int, require: str) -> None:
-    if pause not in PAUSES:
-        raise InvalidInput(f"pause is one of {', '.join(PAUSES)}, not {pause!r}", field="pause")
-    if mode not in ("auto", "staged", "in_place"):
-        raise InvalidInput(f"mode is auto, staged or in_place, not {mode!r}", field="mode")
-    if shadows not in (1, 2):
-        raise InvalidInput(f"shadows is 1 or 2, not {shadows!r}", field="shadows")
-    if require not in ("all", "live"):
-        raise InvalidInput(f"require is all or live, not {require!r}", field="require")
-
-
-def _check_silence(silence_s: float) -> None:
-    if not is_seconds(silence_s) or silence_s > 86400:
-        raise InvalidInput(f"silence_s is a number of seconds up to 86400, not {silence_s!r}", field="silence_s")

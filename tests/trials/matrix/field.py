@@ -165,7 +165,7 @@ class Field:
 
     def next_number(self) -> int:
         assert self.publisher is not None
-        return self.publisher._lead("next number").next_number()
+        return self.publisher._first_rank("next number").next_number()
 
     def change(self) -> None:
         """What an optimizer's step does."""

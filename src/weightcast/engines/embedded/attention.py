@@ -64,14 +64,14 @@ class PieceGroup:
     past: int
 
 
-Group = DecodeGroup | PromptGroup | PieceGroup
+AttentionGroup = DecodeGroup | PromptGroup | PieceGroup
 
 
 @dataclass(slots=True, kw_only=True)
 class StepContext:
     """What one forward pass computes, in the order of its packed tokens."""
 
-    groups: list[Group]
+    groups: list[AttentionGroup]
     layers_seen: set[int] = field(default_factory=set)
     masks: dict[tuple[int, int | None], torch.Tensor | None] = field(default_factory=dict)
 
@@ -258,7 +258,7 @@ def _mask(context: StepContext, number: int, window: int | None, like: torch.Ten
     return context.masks[place]
 
 
-def _build_mask(group: Group, window: int | None, like: torch.Tensor) -> torch.Tensor | None:
+def _build_mask(group: AttentionGroup, window: int | None, like: torch.Tensor) -> torch.Tensor | None:
     if isinstance(group, DecodeGroup):
         if group.even and (window is None or group.longest <= window):
             return None

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from weightcast.engines.embedded.attention import DecodeGroup, Group, PieceGroup, PromptGroup, StepContext
+from weightcast.engines.embedded.attention import AttentionGroup, DecodeGroup, PieceGroup, PromptGroup, StepContext
 from weightcast.engines.embedded.kv import KvCache, Shelf
 from weightcast.engines.embedded.scheduler import Work
 from weightcast.errors import Unsupported
@@ -127,7 +127,7 @@ class _GroupPlan:
         self._sent_rows = pack.add(self._rows)
         self._sent_past = pack.add(self._past)
 
-    def group(self, sent: torch.Tensor) -> Group:
+    def group(self, sent: torch.Tensor) -> AttentionGroup:
         if self._kind == 0:
             first, last = self._rows[0], self._rows[-1]
             neighbours = last - first + 1 == len(self._rows)

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from weightcast.trainer.fleet.link import EngineLink, WorkerLink
 
-Group = Sequence[tuple[EngineLink, WorkerLink]]
+TransferGroup = Sequence[tuple[EngineLink, WorkerLink]]
 
 
-def groups_of(engines: Sequence[EngineLink], *, share: bool) -> list[Group]:
+def groups_of(engines: Sequence[EngineLink], *, share: bool) -> list[TransferGroup]:
     """The groups of engines that are in every round together and whose transports are chosen.
 
     Staged workers share across the engines of a fleet, or within each engine when ``share`` is False: where one fails the
@@ -25,7 +25,7 @@ def groups_of(engines: Sequence[EngineLink], *, share: bool) -> list[Group]:
             rank = worker.member.rank if worker.in_place else -1
             kind = (worker.transport.name, worker.digest_key, scope, rank)
             kinds.setdefault(kind, []).append((engine, worker))
-    groups: list[Group] = []
+    groups: list[TransferGroup] = []
     for pairs in kinds.values():
         transport = pairs[0][1].transport
         assert transport is not None
@@ -34,7 +34,7 @@ def groups_of(engines: Sequence[EngineLink], *, share: bool) -> list[Group]:
     return groups
 
 
-def mates_of(groups: Sequence[Group]) -> dict[str, frozenset[str]]:
+def mates_of(groups: Sequence[TransferGroup]) -> dict[str, frozenset[str]]:
     """For every engine the names of those that cannot be in a round without each other, itself included."""
     mates: dict[str, frozenset[str]] = {}
     for group in groups:

@@ -6,16 +6,14 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 from weightcast.errors import StateError, WeightcastError
 from weightcast.logs import about
 from weightcast.report.model import Phase
 from weightcast.trainer.fleet.link import EngineLink, WorkerLink
+from weightcast.trainer.settings import Require
 
 logger = logging.getLogger(__name__)
-
-Require = Literal["all", "live"]
 
 
 class Cancelled(StateError):

@@ -115,16 +115,6 @@ class Places:
     ties: tuple[Tie, ...] = ()
 
 
-def check_patterns(unused: object) -> tuple[str, ...]:
-    """The patterns of ``unused=``; raises InvalidInput for what is no sequence of strings."""
-    if isinstance(unused, str) or not isinstance(unused, Iterable):
-        raise InvalidInput(f"unused is a sequence of patterns, not {unused!r}", field="unused")
-    patterns = tuple(unused)
-    if not all(isinstance(pattern, str) and pattern for pattern in patterns):
-        raise InvalidInput(f"unused is a sequence of patterns, not {patterns!r}", field="unused")
-    return patterns
-
-
 def refuse_idle(patterns: Sequence[str], manifest: Manifest) -> None:
     """Raise InvalidInput that names a pattern which matches no published tensor: it may be misspelt."""
     if not patterns:

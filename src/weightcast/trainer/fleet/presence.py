@@ -8,8 +8,9 @@ from weightcast.deadline import Deadline
 from weightcast.errors import RoundFailed, StateError, WeightcastError
 from weightcast.trainer.fleet.fleet import Fleet
 from weightcast.trainer.fleet.link import UNKNOWN, EngineLink
-from weightcast.trainer.fleet.outcomes import Require
 from weightcast.trainer.fleet.rejoin import Rejoiner
+from weightcast.trainer.fleet.set_up import set_up
+from weightcast.trainer.settings import Settings
 
 REJOIN_PATIENCE_S = 2.0
 """How long a round waits for absent engines where it can go on without them."""
@@ -24,8 +25,8 @@ class Presence:
     back run beside their rounds, each for a whole ``timeout_s``.
     """
 
-    def __init__(self, fleet: Fleet, require: Require, timeout_s: float) -> None:
-        self._fleet, self._require, self._timeout_s = fleet, require, timeout_s
+    def __init__(self, fleet: Fleet, settings: Settings) -> None:
+        self._fleet, self._require, self._timeout_s = fleet, settings.require, settings.timeout_s
         self._rejoiner = Rejoiner(fleet.admit)
 
     def forget(self, engine: EngineLink) -> None:
@@ -88,7 +89,7 @@ class Presence:
             if not broken:
                 return failures
             share = 1.0 if self._require == "all" else SETUP_SHARE
-            failures |= self._fleet.set_up(broken, deadline.part(share))
+            failures |= set_up(self._fleet, broken, deadline.part(share))
 
     def _joining(self, deadline: Deadline, patience: Deadline | None) -> Deadline:
         """How long engines may take to join: beside rounds a whole timeout, before them what leaves time for the rest."""

@@ -9,7 +9,7 @@ from weightcast.trainer.ranks.all_ranks import Ranks
 from weightcast.trainer.ranks.choice import GivenGroup, chosen_group
 from weightcast.trainer.ranks.coverage import check_complete
 from weightcast.trainer.ranks.end import SharedEnd
-from weightcast.trainer.ranks.meeting import Group
-from weightcast.trainer.ranks.other_rank import Follower
+from weightcast.trainer.ranks.meeting import Meeting
+from weightcast.trainer.ranks.other_rank import OtherRank
 
-__all__ = ["Follower", "GivenGroup", "Group", "Ranks", "SharedEnd", "check_complete", "chosen_group"]
+__all__ = ["OtherRank", "GivenGroup", "Meeting", "Ranks", "SharedEnd", "check_complete", "chosen_group"]

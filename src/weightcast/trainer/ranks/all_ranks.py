@@ -53,7 +53,7 @@ logger = logging.getLogger(__name__)
 
 RANKS = "trainer ranks"
 """The name under which trainer ranks join the control channel."""
-LEADER = 0
+RANK_0 = 0
 LOST_HINT = "Start that rank again, then make a new Publisher on every rank; engines go on with what they serve"
 LATE_HINT = "Every rank has to call connect() and publish(), in the same order"
 
@@ -150,10 +150,10 @@ class Ranks:
             assert answer.layout is not None
             assert answer.manifest is not None
             layouts[rank], manifests[rank] = answer.layout, answer.manifest
-        manifest = joined_manifest({LEADER: self._source.manifest, **manifests})
+        manifest = joined_manifest({RANK_0: self._source.manifest, **manifests})
         for layout in layouts.values():
             layout.check(manifest)
-        check_complete(manifest, {LEADER: self._source.layout, **layouts})
+        check_complete(manifest, {RANK_0: self._source.layout, **layouts})
         self._ask_all(Agree(manifest=manifest), deadline, phase="join")
         self.manifest, self._layouts = manifest, layouts
 
@@ -189,7 +189,7 @@ class Ranks:
         self._layouts = known
         if renewed:
             self.manifest = self._source.manifest
-            check_complete(self.manifest, {LEADER: self._source.layout})
+            check_complete(self.manifest, {RANK_0: self._source.layout})
         return renewed
 
     # -- orders
@@ -261,7 +261,7 @@ class Ranks:
 
     @property
     def holdings(self) -> Mapping[int, Layout]:
-        return {LEADER: self._source.layout, **self._layouts}
+        return {RANK_0: self._source.layout, **self._layouts}
 
     def facts(self) -> list[Facts]:
         """Of all ranks that give something, for choosing a transport that each of them can use."""
@@ -305,9 +305,9 @@ class Ranks:
         published."""
         source = self._source
         own = expected_digest(
-            manifest or self.manifest, plan.get(LEADER, ()), source.memory, is_streamed=source.layout.is_streamed
+            manifest or self.manifest, plan.get(RANK_0, ()), source.memory, is_streamed=source.layout.is_streamed
         )
-        others = {rank: self._members[rank] for rank in plan if rank != LEADER}
+        others = {rank: self._members[rank] for rank in plan if rank != RANK_0}
         if not others:
             return own
         posted = {
@@ -332,7 +332,7 @@ class Ranks:
         made: list[tuple[dict[int, int], list[Offer]]] = [({}, []) for _ in range(count)]
         posted: dict[int, int] = {}
         for rank in plan:
-            if rank != LEADER:
+            if rank != RANK_0:
                 for numbers, _ in made:
                     numbers[rank] = next(self._pairs)
                 order = Pair(

@@ -31,7 +31,7 @@ class _Greeting(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     error: ErrorForm | None = None
 
 
-class Group:
+class Meeting:
     """The trainer's process group, used only to meet. ``rank`` and ``size`` count inside it."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:

@@ -1,4 +1,4 @@
-"""Follower: a trainer rank that is not rank 0. It holds its part and does, inside collective calls, what rank 0 orders.
+"""OtherRank: a trainer rank that is not rank 0. It holds its part and does, inside collective calls, what rank 0 orders.
 
 Orders come on the control link's I/O thread, which only queues them; the thread that made the call works them off. What may take
 long (connecting, sending, digesting) runs beside it, so that an abort is heard.
@@ -69,7 +69,7 @@ MAX_THREADS = 512
 _Item = tuple[RankOrder, AnyOrder]
 
 
-class Follower:
+class OtherRank:
     """One rank's part of the calls of a Publisher of several ranks. Not thread-safe: one call at a time."""
 
     def __init__(self, holder: Holder, info: JoinInfo, *, rank: int, size: int, address: str) -> None:
@@ -152,7 +152,7 @@ class Follower:
     def _answer(self, message: RankOrder, answer: Answer) -> None:
         self._link.send(RankAnswer(number=message.number, body=encode(answer), failed=answer.error is not None))
 
-    # -- collective calls: those of Lead, which has the arguments
+    # -- collective calls: those of FirstRank, which has the arguments
 
     def connect(self, deadline: Deadline) -> None:
         self.join("connect", deadline)

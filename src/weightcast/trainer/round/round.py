@@ -22,12 +22,11 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 
-from weightcast.content.expected import ExpectedDigest
-from weightcast.control.coordinator import Coordinator
 from weightcast.deadline import Deadline
 from weightcast.errors import (
     AnswerLost,
@@ -42,12 +41,10 @@ from weightcast.errors import (
 )
 from weightcast.messages import Begin, Committed, Filled, Message, Read, Staged, Verified
 from weightcast.report.model import Phase, Report
-from weightcast.sources.base import Source
 from weightcast.trainer.clients.base import CommitOrder, CommitReply
 from weightcast.trainer.fleet.fleet import Fleet
 from weightcast.trainer.fleet.link import EngineLink, WorkerLink
-from weightcast.trainer.fleet.outcomes import Cancelled, Outcome, Outcomes, Require
-from weightcast.trainer.ranks.all_ranks import SharedDigest
+from weightcast.trainer.fleet.outcomes import Cancelled, Outcome, Outcomes
 from weightcast.trainer.round.account import Account
 from weightcast.trainer.round.proof import RoundProof
 from weightcast.trainer.round.timeline import Timeline
@@ -65,45 +62,41 @@ REPEAT_AFTER_S = 0.2
 DIGEST_HINT = "Give publish() more time; the extra 'fast' digests several times as fast on a CPU"
 
 
-class Round:
-    """One attempt to bring a fleet to the next version. Used once."""
+@dataclass(frozen=True, slots=True)
+class Brief:
+    """What one attempt is about: the version's number, that of the round, and what was found before it began.
 
-    def __init__(
-        self,
-        fleet: Fleet,
-        engines: list[EngineLink],
-        source: Source,
-        content: ExpectedDigest | SharedDigest,
-        coordinator: Coordinator,
-        *,
-        number: int,
-        round: int,
-        pause: str,
-        clear_cache: bool,
-        deadline: Deadline,
-        timeline: Timeline,
-        check: Callable[[], None],
-        require: Require = "all",
-        absent: Mapping[str, WeightcastError] | None = None,
-    ) -> None:
-        """``check`` is what the source still has to check; its error ends the round before any worker is approved, and is
-        raised as it is."""
-        self._fleet, self._engines, self._source = fleet, engines, source
-        self._coordinator = coordinator
-        self._number, self._round, self._epoch = number, round, fleet.epoch
-        self._pause, self._clear_cache = pause, clear_cache
-        self._deadline, self._timeline = deadline, timeline
-        self._require: Require = require
-        self._check_source = check
+    ``absent`` has the errors of engines that are not there. ``check`` is what the source still has to check; its error ends the
+    round before any worker is approved, and is raised as it is.
+    """
+
+    number: int
+    round: int
+    deadline: Deadline
+    timeline: Timeline
+    absent: Mapping[str, WeightcastError]
+    check: Callable[[], None]
+
+
+class Round:
+    """One attempt to bring these engines of a fleet to the next version. Used once."""
+
+    def __init__(self, fleet: Fleet, engines: list[EngineLink], brief: Brief) -> None:
+        self._fleet, self._engines, self._brief = fleet, engines, brief
+        self._source, self._coordinator, self._settings = fleet.source, fleet.coordinator, fleet.settings
+        self._number, self._round, self._epoch = brief.number, brief.round, fleet.epoch
+        self._deadline, self._timeline = brief.deadline, brief.timeline
         self._refusal: WeightcastError | None = None
-        self._transfer_deadline = deadline
-        self._outcomes = Outcomes(engines, require, self._epoch, round)
+        self._transfer_deadline = brief.deadline
+        self._outcomes = Outcomes(engines, self._settings.require, self._epoch, self._round)
         readers = {worker.member.key: worker.parts for engine in engines for worker in engine.workers}
-        self._turns = WindowTurns(source.slots, readers)
-        self._account = Account(self._outcomes, absent or {}, number=number, epoch=self._epoch, round=round)
+        self._turns = WindowTurns(self._source.slots, readers)
+        self._account = Account(self._outcomes, brief.absent, number=self._number, epoch=self._epoch, round=self._round)
         self._ties = {engine.name: fleet.ties.doubtful(engine) for engine in engines}
-        compared = {tie: fleet.ties.digests(tie, deadline) for ties in self._ties.values() for tie in ties}
-        self._proof = RoundProof(content, fleet.expected, fleet.ranks.manifest, number, compared)
+        compared = {tie: fleet.ties.digests(tie, brief.deadline) for ties in self._ties.values() for tie in ties}
+        self._proof = RoundProof(
+            fleet.content(brief.deadline), fleet.expected, fleet.ranks.manifest, self._number, compared
+        )
         self._is_committed = False
         self._report: Report | None = None
 
@@ -172,7 +165,7 @@ class Round:
     # -- phases
 
     def _transfer(self, pool: ThreadPoolExecutor, workers: list[tuple[EngineLink, WorkerLink]]) -> None:
-        if self._require == "live":
+        if self._settings.require == "live":
             self._transfer_deadline = self._deadline.part(LIVE_TRANSFER_SHARE)
         staged = [(engine, worker) for engine, worker in workers if not worker.in_place]
         in_place = [(engine, worker) for engine, worker in workers if worker.in_place]
@@ -187,7 +180,7 @@ class Round:
             self._proof.start(keys, self._source.memory, self._check_digesting)
             self._tell_begin(in_place)
             try:
-                self._check_source()
+                self._brief.check()
             except WeightcastError as error:
                 self._refusal = error
                 raise
@@ -343,7 +336,7 @@ class Round:
         with self._timeline.phase("commit"):
             # In-place first: they may still fail, and staged engines can then simply stay at n.
             groups = [[e for e in self._engines if e.in_place == in_place] for in_place in (True, False)]
-            if self._require == "live":
+            if self._settings.require == "live":
                 groups = [self._engines]
             for group in groups:
                 if len(group) == 1 and not self._outcomes.failed:
@@ -398,8 +391,8 @@ class Round:
             epoch=self._epoch,
             round=self._round,
             version=self._proof.version,
-            pause=self._pause,
-            clear_cache=self._clear_cache,
+            pause=self._settings.pause,
+            clear_cache=self._settings.clear_cache,
         )
         first, lost = True, None
         while True:

@@ -1,0 +1,259 @@
+"""Set-up: an epoch begins for some engines. Transports are chosen, plans compiled on both sides and compared, pairs connected.
+
+A worker whose round failed is set up again before the next round, because a transport that was aborted is dead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from copy import copy
+
+from weightcast.content.expected import plan_key
+from weightcast.control.coordinator import Member
+from weightcast.deadline import Deadline
+from weightcast.errors import DeadlineExceeded, GroupBroken, PeerLost, PlanMismatch, WeightcastError
+from weightcast.manifest import ALIGNMENT
+from weightcast.messages import Offer, Ready, Setup
+from weightcast.plan import Plan, compile_plan, parts_of, plan_digest
+from weightcast.trainer.fleet.fleet import Fleet
+from weightcast.trainer.fleet.groups import TransferGroup, groups_of, mates_of
+from weightcast.trainer.fleet.link import EngineLink, SendingEnd, WorkerLink
+from weightcast.trainer.ranks import SharedEnd
+from weightcast.trainer.ranks.all_ranks import RANK_0
+from weightcast.transports.base import TrainerEnd, Transport
+
+BUCKETS_A_WINDOW = 4
+"""Buckets that a window of a stream is at least: each is packed while the one before it travels."""
+PLANNING_SHARE = 0.5
+"""Share of the time left that planning for one worker may take."""
+WORD_TIMEOUT_S = 0.5
+"""How long a worker whose connection broke is asked for its own reason."""
+
+
+def set_up(fleet: Fleet, engines: Sequence[EngineLink], deadline: Deadline) -> dict[str, WeightcastError]:
+    """Begin an epoch for these engines; returns the errors of those that did not get ready, by name.
+
+    An engine whose pairs broke because of another one that failed is in no error: it has to be set up again without
+    that one. Neither is one whose transport turned out to be of no use: it has to be set up again with the next best.
+    """
+    return _SetUp(fleet, engines, deadline).run()
+
+
+class _SetUp:
+    """One epoch's set-up. Each step leaves out engines for which an earlier step found an error."""
+
+    def __init__(self, fleet: Fleet, engines: Sequence[EngineLink], deadline: Deadline) -> None:
+        self._fleet, self._deadline = fleet, deadline
+        self._engines = engines
+        self._failures: dict[str, WeightcastError] = {}
+        self._again: set[str] = set()
+        """Engines that have to be set up again with another transport."""
+        self._cut_off: dict[str, WeightcastError] = {}
+        """Engines whose pairs broke because of another engine."""
+
+    def run(self) -> dict[str, WeightcastError]:
+        self._fleet.begin_epoch(self._engines)
+        self._choose_transports()
+        self._make_memory_reachable()
+        self._compile_plans()
+        self._offer_pairs()
+        self._connect_pairs()
+        failures = self._failures if self._failures or self._again else self._cut_off
+        for engine in self._present():
+            if engine.name not in self._cut_off:
+                engine.broken = None
+        self._fleet.forget_unneeded()
+        return failures
+
+    def _present(self) -> list[EngineLink]:
+        """Engines for which no step has found an error so far."""
+        return [engine for engine in self._engines if engine.name not in {*self._failures, *self._again}]
+
+    def _blame(self, engine: EngineLink, worker: WorkerLink, error: WeightcastError, *, by_trainer: bool) -> None:
+        """Note that an engine is not set up, or that it has to be set up again, with another transport for this worker."""
+        passed_over = engine.name not in self._failures and self._fleet.choice.pass_over(
+            engine, worker, error, by_trainer=by_trainer
+        )
+        if passed_over:
+            self._again.add(engine.name)
+        else:
+            self._failures.setdefault(engine.name, error.at(engine=engine.name, phase="setup"))
+            self._again.discard(engine.name)
+
+    @contextmanager
+    def _noting(self, engine: EngineLink) -> Iterator[None]:
+        """Note the first error of an engine; the others go on."""
+        try:
+            yield
+        except WeightcastError as error:
+            self._failures.setdefault(engine.name, error.at(engine=engine.name, phase="setup"))
+
+    # -- steps
+
+    def _choose_transports(self) -> None:
+        for engine in self._engines:
+            engine.broken = "set-up did not finish"
+            self._fleet.coordinator.clear_inboxes(worker.member for worker in engine.workers)
+            with self._noting(engine):
+                for worker in engine.workers:
+                    worker.close_end()
+                    worker.at = (self._fleet.epoch, 0)
+                    self._fleet.choice.choose(worker)
+
+    def _make_memory_reachable(self) -> None:
+        engines = self._present()
+        names = {w.transport.name for e in engines for w in e.workers if w.transport is not None}
+        errors = self._fleet.adopt(sorted(names), engines, self._deadline)
+        for engine in engines:
+            for worker in engine.workers:
+                if worker.transport is not None and worker.transport.name in errors:
+                    self._blame(engine, worker, errors[worker.transport.name], by_trainer=True)
+
+    def _compile_plans(self) -> None:
+        fleet, engines = self._fleet, self._present()
+        is_streamed = fleet.source.layout.is_streamed
+        if not is_streamed and any(fleet.ties.doubtful(engine) for engine in engines):
+            fleet.ranks.refresh(self._deadline)
+        for engine in engines:
+            with self._noting(engine):
+                if is_streamed:
+                    _refuse_in_place(engine)  # and tied tensors are compared when they come
+                else:
+                    fleet.ties.check(engine, fleet.source.memory, self._deadline)
+                for worker in engine.workers:
+                    self._compile(worker)
+
+    def _compile(self, worker: WorkerLink) -> None:
+        """Compile the worker's plan, and be ready to digest what it gets."""
+        # A worker whose landings take long to plan leaves time for those of the others.
+        limit = self._deadline.part(PLANNING_SHARE)
+        ranks = self._fleet.ranks
+        plan = compile_plan(
+            ranks.manifest,
+            ranks.holdings,
+            worker.landings.layout,
+            check=lambda: limit.check("planning a worker's landings"),
+        )
+        worker.plan, worker.plan_digest, worker.digest_key = plan, plan_digest(plan), plan_key(plan)
+        worker.parts = tuple(parts_of(plan.get(RANK_0, ())))
+        self._fleet.expect(worker.digest_key, plan, self._deadline)
+
+    def _offer_pairs(self) -> None:
+        present = self._present()
+        groups = groups_of(present, share=self._fleet.settings.shares)
+        mates = mates_of(groups)
+        for engine in present:
+            engine.mates = mates[engine.name]
+        for group in groups:
+            self._offer(group)
+        for engine in present:
+            if engine.name in {*self._failures, *self._again}:
+                for worker in engine.workers:
+                    worker.close_end()  # nobody waits for it in another group
+
+    def _offer(self, group: TransferGroup) -> None:
+        """Make the sending side of a group's pairs and tell its workers; an error is that of all its engines."""
+        transport, deadline = group[0][1].transport, self._deadline
+        assert transport is not None
+        try:
+            opened = self._open(transport, group[0][1].plan, len(group))
+        except WeightcastError as error:
+            for engine, worker in group:
+                self._blame(engine, worker, copy(error), by_trainer=True)
+            return
+        for (_, worker), (end, offers) in zip(group, opened, strict=True):
+            worker.end = end
+            holdings = dict(self._fleet.ranks.holdings)
+            setup = Setup(epoch=self._fleet.epoch, holdings=holdings, offers=offers, timeout_s=deadline.limit_s())
+            self._fleet.coordinator.send(worker.member, setup)
+
+    def _open(self, transport: Transport, plan: Plan, count: int) -> list[tuple[SendingEnd, tuple[Offer, ...]]]:
+        """The sending sides of a group of workers that want the same, on all ranks that have something for them, and what each
+        offers."""
+        settings, ranks = self._fleet.settings, self._fleet.ranks
+        bucket_nbytes = settings.bucket_nbytes or self._bucket_nbytes(transport)
+        own: list[TrainerEnd] = []
+        if RANK_0 in plan:
+            memory, address = self._fleet.source.memory, settings.reached_at
+            own = transport.trainer_ends(count, plan[RANK_0], memory, bucket_nbytes=bucket_nbytes, address=address)
+        offered: list[tuple[Offer, ...]] = [
+            (Offer(rank=RANK_0, transport=transport.name, data=end.offer()),) for end in own
+        ] or [()] * count
+        if ranks.alone and own:
+            return list(zip(own, offered, strict=True))
+        try:
+            pairs = ranks.pair(transport.name, plan, count, bucket_nbytes, self._deadline)
+        except WeightcastError:
+            for end in own:
+                end.close()
+            raise
+        everywhere: list[tuple[SendingEnd, tuple[Offer, ...]]] = []
+        for number, (numbers, others) in enumerate(pairs):
+            shared = SharedEnd(ranks, own[number] if own else None, numbers)
+            everywhere.append((shared, (*offered[number], *others)))
+        return everywhere
+
+    def _bucket_nbytes(self, transport: Transport) -> int:
+        """That of the transport; for a stream no more than a part of a window."""
+        layout = self._fleet.source.layout
+        if not layout.is_streamed:
+            return transport.default_bucket_nbytes
+        part = max(layout.storage_nbytes, default=0) // BUCKETS_A_WINDOW // ALIGNMENT * ALIGNMENT
+        return max(ALIGNMENT, min(transport.default_bucket_nbytes, part))
+
+    def _connect_pairs(self) -> None:
+        pairs = [(engine, worker) for engine in self._present() for worker in engine.workers]
+        with ThreadPoolExecutor(max(1, len(pairs))) as pool:
+            futures = [(pool.submit(self._connect, worker), engine, worker) for engine, worker in pairs]
+        for future, engine, worker in futures:
+            self._note_connected(future.result, engine, worker)
+
+    def _note_connected(self, result: Callable[[], None], engine: EngineLink, worker: WorkerLink) -> None:
+        try:
+            result()
+        except GroupBroken as error:
+            self._cut_off[engine.name] = error
+        except WeightcastError as error:
+            self._blame(engine, worker, error, by_trainer=False)
+
+    def _connect(self, worker: WorkerLink) -> None:
+        assert worker.end is not None
+        member = worker.member
+        try:
+            worker.end.connect(self._deadline)
+        except GroupBroken:
+            raise
+        except WeightcastError as error:
+            # The worker's own word says more than a broken connection; it is asked for briefly.
+            with suppress(DeadlineExceeded, PeerLost):
+                self._take_ready(member, Deadline(WORD_TIMEOUT_S))
+            named = worker.named(error.at(engine=member.engine, worker=member.rank, phase="setup"))
+            if named is error:
+                raise
+            raise named from error
+        ready = self._take_ready(member, self._deadline)
+        if ready.plan_digest != worker.plan_digest:
+            raise PlanMismatch(
+                "the worker compiled another plan", engine=member.engine, worker=member.rank, phase="setup"
+            )
+
+    def _take_ready(self, member: Member, deadline: Deadline) -> Ready:
+        def is_this_epoch(message: object) -> bool:
+            return getattr(message, "epoch", None) == self._fleet.epoch
+
+        coordinator = self._fleet.coordinator
+        ready = coordinator.take(member, Ready, deadline, phase="setup", matches=is_this_epoch)
+        assert isinstance(ready, Ready)
+        return ready
+
+
+def _refuse_in_place(engine: EngineLink) -> None:
+    """Raise Unsupported for an engine that has no staged copy: what it is to commit is known once a stream was read to its end."""
+    if engine.in_place:
+        raise Unsupported(
+            "a stream cannot be written in place: an engine would have to stand still while the stream is produced",
+            hint="Let the engine have a staged copy: mode='staged', or more free memory on its device\n"
+            "Or publish tensors that are there at once: a module, or a state dict",
+        )
