@@ -13,7 +13,7 @@ from copy import copy
 from weightcast.content.expected import plan_key
 from weightcast.control.coordinator import Member
 from weightcast.deadline import Deadline
-from weightcast.errors import DeadlineExceeded, GroupBroken, PeerLost, PlanMismatch, WeightcastError
+from weightcast.errors import DeadlineExceeded, GroupBroken, PeerLost, PlanMismatch, Unsupported, WeightcastError
 from weightcast.manifest import ALIGNMENT
 from weightcast.messages import Offer, Ready, Setup
 from weightcast.plan import Plan, compile_plan, parts_of, plan_digest
