@@ -1,5 +1,6 @@
 """For all tests: suites in weightcast.testing report failed asserts like tests do. It must happen before any test imports them."""
 
+import gc
 import signal
 
 import pytest
@@ -17,3 +18,9 @@ ranks.PRELOAD += [
     "tests.support.engine_process", "tests.support.trainer_process", "torch.distributed.fsdp", "transformers.modeling_utils",
     "weightcast.engines.embedded",
 ]  # fmt: skip
+
+
+def pytest_collection_finish() -> None:
+    """What all those modules made stays; tests that look for garbage need not look there."""
+    gc.collect()
+    gc.freeze()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -17,6 +16,7 @@ import httpx
 import pytest
 import torch
 import transformers
+from tests.support.forked import Forked
 
 from weightcast import Publisher
 from weightcast.deadline import Deadline
@@ -133,7 +133,7 @@ def test_a_wrong_token_changes_nothing(url: str, policy: transformers.PreTrained
 
 
 TRAINER = """
-import sys, torch, transformers
+import signal, sys, torch, transformers
 from weightcast import Publisher
 from weightcast.trainer.round.round import Round
 from weightcast.transports.connection import Connection
@@ -151,7 +151,7 @@ with torch.no_grad():
 
 def stop(*rest):
     print(where, flush=True)
-    sys.stdin.read()
+    signal.pause()
 
 sent = []
 
@@ -177,22 +177,15 @@ def test_a_trainer_killed_in_a_staged_round_leaves_version_n(
     with Publisher(policy, [url], token=TOKEN, transport=transport) as publisher:
         train(policy)
         version = publisher.publish().version
-    trainer = subprocess.Popen(
-        [sys.executable, "-c", TRAINER, str(checkpoint), url, TOKEN, transport, where],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    trainer = Forked(TRAINER, checkpoint, url, TOKEN, transport, where, environment=os.environ)
     try:
-        assert trainer.stdout is not None
-        assert trainer.stdout.readline().strip() == where
-        os.kill(trainer.pid, signal.SIGKILL)
+        trainer.wait_for(f"{where}\n")
+        trainer.kill()
         choice = served(url)
         assert choice["token_ids"] == expected(policy)
         assert choice["weight_versions"][0]["version"] == version
     finally:
-        trainer.kill()
-        trainer.communicate()
+        trainer.close()
     train(policy)
     with Publisher(policy, [url], token=TOKEN, transport=transport) as publisher:
         report = publisher.publish()

@@ -1,9 +1,11 @@
-"""weightcast serve as a process of its own, ended by its id whatever happens."""
+"""weightcast serve as a process of its own, ended by its id whatever happens.
+
+Servers are forked from a process that has imported torch (see tests.support.forked), but where starting or ending is what is tested.
+"""
 
 from __future__ import annotations
 
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -13,7 +15,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-START = "from weightcast.cli import app; app()"
+from tests.support.forked import COMMAND, Forked, limit_descriptors, run_forked
+
+START = COMMAND
 
 
 @dataclass
@@ -21,7 +25,7 @@ class Served:
     """A running server."""
 
     url: str
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[str] | Forked
     ready_file: Path
 
     def stop(self, signal_number: int, timeout_s: float = 20.0) -> tuple[int, str]:
@@ -31,17 +35,21 @@ class Served:
         return self.process.returncode, output
 
 
-def command_line(*arguments: object, start: str = START) -> list[str]:
-    return [sys.executable, "-c", start, "serve", *map(str, arguments)]
+def command_line(*arguments: object) -> list[str]:
+    return [sys.executable, "-c", START, "serve", *map(str, arguments)]
+
+
+def refused(*arguments: object, **more: str) -> str:
+    """What serve says when it does not even start."""
+    status, said = run_forked(START, "serve", *arguments, environment=environment(**more), timeout_s=60)
+    assert status != 0
+    assert "Traceback" not in said
+    return said
 
 
 def environment(**more: str) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("WEIGHTCAST_", "OMP_WAIT"))}
     return {**kept, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **more}
-
-
-def _limit(descriptors: int) -> None:
-    resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))
 
 
 @contextmanager
@@ -53,19 +61,25 @@ def serving(
     descriptors: int | None = None,
     unix_path: Path | None = None,
     start: str = START,
+    forked: bool = True,
     **more: str,
 ) -> Iterator[Served]:
     """Start a server, on a free port or a unix socket, and wait until it listens. ``descriptors``: how many files it may open."""
     ready = folder / "url"
     address = ("--port", 0) if unix_path is None else ("--unix-socket", unix_path)
-    process = subprocess.Popen(
-        command_line(model, *address, "--ready-file", ready, *arguments, start=start),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env=environment(**more),
-        text=True,
-        preexec_fn=None if descriptors is None else partial(_limit, descriptors),
-    )
+    words = ("serve", model, *address, "--ready-file", ready, *arguments)
+    process: subprocess.Popen[str] | Forked
+    if forked:
+        process = Forked(start, *words, environment=environment(**more), descriptors=descriptors)
+    else:
+        process = subprocess.Popen(
+            [sys.executable, "-c", start, *map(str, words)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=environment(**more),
+            text=True,
+            preexec_fn=None if descriptors is None else partial(limit_descriptors, descriptors),
+        )
     try:
         deadline = time.monotonic() + timeout_s
         while not ready.exists():

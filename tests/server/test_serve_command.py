@@ -13,7 +13,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from serve_process import command_line, environment, serving
+from serve_process import command_line, environment, refused, serving
 
 from weightcast.testing.models import build_tiny_model
 
@@ -23,20 +23,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny_model(tmp_path_factory.mktemp("serve") / "model", "llama", "float32")
 
 
-def refused(*arguments: object, **more: str) -> str:
-    """What serve says when it does not even start."""
-    ended = subprocess.run(
-        command_line(*arguments), env=environment(**more), capture_output=True, text=True, timeout=60, check=False
-    )
-    assert ended.returncode != 0
-    assert "Traceback" not in ended.stderr
-    return ended.stderr
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_ends_cleanly_with_requests_in_flight(model: Path, tmp_path: Path, number: signal.Signals) -> None:
     reasons: list[str] = []
-    with serving(model, tmp_path, "--max-model-len", 2048) as server:
+    with serving(model, tmp_path, "--max-model-len", 2048, forked=False) as server:
 
         def stream() -> None:
             body = {"prompt": "x", "max_tokens": 2000, "ignore_eos": True, "stream": True}

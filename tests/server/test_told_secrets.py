@@ -6,8 +6,6 @@ import base64
 import logging
 import secrets
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import httpx
@@ -16,6 +14,7 @@ import torch
 import zmq
 from safetensors.torch import load_file, save_file
 from serve_process import environment, serving
+from tests.support.forked import COMMAND, run_forked
 
 from weightcast import Publisher
 from weightcast.control import Coordinator, JoinInfo
@@ -30,8 +29,6 @@ from weightcast.transports.nccl import NcclOffer
 from weightcast.transports.tcp import TcpOffer
 from weightcast.weight_transfer.weightcast import WeightcastInitInfo
 
-START = "from weightcast.cli import app; app()"
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -40,18 +37,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def weightcast(*arguments: object, **more: str) -> str:
     """All that a command prints."""
-    command = [sys.executable, "-c", START, *map(str, arguments)]
-    ended = subprocess.run(
-        command,
-        env=environment(**more),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=100,
-        check=False,
-    )
-    assert "Traceback" not in ended.stdout, ended.stdout
-    return ended.stdout
+    _, printed = run_forked(COMMAND, *arguments, environment=environment(**more), timeout_s=100)
+    assert "Traceback" not in printed, printed
+    return printed
 
 
 def fails(publisher: Publisher) -> str:
@@ -73,7 +61,9 @@ def test_nothing_that_is_told_has_the_token(model: Path, tmp_path: Path, caplog:
     pushed = tmp_path / "pushed"
     pushed.mkdir()
     save_file(tensors, pushed / "model.safetensors")
-    with serving(model, tmp_path, "--token-file", file, "--log-level", "debug", "--log-format", "json") as server:
+    with serving(
+        model, tmp_path, "--token-file", file, "--log-level", "debug", "--log-format", "json", forked=False
+    ) as server:
         command_line = Path(f"/proc/{server.process.pid}/cmdline").read_bytes().decode()
         named = server.url.replace("://", f"://somebody:{token}@")
         log = tmp_path / "rounds.jsonl"

@@ -7,6 +7,7 @@ comes after its caller gave up is thrown away and not taken for the next one's.
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import os
 import signal
@@ -138,6 +139,7 @@ def _serve(channel: Connection, netns: str | None, factory: Callable[..., Any], 
 
     from tests.support.network import enter
 
+    gc.freeze()  # nothing that the server imported is garbage, and looking at it would copy its pages
     be_a_host_for_nccl()
     if netns is not None:
         enter(netns)
