@@ -15,7 +15,8 @@ CHAOS_ARGS ?=
 SOAK_ARGS ?=
 FUZZ_ARGS ?=
 PYTEST_ARGS ?=
-JOBS ?= 2
+JOBS ?= 3
+VLLM_JOBS ?= 2
 
 # Threads that spin while they wait take the cores from the other processes of a test or a demo.
 export OMP_WAIT_POLICY := PASSIVE
@@ -39,7 +40,8 @@ $(STAMP): pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install -q -c $(VENV)/held.txt -e '.[$(EXTRAS)]'
 	touch $@
 
-test: lint type docs pytest ## lint, types, documents and the whole test suite
+test: lint docs ## lint, types, documents and the whole test suite
+	@$(MAKE) --no-print-directory -j 2 type pytest
 
 lint: $(STAMP) ## ruff: rules and format
 	$(BIN)/ruff check .
@@ -48,8 +50,9 @@ lint: $(STAMP) ## ruff: rules and format
 type: $(STAMP) ## mypy, strict
 	$(BIN)/mypy
 
-pytest: $(STAMP) ## the test suite alone, a file on one of two processes; PYTEST_ARGS="-k name", JOBS=0 for one process
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+# Tests wait for processes and deadlines a good part of their time: three files at once keep two cores busy.
+pytest: $(STAMP) ## the test suite alone, JOBS files at once; PYTEST_ARGS="-k name", JOBS=0 for one process
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 matrix: $(STAMP) ## every fault under every transport (five minutes); MATRIX_ARGS="--transports cuda_ipc,nccl --out DIR"
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.trials.matrix $(MATRIX_ARGS)
@@ -95,8 +98,10 @@ $(VLLM_STAMP): tests/vllm/requirements.txt tests/vllm/shim/pyproject.toml pyproj
 	$(VLLM_BIN)/python -m pip install -q --no-deps -e .
 	touch $@
 
-test-vllm: $(VLLM_STAMP) ## weightcast inside stock vLLM, on CPU; VLLM_TEST_ARGS="-k name"
-	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest tests/vllm -m vllm $(VLLM_TEST_ARGS)
+# A server of vLLM imports on one core for most of the half minute that it takes to start: two files at once keep two cores busy.
+test-vllm: $(VLLM_STAMP) ## weightcast inside stock vLLM, on CPU, VLLM_JOBS files at once; VLLM_TEST_ARGS="-k name"
+	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest tests/vllm -m vllm -n $(VLLM_JOBS) --dist loadfile --no-loadscope-reorder \
+		$(VLLM_TEST_ARGS)
 
 test-gpu: $(STAMP) ## tests that need a CUDA GPU (those of vLLM where it is installed); PYTEST_ARGS="-k name"
 	$(BIN)/python -c 'import nccl.core' 2>/dev/null || $(BIN)/python -m pip install -q -c $(VENV)/held.txt -e '.[nccl]'

@@ -19,6 +19,17 @@ ranks.PRELOAD += [
     "weightcast.engines.embedded",
 ]  # fmt: skip
 
+FIRST = [
+    "tests/examples/test_examples.py", "tests/faults/test_matrix.py", "tests/faults/test_soak.py", "tests/sync/test_several_ranks.py",
+    "tests/vllm/test_parallel.py", "tests/vllm/test_experts.py", "tests/vllm/test_served.py", "tests/vllm/test_beside_stock.py",
+]  # fmt: skip
+"""The files that take longest. Where several files run at once, what starts last decides when all have ended."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {file: number for number, file in enumerate(FIRST)}
+    items.sort(key=lambda item: place.get(item.nodeid.partition("::")[0], len(FIRST)))
+
 
 def pytest_collection_finish() -> None:
     """What all those modules made stays; tests that look for garbage need not look there."""
