@@ -435,7 +435,9 @@ def test_a_tiny_run_of_the_demo_proves_every_round(tmp_path: Path) -> None:
     )  # fmt: skip
     verdict = run_demo(options, Console(quiet=True))
     assert verdict.passed, verdict
-    assert '"Rounds proven by digest":"4 of 4"' in (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert '"Rounds proven by digest":{"text":"4 of 4","state":""}' in (tmp_path / "page.html").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_a_server_that_does_not_start_shows_its_last_words(tmp_path: Path) -> None:

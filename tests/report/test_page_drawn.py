@@ -229,6 +229,15 @@ def test_idle_time_is_left_out_of_the_axis(page: sync_api.Page, site: Site) -> N
     assert "now" in texts
     assert "cannot be reached: refused" in (page.locator("#lanes .bad").text_content() or "")
     assert page.locator("[data-engine=gone] .error").text_content() == "cannot be reached: refused"
+    assert is_red(colour_of(page, ".tiles dd:text-is('2 of 3')"))
+    page.set_viewport_size({"width": 390, "height": 800})
+    lanes = page.get_by_role("region", name="Versions over time", exact=True)
+    page.wait_for_function("document.querySelector('#lanes .scroll').clientWidth < 400")
+    for place in (0, 10_000):
+        lanes.evaluate("(box, place) => { box.scrollLeft = place; }", place)
+        name = page.locator(".lane-name").first.bounding_box()
+        assert name is not None
+        assert 0 < name["x"] < 50, "names of engines stay in sight"
 
 
 def assert_unhurt(page: sync_api.Page) -> None:
@@ -292,7 +301,7 @@ def test_keys_read_charts_out_and_figures_stand_beside_them(page: sync_api.Page,
         assert tip.text_content() == f"step {step}\nvalue: {values[step - 1]} tokens/s"
     page.keyboard.press("Tab")
     assert not tip.is_visible()
-    figures = page.locator("section[aria-label^=Small] details")
+    figures = page.locator("section:has(h2:text('Small')) details")
     figures.locator("summary").focus()
     page.keyboard.press("Enter")
     rows = figures.locator("tbody tr")

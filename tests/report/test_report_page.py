@@ -71,7 +71,7 @@ def test_the_document_has_every_round_and_its_figures() -> None:
         assert told["error"] is None
     assert document["charts"][0]["series"] == {"mean": rewards, "each": rewards[::-1]}
     assert document["facts"]["Accuracy"] == "0.5 → 0.9"
-    assert document["facts"]["Rounds proven by digest"] == "6 of 7"
+    assert document["facts"]["Rounds proven by digest"] == {"text": "6 of 7", "state": "bad"}
     assert document["details"][0]["rows"][0][0] == reports[-1].engines[0].name
 
 

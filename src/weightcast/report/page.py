@@ -26,7 +26,7 @@ from weightcast.errors import InvalidInput
 from weightcast.report.colours import PHASE_COLOURS
 from weightcast.report.model import Report
 from weightcast.report.rounds import engines_table, facts_of, trainer_of
-from weightcast.report.tables import Table
+from weightcast.report.tables import Cell, Table
 from weightcast.untrusted.written import write_whole
 
 PAGE_HEADERS = {
@@ -70,7 +70,7 @@ class Page:
 
     title: str
     summary: str = ""
-    facts: Mapping[str, str] = field(default_factory=dict)
+    facts: Mapping[str, str | Cell] = field(default_factory=dict)
     charts: Sequence[Chart] = ()
     tables: Sequence[Table] = ()
     details: Sequence[Table] = ()

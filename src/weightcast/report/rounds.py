@@ -91,7 +91,7 @@ def _served(reports: Sequence[Report]) -> str | None:
     return next((report.version for report in reversed(reports) if report.outcome == "committed"), None)
 
 
-def facts_of(reports: Sequence[Report]) -> dict[str, str]:
+def facts_of(reports: Sequence[Report]) -> dict[str, str | Cell]:
     """A run in four figures."""
     if not reports:
         return {}
@@ -99,7 +99,9 @@ def facts_of(reports: Sequence[Report]) -> dict[str, str]:
     proven = sum(report.digests_match for report in reports)
     return {
         "Served version": _served(reports) or "none",
-        "Rounds proven by digest": f"{proven} of {len(reports)}",
+        "Rounds proven by digest": Cell(
+            text=f"{proven} of {len(reports)}", state="bad" if proven < len(reports) else ""
+        ),
         "Publish, median": f"{times[len(times) // 2] * 1e3:.1f} ms",
         "Bytes per round": format_bytes(max(report.nbytes for report in reports)),
     }

@@ -19,19 +19,20 @@ const scroller = (label, classes, ...children) =>
   node("div", { class: `scroll ${classes}`, tabindex: 0, role: "region", "aria-label": label, "data-key": `scroll ${label}` }, ...children);
 
 function section(title, note, ...children) {
-  return node("section", { "aria-label": title }, node("h2", {}, title), note ? node("p", { class: "note" }, note) : null, ...children);
+  return node("section", {}, node("h2", {}, title), note ? node("p", { class: "note" }, note) : null, ...children);
 }
+
+const drawCell = (tag, cell) => (typeof cell === "string" ? node(tag, {}, cell) : node(tag, { class: cell.state }, cell.text));
 
 function drawTiles(facts) {
   return node("dl", { class: "tiles" }, ...Object.entries(facts).map(([name, value]) =>
-    node("div", {}, node("dt", {}, name), node("dd", {}, value))));
+    node("div", {}, node("dt", {}, name), drawCell("dd", value))));
 }
 
 function drawTable(columns, rows, classes = "") {
-  const cellOf = (cell) => (typeof cell === "string" ? node("td", {}, cell) : node("td", { class: cell.state }, cell.text));
   return node("table", { class: classes },
     node("thead", {}, node("tr", {}, ...columns.map((column) => node("th", { scope: "col" }, column)))),
-    node("tbody", {}, ...rows.map((row) => node("tr", {}, ...row.map(cellOf)))));
+    node("tbody", {}, ...rows.map((row) => node("tr", {}, ...row.map((cell) => drawCell("td", cell))))));
 }
 
 // What a picture shows, in figures; made when somebody asks for it.
@@ -98,7 +99,9 @@ function drawLanes(engines, now, room) {
     const why = engine.status ? null : node("span", { class: "bad" }, ` not reached: ${engine.error || "no status"}`);
     return [node("div", { class: "lane-name" }, engine.name, why), picture(width, 20, `${engine.name} served ${said || "nothing new"}`, ...boxes, ...gaps)];
   });
-  return scroller("Versions over time", "", node("div", {}, ...lanes, drawMoments(axis, every.flat(), end, width)));
+  const box = node("div", {}, ...lanes, drawMoments(axis, every.flat(), end, width));
+  box.style.width = `${width}px`; // names stay in sight up to the end of what they stick to
+  return scroller("Versions over time", "", box);
 }
 
 // Labels under the lanes: the clock at the start and after each gap, how long the gaps were, and now. None overlaps another.
@@ -197,10 +200,10 @@ function factsOf(engines) {
   const commits = fleet.flatMap((engine) => engine.rounds.filter((round) => round.error === null));
   const failed = engines.flatMap((engine) => engine.rounds).filter((round) => round.error !== null).length;
   return {
-    "Engines reached": `${reached.length} of ${fleet.length}`,
+    "Engines reached": { text: `${reached.length} of ${fleet.length}`, state: reached.length < fleet.length ? "bad" : "" },
     "Serving": [...new Set(reached.map((engine) => engine.status.weight_version))].join(", ") || "–",
     "Commit, median": commits.length ? milliseconds(median(commits.map((round) => round.seconds))) : "–",
-    "Rounds that failed": String(failed),
+    "Rounds that failed": { text: String(failed), state: failed ? "bad" : "" },
   };
 }
 
