@@ -9,6 +9,7 @@ from importlib.metadata import version
 
 import torch
 
+from weightcast import __version__
 from weightcast.report.page import Chart, Page
 from weightcast.report.plot import moving_mean
 from weightcast.report.rounds import stalls
@@ -110,7 +111,7 @@ def _environment(run: Run) -> Table:
         "a step": f"{options.num_prompts} prompts, {options.group_size} answers to each, one optimizer step",
         "learning rate": f"{options.lr:g}, AdamW, gradients clipped to norm 1",
         "warm-up": f"until a right answer has probability {options.warm_up:g}; {run.warmth.probability:.3f} was reached",
-        "weightcast": version("weightcast"),
+        "weightcast": __version__,
         "torch": torch.__version__,
         "transformers": version("transformers"),
         "Python": platform.python_version(),

@@ -15,10 +15,13 @@ from typing import Any
 
 import pytest
 from report_samples import make_report
+from typer.testing import CliRunner
 
+from weightcast.cli import app
 from weightcast.errors import InvalidInput
 from weightcast.report.colours import PHASE_COLOURS, phase_colour
 from weightcast.report.page import LIVE_PAGE, Chart, Page, embedded, render, write_page
+from weightcast.report.roundlog import RoundLog
 from weightcast.report.rounds import KEPT, stalls
 from weightcast.report.tables import Cell, Table
 
@@ -90,6 +93,25 @@ def test_failed_rounds_say_why_and_long_runs_are_cut() -> None:
     assert "the worker was killed" in trainer["rounds"][0].error
 
 
+def test_the_command_makes_a_page_of_a_log(tmp_path: Path) -> None:
+    rng = random.Random(26)
+    reports = [make_report(rng, number=number) for number in (1, 2, 3)]
+    log = RoundLog(tmp_path / "rounds.jsonl")
+    assert all(log.append(report) for report in reports)
+    made = CliRunner().invoke(app, ["report", str(log.path), "--out", str(tmp_path / "page.html")])
+    assert made.exit_code == 0, made.output
+    document = document_in((tmp_path / "page.html").read_text(encoding="utf-8"))
+    assert [told["version"] for told in document["engines"][0]["rounds"]] == [report.version for report in reports]
+    assert document["charts"][0]["series"]["publish"] == [report.total_s * 1e3 for report in reports]
+    (tmp_path / "empty").touch()
+    (tmp_path / "broken").write_text("{")
+    for name, message in (("none", "cannot be read"), ("empty", "holds no rounds"), ("broken", "line 1")):
+        refused = CliRunner().invoke(app, ["report", str(tmp_path / name), "--out", str(tmp_path / "other.html")])
+        assert refused.exit_code == 1
+        assert message in refused.output.replace("\n", " ")
+        assert not (tmp_path / "other.html").exists()
+
+
 def test_stalls_are_from_the_pause_to_its_end() -> None:
     rng = random.Random(23)
     first, second = make_report(rng), make_report(rng)
@@ -99,9 +121,9 @@ def test_stalls_are_from_the_pause_to_its_end() -> None:
     name = first.engines[0].name
     assert found[name] == pytest.approx([first.total_s * 1e3, second.total_s * 1e3])
     assert [value != value for value in found["other"]] == [True, True]
-    assert document_in(render(Page(title="t", charts=[Chart(title="s", series=found)])))["charts"][0]["series"][
-        "other"
-    ] == [None, None]
+    charts = [Chart(title="s", series=found), Chart(title="nothing", series={"other": found["other"]})]
+    (drawn,) = document_in(render(Page(title="t", charts=charts)))["charts"]
+    assert drawn["series"]["other"] == [None, None]
 
 
 def hostile_page() -> Page:

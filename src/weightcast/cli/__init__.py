@@ -10,7 +10,7 @@ from typer.core import TyperGroup
 
 from weightcast import __version__
 
-COMMANDS = ("serve", "push", "demo", "status", "watch", "verify", "doctor")
+COMMANDS = ("serve", "push", "demo", "status", "watch", "report", "verify", "doctor")
 
 
 class LazyGroup(TyperGroup):

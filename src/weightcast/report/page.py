@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -62,6 +63,11 @@ class Chart:
         if len(lengths) > 1:
             raise InvalidInput(f"{self.title}: series of different lengths: {sorted(lengths)}", field="series")
 
+    @property
+    def has_values(self) -> bool:
+        """Whether there is anything to draw."""
+        return any(math.isfinite(value) for values in self.series.values() for value in values)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Page:
@@ -84,7 +90,7 @@ class Page:
             "title": self.title,
             "summary": self.summary,
             "facts": {**self.facts, **facts_of(self.reports)},
-            "charts": [chart for chart in self.charts if any(chart.series.values())],
+            "charts": [chart for chart in self.charts if chart.has_values],
             "tables": self.tables,
             "details": [*map(engines_table, last), *self.details],
             "engines": [trainer_of(self.reports)] if self.reports else [],

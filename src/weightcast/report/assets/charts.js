@@ -79,7 +79,8 @@ const stepsOf = (chart) => Math.max(...Object.values(chart.series).map((values) 
 
 function lineChart(chart, width, height) {
   const every = Object.values(chart.series).flat().filter((value) => value !== null);
-  const marks = ticks(Math.min(...(every.length ? every : [0])), Math.max(...(every.length ? every : [1])), 5);
+  const low = every.reduce((a, b) => Math.min(a, b), every[0]), high = every.reduce((a, b) => Math.max(a, b), every[0]);
+  const marks = ticks(low, high, 5);
   const frame = axes(chart, width, height, marks, "");
   const lines = Object.values(chart.series).map((values, i) => {
     // A value that is missing interrupts the line; a value between two that are missing is drawn as a dot.
