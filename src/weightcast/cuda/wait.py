@@ -6,6 +6,7 @@ nothing else, whereas a stream of one's own could not be destroyed while torch's
 
 from __future__ import annotations
 
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -85,6 +86,47 @@ def wait_device(device: torch.device, deadline: Deadline, what: str, check: Call
         thread.join(0.05)
     if failures:
         raise TransportError(f"{what} failed on the GPU: {failures[0]}") from failures[0]
+
+
+class DeviceWait:
+    """``wait_device`` for who waits hundreds of times in a round: one thread stays for all of them. Not thread-safe."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._orders: queue.SimpleQueue[bool] | None = None
+
+    def wait(self, deadline: Deadline, what: str) -> None:
+        """Return when all work queued on the device by this process is done; raises as ``wait_device`` does."""
+        if self._orders is None:
+            self._orders, self._answers = queue.SimpleQueue(), queue.SimpleQueue[RuntimeError | None]()
+            arguments = (self._device, self._orders, self._answers)
+            threading.Thread(target=_synchronize_again, args=arguments, name="weightcast-sync", daemon=True).start()
+        self._orders.put(True)
+        while True:
+            try:
+                failure = self._answers.get(timeout=min(0.05, deadline.limit_s()))
+                break
+            except queue.Empty:
+                if deadline.passed:
+                    self.close()  # the thread is left behind
+                deadline.check(what)
+        if failure is not None:
+            raise TransportError(f"{what} failed on the GPU: {failure}") from failure
+
+    def close(self) -> None:
+        """End the thread; idempotent."""
+        if self._orders is not None:
+            self._orders.put(False)
+            self._orders = None
+
+
+def _synchronize_again(
+    device: torch.device, orders: queue.SimpleQueue[bool], answers: queue.SimpleQueue[RuntimeError | None]
+) -> None:
+    while orders.get():
+        failures: list[RuntimeError] = []
+        _synchronize(device, failures)
+        answers.put(failures[0] if failures else None)
 
 
 def _synchronize(device: torch.device, failures: list[RuntimeError]) -> None:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from weightcast.cuda.wait import new_event, new_stream, wait_device, wait_event
+from weightcast.cuda.wait import DeviceWait, new_event, new_stream, wait_event
 from weightcast.deadline import Deadline
 from weightcast.errors import InvalidInput, StateError
 from weightcast.layout import Layout, Placement, Region, contiguous_strides
@@ -72,6 +72,7 @@ class WindowedSource(Source):
         self._modes: Modes | None = None
         self._disagreed: StateError | None = None
         self._fill_stream: torch.cuda.Stream | None = None
+        self._waits: dict[torch.device, DeviceWait] = {}
         self.rebind(Memory([slots[window % SLOTS] for window in range(len(self.layout.storage_nbytes))]))
 
     def rebind(self, memory: Memory) -> None:
@@ -91,6 +92,9 @@ class WindowedSource(Source):
     def close(self) -> None:
         super().close()
         self._views = {}
+        for wait in self._waits.values():
+            wait.close()
+        self._waits.clear()
 
     def refresh(self) -> None:
         """Nothing: values exist while a round reads the stream."""
@@ -167,7 +171,9 @@ class WindowedSource(Source):
     def _settle(self, tensor: torch.Tensor, deadline: Deadline) -> None:
         """Return when what computes the tensor is done, whatever stream it was queued on."""
         if tensor.is_cuda:
-            wait_device(tensor.device, deadline, "computing a tensor of the stream", lambda: None)
+            if tensor.device not in self._waits:
+                self._waits[tensor.device] = DeviceWait(tensor.device)
+            self._waits[tensor.device].wait(deadline, "computing a tensor of the stream")
 
     @torch.no_grad()
     def _write(self, piece: Piece, tensor: torch.Tensor, deadline: Deadline) -> None:
