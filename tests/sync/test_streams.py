@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from weightcast import Publisher
-from weightcast.errors import InvalidInput, StateError, Unsupported
+from weightcast.errors import InvalidInput, RoundFailed, StateError, Unsupported
 from weightcast.sources import StreamSource
 from weightcast.testing.local_engine import DictModel, LocalEngine
 
@@ -56,7 +56,9 @@ def start(request: pytest.FixtureRequest) -> Callable[..., Run]:
     def make(source: Any, *, workers: int = 1, dtype: torch.dtype = torch.float32, **settings: Any) -> Run:
         form = {name: torch.zeros(shape, dtype=dtype) for name, shape in SHAPES.items()}
         models = [DictModel(form, rows=(rank, workers)) for rank in range(workers)]
-        engine = LocalEngine(settings.pop("name", "local"), models, mode=settings.pop("mode", "staged"))
+        engine = LocalEngine(
+            settings.pop("name", "local"), models, mode=settings.pop("mode", "staged"), side_by_side=True
+        )
         request.addfinalizer(engine.stop)
         publisher = Publisher(source, [engine], timeout_s=TIMEOUT_S, **settings)
         request.addfinalizer(publisher.close)
@@ -285,9 +287,63 @@ def test_a_publisher_of_tensors_takes_no_stream(start: Callable[..., Run]) -> No
     assert run.publisher.publish().digests_match
 
 
-def test_an_engine_without_a_staged_copy_is_refused_by_name(start: Callable[..., Run]) -> None:
-    run = start(lambda: as_given(fresh()), mode="in_place")
-    before = {name: value.clone() for name, value in run.models[0].parameters().items()}
-    with pytest.raises(Unsupported, match="cannot be written in place"):
+@pytest.mark.parametrize("transport", ["shm", "tcp"])
+def test_an_engine_without_a_staged_copy_reads_the_stream_in_its_commit(
+    start: Callable[..., Run], transport: str
+) -> None:
+    values, readings = fresh(), list[bool]()
+
+    def stream() -> Iterator[tuple[str, torch.Tensor]]:
+        readings.append(True)
+        return poisoned(values)
+
+    form = [(name, torch.float32, shape) for name, shape in SHAPES.items()]
+    source = StreamSource(stream, window_nbytes=WINDOW_NBYTES, metadata=form)
+    run = start(source, workers=2, mode="in_place", transport=transport)
+    staged = start(source, name="staged")
+    staged.publisher.close()
+    for number in (1, 2, 3):
+        if number == 3:
+            run.publisher.add(staged.engine)
+        values = fresh()
+        report = run.publisher.publish()
+        assert report.digests_match
+        assert all(model.holds(values) for model in run.models)
+        assert len(readings) == 2 * number, "once for its digest, once for the engine"
+    assert staged.models[0].holds(values)
+    with pytest.raises(Unsupported, match="can be read once") as caught:
+        run.publisher.publish(poisoned(fresh()))
+    assert "mode='staged'" in str(caught.value.hint)
+    assert all(model.holds(values) for model in (*run.models, *staged.models))
+    values = fresh()
+    assert run.publisher.publish().digests_match
+    assert all(model.holds(values) for model in (*run.models, *staged.models))
+
+
+@pytest.mark.parametrize("transport", ["shm", "tcp"])
+@pytest.mark.parametrize("kind", ["raises", "ends early", "shape"])
+def test_a_stream_that_fails_only_when_an_engine_stands_still_names_it_as_dirty_and_heals(
+    start: Callable[..., Run], transport: str, kind: str
+) -> None:
+    values, spoilt, readings = fresh(), set[int](), list[bool]()
+
+    def stream() -> Iterator[tuple[str, Any]]:
+        readings.append(True)
+        return SPOILT[kind][0](values) if len(readings) in spoilt else poisoned(values)
+
+    form = [(name, torch.float32, shape) for name, shape in SHAPES.items()]
+    source = StreamSource(stream, window_nbytes=WINDOW_NBYTES, metadata=form)
+    run = start(source, mode="in_place", transport=transport)
+    run.publisher.publish()
+    served, values = values, fresh()
+    spoilt.add(len(readings) + 1)
+    with pytest.raises(SPOILT[kind][1]):
         run.publisher.publish()
-    assert run.models[0].holds(before)
+    assert run.models[0].holds(served), "the reading for the digest failed before any engine was touched"
+    spoilt.add(len(readings) + 2)
+    with pytest.raises(RoundFailed) as caught:
+        run.publisher.publish()
+    assert caught.value.dirty == ("local",)
+    assert "when it was read for the commit" in str(caught.value.causes["local"])
+    assert run.publisher.publish().digests_match
+    assert run.models[0].holds(values)

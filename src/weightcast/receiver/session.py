@@ -428,6 +428,7 @@ class Session:
             if not self._ends_free.wait_for(lambda: not self._using_ends, RELEASE_TIMEOUT_S):
                 logger.error("a transfer does not let go of its ends; they stay open")
                 return False
+            self._entered = []
             ends, self._ends, self._parts, self._awaits_windows = self._ends, [], [], []
         for end in ends:
             end.close()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import msgspec
@@ -144,13 +145,16 @@ class DictModel(LiveModel):
 
 class LocalEngine(EngineClient):
     """An engine of ``models`` (one a worker) in this process. ``before`` is called with a phase name first thing in each call:
-    raise or sleep in it to inject a fault."""
+    raise or sleep in it to inject a fault. ``side_by_side``: its workers commit at the same time, as those with processes of their own do,
+    and not one after the other."""
 
     kind = "local"
     host = "127.0.0.1"
 
-    def __init__(self, name: str, models: Sequence[DictModel], *, mode: str = "auto") -> None:
-        self.name = name
+    def __init__(
+        self, name: str, models: Sequence[DictModel], *, mode: str = "auto", side_by_side: bool = False
+    ) -> None:
+        self.name, self._side_by_side = name, side_by_side
         self.models = list(models)
         config = WeightTransferConfig(mode=mode)
         size = len(self.models)
@@ -191,13 +195,21 @@ class LocalEngine(EngineClient):
     def _update(self, info: dict[str, Any], deadline: Deadline, version: str | None) -> None:
         info["timeout_s"] = deadline.limit_s()
         errors: list[WeightcastError] = []
-        for worker in self.workers:
+
+        def update(worker: WeightcastEngine) -> None:
             try:
                 worker.start_weight_update()
                 worker.update_weights(worker.parse_update_info(info))
                 worker.finish_weight_update(version)
             except WeightcastError as error:
                 errors.append(error)
+
+        if self._side_by_side:
+            with ThreadPoolExecutor(len(self.workers)) as pool:
+                list(pool.map(update, self.workers))
+        else:
+            for worker in self.workers:
+                update(worker)
         if errors:
             raise errors[0]
 

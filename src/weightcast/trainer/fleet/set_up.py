@@ -13,7 +13,7 @@ from copy import copy
 from weightcast.content.expected import plan_key
 from weightcast.control.coordinator import Member
 from weightcast.deadline import Deadline
-from weightcast.errors import DeadlineExceeded, GroupBroken, PeerLost, PlanMismatch, Unsupported, WeightcastError
+from weightcast.errors import DeadlineExceeded, GroupBroken, PeerLost, PlanMismatch, WeightcastError
 from weightcast.manifest import ALIGNMENT
 from weightcast.messages import Offer, Ready, Setup
 from weightcast.plan import Plan, compile_plan, parts_of, plan_digest
@@ -113,14 +113,12 @@ class _SetUp:
 
     def _compile_plans(self) -> None:
         fleet, engines = self._fleet, self._present()
-        is_streamed = fleet.source.layout.is_streamed
+        is_streamed = fleet.source.layout.is_streamed  # then tied tensors are compared when they come
         if not is_streamed and any(fleet.ties.doubtful(engine) for engine in engines):
             fleet.ranks.refresh(self._deadline)
         for engine in engines:
             with self._noting(engine):
-                if is_streamed:
-                    _refuse_in_place(engine)  # and tied tensors are compared when they come
-                else:
+                if not is_streamed:
                     fleet.ties.check(engine, fleet.source.memory, self._deadline)
                 for worker in engine.workers:
                     self._compile(worker)
@@ -247,13 +245,3 @@ class _SetUp:
         ready = coordinator.take(member, Ready, deadline, phase="setup", matches=is_this_epoch)
         assert isinstance(ready, Ready)
         return ready
-
-
-def _refuse_in_place(engine: EngineLink) -> None:
-    """Raise Unsupported for an engine that has no staged copy: what it is to commit is known once a stream was read to its end."""
-    if engine.in_place:
-        raise Unsupported(
-            "a stream cannot be written in place: an engine would have to stand still while the stream is produced",
-            hint="Let the engine have a staged copy: mode='staged', or more free memory on its device\n"
-            "Or publish tensors that are there at once: a module, or a state dict",
-        )

@@ -2,10 +2,9 @@
 
     begin     staged workers are told to receive; pulled bytes are made visible first. The source's digest is started, and what
               the source checks last is checked while a GPU computes it
-    transfer  bytes travel while engines serve n; meanwhile the source is digested. A stream is read here, window by window: each is
-              filled by the thread that calls, then read by the workers, while the next one is filled
+    transfer  bytes travel while engines serve n; meanwhile the source is digested. A stream is read here, window by window (see reading)
     verify    every staged worker's digest must be the source's
-    commit    engines make n+1 live between two steps; in-place engines receive now
+    commit    engines make n+1 live between two steps; in-place engines receive now. For them a stream is read a second time
     (failure) whoever has not committed is told to abort; staged engines that may have are rolled back
 
 The thread that calls does whatever nobody else could do meanwhile: a fleet of one engine needs no other thread, whose start
@@ -20,7 +19,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -39,7 +38,7 @@ from weightcast.errors import (
     Unsupported,
     WeightcastError,
 )
-from weightcast.messages import Begin, Committed, Filled, Message, Read, Staged, Verified
+from weightcast.messages import Abort, Begin, Committed, Filled, Message, Read, Staged, Verified
 from weightcast.report.model import Phase, Report
 from weightcast.trainer.clients.base import CommitOrder, CommitReply
 from weightcast.trainer.fleet.fleet import Fleet
@@ -47,6 +46,7 @@ from weightcast.trainer.fleet.link import EngineLink, WorkerLink
 from weightcast.trainer.fleet.outcomes import Cancelled, Outcome, Outcomes
 from weightcast.trainer.round.account import Account
 from weightcast.trainer.round.proof import RoundProof
+from weightcast.trainer.round.reading import Reading
 from weightcast.trainer.round.timeline import Timeline
 from weightcast.trainer.round.undo import WayBack
 from weightcast.trainer.round.windows import WindowTurns
@@ -59,6 +59,13 @@ LIVE_TRANSFER_SHARE = 0.6
 """Share of the time left that a transfer may take where stragglers are dropped: the others still have to commit."""
 UNDO_AT_LEAST_S = 0.3
 REPEAT_AFTER_S = 0.2
+IN_PLACE_TWICE = (
+    "an iterator that was given to publish() can be read once, and engines without a staged copy need it twice"
+)
+STAGED_HINT = (
+    "Give the Publisher the function that makes the iterator\n"
+    "Or let the engine have a staged copy: mode='staged', or more free memory on its device"
+)
 DIGEST_HINT = "Give publish() more time; the extra 'fast' digests several times as fast on a CPU"
 
 
@@ -89,8 +96,7 @@ class Round:
         self._refusal: WeightcastError | None = None
         self._transfer_deadline = brief.deadline
         self._outcomes = Outcomes(engines, self._settings.require, self._epoch, self._round)
-        readers = {worker.member.key: worker.parts for engine in engines for worker in engine.workers}
-        self._turns = WindowTurns(self._source.slots, readers)
+        self._turns = WindowTurns()
         self._account = Account(self._outcomes, brief.absent, number=self._number, epoch=self._epoch, round=self._round)
         self._ties = {engine.name: fleet.ties.doubtful(engine) for engine in engines}
         compared = {tie: fleet.ties.digests(tie, brief.deadline) for ties in self._ties.values() for tie in ties}
@@ -197,51 +203,47 @@ class Round:
                 future.result()
 
     def _transfer_stream(self, pool: ThreadPoolExecutor, workers: list[tuple[EngineLink, WorkerLink]]) -> None:
+        """Stage what the stream yields, and digest it. In-place engines read the stream once more, in their commit."""
+        staged = [(engine, worker) for engine, worker in workers if not worker.in_place]
         with self._timeline.phase("begin"):
+            if self._source.is_spent and len(staged) < len(workers):
+                self._refusal = Unsupported(IN_PLACE_TWICE, hint=STAGED_HINT)
+                raise self._refusal
             self._tell_begin(workers)
             self._proof.start({worker.digest_key for _, worker in workers}, self._source.memory, self._check_digesting)
-            others_end = self._fleet.ranks.exhaust()
         with self._timeline.phase("transfer"):
-            futures = [pool.submit(self._stage, engine, worker) for engine, worker in workers]
+            reading = self._new_reading(staged)
+            futures = [pool.submit(self._stage, engine, worker) for engine, worker in staged]
             try:
-                self._pour(workers)
-                others_end(self._deadline)
+                reading.run(
+                    self._show_window,
+                    lambda window: self._proof.take(window, self._source.memory, self._check_digesting),
+                )
             except Cancelled:
                 pass  # an engine failed, whose outcome says why
             except BaseException as error:
                 if isinstance(error, StateError | InvalidInput | Unsupported):
                     self._refusal = error
                 self._outcomes.fail()
-                self._turns.wake()
+                reading.turns.wake()
                 raise
             for future in futures:
                 future.result()
             self._proof.compute()
 
-    def _pour(self, workers: list[tuple[EngineLink, WorkerLink]]) -> None:
-        """Read the stream, and have workers read each window that it has filled."""
+    def _new_reading(self, workers: list[tuple[EngineLink, WorkerLink]]) -> Reading:
+        reading = Reading(self._fleet, self._outcomes, workers, self._deadline)
+        self._turns = reading.turns
+        return reading
 
-        # A worker that does not read in time ends its own wait first, which says who it is.
-        patience = Deadline(self._deadline.limit_s() + UNDO_S)
+    def _show_window(self, workers: Sequence[tuple[EngineLink, WorkerLink]], window: int) -> None:
+        """A window is filled: have workers read it."""
+        self._show(workers, window)
+        for _, worker in workers:
+            if worker.pulls:
+                self._tell(worker, Filled(epoch=self._epoch, round=self._round, window=window))
 
-        def claim(window: int) -> None:
-            self._turns.claim(window, patience, self._cancelled)
-
-        for window in self._source.pour(claim, self._deadline, to_the_end=not self._fleet.ranks.alone):
-            wanting = [pair for pair in workers if window in pair[1].parts]
-            self._show(wanting, window)
-            for _, worker in wanting:
-                if worker.pulls:
-                    self._tell(worker, Filled(epoch=self._epoch, round=self._round, window=window))
-            self._turns.fill(window)
-            if self._outcomes.failed:
-                raise Cancelled("the round failed elsewhere")
-            self._proof.take(window, self._source.memory, self._check_digesting)
-
-    def _cancelled(self) -> WeightcastError | None:
-        return Cancelled("the round failed elsewhere") if self._outcomes.failed else None
-
-    def _show(self, workers: list[tuple[EngineLink, WorkerLink]], part: int = 0) -> None:
+    def _show(self, workers: Sequence[tuple[EngineLink, WorkerLink]], part: int = 0) -> None:
         """Make the values of a part visible to those who pull them."""
         for engine, worker in workers:
             if worker.pulls:
@@ -264,7 +266,7 @@ class Round:
 
         def work() -> None:
             for part in worker.parts:
-                self._stage_part(engine, worker, part)
+                self._give(engine, worker, part, Staged, "transfer", self._transfer_deadline)
             staged = self._take(engine, worker, Staged, "transfer", self._transfer_deadline)
             assert isinstance(staged, Staged)
             progress = self._outcomes.progress(worker)
@@ -275,18 +277,20 @@ class Round:
         finally:
             self._turns.leave(worker.member.key)
 
-    def _stage_part(self, engine: EngineLink, worker: WorkerLink, part: int) -> None:
-        """Have the worker get one part; its memory may be overwritten then, if the part is a window of a stream."""
-        deadline = self._transfer_deadline
+    def _give(
+        self, engine: EngineLink, worker: WorkerLink, part: int, kind: type[Message], phase: str, deadline: Deadline
+    ) -> None:
+        """Have the worker get one part; its memory may be overwritten then, if the part is a window of a stream. ``kind`` is what the
+        worker says when it has all of them."""
         self._turns.wait_filled(part, deadline, partial(self._over, engine))
         if not worker.pulls:
             try:
                 self._send_bytes(worker, deadline, part)
             except TransportError as error:
-                self._ask_why(engine, worker, error, Staged, "transfer")
+                self._ask_why(engine, worker, error, kind, phase)
         elif self._source.layout.is_streamed:
             self._take(
-                engine, worker, Read, "transfer", deadline, matches=lambda told: getattr(told, "window", part) == part
+                engine, worker, Read, phase, deadline, matches=lambda told: getattr(told, "window", part) == part
             )
         self._turns.release(worker.member.key, part)
 
@@ -339,11 +343,47 @@ class Round:
             if self._settings.require == "live":
                 groups = [self._engines]
             for group in groups:
-                if len(group) == 1 and not self._outcomes.failed:
+                reading = self._in_place_reading(group)
+                if len(group) == 1 and not reading and not self._outcomes.failed:
                     self._commit_engine(pool, group[0])
                 elif not self._outcomes.failed:
-                    for future in [pool.submit(self._commit_engine, pool, engine) for engine in group]:
+                    futures = [pool.submit(self._commit_engine, pool, engine) for engine in group]
+                    if reading:
+                        self._read_in_place(reading, [engine for engine in group if engine.in_place])
+                    for future in futures:
                         future.result()
+
+    def _in_place_reading(self, engines: list[EngineLink]) -> Reading | None:
+        """Of a stream, for those of the engines that write it where it goes live; None where there is none."""
+        if not self._source.layout.is_streamed:
+            return None
+        present = [engine for engine in engines if engine.in_place and not self._outcomes.is_over(engine)]
+        workers = [(engine, worker) for engine in present for worker in engine.workers if worker.in_place]
+        return self._new_reading(workers) if workers else None
+
+    def _read_in_place(self, reading: Reading, engines: list[EngineLink]) -> None:
+        """Read the stream once more, while these engines stand still and write it. Where it fails they are dirty, and say so."""
+        try:
+            reading.run(self._show_window, lambda window: None)
+        except Cancelled:
+            pass  # an engine failed, whose outcome says why
+        except BaseException as error:
+            for engine in engines:
+                told = error if isinstance(error, WeightcastError) else None
+                text = f"the stream failed when it was read for the commit: {told.message if told else error!r}"
+                self._outcomes.note(engine, StateError(text, engine=engine.name, phase="commit", round=self._round))
+                self._end_commit(engine)
+            reading.turns.wake()
+            if not isinstance(error, Exception):
+                raise
+
+    def _end_commit(self, engine: EngineLink) -> None:
+        """Have an engine's commit wait for no more bytes."""
+        abort = Abort(epoch=self._epoch, round=self._round, reason="the stream failed")
+        for worker in engine.workers:
+            self._tell(worker, abort)
+            if worker.end is not None and worker.in_place and not worker.pulls:
+                worker.end.abort()
 
     def _commit_engine(self, pool: ThreadPoolExecutor, engine: EngineLink) -> None:
         outcome = self._outcomes.of(engine)
@@ -353,18 +393,19 @@ class Round:
                 self._tell(worker, self._approval(worker))
             outcome.may_be_committed = True
             start = self._timeline.elapsed_s()
-            pushed = [worker for worker in engine.workers if worker.in_place and not worker.pulls]
-            sending = [pool.submit(self._push, engine, worker) for worker in pushed]
+            is_streamed = self._source.layout.is_streamed
+            fed = [worker for worker in engine.workers if worker.in_place and (is_streamed or not worker.pulls)]
+            feeding = [pool.submit(self._feed, engine, worker) for worker in fed]
             try:
                 reply = self._order(engine, outcome)
             except WeightcastError as error:
                 where = {"engine": engine.name, "worker": engine.suspect(), "phase": "commit", "round": self._round}
                 self._outcomes.note(engine, error.at(**where))  # type: ignore[arg-type]
-                for worker in pushed:
-                    if worker.end is not None:
+                for worker in fed:
+                    if worker.end is not None and not worker.pulls:
                         worker.end.abort()
                 raise
-            for future in sending:
+            for future in feeding:
                 future.result()
             for name, seconds in reply.phases.items():
                 outcome.phases.append(Phase(name=name, start_s=start, seconds=seconds))
@@ -373,16 +414,23 @@ class Round:
                 self._confirm(engine, worker)
             outcome.committed = outcome.error is None
 
-        self._outcomes.guard(engine, "commit", work)
+        try:
+            self._outcomes.guard(engine, "commit", work)
+        finally:
+            for worker in engine.workers:
+                self._turns.leave(worker.member.key)
 
-    def _push(self, engine: EngineLink, worker: WorkerLink) -> None:
+    def _feed(self, engine: EngineLink, worker: WorkerLink) -> None:
+        """Give an in-place worker what it cannot fetch by itself while its engine's commit runs."""
+
         def work() -> None:
-            try:
-                self._send_bytes(worker, self._deadline)
-            except TransportError as error:
-                self._ask_why(engine, worker, error, Committed, "commit")
+            for part in worker.parts:
+                self._give(engine, worker, part, Committed, "commit", self._deadline)
 
-        self._outcomes.guard(engine, "commit", work, worker)
+        try:
+            self._outcomes.guard(engine, "commit", work, worker)
+        finally:
+            self._turns.leave(worker.member.key)
 
     def _order(self, engine: EngineLink, outcome: Outcome) -> CommitReply:
         """Have the engine commit. A lost answer is no lost commit: the order is repeated, as the round's number makes that

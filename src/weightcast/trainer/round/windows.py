@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 
 from weightcast.deadline import Deadline
 from weightcast.errors import DeadlineExceeded, WeightcastError
@@ -24,7 +25,7 @@ class WindowTurns:
     Windows whose numbers differ by ``slots`` are one memory. Thread-safe.
     """
 
-    def __init__(self, slots: int, readers: Mapping[Reader, Iterable[int]]) -> None:
+    def __init__(self, slots: int = 1, readers: Mapping[Reader, Iterable[int]] = MappingProxyType({})) -> None:
         self._slots = slots
         self._changed = threading.Condition()
         self._last = -1
