@@ -1,4 +1,4 @@
-"""weightcast demo: a policy learns while a live server serves it; or weights are pushed into a running server."""
+"""weightcast demo: a policy learns while a live server serves it; weights are pushed into a running server; a tiny model to try with."""
 
 from __future__ import annotations
 
@@ -17,16 +17,23 @@ class Demo(StrEnum):
 
     sorting = "sorting"
     smollm = "smollm"
+    model = "model"
 
 
 def command(
-    demo: Annotated[Demo, typer.Argument(help="sorting: train and serve; smollm: push a checkpoint.")] = Demo.sorting,
+    demo: Annotated[
+        Demo,
+        typer.Argument(
+            help="sorting: train and serve; smollm: push a checkpoint; model: write a tiny model to FOLDER."
+        ),
+    ] = Demo.sorting,
+    folder: Annotated[Path | None, typer.Argument(help="model: where the model goes.", show_default="policy")] = None,
     short: Annotated[bool, typer.Option("--short", help="sorting: a smaller task, in under a minute.")] = False,
     iterations: Annotated[
         int | None, typer.Option(min=1, help="sorting: optimizer steps.", show_default="56, short: 24")
     ] = None,
     seconds: Annotated[float | None, typer.Option(min=1, help="sorting: stop learning after about this long.")] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**31, help="sorting: seed of everything random.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**31, help="sorting, model: seed of everything random.")] = 0,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the server; 0: a free one.")] = 0,
     report: Annotated[Path, typer.Option(help="sorting: where the page goes.")] = Path("report.html"),
     cache: Annotated[Path, typer.Option(help="smollm: folder for the checkpoint.")] = Path(".cache"),
@@ -38,11 +45,34 @@ def command(
     from weightcast_demo.server import ended_by_sigterm
 
     with reported_errors(), ended_by_sigterm():
-        passed = (
-            _smollm(cache, port) if demo is Demo.smollm else _sorting(short, iterations, seconds, seed, port, report)
-        )
+        if folder is not None and demo is not Demo.model:
+            from weightcast.errors import InvalidInput
+
+            raise InvalidInput(
+                f"the demo {demo.value} writes no folder",
+                field="folder",
+                hint=f"Leave {folder} out, or: weightcast demo model {folder}",
+            )
+        if demo is Demo.model:
+            passed = _model(folder or Path("policy"), seed)
+        elif demo is Demo.smollm:
+            passed = _smollm(cache, port)
+        else:
+            passed = _sorting(short, iterations, seconds, seed, port, report)
     if not passed:
         raise typer.Exit(1)
+
+
+def _model(folder: Path, seed: int) -> bool:
+    from weightcast_demo.tiny import write_model
+
+    nbytes = write_model(folder, seed)
+    console().print(
+        f"{folder}: a Qwen3 of two layers with random weights ({nbytes:,} bytes) and a tokenizer",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return True
 
 
 def _sorting(short: bool, iterations: int | None, seconds: float | None, seed: int, port: int, report: Path) -> bool:

@@ -1,0 +1,16 @@
+"""The README's vLLM blocks, run as pasted, in order."""
+
+import re
+from pathlib import Path
+
+import pytest
+from tests.documents.blocks import ROOT, blocks_of, obstacle, run_blocks
+
+
+@pytest.mark.skipif(obstacle() is not None, reason=str(obstacle()))
+def test_the_blocks_run_as_pasted(tmp_path: Path) -> None:
+    blocks = [block for block in blocks_of(ROOT / "README.md") if block.mark == "vllm"]
+    printed = run_blocks(blocks, tmp_path, timeout_s=280)
+    assert re.findall(r"^committed (\d+)-[0-9a-f]{12} on 1/1 engines", printed, re.M) == ["1", "2", "3"]
+    assert "different" in printed
+    assert "the server serves what was published" in printed
