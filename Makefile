@@ -22,7 +22,7 @@ VLLM_JOBS ?= 2
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-vllm test-vllm test-gpu bench-gpu test lint type pytest matrix chaos soak fuzz demo demo-smollm bench docs clean
+.PHONY: help setup setup-vllm test-vllm test-gpu bench-gpu test lint type pytest matrix chaos soak fuzz demo demo-smollm bench docs site dist clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -113,6 +113,12 @@ bench-gpu: ## all benchmarks of benchmarks/gpu, with a summary at the end
 docs: $(STAMP) ## check the documents: links, and that every module is described
 	$(BIN)/python scripts/check_docs.py
 
+site: $(STAMP) ## build the documents and the API reference into site/; a link that leads nowhere is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+
+dist: $(STAMP) ## build wheel and source distribution into dist/
+	$(BIN)/python -m build --no-isolation
+
 clean: ## remove caches (the environment stays)
-	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist site
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
