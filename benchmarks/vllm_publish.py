@@ -178,7 +178,7 @@ def show(rows: list[dict[str, Any]], reload_s: float, num_streams: int) -> None:
         "way",
         "publish",
         "worst",
-        "prepare",
+        "gather",
         "transfer",
         "verify",
         "commit",
@@ -190,7 +190,7 @@ def show(rows: list[dict[str, Any]], reload_s: float, num_streams: int) -> None:
     ):
         table.add_column(column, justify="right")
     for row in rows:
-        phases = [row["phases"].get(n, 0.0) for n in ("prepare", "transfer", "verify", "commit", *engine)]
+        phases = [row["phases"].get(n, 0.0) for n in ("gather", "transfer", "verify", "commit", *engine)]
         numbers = [row["publish_s"], row["worst_s"], *phases, row["stall_s"], row["token_s"]]
         table.add_row(row["way"], *(f"{number * 1e3:.0f}" for number in numbers))
     Console(width=150).print(table)

@@ -66,7 +66,7 @@ def test_metrics_count_rounds_phases_bytes_and_members(engines: list[LocalEngine
         assert found["weightcast_rounds_total", "committed"] == 2
         assert found["weightcast_rounds_total", "aborted"] == 1
         assert found["weightcast_round_seconds_count", "committed"] == 2
-        for phase in ("prepare", "begin", "transfer", "verify", "commit"):
+        for phase in ("gather", "begin", "transfer", "verify", "commit"):
             assert found["weightcast_phase_seconds_count", phase] == 3
         assert found["weightcast_phase_seconds_count", "undo"] == 1
         assert found["weightcast_transferred_bytes_total", "a", "shm"] == 3 * nbytes

@@ -22,7 +22,7 @@ class TestProvenReplay(ProvenSuite):
         from weightcast.content.proven_on_gpu import ProvenReplay
 
         proven = ProvenReplay(copies, src, dst, manifest, torch.device("cuda", 0))
-        proven.prepare()
+        proven.warm_up()
 
         def run() -> int:
             assert proven.run() == sum(copy.nbytes for copy in copies)

@@ -24,7 +24,7 @@ SITE = "http://page.test/"
 HOSTILE = "</script><script>window.hurt = 1</script><img src=x onerror='window.hurt = 2'>\"'&\u2028"
 OVERFLOWING = """() => [document.documentElement, ...document.querySelectorAll('.scroll')]
     .filter((box) => box.scrollWidth > box.clientWidth).map((box) => box.getAttribute('aria-label') || 'the page')"""
-TRAINER_PHASES = ("prepare", "transfer", "verify", "commit")
+TRAINER_PHASES = ("gather", "transfer", "verify", "commit")
 ENGINE_PHASES = ("pause", "apply", "resume")
 Show = Callable[[Page], None]
 
@@ -191,7 +191,7 @@ def test_a_phase_has_one_colour_on_every_page(scheme: Any, page: sync_api.Page, 
     show(Page(title="t", reports=[dataclasses.replace(report, phases=(*report.phases, strange))]))
     look()
     publish = {"at": None, "action": "publish", "epoch": 1, "round": 1, "version": "1", "seconds": 0.01, "error": None,
-               "phases": told_phases(("strange", "commit", "transfer", "begin", "prepare"))}  # fmt: skip
+               "phases": told_phases(("strange", "commit", "transfer", "begin", "gather"))}  # fmt: skip
     site.engines = [
         {"name": "trainer", "role": "trainer", "status": None, "rounds": [publish]},
         live_engine("e", [1000.0, 1010.0]),

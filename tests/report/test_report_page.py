@@ -195,7 +195,7 @@ def test_no_phase_is_red_and_a_name_has_one_colour() -> None:
         red, green, blue = (int(phase_colour(name)[place : place + 2], 16) for place in (1, 3, 5))
         assert red < 1.5 * max(green, blue), name
         assert phase_colour(name) == phase_colour(name)
-    assert len({phase_colour(name) for name in ("prepare", "begin", "transfer", "verify", "commit", "undo")}) == 6
+    assert len({phase_colour(name) for name in ("gather", "begin", "transfer", "verify", "commit", "undo")}) == 6
     assert len({phase_colour(name) for name in ("pause", "apply", "resume")}) == 3
 
 

@@ -13,7 +13,7 @@ from weightcast.content.expected import ExpectedDigest
 from weightcast.errors import DeadlineExceeded, DigestMismatch, RoundFailed, StateError, TransportError, WeightcastError
 from weightcast.layout.memory import Memory
 from weightcast.testing.local_engine import DictModel, LocalEngine
-from weightcast.trainer.fleet.outcomes import Cancelled
+from weightcast.trainer.fleet.round_book import Cancelled
 
 
 class Policy(nn.Module):

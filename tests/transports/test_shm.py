@@ -185,7 +185,7 @@ def test_what_is_prepared_is_not_compiled_again_and_writes_nothing(
     worker = _connected(adopted, compile_plan(manifest, {0: held}, held)[0])
     before = torch.randint(0, 256, held.storage_nbytes, dtype=torch.uint8)
     target, other = Memory([before.clone()]), Memory([before.clone()])
-    worker.prepare(target, manifest)
+    worker.warm_up(target, manifest)
     assert torch.equal(target.storages[0], before)
     compiled: list[str] = []
     for name in ("ProvenReplay", "Replay"):
@@ -198,7 +198,7 @@ def test_what_is_prepared_is_not_compiled_again_and_writes_nothing(
         assert torch.equal(memory.storages[0][:size], adopted.storages[0][:size])
     worker.abort()
     with pytest.raises(TransportError):
-        worker.prepare(target, manifest)
+        worker.warm_up(target, manifest)
     worker.close()
     ShmTransport().release(adopted)
 

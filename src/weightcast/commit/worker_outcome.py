@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from weightcast.content.held import HeldTensor
+from weightcast.content.live_tensors import LiveTensor
 from weightcast.errors import EngineError, ErrorForm, Unsupported, WeightcastError
 from weightcast.quoted import quoted
 from weightcast.untrusted.known import known
@@ -31,7 +31,7 @@ class WorkerOutcome(msgspec.Struct, frozen=True, kw_only=True):
     error: ErrorForm | None = None
     apply_s: float = 0.0
     checksums: dict[str, str] = {}
-    tensors: dict[str, HeldTensor] = {}
+    tensors: dict[str, LiveTensor] = {}
     held: bool = False
     """The engine was paused because of its weights, by weightcast and nobody else; whoever heals it lets it go on."""
 

@@ -47,8 +47,8 @@ class ExpectedDigest:
         self._casts = _Casts(manifest, casts, keeps_scratch=keeps_scratch)
 
         # Here, when a Publisher connects, and not in its first round.
-        self._plain.prepare(memory)
-        self._casts.prepare(memory)
+        self._plain.warm_up(memory)
+        self._casts.warm_up(memory)
         self._begun: _Begun | None = None
 
     def of(self, memory: Memory, check: Callable[[], None] = lambda: None) -> int:
@@ -154,12 +154,12 @@ class _Casts:
                 digest.forget()
         return lambda: combine(wait() for wait in waits)
 
-    def prepare(self, memory: Memory) -> None:
+    def warm_up(self, memory: Memory) -> None:
         """Do now what the first ``start`` would do beside computing."""
         if self._batches and self._keeps_scratch:
             scratch, _ = self._compiled_for(memory)
             for digest in self._digests:
-                digest.prepare(scratch)
+                digest.warm_up(scratch)
 
     def _compiled_for(self, memory: Memory) -> tuple[Memory, list[Boxes]]:
         if self._compiled is None or self._compiled[0] != memory.number:

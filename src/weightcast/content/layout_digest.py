@@ -72,10 +72,10 @@ class LayoutDigest:
         compiled = self._compiled_for(memory)
         return partial(compiled.total, check) if isinstance(compiled, CpuDigest) else compiled.start()
 
-    def prepare(self, memory: Memory) -> None:
+    def warm_up(self, memory: Memory) -> None:
         """Do now what the first ``of`` of a memory would do beside computing: tables are built, kernels compiled and loaded. On a
         GPU some of it is queued on the current stream. May be called beside ``of``, on another thread."""
-        self._compiled_for(memory).prepare()
+        self._compiled_for(memory).warm_up()
 
     def forget(self) -> None:
         """Let go of all memories that were digested; the next ``of`` compiles anew."""

@@ -73,12 +73,12 @@ class ProvenReplay:
         sizes = tuple(storage.numel() for storage in dst.storages)
         self._rest = LayoutDigest(manifest, Layout(placements=tuple(rest), storage_nbytes=sizes)) if rest else None
 
-    def prepare(self) -> None:
+    def warm_up(self) -> None:
         """Compile and load the kernels of ``run`` and ``total``; nothing is copied."""
-        self._fused.prepare()
-        self._runs.prepare()
+        self._fused.warm_up()
+        self._runs.warm_up()
         if self._rest is not None:
-            self._rest.prepare(self._memories[1])
+            self._rest.warm_up(self._memories[1])
 
     @torch.no_grad()
     def run(self) -> int:
@@ -116,8 +116,8 @@ class _ProvenRuns:
             num_warps=NUM_WARPS,
         )
 
-    def prepare(self) -> None:
-        self._launch.prepare()
+    def warm_up(self) -> None:
+        self._launch.warm_up()
 
     def run(self) -> None:
         self._launch.run()

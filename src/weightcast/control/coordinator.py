@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import zmq
 
 from weightcast.control.pieces import PIECE_NBYTES, Joiner, TooLong, cut
-from weightcast.control.pump import Pump, heartbeat_every, new_context, prepare
+from weightcast.control.pump import Pump, heartbeat_every, new_context, set_options
 from weightcast.deadline import Deadline
 from weightcast.errors import (
     AuthError,
@@ -115,7 +115,7 @@ class Coordinator:
         self._welcome: Callable[[Member], Message] | None = None
         self._context = new_context()
         socket = self._context.socket(zmq.ROUTER)
-        prepare(socket, silence_s)
+        set_options(socket, silence_s)
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         public, secret = zmq.curve_keypair()
         socket.curve_publickey, socket.curve_secretkey, socket.curve_server = public, secret, True

@@ -11,7 +11,7 @@ import zmq
 from zmq.utils import z85
 
 from weightcast.control.pieces import Joiner, TooLong, cut
-from weightcast.control.pump import HEARTBEAT_S, Pump, new_context, prepare
+from weightcast.control.pump import HEARTBEAT_S, Pump, new_context, set_options
 from weightcast.deadline import Deadline
 from weightcast.errors import InvalidInput, ProtocolError
 from weightcast.messages import MAX_FRAME_NBYTES, AnyMessage, Bye, Heartbeat, Message, decode, encode
@@ -83,7 +83,7 @@ class ControlLink:
         self._seldom = Seldom(logger)
         self._context = new_context()
         socket = self._context.socket(zmq.DEALER)
-        prepare(socket, info.silence_s)
+        set_options(socket, info.silence_s)
         public, secret = zmq.curve_keypair()
         socket.curve_publickey, socket.curve_secretkey = public, secret
         socket.curve_serverkey = info.public_key.encode()

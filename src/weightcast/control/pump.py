@@ -26,7 +26,7 @@ _DESCRIPTORS = 24
 """More than a context with its sockets takes."""
 
 
-def prepare(socket: zmq.Socket[bytes], silence_s: float) -> None:
+def set_options(socket: zmq.Socket[bytes], silence_s: float) -> None:
     """Options both sides share: bounded messages (see pieces) and handshakes, no lingering, and a connection that is closed when the peer
     is silent for ``silence_s``.
 

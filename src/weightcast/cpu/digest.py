@@ -56,7 +56,7 @@ class CpuDigest:
         self._boxes = [_simplest(box, in_memory=self._kernels is not None) for box in boxes]
         self._pieces = None if self._kernels is None else self._compile(self._kernels)
 
-    def prepare(self) -> None:
+    def warm_up(self) -> None:
         """Everything was done when it was made."""
 
     def total(self, check: Callable[[], None]) -> int:

@@ -91,10 +91,10 @@ class RunDigest:
         started = [part.start() for _, part in self._parts]
         return lambda: sum(wait() for wait in started) & _MASK
 
-    def prepare(self) -> None:
+    def warm_up(self) -> None:
         """Compile and load what a digest needs, without reading what is digested."""
         for _, part in self._parts:
-            part.prepare()
+            part.warm_up()
 
     def each(self) -> list[int]:
         """The digest of every run, then of every box, in the order given; waits for the GPU."""
@@ -157,10 +157,10 @@ class AddressDigest:
             self._launches.append(group.launch(self._weights, self._partials[at : at + group.tiles.num_tiles]))
             at += group.tiles.num_tiles
 
-    def prepare(self) -> None:
+    def warm_up(self) -> None:
         """Compile and load what a digest needs, without reading what is digested."""
         for launch in self._launches:
-            launch.prepare()
+            launch.warm_up()
         self._partials.sum()
 
     def total(self) -> int:

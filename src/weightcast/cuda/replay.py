@@ -33,9 +33,9 @@ class CudaReplay:
         self._runs = CopyRuns(addresses, device)
         self._boxes = Boxes(rest, src, dst)
 
-    def prepare(self) -> None:
+    def warm_up(self) -> None:
         """Compile and load the kernel of ``run``; nothing is copied."""
-        self._runs.prepare()
+        self._runs.warm_up()
 
     @torch.no_grad()
     def run(self) -> int:

@@ -41,7 +41,7 @@ class Launch:
         self._kernel, self._num_programs, self._device = kernel, num_programs, device
         self._arguments, self._constants = tuple(arguments), constants
 
-    def prepare(self) -> None:
+    def warm_up(self) -> None:
         """Compile the kernel for these arguments and load it onto the GPU, without running it. The first ``run`` would do both,
         which takes hundreds of milliseconds where nothing is in Triton's cache."""
         if not self._num_programs or INTERPRETED:
@@ -103,9 +103,9 @@ class CopyRuns:
         self._table = _PairTable(runs, device, swap=False)
         self.nbytes = self._table.nbytes
 
-    def prepare(self) -> None:
+    def warm_up(self) -> None:
         """Compile what ``run`` launches."""
-        self._table.launch.prepare()
+        self._table.launch.warm_up()
 
     def run(self) -> int:
         """Queue all copies; returns the bytes written."""
@@ -121,9 +121,9 @@ class SwapRuns:
         self._table = _PairTable(pairs, device, swap=True)
         self.nbytes = self._table.nbytes
 
-    def prepare(self) -> None:
+    def warm_up(self) -> None:
         """Compile what ``run`` launches."""
-        self._table.launch.prepare()
+        self._table.launch.warm_up()
 
     def run(self) -> int:
         """Queue all exchanges; returns the bytes of one side."""

@@ -6,6 +6,8 @@ import hashlib
 
 from weightcast.manifest import Manifest
 
+INITIAL_VERSION = "default"
+"""What an engine serves that has never met a trainer."""
 MAX_DIGITS = 15
 """Of a version's number; a longer one is a label that happens to look like it."""
 

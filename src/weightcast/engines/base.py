@@ -13,7 +13,7 @@ from weightcast.engines.sampling import RequestOutputKind as RequestOutputKind
 from weightcast.engines.sampling import SamplingParams as SamplingParams
 
 if TYPE_CHECKING:
-    from weightcast.content.held import TensorDigest
+    from weightcast.content.live_tensors import TensorDigest
     from weightcast.manifest import Manifest
 
 PauseMode = Literal["abort", "wait", "keep"]

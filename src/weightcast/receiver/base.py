@@ -14,7 +14,7 @@ from weightcast.manifest import Manifest
 
 
 class LiveModel(ABC):
-    """The model of one worker. All calls but ``layout`` and ``prepare`` come between two forward passes, on the engine's thread."""
+    """The model of one worker. All calls but ``layout`` and ``derive`` come between two forward passes, on the engine's thread."""
 
     device: torch.device
     relocatable: bool = False
@@ -25,8 +25,8 @@ class LiveModel(ABC):
         return ""
 
     @property
-    def prepare_nbytes(self) -> int:
-        """What ``prepare`` takes beside the memory that it is given; staging is refused where it does not fit."""
+    def derived_nbytes(self) -> int:
+        """What ``derive`` takes beside the memory that it is given; staging is refused where it does not fit."""
         return 0
 
     @abstractmethod
@@ -45,7 +45,7 @@ class LiveModel(ABC):
     def rebind(self, memory: Memory) -> None:
         """Point all live parameters at another memory of the same layout (only if ``relocatable``). Cheap, no copies."""
 
-    def prepare(self, memory: Memory) -> None:
+    def derive(self, memory: Memory) -> None:
         """All bytes of a round are in ``memory``, which ``rebind`` may make live: do beforehand what takes long.
 
         Called while the engine computes, on another thread than its own.

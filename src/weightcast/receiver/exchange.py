@@ -45,9 +45,9 @@ class Exchange:
             ]
             self._strided.append((*sides, torch.empty_like(sides[0], memory_format=torch.contiguous_format)))
 
-    def prepare(self) -> None:
+    def warm_up(self) -> None:
         """Compile what the first ``run`` would; nothing is exchanged."""
-        self._swap.prepare()
+        self._swap.warm_up()
 
     @torch.no_grad()
     def run(self) -> None:
@@ -59,7 +59,7 @@ class Exchange:
             shadow.copy_(scratch)
 
 
-class Landing:
+class CopyOut:
     """The copy of all landings from a shadow to live storages, compiled once; on a GPU with the digest of what landed."""
 
     def __init__(self, live: Memory, shadow: Memory, placements: Sequence[Placement], manifest: Manifest) -> None:
@@ -75,10 +75,10 @@ class Landing:
             self._replay = Replay(copies, shadow, live)
         self._is_all = len(copies) == len(placements)
 
-    def prepare(self) -> None:
+    def warm_up(self) -> None:
         """Compile what the first ``run`` would; nothing is copied."""
         if self._proven is not None:
-            self._proven.prepare()
+            self._proven.warm_up()
 
     def run(self) -> None:
         """On a GPU the work is queued on the current stream."""

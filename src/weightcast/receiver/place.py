@@ -67,7 +67,7 @@ def choose_place(model: LiveModel, areas: Sequence[int], copies: int, *, host: b
     """
     nbytes, device = model.memory().nbytes, model.device
     free = free_nbytes(device)
-    beside = sum(areas) + model.prepare_nbytes
+    beside = sum(areas) + model.derived_nbytes
     for count in range(1 if model.relocatable else copies, 0, -1):
         if (count * nbytes + beside) * CHECK_HEADROOM <= free:
             return Place(device, count)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from weightcast.commit.worker_outcome import NO_VERSION
 from weightcast.control.link import JoinInfo
 from weightcast.deadline import Deadline
-from weightcast.digest.versions import version_number
+from weightcast.digest.versions import INITIAL_VERSION, version_number
 from weightcast.errors import DigestMismatch, LoadError, StateError, WeightcastError
 from weightcast.messages import Committed
 from weightcast.receiver.base import LiveModel
@@ -24,7 +24,6 @@ from weightcast.transports.facts import local_facts
 
 logger = logging.getLogger(__name__)
 
-INITIAL_VERSION = "default"
 LEAVES = "the engine leaves"
 WAKE_HINT = "Wake its weights up, then publish again"
 APPROVAL_TIMEOUT_S = 5.0

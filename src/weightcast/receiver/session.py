@@ -272,19 +272,19 @@ class Session:
             with self._in_use():
                 for end in self._ends:
                     end.connect(deadline)
-                self._prepare(deadline)
+                self._warm_up(deadline)
             self.link.send(Ready(epoch=setup.epoch, plan_digest=plan_digest(plan)))
         except Exception as error:  # noqa: BLE001 - the trainer is told by name; an exception here would only end this thread
             self._close_ends()
             self.send_failure(RoundId(epoch=setup.epoch, round=0), "setup", error)
 
-    def _prepare(self, deadline: Deadline) -> None:
+    def _warm_up(self, deadline: Deadline) -> None:
         """Compile for the next round what it needs: an in-place round, or the commit of a staged one, would do it while the engine
         waits."""
         memory = self.target.known_memory
         for end in self._ends:
-            end.prepare(memory, self.manifest)
-        self._digest.prepare(memory)
+            end.warm_up(memory, self.manifest)
+        self._digest.warm_up(memory)
         self.target.compile()
         if self._model.device.type == "cuda":
             # Rounds use the tables on streams of their own.
@@ -301,7 +301,7 @@ class Session:
             start = time.perf_counter()
             digest = self.proven_digest = self.digest_of(memory) if digest is None else digest
             digest_s = time.perf_counter() - start
-            self.target.prepare()
+            self.target.warm_up()
             if self.round.staged(id):
                 self._send_staged(id, digest, nbytes, transfer_s, digest_s)
         except Exception as error:  # noqa: BLE001 - as above: whatever fails here is the trainer's to know

@@ -11,7 +11,7 @@ from weightcast.layout import Placement
 from weightcast.layout.memory import Memory
 from weightcast.manifest import Manifest
 from weightcast.receiver.base import LiveModel
-from weightcast.receiver.exchange import Exchange, Landing
+from weightcast.receiver.exchange import CopyOut, Exchange
 from weightcast.receiver.place import Place, new_storage
 
 
@@ -26,9 +26,9 @@ class Shadow:
         self.moves = model.relocatable and place.device == model.device
         """True: a swap makes the very storages live that were staged, so their digest is that of what is live."""
         self._copies = [self._copy_of(model.memory(), place) for _ in range(place.copies)]
-        self._ways: dict[tuple[int, int], Exchange | Landing] = {}
+        self._ways: dict[tuple[int, int], Exchange | CopyOut] = {}
         self._compiling = threading.Lock()
-        self._landed: Landing | None = None
+        self._landed: CopyOut | None = None
 
     @property
     def memory(self) -> Memory:
@@ -45,12 +45,12 @@ class Shadow:
         if not self.moves:
             live = self._model.memory()
             for copy in tuple(self._copies):
-                self._way(live, copy).prepare()
+                self._way(live, copy).warm_up()
 
-    def prepare(self) -> None:
+    def warm_up(self) -> None:
         """All bytes are staged: have the model get ready for ``swap``, beside the running engine."""
         if self.moves:
-            self._model.prepare(self.memory)
+            self._model.derive(self.memory)
 
     def swap(self) -> None:
         """Make the staged bytes live and keep what was: in the shadow afterwards, or in the other one of two.
@@ -64,7 +64,7 @@ class Shadow:
             return
         way = self._way(live, staged)
         way.run()
-        if isinstance(way, Landing):
+        if isinstance(way, CopyOut):
             self._landed = way
             self._copies.reverse()
 
@@ -78,13 +78,13 @@ class Shadow:
         self._ways.clear()
         self._landed = None
 
-    def _way(self, live: Memory, staged: Memory) -> Exchange | Landing:
+    def _way(self, live: Memory, staged: Memory) -> Exchange | CopyOut:
         """What makes a copy live, compiled once: by ``compile`` on another thread than the engine's, or by ``swap``."""
         key = (live.number, staged.number)
         with self._compiling:
             if key not in self._ways:
                 if len(self._copies) > 1:
-                    self._ways[key] = Landing(live, staged, self._landings, self._manifest)
+                    self._ways[key] = CopyOut(live, staged, self._landings, self._manifest)
                 else:
                     self._ways[key] = Exchange(live, staged, self._landings)
             return self._ways[key]

@@ -108,10 +108,10 @@ class Target:
         if self._shadow is not None:
             self._shadow.compile()
 
-    def prepare(self) -> None:
+    def warm_up(self) -> None:
         """All bytes are staged: have the model get ready for ``swap``, beside the running engine."""
         if self._shadow is not None:
-            self._shadow.prepare()
+            self._shadow.warm_up()
 
     def swap(self) -> None:
         """Make the staged direct landings live and keep what was. Twice is nothing.

@@ -21,7 +21,7 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 class _Swapper(Protocol):
-    def prepare(self) -> None: ...
+    def warm_up(self) -> None: ...
 
     def run(self) -> int: ...
 
@@ -44,9 +44,9 @@ class Swap:
         self.nbytes = sum(first.numel() for first, _ in self._pairs)
         self._swapper = _swapper(self._pairs)
 
-    def prepare(self) -> None:
+    def warm_up(self) -> None:
         """Compile what the first ``run`` would; nothing is exchanged."""
-        self._swapper.prepare()
+        self._swapper.warm_up()
 
     def run(self) -> int:
         """Exchange all pairs; returns the bytes of one side.
@@ -88,7 +88,7 @@ class _CpuSwap:
         self._scratch = torch.empty(CPU_CHUNK_NBYTES if pairs else 0, dtype=torch.uint8, device="cpu")
         _refuse_overlap(pairs)
 
-    def prepare(self) -> None:
+    def warm_up(self) -> None:
         """There is nothing to compile."""
 
     def run(self) -> int:

@@ -6,7 +6,7 @@ Red means failure everywhere, so that nobody has to learn which red is harmless.
 from __future__ import annotations
 
 PHASE_COLOURS = {
-    "prepare": "#7b8794",
+    "gather": "#7b8794",
     "begin": "#17a2c4",
     "transfer": "#2f7de1",
     "verify": "#d99a00",

@@ -14,7 +14,7 @@ KEPT = 200
 
 
 @dataclass(slots=True)
-class Outcome:
+class OrderResult:
     """What is live after an order, and how long its phases took."""
 
     version: str
@@ -31,10 +31,10 @@ class RoundHistory:
         self._entries: deque[PageRound] = deque(maxlen=KEPT)
 
     @contextmanager
-    def record(self, action: str, epoch: int, round: int, version: str) -> Iterator[Outcome]:
+    def record(self, action: str, epoch: int, round: int, version: str) -> Iterator[OrderResult]:
         """Time the body and keep an entry of it, also when it raises; what the body puts into the outcome is kept with it."""
         at, start, error = time.time(), time.perf_counter(), None
-        outcome = Outcome(version)
+        outcome = OrderResult(version)
         try:
             yield outcome
         except Exception as raised:

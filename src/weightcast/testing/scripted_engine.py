@@ -12,6 +12,7 @@ import string
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
+from weightcast.digest.versions import INITIAL_VERSION
 from weightcast.engines.base import (
     CompletionOutput,
     EngineStatus,
@@ -56,7 +57,7 @@ class ScriptedEngine:
         self.sampling: list[SamplingParams] = []
         self.aborted: list[str] = []
         """Ids of requests that ended by an abort or by closing their iterator."""
-        self.version = "default"
+        self.version = INITIAL_VERSION
         self.dirty = False
         self.is_shut_down = False
         self._letters = [int(self.tokenizer.convert_tokens_to_ids(letter)) for letter in _LETTERS]

@@ -222,7 +222,7 @@ class FirstRank:
             self._check_settings()
         timeline = Timeline()
         asked = {engine.name for engine in self._fleet.engines if engine.version == UNKNOWN}
-        with timeline.phase("prepare"):
+        with timeline.phase("gather"):
             absent = self._presence.bring_up(self._fleet.engines, deadline, self._presence.patience(deadline))
             if self._presence.is_too_little(absent):
                 self.records.keep_unconnected(absent)

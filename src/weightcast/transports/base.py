@@ -6,7 +6,7 @@ Both ends are given the same ordered ``copies`` (a trainer rank's part of a work
     end = T.trainer_end(copies, memory)
     offer = end.offer()        ──control──▶   end = T.worker_end(offer, copies)
     end.connect(deadline)      ◀─ data ──▶    end.connect(deadline)
-                                              end.prepare(memory, manifest)          may be left out
+                                              end.warm_up(memory, manifest)          may be left out
     end.send(deadline, part)   ── data ──▶    end.receive(memory, deadline, part)    once a round for each part, in this order on both
     end.close()                               end.close()
 
@@ -73,7 +73,7 @@ class WorkerEnd(ABC):
     def connect(self, deadline: Deadline) -> None:
         """Connect to the trainer as the offer says."""
 
-    def prepare(self, memory: Memory, manifest: Manifest) -> None:  # noqa: B027 - not every transport compiles something
+    def warm_up(self, memory: Memory, manifest: Manifest) -> None:  # noqa: B027 - not every transport compiles something
         """Do ahead, once connected, what the first ``receive_proven`` into ``memory`` would do beside moving bytes; writes
         nothing there. A receive into another memory stays possible."""
 

@@ -352,7 +352,7 @@ class CudaIpcWorkerEnd(WorkerEnd):
                 raise NotShared(f"cannot map the trainer's GPU memory: {error.message}") from error
             link.meet(deadline)
 
-    def prepare(self, memory: Memory, manifest: Manifest) -> None:
+    def warm_up(self, memory: Memory, manifest: Manifest) -> None:
         """Build the tables of the memory's replay and compile its kernels, partly on the current stream.
 
         TransportError when the end is dead, PeerLost when the trainer is, StateError before ``connect``.
@@ -361,9 +361,9 @@ class CudaIpcWorkerEnd(WorkerEnd):
         mapping = self._mapped_for(memory)
         for part in self._parts:
             if memory.gpu is not None:
-                self._replay_for(memory, mapping, part).prepare()
+                self._replay_for(memory, mapping, part).warm_up()
             else:
-                self._proven_for(memory, mapping, manifest, part).prepare()
+                self._proven_for(memory, mapping, manifest, part).warm_up()
 
     def receive(self, memory: Memory, deadline: Deadline, part: int = 0) -> int:
         self.has_written = False

@@ -198,7 +198,7 @@ class ShmWorkerEnd(WorkerEnd):
                     file.check_copy(copy)
             kernels_for(self._nbytes)  # loaded here, and not in a round
 
-    def prepare(self, memory: Memory, manifest: Manifest) -> None:
+    def warm_up(self, memory: Memory, manifest: Manifest) -> None:
         """Compile the replay into this memory. TransportError when the end is dead or not connected."""
         self._guard.check()
         source = self._connected()

@@ -4,6 +4,6 @@ python -m tests.trials.matrix --help
 """
 
 from tests.trials.matrix.cells import CPU_TRANSPORTS, GPU_TRANSPORTS, Cell, cells
-from tests.trials.matrix.outcome import Outcome
+from tests.trials.matrix.outcome import Finding
 
-__all__ = ["CPU_TRANSPORTS", "GPU_TRANSPORTS", "Cell", "Outcome", "cells"]
+__all__ = ["CPU_TRANSPORTS", "GPU_TRANSPORTS", "Cell", "Finding", "cells"]

@@ -8,10 +8,10 @@ from functools import partial
 
 from tests.support.faults import Action
 from tests.trials.matrix.field import Field
-from tests.trials.matrix.outcome import Outcome
+from tests.trials.matrix.outcome import Finding
 from tests.trials.matrix.plays import engines, live, machines, traffic, trainers
 
-Play = Callable[..., Outcome]
+Play = Callable[..., Finding]
 CPU_TRANSPORTS = ("shm", "tcp")
 GPU_TRANSPORTS = ("cuda_ipc", "nccl")
 BOTH, STAGED = ("staged", "in_place"), ("staged",)
@@ -52,7 +52,7 @@ class Cell:
     def needs_gpu(self) -> bool:
         return self.transport in GPU_TRANSPORTS
 
-    def run(self) -> Outcome:
+    def run(self) -> Finding:
         """Play it through; AssertionError for a broken promise."""
         return self.play(partial(Field, self.transport, self.mode, device="cuda" if self.needs_gpu else "cpu"))
 

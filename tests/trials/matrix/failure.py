@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from tests.trials.matrix.outcome import Outcome, expect
+from tests.trials.matrix.outcome import Finding, expect
 from weightcast.errors import RoundFailed, WeightcastError
 
 
@@ -47,9 +47,9 @@ class Failure:
         return "dirty" if engine in self.error.dirty else self.error.serving.get(engine, "nothing")
 
     @property
-    def outcome(self) -> Outcome:
+    def outcome(self) -> Finding:
         """The causes' classes."""
-        return Outcome(", ".join(sorted({type(cause).__name__ for cause in self.causes.values()})), self.seconds)
+        return Finding(", ".join(sorted({type(cause).__name__ for cause in self.causes.values()})), self.seconds)
 
 
 def forget_frames(error: BaseException) -> None:

@@ -1,4 +1,4 @@
-"""What plays say: an Outcome, or AssertionError for a broken promise."""
+"""What plays say: a Finding, or AssertionError for a broken promise."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def expect(condition: object, text: str) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class Finding:
     """What came of a fault, in words; ``seconds`` is how long the publish took that met it, where one did."""
 
     text: str

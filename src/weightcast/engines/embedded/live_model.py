@@ -12,8 +12,8 @@ import msgspec
 import torch
 from transformers import PreTrainedModel
 
-from weightcast.content.held import TensorDigest, held_tensors, tensor_digests
 from weightcast.content.layout_digest import digest_tensor
+from weightcast.content.live_tensors import TensorDigest, live_tensors, tensor_digests
 from weightcast.engines.embedded.conversion import CheckpointLoader
 from weightcast.errors import InvalidInput, PlanMismatch, Unsupported
 from weightcast.layout import Layout, contiguous_strides, is_padded
@@ -103,7 +103,7 @@ class EmbeddedModel(LiveModel):
         """What lies here of each tensor of a checkpoint; changes nothing. Raises what ``layout`` does."""
         recording = self._record(manifest)
         reasons = {name: f"goes through the loader: {reason}" for name, reason in recording.reasons.items()}
-        return tensor_digests(manifest, [held_tensors(manifest, recording.layout.placements, reasons, self._memory)])
+        return tensor_digests(manifest, [live_tensors(manifest, recording.layout.placements, reasons, self._memory)])
 
     def _record(self, manifest: Manifest) -> Recording:
         wrong = self._loader.problems({spec.name: spec.shape for spec in manifest.tensors})

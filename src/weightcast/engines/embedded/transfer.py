@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from weightcast.digest.versions import INITIAL_VERSION
 from weightcast.engines.base import LiveDigests
 from weightcast.errors import InvalidInput, StateError
 from weightcast.manifest import Manifest
@@ -15,8 +16,6 @@ from weightcast.weight_transfer.factory import WeightTransferEngineFactory
 if TYPE_CHECKING:
     from weightcast.engines.embedded.live_model import EmbeddedModel
     from weightcast.receiver.greeting import Greeting
-
-INITIAL_VERSION = "default"
 
 
 class WeightTransfer:

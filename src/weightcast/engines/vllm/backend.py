@@ -20,6 +20,7 @@ from vllm.v1.worker.worker_base import WorkerBase
 
 import vllm
 from weightcast.commit.worker_outcome import WorkerOutcome
+from weightcast.digest.versions import INITIAL_VERSION
 from weightcast.engines.vllm import api
 from weightcast.engines.vllm.model import VllmModel
 from weightcast.engines.vllm.parallelism import worker_rank
@@ -114,7 +115,7 @@ class VllmBackend(VllmEngine):  # type: ignore[misc]
             case "checksums":
                 return self._asked(lambda model: {"checksums": model.checksums()})
             case "digests":
-                return self._asked(lambda model: {"tensors": model.held_tensors(_manifest(payload))})
+                return self._asked(lambda model: {"tensors": model.live_tensors(_manifest(payload))})
             case "hold":
                 self._held = bool(payload.get("held"))
             case "status":
@@ -187,7 +188,7 @@ class VllmBackend(VllmEngine):  # type: ignore[misc]
         asleep = api.sleeping_tags()
         return WorkerOutcome(
             rank=self._rank.rank,
-            weight_version=engine.weight_version if engine is not None else "default",
+            weight_version=engine.weight_version if engine is not None else INITIAL_VERSION,
             digest=engine.digest if engine is not None else "",
             dirty=engine is not None and engine.dirty,
             error=None if error is None else ErrorForm.of(error),
@@ -267,7 +268,7 @@ def _no_backend(worker: Any) -> dict[str, Any]:
     error = StateError("this vLLM worker was not started with weightcast's weight transfer")
     return _record(
         WorkerOutcome(
-            rank=int(getattr(worker, "rank", 0)), weight_version="default", digest="", dirty=False,
+            rank=int(getattr(worker, "rank", 0)), weight_version=INITIAL_VERSION, digest="", dirty=False,
             error=ErrorForm.of(error),
         )
     )  # fmt: skip

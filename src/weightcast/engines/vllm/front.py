@@ -11,7 +11,7 @@ import msgspec
 from weightcast.commit.order import RoundAnswer, RoundOrder, Serving
 from weightcast.commit.shells import OWED_S, AsyncCommitter
 from weightcast.commit.worker_outcome import WorkerOutcome, common_version, first_error, why_unfit
-from weightcast.content.held import tensor_digests
+from weightcast.content.live_tensors import tensor_digests
 from weightcast.deadline import Deadline
 from weightcast.engines.base import EngineStatus, LiveDigests
 from weightcast.errors import EngineError, InvalidInput

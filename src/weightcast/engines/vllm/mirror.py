@@ -71,7 +71,7 @@ class Mirror:
         self.is_filled = False
         """Whether something landed here, and layers compute with it."""
 
-    def prepare(self, memory: Memory) -> None:
+    def derive(self, memory: Memory) -> None:
         """Pack what lies in another mirror, for ``go_live``; may run while the model computes."""
         self._ready.pop(self._address(memory), None)
         self._ready[self._address(memory)] = {name: self._packed(name, memory) for name in self._layers}

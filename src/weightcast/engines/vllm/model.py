@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from weightcast.commit.worker_outcome import WEIGHTS
-from weightcast.content.held import HeldTensor, held_tensors
 from weightcast.content.layout_digest import digest_tensor
+from weightcast.content.live_tensors import LiveTensor, live_tensors
 from weightcast.engines.stock.reach import Alias, reachable
 from weightcast.engines.stock.record_check import names_that_differ
 from weightcast.engines.vllm import api
@@ -39,7 +39,7 @@ SHOWN = 6
 
 
 class VllmModel(LiveModel):
-    """A worker's model as vLLM built and loaded it. Call it on the worker's thread, between two steps; ``prepare`` from any.
+    """A worker's model as vLLM built and loaded it. Call it on the worker's thread, between two steps; ``derive`` from any.
 
     On CPU, ``memory`` is the mirror that layers take their weights from, on other devices the weights themselves.
     """
@@ -73,7 +73,7 @@ class VllmModel(LiveModel):
         return self._mirror.live if self.relocatable else self._weights
 
     @property
-    def prepare_nbytes(self) -> int:
+    def derived_nbytes(self) -> int:
         """The packed form, and what the live mirror has reserved and not touched before its first use."""
         return 2 * self._mirror.live.nbytes
 
@@ -81,9 +81,9 @@ class VllmModel(LiveModel):
         """Make the mirror that was prepared last live."""
         self._mirror.go_live(memory)
 
-    def prepare(self, memory: Memory) -> None:
+    def derive(self, memory: Memory) -> None:
         """Pack what lies in another mirror; the model may compute meanwhile."""
-        self._mirror.prepare(memory)
+        self._mirror.derive(memory)
 
     def refresh(self) -> None:
         """Pack the live mirror again."""
@@ -118,7 +118,7 @@ class VllmModel(LiveModel):
             self._layouts = {manifest.digest: layout}
         return layout
 
-    def held_tensors(self, manifest: Manifest) -> dict[str, HeldTensor]:
+    def live_tensors(self, manifest: Manifest) -> dict[str, LiveTensor]:
         """What lies here of each tensor of a checkpoint; changes nothing. Raises what ``layout`` does."""
         with self._landed(manifest) as (layers, numbers, recording, through, landings):
             if self.relocatable:
@@ -129,7 +129,7 @@ class VllmModel(LiveModel):
         reasons |= {name: f"goes through the loader: {reason}" for name, reason in recording.reasons.items()}
         lying, used = {p.region.name for p in landings}, {p.region.name for p in recording.layout.placements}
         reasons |= dict.fromkeys(used - lying - through, "vLLM packed it for its kernels; publish once")
-        return held_tensors(manifest, landings, reasons, self.memory())
+        return live_tensors(manifest, landings, reasons, self.memory())
 
     @contextmanager
     def _landed(

@@ -205,7 +205,7 @@ def publish(live: LiveModel, layout: Layout, make: Callable[[str], torch.Tensor]
             placement.storage, placement.dtype, placement.offset, placement.region.sizes, placement.strides
         ).copy_(part)
     if live.relocatable:
-        live.prepare(memory)
+        live.derive(memory)
         live.rebind(memory)
     else:
         live.refresh()

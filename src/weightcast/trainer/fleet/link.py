@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from weightcast.control.coordinator import Member
 from weightcast.deadline import Deadline
-from weightcast.digest.versions import version_number
+from weightcast.digest.versions import INITIAL_VERSION, version_number
 from weightcast.errors import DeadlineExceeded, EngineError, InvalidInput, PeerLost, ProtocolError, WeightcastError
 from weightcast.manifest import Manifest
 from weightcast.manifest.dtypes import itemsize_of
@@ -118,7 +118,7 @@ class EngineLink:
     was_here: bool = False
     """It joined before. Takeover is spent with that: whoever has it now came later, and is not to be put out by its predecessor."""
     broken: str | None = "not set up"
-    version: str = "default"
+    version: str = INITIAL_VERSION
     digest: str = ""
     dirty: bool = False
     mates: frozenset[str] = frozenset()

@@ -286,7 +286,7 @@ class Ranks:
         posted = {rank: self.post(member, Refresh()) for rank, member in self._members.items()}
         self._source.refresh()
         for rank, number in posted.items():
-            self.hear(rank, number, deadline, phase="prepare")
+            self.hear(rank, number, deadline, phase="gather")
 
     def exhaust(self) -> Callable[[Deadline], None]:
         """Have all other ranks read their streams to the end, beside this one; the call that is returned waits for them."""

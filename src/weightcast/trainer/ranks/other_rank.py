@@ -79,7 +79,7 @@ class OtherRank:
         self.expected: dict[str, ExpectedDigest] = {}
         """Digests that rounds need of what this rank holds, by key."""
         self.last_report: Report | None = None
-        self._ends: dict[int, _HeldEnd] = {}
+        self._ends: dict[int, _KeptEnd] = {}
         self._orders: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
         self._lost: str | None = None
         self._refused: WeightcastError | None = None
@@ -285,7 +285,7 @@ class OtherRank:
                 address=self._address,
             )
         )
-        self._ends.update(zip(order.pairs, map(_HeldEnd, ends), strict=True))
+        self._ends.update(zip(order.pairs, map(_KeptEnd, ends), strict=True))
         return tuple(end.offer() for end in ends)
 
     def _beside(self, order: Connect | Send | Digest) -> Answer:
@@ -305,7 +305,7 @@ class OtherRank:
                     check = partial(Deadline(order.timeout_s).check, "the digest of what this rank holds")
                     return Answer(value=expected.of(self._source.memory, check))
 
-    def _held(self, pair: int) -> _HeldEnd:
+    def _held(self, pair: int) -> _KeptEnd:
         held = self._ends.get(pair)
         if held is None:
             raise TransportError("the pair is closed")
@@ -321,7 +321,7 @@ class OtherRank:
             self._pool.submit(held.close)
 
 
-class _HeldEnd:
+class _KeptEnd:
     """An end and who uses it: it is closed when nobody is inside any more, which an abort makes soon."""
 
     def __init__(self, end: TrainerEnd) -> None:

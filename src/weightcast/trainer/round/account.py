@@ -8,7 +8,7 @@ from weightcast.errors import PeerLost, RoundFailed, WeightcastError
 from weightcast.report.model import EngineReport, Report, WorkerReport
 from weightcast.report.model import Outcome as ReportOutcome
 from weightcast.trainer.fleet.link import EngineLink
-from weightcast.trainer.fleet.outcomes import Outcome, Outcomes
+from weightcast.trainer.fleet.round_book import EngineProgress, RoundBook
 from weightcast.trainer.round.timeline import Timeline
 
 AGAIN_HINT = "Call publish() again: it sets up what broke"
@@ -18,7 +18,7 @@ class Account:
     """Says what came of one round, of its own engines and of those that were ``absent`` from it."""
 
     def __init__(
-        self, outcomes: Outcomes, absent: Mapping[str, WeightcastError], *, number: int, epoch: int, round: int
+        self, outcomes: RoundBook, absent: Mapping[str, WeightcastError], *, number: int, epoch: int, round: int
     ) -> None:
         self._outcomes, self._absent = outcomes, dict(absent)
         self._number, self._epoch, self._round = number, epoch, round
@@ -67,7 +67,7 @@ class Account:
 
     def _engine(self, engine: EngineLink, digest: str) -> EngineReport:
         took_part = engine in self._outcomes
-        outcome = self._outcomes.of(engine) if took_part else Outcome(error=self._absent[engine.name])
+        outcome = self._outcomes.of(engine) if took_part else EngineProgress(error=self._absent[engine.name])
         return EngineReport(
             name=engine.name,
             kind=engine.client.kind,

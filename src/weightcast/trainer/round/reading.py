@@ -8,7 +8,7 @@ from weightcast.deadline import Deadline
 from weightcast.errors import WeightcastError
 from weightcast.trainer.fleet.fleet import Fleet
 from weightcast.trainer.fleet.link import EngineLink, WorkerLink
-from weightcast.trainer.fleet.outcomes import Cancelled, Outcomes
+from weightcast.trainer.fleet.round_book import Cancelled, RoundBook
 from weightcast.trainer.round.windows import WindowTurns
 
 Pair = tuple[EngineLink, WorkerLink]
@@ -20,7 +20,7 @@ PATIENCE_S = 1.0
 class Reading:
     """Windows are filled one after the other; each is shown to the workers that want of it, who say in ``turns`` when they are through."""
 
-    def __init__(self, fleet: Fleet, outcomes: Outcomes, workers: Sequence[Pair], deadline: Deadline) -> None:
+    def __init__(self, fleet: Fleet, outcomes: RoundBook, workers: Sequence[Pair], deadline: Deadline) -> None:
         self._source, self._ranks, self._outcomes = fleet.source, fleet.ranks, outcomes
         self._workers, self._deadline = workers, deadline
         self.turns = WindowTurns(fleet.source.slots, {worker.member.key: worker.parts for _, worker in workers})

@@ -43,7 +43,7 @@ from weightcast.report.model import Phase, Report
 from weightcast.trainer.clients.base import CommitOrder, CommitReply
 from weightcast.trainer.fleet.fleet import Fleet
 from weightcast.trainer.fleet.link import EngineLink, WorkerLink
-from weightcast.trainer.fleet.outcomes import Cancelled, Outcome, Outcomes
+from weightcast.trainer.fleet.round_book import Cancelled, EngineProgress, RoundBook
 from weightcast.trainer.round.account import Account
 from weightcast.trainer.round.proof import RoundProof
 from weightcast.trainer.round.reading import Reading
@@ -95,7 +95,7 @@ class Round:
         self._deadline, self._timeline = brief.deadline, brief.timeline
         self._refusal: WeightcastError | None = None
         self._transfer_deadline = brief.deadline
-        self._outcomes = Outcomes(engines, self._settings.require, self._epoch, self._round)
+        self._outcomes = RoundBook(engines, self._settings.require, self._epoch, self._round)
         self._turns = WindowTurns()
         self._account = Account(self._outcomes, brief.absent, number=self._number, epoch=self._epoch, round=self._round)
         self._ties = {engine.name: fleet.ties.doubtful(engine) for engine in engines}
@@ -432,7 +432,7 @@ class Round:
         finally:
             self._turns.leave(worker.member.key)
 
-    def _order(self, engine: EngineLink, outcome: Outcome) -> CommitReply:
+    def _order(self, engine: EngineLink, outcome: EngineProgress) -> CommitReply:
         """Have the engine commit. A lost answer is no lost commit: the order is repeated, as the round's number makes that
         harmless, until the engine answers or a worker is gone."""
         order = CommitOrder(

@@ -12,7 +12,7 @@ from weightcast.errors import BaseMismatch, DeadlineExceeded, PeerLost, StateErr
 from weightcast.logs import about
 from weightcast.messages import Abort
 from weightcast.trainer.fleet.link import UNKNOWN, EngineLink
-from weightcast.trainer.fleet.outcomes import Outcome, Outcomes
+from weightcast.trainer.fleet.round_book import EngineProgress, RoundBook
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 class WayBack:
     """Takes engines of one round back. Afterwards each one's link says what it serves, or that this is unknown."""
 
-    def __init__(self, outcomes: Outcomes, coordinator: Coordinator, *, epoch: int, round: int) -> None:
+    def __init__(self, outcomes: RoundBook, coordinator: Coordinator, *, epoch: int, round: int) -> None:
         self._outcomes, self._coordinator = outcomes, coordinator
         self._epoch, self._round = epoch, round
 
@@ -51,7 +51,7 @@ class WayBack:
             for worker in engine.workers
         )
 
-    def _roll_back(self, engine: EngineLink, outcome: Outcome, deadline: Deadline) -> None:
+    def _roll_back(self, engine: EngineLink, outcome: EngineProgress, deadline: Deadline) -> None:
         """Have an engine that may have committed return to version n, and ask what it serves now."""
         try:
             try:
@@ -66,7 +66,7 @@ class WayBack:
             self._note(engine, outcome, error)
             engine.version, engine.dirty = UNKNOWN, engine.in_place
 
-    def _note(self, engine: EngineLink, outcome: Outcome, error: WeightcastError) -> None:
+    def _note(self, engine: EngineLink, outcome: EngineProgress, error: WeightcastError) -> None:
         where = about(epoch=self._epoch, round=self._round, engine=engine.name, phase="undo")
         text = "round %d.%d: %s could not be taken back: %s"
         logger.warning(text, self._epoch, self._round, engine.name, str(error), extra=where)

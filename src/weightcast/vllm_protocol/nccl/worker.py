@@ -15,6 +15,7 @@ import torch
 from weightcast.cuda.nccl import Communicator
 from weightcast.cuda.wait import new_event
 from weightcast.deadline import Deadline
+from weightcast.digest.versions import INITIAL_VERSION
 from weightcast.errors import InvalidInput, PlanMismatch, StateError, Unsupported, WeightcastError
 from weightcast.manifest import TensorSpec
 from weightcast.manifest.dtypes import dtype_of
@@ -111,7 +112,7 @@ class VllmNcclEngine(WeightTransferEngine[VllmNcclInitInfo, VllmNcclUpdateInfo])
         self._init_info: VllmNcclInitInfo | None = None
         self._comm: Communicator | None = None
         self._specs: tuple[TensorSpec, ...] = ()
-        self._version = "default"
+        self._version = INITIAL_VERSION
         self._open = False
         self._dirty = False
         self._failed = False

@@ -10,7 +10,7 @@ from tests.support.engine_process import SHAPES, TOKEN
 from tests.support.faults import Action
 from tests.trials.matrix.failure import forget_frames
 from tests.trials.matrix.field import GRACE_S, UNKNOWN, Field
-from tests.trials.matrix.outcome import Outcome, expect
+from tests.trials.matrix.outcome import Finding, expect
 from weightcast.deadline import Deadline
 from weightcast.errors import (
     DeadlineExceeded,
@@ -26,7 +26,7 @@ from weightcast.trainer.clients import HttpEngineClient
 MakeField = Callable[..., Field]
 
 
-def killed(make: MakeField, *, point: str) -> Outcome:
+def killed(make: MakeField, *, point: str) -> Finding:
     with make() as field:
         field.start()
         if point == "setup":
@@ -43,7 +43,7 @@ def killed(make: MakeField, *, point: str) -> Outcome:
         return failure.outcome
 
 
-def killed_while_joining(make: MakeField) -> Outcome:
+def killed_while_joining(make: MakeField) -> Finding:
     with make() as field:
         _publish_without_a(field)
         field.a.arm("join", "kill")
@@ -53,10 +53,10 @@ def killed_while_joining(make: MakeField) -> Outcome:
         field.replace()
         _add(field)
         field.heal()
-        return Outcome(f"{type(error).__name__}; the fleet is as before")
+        return Finding(f"{type(error).__name__}; the fleet is as before")
 
 
-def stopped_while_joining(make: MakeField) -> Outcome:
+def stopped_while_joining(make: MakeField) -> Finding:
     with make() as field:
         _publish_without_a(field)
         field.a.arm("join", "stop")
@@ -71,10 +71,10 @@ def stopped_while_joining(make: MakeField) -> Outcome:
         field.a.go_on()
         _add(field)
         field.heal()
-        return Outcome("DeadlineExceeded; the fleet is as before", seconds)
+        return Finding("DeadlineExceeded; the fleet is as before", seconds)
 
 
-def stopped(make: MakeField, *, point: str) -> Outcome:
+def stopped(make: MakeField, *, point: str) -> Finding:
     with make() as field:
         field.start()
         if point == "setup":
@@ -92,7 +92,7 @@ def stopped(make: MakeField, *, point: str) -> Outcome:
         return failure.outcome
 
 
-def struck_on_the_way_back(make: MakeField, *, point: str, action: Action) -> Outcome:
+def struck_on_the_way_back(make: MakeField, *, point: str, action: Action) -> Finding:
     """The other engine cannot commit once the victim has, so the victim has to go back."""
     with make() as field:
         field.start()
@@ -111,13 +111,13 @@ def struck_on_the_way_back(make: MakeField, *, point: str, action: Action) -> Ou
         else:
             _goes_on(field, may_have_committed=True)
         field.heal()
-        return Outcome(
+        return Finding(
             "past the point of return: it is unknown what that engine serves, and the next publish repairs it",
             failure.seconds,
         )
 
 
-def one_of_two_workers_cannot_commit(make: MakeField) -> Outcome:
+def one_of_two_workers_cannot_commit(make: MakeField) -> Finding:
     with make(num_workers=2) as field:
         field.start()
         field.a.arm("commit:worker", "raise", skip=1)
@@ -126,14 +126,14 @@ def one_of_two_workers_cannot_commit(make: MakeField) -> Outcome:
         expect(cause.worker == 1, f"does not name the worker: {cause}")
         if field.mode == "staged":
             field.steady_after(failure)
-            return Outcome("LoadError names the worker; the engine is at n with all workers", failure.seconds)
+            return Finding("LoadError names the worker; the engine is at n with all workers", failure.seconds)
         expect(field.look(field.a).dirty, f"serves two versions as one: {field.look(field.a)}")
         field.told_truly(failure, field.a, field.b)
         field.heal()
-        return Outcome("LoadError names the worker; the engine is dirty until the next publish", failure.seconds)
+        return Finding("LoadError names the worker; the engine is dirty until the next publish", failure.seconds)
 
 
-def transfer_raises(make: MakeField) -> Outcome:
+def transfer_raises(make: MakeField) -> Finding:
     with make() as field:
         field.start()
         field.a.arm("transfer:middle", "raise")
@@ -143,7 +143,7 @@ def transfer_raises(make: MakeField) -> Outcome:
         return failure.outcome
 
 
-def loader_raises(make: MakeField) -> Outcome:
+def loader_raises(make: MakeField) -> Finding:
     with make(loader=True) as field:
         field.start()
         field.a.arm("loader", "raise")
@@ -153,7 +153,7 @@ def loader_raises(make: MakeField) -> Outcome:
         return failure.outcome
 
 
-def no_memory_for_the_shadow(make: MakeField) -> Outcome:
+def no_memory_for_the_shadow(make: MakeField) -> Finding:
     with make() as field:
         field.a.arm("shadow", "no memory")
         try:
@@ -164,10 +164,10 @@ def no_memory_for_the_shadow(make: MakeField) -> Outcome:
             raise AssertionError("connected without a shadow")
         field.steady(field.a, field.b, number=0)
         field.heal()
-        return Outcome("ShadowError names the engine; nothing changed")
+        return Finding("ShadowError names the engine; nothing changed")
 
 
-def never_joins(make: MakeField) -> Outcome:
+def never_joins(make: MakeField) -> Finding:
     class Mute(HttpEngineClient):
         """Its workers never say hello."""
 
@@ -190,10 +190,10 @@ def never_joins(make: MakeField) -> Outcome:
         field.publisher.remove(field.a.url)
         field.publisher.add(field.a.url)
         field.heal()
-        return Outcome("DeadlineExceeded names the engine; nothing changed", seconds)
+        return Finding("DeadlineExceeded names the engine; nothing changed", seconds)
 
 
-def slow(make: MakeField) -> Outcome:
+def slow(make: MakeField) -> Finding:
     with make() as field:
         field.start()
         field.a.arm("transfer:middle", "sleep", field.deadline_s + 0.7)
@@ -204,7 +204,7 @@ def slow(make: MakeField) -> Outcome:
         return failure.outcome
 
 
-def manifests_disagree(make: MakeField) -> Outcome:
+def manifests_disagree(make: MakeField) -> Finding:
     with make() as field:
         name = next(iter(SHAPES))
         missing = field.tensors.pop(name)
@@ -222,7 +222,7 @@ def manifests_disagree(make: MakeField) -> Outcome:
         field.tensors = {name: field.tensors[name] for name in SHAPES}
         field.start()
         field.heal()
-        return Outcome("PlanMismatch names the tensor; nothing changed")
+        return Finding("PlanMismatch names the tensor; nothing changed")
 
 
 def _set_up_again(field: Field) -> None:

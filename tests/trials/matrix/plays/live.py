@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from tests.support.faults import Action
 from tests.trials.matrix.field import GRACE_S, Field
-from tests.trials.matrix.outcome import Outcome, expect
+from tests.trials.matrix.outcome import Finding, expect
 
 MakeField = Callable[..., Field]
 
@@ -21,7 +21,7 @@ TELLS: dict[Action, str] = {
 """What a report, which has no classes, says of the engine that an action struck."""
 
 
-def without(make: MakeField, *, point: str, action: Action) -> Outcome:
+def without(make: MakeField, *, point: str, action: Action) -> Finding:
     with make(require="live") as field:
         field.start()
         field.a.arm(point, action)
@@ -41,7 +41,7 @@ def without(make: MakeField, *, point: str, action: Action) -> Outcome:
         field.consistent(field.a)
         _comes_back(field)
         field.heal()
-        return Outcome("the others publish; it comes back by itself", seconds)
+        return Finding("the others publish; it comes back by itself", seconds)
 
 
 def _comes_back(field: Field) -> None:

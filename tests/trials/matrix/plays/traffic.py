@@ -10,7 +10,7 @@ from tests.support.faults import MessageTrouble, MessyChannel
 from tests.support.network import Cable
 from tests.trials.matrix.failure import Failure
 from tests.trials.matrix.field import UNKNOWN, Field
-from tests.trials.matrix.outcome import Outcome, expect
+from tests.trials.matrix.outcome import Finding, expect
 from weightcast.deadline import Deadline
 from weightcast.errors import DeadlineExceeded, DigestMismatch, PeerLost, WeightcastError
 from weightcast.trainer.clients import HttpEngineClient
@@ -19,16 +19,16 @@ from weightcast.trainer.clients.base import AnswerLost, CommitOrder, CommitReply
 MakeField = Callable[..., Field]
 
 
-def tensor_larger_than_a_bucket(make: MakeField) -> Outcome:
+def tensor_larger_than_a_bucket(make: MakeField) -> Finding:
     with make() as field:
         largest = max(tensor.nbytes for tensor in field.tensors.values())
         expect(largest > 4 * SLICE_NBYTES, "no tensor is larger than a bucket")
         field.start()
         field.heal()
-        return Outcome("published, in pieces")
+        return Finding("published, in pieces")
 
 
-def corrupted_bytes(make: MakeField) -> Outcome:
+def corrupted_bytes(make: MakeField) -> Finding:
     with make() as field:
         field.start()
         field.a.arm("transfer:end", "corrupt")
@@ -38,7 +38,7 @@ def corrupted_bytes(make: MakeField) -> Outcome:
         return failure.outcome
 
 
-def messages(make: MakeField, *, trouble: MessageTrouble) -> Outcome:
+def messages(make: MakeField, *, trouble: MessageTrouble) -> Finding:
     with make() as field:
         field.start()
         field.a.call("messy", trouble)
@@ -55,7 +55,7 @@ def messages(make: MakeField, *, trouble: MessageTrouble) -> Outcome:
                     outcomes.append("aborted")
         field.a.call("messy", None)
         field.heal()
-        return Outcome(", ".join(sorted(set(outcomes))))
+        return Finding(", ".join(sorted(set(outcomes))))
 
 
 class _Lossy(HttpEngineClient):
@@ -74,14 +74,14 @@ class _Lossy(HttpEngineClient):
         return reply
 
 
-def commit_lost(make: MakeField, *, orders: int = 0, answers: int = 0) -> Outcome:
+def commit_lost(make: MakeField, *, orders: int = 0, answers: int = 0) -> Finding:
     with make() as field:
         lossy = _Lossy(field.a.url, token=TOKEN)
         field.start([lossy, field.b.url])
         lossy.orders, lossy.answers = orders, answers
         if max(orders, answers) < 3:
             field.succeed(field.unhurried_s)
-            return Outcome("repeated and published")
+            return Finding("repeated and published")
         failure = field.fail()
         failure.names(field.a.url, AnswerLost)
         lossy.orders = lossy.answers = 0
@@ -91,7 +91,7 @@ def commit_lost(make: MakeField, *, orders: int = 0, answers: int = 0) -> Outcom
         return failure.outcome
 
 
-def late_answer(make: MakeField) -> Outcome:
+def late_answer(make: MakeField) -> Finding:
     with make() as field:
         field.start()
         field.a.arm("commit:end", "sleep", field.deadline_s + 0.3)
@@ -101,7 +101,7 @@ def late_answer(make: MakeField) -> Outcome:
         return failure.outcome
 
 
-def http_server_dies(make: MakeField) -> Outcome:
+def http_server_dies(make: MakeField) -> Finding:
     with make() as field:
         field.start()
         field.a.call("hang_up")
@@ -115,7 +115,7 @@ def http_server_dies(make: MakeField) -> Outcome:
         return failure.outcome
 
 
-def http_server_dies_in_the_commit(make: MakeField) -> Outcome:
+def http_server_dies_in_the_commit(make: MakeField) -> Finding:
     with make() as field:
         field.start()
         field.a.arm("commit:start", "sleep", 0.5)
@@ -131,7 +131,7 @@ def http_server_dies_in_the_commit(make: MakeField) -> Outcome:
         return failure.outcome
 
 
-def network_cut(make: MakeField, *, point: str) -> Outcome:
+def network_cut(make: MakeField, *, point: str) -> Finding:
     with Cable() as cable, make(host=cable.there, address=cable.here, netns=cable.netns) as field:
         field.start()
         field.a.arm(point, "sleep", 1.0)

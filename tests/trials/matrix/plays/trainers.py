@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 from tests.trials.matrix.field import Field
-from tests.trials.matrix.outcome import Outcome, expect
+from tests.trials.matrix.outcome import Finding, expect
 from weightcast.errors import PeerLost, StateError, WeightcastError
 
 MakeField = Callable[..., Field]
@@ -14,7 +14,7 @@ SILENCE_S = 2.0
 """Four heartbeats: a thread that was not run for one or two of them has not fallen silent."""
 
 
-def killed(make: MakeField, *, point: str | None) -> Outcome:
+def killed(make: MakeField, *, point: str | None) -> Finding:
     with make() as field:
         trainer = field.start_trainer()
         if point is not None:
@@ -33,10 +33,10 @@ def killed(make: MakeField, *, point: str | None) -> Outcome:
         report = field.succeed()
         expect(report.number > max(numbers), f"version {report.number} after {serving}")
         field.heal()
-        return Outcome("the engines go on with what they served; the next trainer joins at once")
+        return Finding("the engines go on with what they served; the next trainer joins at once")
 
 
-def stopped(make: MakeField) -> Outcome:
+def stopped(make: MakeField) -> Finding:
     with make(silence_s=SILENCE_S) as field:
         trainer = field.start_trainer(timeout_s=field.deadline_s)
         field.a.arm("transfer:middle", "sleep", 0.5)
@@ -61,10 +61,10 @@ def stopped(make: MakeField) -> Outcome:
         number = int(answer["version"].partition("-")[0])
         field.seeds[number] = field.seed
         field.consistent(field.a, field.b)
-        return Outcome("the engines leave it after its silence; continued, it is told and joins again")
+        return Finding("the engines leave it after its silence; continued, it is told and joins again")
 
 
-def second_is_refused(make: MakeField) -> Outcome:
+def second_is_refused(make: MakeField) -> Finding:
     with make() as field:
         field.start()
         with field.second() as second:
@@ -78,10 +78,10 @@ def second_is_refused(make: MakeField) -> Outcome:
         del second
         field.steady(field.a, field.b, number=max(field.seeds))
         field.heal()
-        return Outcome("StateError; the first one goes on")
+        return Finding("StateError; the first one goes on")
 
 
-def second_takes_over(make: MakeField) -> Outcome:
+def second_takes_over(make: MakeField) -> Finding:
     with make() as field:
         field.start()
         with field.second(takeover=True) as second:
@@ -97,4 +97,4 @@ def second_takes_over(make: MakeField) -> Outcome:
         report = field.succeed()
         expect(report.number == 3, f"then the first one published {report.number}")
         field.heal()
-        return Outcome(f"versions go on; the first one gets {failure.outcome.text}")
+        return Finding(f"versions go on; the first one gets {failure.outcome.text}")

@@ -6,8 +6,8 @@ import msgspec
 import pytest
 import torch
 
-from weightcast.content.held import HeldTensor, TensorDigest, held_tensors, tensor_digests
 from weightcast.content.layout_digest import digest_tensor
+from weightcast.content.live_tensors import LiveTensor, TensorDigest, live_tensors, tensor_digests
 from weightcast.layout import Placement, Region, contiguous_strides
 from weightcast.layout.memory import Memory, bytes_of
 from weightcast.manifest import Manifest, TensorSpec
@@ -18,7 +18,7 @@ MANIFEST = Manifest.of(
 )
 
 
-def worker(values: torch.Tensor, *rows: tuple[int, int], dtype: str = "float32") -> dict[str, HeldTensor]:
+def worker(values: torch.Tensor, *rows: tuple[int, int], dtype: str = "float32") -> dict[str, LiveTensor]:
     """What a worker says that holds these rows of the values, each range in a storage of its own."""
     parts = [values[start:end].clone() for start, end in rows]
     placements = [
@@ -31,11 +31,11 @@ def worker(values: torch.Tensor, *rows: tuple[int, int], dtype: str = "float32")
         )
         for number, (start, end) in enumerate(rows)
     ]
-    held = held_tensors(MANIFEST, placements, {}, Memory([bytes_of(part) for part in parts]))
-    return msgspec.convert(msgspec.to_builtins(held), dict[str, HeldTensor])
+    held = live_tensors(MANIFEST, placements, {}, Memory([bytes_of(part) for part in parts]))
+    return msgspec.convert(msgspec.to_builtins(held), dict[str, LiveTensor])
 
 
-def joined(*workers: dict[str, HeldTensor]) -> TensorDigest:
+def joined(*workers: dict[str, LiveTensor]) -> TensorDigest:
     (digest,) = tensor_digests(MANIFEST, workers).values()
     return digest
 
@@ -76,6 +76,6 @@ def test_what_cannot_be_told_has_a_reason() -> None:
     for rows in ([(0, 5)], [(0, 7), (5, 12)]):
         part = joined(*(worker(values, each) for each in rows))
         assert (part.digest, part.reason) == ("", "lies here in part, or in pieces that overlap")
-    loader = held_tensors(MANIFEST, [], {"w": "it is quantised"}, Memory([]))
+    loader = live_tensors(MANIFEST, [], {"w": "it is quantised"}, Memory([]))
     assert joined(worker(values, (0, 12)), loader) == TensorDigest(reason="it is quantised")
     assert tensor_digests(MANIFEST, []) == {}

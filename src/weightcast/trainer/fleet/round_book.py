@@ -1,4 +1,4 @@
-"""Outcomes: what came of a round so far, engine by engine, and whether one failure ends it for all."""
+"""RoundBook: what came of a round so far, engine by engine, and whether one failure ends it for all."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Cancelled(StateError):
 
 
 @dataclass(slots=True)
-class Progress:
+class WorkerProgress:
     """What is known of one worker in this round."""
 
     nbytes: int = 0
@@ -30,7 +30,7 @@ class Progress:
 
 
 @dataclass(slots=True)
-class Outcome:
+class EngineProgress:
     """What is known of one engine in this round."""
 
     error: WeightcastError | None = None
@@ -39,7 +39,7 @@ class Outcome:
     phases: list[Phase] = field(default_factory=list)
 
 
-class Outcomes:
+class RoundBook:
     """The book of one round. Thread-safe: each engine's steps run on threads of their own.
 
     With require="all" the first failure of any engine ends the round for all; with "live" it drops that engine, and the round
@@ -49,18 +49,18 @@ class Outcomes:
     def __init__(self, engines: Sequence[EngineLink], require: Require, epoch: int, round: int) -> None:
         self._engines, self._require = engines, require
         self._epoch, self._round = epoch, round
-        self._of = {engine.name: Outcome() for engine in engines}
-        self._progress: dict[tuple[str, int], Progress] = {}
+        self._of = {engine.name: EngineProgress() for engine in engines}
+        self._progress: dict[tuple[str, int], WorkerProgress] = {}
         self._failed = threading.Event()
         self._noting = threading.Lock()
 
-    def of(self, engine: EngineLink) -> Outcome:
+    def of(self, engine: EngineLink) -> EngineProgress:
         """The outcome of one engine of this round."""
         return self._of[engine.name]
 
-    def progress(self, worker: WorkerLink) -> Progress:
+    def progress(self, worker: WorkerLink) -> WorkerProgress:
         """What is known of one worker; made when nothing was."""
-        return self._progress.setdefault(worker.member.key, Progress())
+        return self._progress.setdefault(worker.member.key, WorkerProgress())
 
     def has_progress(self, worker: WorkerLink) -> bool:
         """Whether a worker has said that it has the bytes."""

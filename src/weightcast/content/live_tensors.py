@@ -18,7 +18,7 @@ from weightcast.layout.memory import Memory
 from weightcast.manifest import Manifest, TensorSpec
 
 
-class HeldRegion(msgspec.Struct, frozen=True, kw_only=True):
+class LiveRegion(msgspec.Struct, frozen=True, kw_only=True):
     """A box of a tensor, and the hex digest of its live values in the type that they have there, counted from where the tensor
     begins."""
 
@@ -28,10 +28,10 @@ class HeldRegion(msgspec.Struct, frozen=True, kw_only=True):
     digest: str
 
 
-class HeldTensor(msgspec.Struct, frozen=True, kw_only=True):
+class LiveTensor(msgspec.Struct, frozen=True, kw_only=True):
     """What one worker holds of a tensor; no regions and the ``reason`` when that cannot be told."""
 
-    regions: tuple[HeldRegion, ...] = ()
+    regions: tuple[LiveRegion, ...] = ()
     reason: str = ""
 
 
@@ -47,9 +47,9 @@ class TensorDigest:
     reason: str = ""
 
 
-def held_tensors(
+def live_tensors(
     manifest: Manifest, placements: Sequence[Placement], reasons: Mapping[str, str], memory: Memory
-) -> dict[str, HeldTensor]:
+) -> dict[str, LiveTensor]:
     """Digest where the placements say that checkpoint tensors lie in live memory; ``reasons`` are for tensors whose place nobody
     knows. Tensors that are in neither are not used here, and left out."""
     placed: dict[str, list[Placement]] = {}
@@ -57,31 +57,31 @@ def held_tensors(
         placed.setdefault(placement.region.name, []).append(placement)
     sizes = tuple(storage.numel() for storage in memory.storages)
     found = {
-        name: HeldTensor(regions=tuple(_digested(manifest[name], placement, sizes, memory) for placement in here))
+        name: LiveTensor(regions=tuple(_digested(manifest[name], placement, sizes, memory) for placement in here))
         for name, here in placed.items()
         if name not in reasons
     }
-    return found | {name: HeldTensor(reason=reason) for name, reason in reasons.items()}
+    return found | {name: LiveTensor(reason=reason) for name, reason in reasons.items()}
 
 
-def _digested(spec: TensorSpec, placement: Placement, sizes: tuple[int, ...], memory: Memory) -> HeldRegion:
+def _digested(spec: TensorSpec, placement: Placement, sizes: tuple[int, ...], memory: Memory) -> LiveRegion:
     alone = Manifest.of([TensorSpec(name=spec.name, dtype=placement.dtype, shape=spec.shape)])
     digest = LayoutDigest(alone, Layout(placements=(placement,), storage_nbytes=sizes)).of(memory)
     region = placement.region
-    return HeldRegion(offsets=region.offsets, sizes=region.sizes, dtype=placement.dtype, digest=f"{digest:016x}")
+    return LiveRegion(offsets=region.offsets, sizes=region.sizes, dtype=placement.dtype, digest=f"{digest:016x}")
 
 
-def tensor_digests(manifest: Manifest, workers: Iterable[Mapping[str, HeldTensor]]) -> dict[str, TensorDigest]:
+def tensor_digests(manifest: Manifest, workers: Iterable[Mapping[str, LiveTensor]]) -> dict[str, TensorDigest]:
     """One entry for each tensor that a worker uses, in the manifest's order. Its digest is that of the tensor by itself, counted
     from position 0."""
-    held: dict[str, list[HeldTensor]] = {}
+    held: dict[str, list[LiveTensor]] = {}
     for worker in workers:
         for name, tensor in worker.items():
             held.setdefault(name, []).append(tensor)
     return {spec.name: _joined(spec, held[spec.name]) for spec in manifest.tensors if spec.name in held}
 
 
-def _joined(spec: TensorSpec, held: Sequence[HeldTensor]) -> TensorDigest:
+def _joined(spec: TensorSpec, held: Sequence[LiveTensor]) -> TensorDigest:
     reason = next((tensor.reason for tensor in held if tensor.reason), "")
     if reason:
         return TensorDigest(reason=reason)
