@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from weightcast.errors import InvalidInput
-from weightcast.receiver.swap import Swap, swap_bytes
+from weightcast.receiver.swap import Swap
 
 pytest.importorskip("triton", reason="needs a CUDA build of torch")
 
@@ -75,9 +75,9 @@ def test_work_queued_before_and_after_is_ordered() -> None:
 def test_overlap_and_pageable_memory_are_refused() -> None:
     data = random_bytes().cuda()
     with pytest.raises(InvalidInput, match="overlap"):
-        swap_bytes(data[:100], data[50:150])
+        Swap([(data[:100], data[50:150])]).run()
     with pytest.raises(InvalidInput, match="page-locked"):
-        swap_bytes(data, random_bytes())
+        Swap([(data, random_bytes())]).run()
 
 
 def test_copies_of_runs_touch_nothing_else() -> None:

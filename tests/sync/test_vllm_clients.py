@@ -297,7 +297,6 @@ def test_an_engine_of_this_process_that_hangs_ends_by_the_deadline() -> None:
         client.world_size,
         lambda deadline: client.init({}, deadline),
         client.status,
-        client.shutdown,
         lambda deadline: client.rollback(1, 1, deadline),
     ):
         with pytest.raises(DeadlineExceeded, match="longer"):

@@ -26,11 +26,6 @@ class _Swapper(Protocol):
     def run(self) -> int: ...
 
 
-def swap_bytes(first: torch.Tensor, second: torch.Tensor) -> None:
-    """Exchange two equally large, contiguous uint8 tensors that do not overlap; on a GPU the work is queued."""
-    Swap([(first, second)]).run()
-
-
 class Swap:
     """Exchanges compiled once: pairs of equally large, contiguous 1-D uint8 tensors, none overlapping another.
 

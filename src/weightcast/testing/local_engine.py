@@ -225,9 +225,6 @@ class LocalEngine(EngineClient):
             "ready": True,
         }
 
-    def shutdown(self, deadline: Deadline) -> None:
-        self.stop()
-
     def stop(self) -> None:
         """Leave the trainer."""
         for worker in self.workers:

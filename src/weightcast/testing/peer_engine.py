@@ -165,9 +165,6 @@ class PeerEngine(EngineClient):
     def status(self, deadline: Deadline) -> Mapping[str, Any]:
         return dict(self._make("status", deadline))
 
-    def shutdown(self, deadline: Deadline) -> None:
-        self._make("shutdown", deadline)
-
     def _make(self, method: str, deadline: Deadline, *args: Any) -> Any:
         left_s = deadline.limit_s()
         try:

@@ -218,7 +218,6 @@ def answers(data: bytes) -> None:
         calls: tuple[Callable[[], None], ...] = (
             lambda: client.init({}, deadline),
             lambda: client.rollback(1, 2, deadline),
-            lambda: client.shutdown(deadline),
         )
         for call in calls:
             with suppress(WeightcastError):

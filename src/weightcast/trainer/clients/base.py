@@ -76,10 +76,6 @@ class EngineClient(ABC):
     def status(self, deadline: Deadline) -> Mapping[str, Any]:
         """At least ``weight_version``, ``digest`` (str or None), ``dirty``, ``ready``."""
 
-    @abstractmethod
-    def shutdown(self, deadline: Deadline) -> None:
-        """Have the engine leave the trainer."""
-
     def close(self) -> None:
         """Free the client; the engine is not touched."""
         return

@@ -85,9 +85,6 @@ class HttpEngineClient(EngineClient):
         """What lies in the live weights of each tensor of a checkpoint; Unsupported where the engine does not know."""
         return self._call("POST", "/weightcast/digests", deadline, {"tensors": manifest.tensors})
 
-    def shutdown(self, deadline: Deadline) -> None:
-        self._call("POST", "/weightcast/shutdown", deadline)
-
     def _call(self, method: str, path: str, deadline: Deadline, body: Any = None) -> dict[str, Any]:
         deadline.check(f"{method} {path}")
         content = None if body is None else msgspec.json.encode(body)

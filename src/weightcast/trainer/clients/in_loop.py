@@ -93,9 +93,6 @@ class AsyncEngineClient(EngineClient):
             "ready": status.ready,
         }
 
-    def shutdown(self, deadline: Deadline) -> None:
-        self._calls.run(self._engine.shutdown_weight_transfer_engine(), deadline)
-
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:
     try:

@@ -74,9 +74,6 @@ class RayEngineClient(EngineClient):
         status: Mapping[str, Any] = self._call("status", deadline)
         return status
 
-    def shutdown(self, deadline: Deadline) -> None:
-        self._call("shutdown", deadline)
-
     def _call(self, method: str, deadline: Deadline, *arguments: Any) -> Any:
         import ray
 

@@ -72,9 +72,6 @@ class RpcEngineClient(EngineClient):
         size = self.num_workers(deadline)
         self._raise_first(self.ask("init", {"init_info": dict(init_info), "world_size": size}, deadline))
 
-    def shutdown(self, deadline: Deadline) -> None:
-        self._raise_first(self.ask("shutdown", {}, deadline))
-
     def status(self, deadline: Deadline) -> Mapping[str, Any]:
         outcomes = self.ask("status", {}, deadline)
         return status_of(outcomes)

@@ -127,9 +127,6 @@ class AsyncVllmClient(EngineClient):
     def status(self, deadline: Deadline) -> Mapping[str, Any]:
         return status_of(self._ask("status", {}, deadline))
 
-    def shutdown(self, deadline: Deadline) -> None:
-        self._raise_first(self._ask("shutdown", {}, deadline))
-
     def _ask(self, action: str, payload: Mapping[str, Any], deadline: Deadline) -> list[WorkerOutcome]:
         outcomes: list[WorkerOutcome] = _named(
             lambda: self._calls.run(self._port.ask(action, payload), deadline), self.name

@@ -25,9 +25,6 @@ class Timeline:
         finally:
             self._phases.append(Phase(name=name, start_s=began, seconds=self.elapsed_s() - began))
 
-    def add(self, name: str, start_s: float, seconds: float) -> None:
-        self._phases.append(Phase(name=name, start_s=start_s, seconds=seconds))
-
     def elapsed_s(self) -> float:
         return time.perf_counter() - self._start
 
