@@ -81,7 +81,7 @@ def test_the_first_round_compiles_nothing_that_the_engine_waits_for(
     with Publisher(tensors, [engine], transport="shm", timeout_s=20, shadows=shadows) as publisher:
         publisher.connect()
         assert engine.models[0].holds(before)
-        for made in (shadow.Exchange, shadow.Landing, shm.Replay, shm.ProvenReplay):
+        for made in (shadow.Exchange, shadow.CopyOut, shm.Replay, shm.ProvenReplay):
             complaint = f"{made.__name__} was compiled in a round"
             monkeypatch.setattr(made, "__init__", lambda *_, complaint=complaint: pytest.fail(complaint))
         if mode == "in_place":
