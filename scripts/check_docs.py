@@ -30,6 +30,16 @@ def broken_links(document: Path) -> list[str]:
     return found
 
 
+def missing_modules(text: str) -> list[str]:
+    """Modules that a text names by their path below the package and that are not there."""
+    named = re.findall(r"`((?:\w+/)+\w+\.py)`", text)
+    return [
+        f"docs/structure.md: there is no {name}"
+        for name in named
+        if not (PACKAGE / name).exists() and not (ROOT / name).exists()
+    ]
+
+
 def first_line(module: Path) -> str:
     """The first line of a module's docstring."""
     doc = ast.get_docstring(ast.parse(module.read_text(encoding="utf-8")))
@@ -61,6 +71,7 @@ def main() -> int:
         listed = modules.removeprefix(HEADING)
     documents = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
     problems = [problem for document in documents for problem in broken_links(document)]
+    problems += missing_modules(written)
     if HEADING + listed != modules:
         problems.append(
             "docs/structure.md: the list of modules is not what they say; run scripts/check_docs.py --write"
