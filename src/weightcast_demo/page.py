@@ -53,8 +53,8 @@ def _charts(run: Run) -> list[Chart]:
             series={"mean of 10 steps": moving_mean(run.rewards, 10), "each step": run.rewards},
             wide=True,
         ),
-        Chart(title="KL from the warmed-up policy", unit="nats a token", series={"KL": [step.kl for step in stats]}),
-        Chart(title="Entropy", unit="nats a token", series={"entropy": [step.entropy for step in stats]}),
+        Chart(title="KL to the warmed-up policy", unit="nats", series={"KL": [step.kl for step in stats]}),
+        Chart(title="Entropy of a token", unit="nats", series={"entropy": [step.entropy for step in stats]}),
         Chart(title="Gradient norm", series={"gradient norm": [step.grad_norm for step in stats]}),
         Chart(title="Share of time", kind="shares", unit="s", series=time),
         Chart(

@@ -133,8 +133,8 @@ def test_totals_and_page() -> None:
     document = page.document()
     assert facts.items() <= document["facts"].items()
     charts = {chart.title: chart.series for chart in document["charts"]}
-    assert charts["KL from the warmed-up policy"] == {"KL": [number * 1e-3 for number in range(12)]}
-    assert charts["Entropy"] == {"entropy": [1 / (number + 1) for number in range(12)]}
+    assert charts["KL to the warmed-up policy"] == {"KL": [number * 1e-3 for number in range(12)]}
+    assert charts["Entropy of a token"] == {"entropy": [1 / (number + 1) for number in range(12)]}
     assert charts["Gradient norm"] == {"gradient norm": [1.0 + number for number in range(12)]}
     assert charts["Share of time"] == {"sampling": [0.5] * 12, "training": [0.25] * 12, "publishing": [0.1] * 12}
     assert charts["Generation"] == {"tokens/s": [24.0] * 12}

@@ -299,6 +299,8 @@ def test_keys_read_charts_out_and_figures_stand_beside_them(page: sync_api.Page,
     for key, step in (("ArrowRight", 1), ("ArrowRight", 2), ("End", 24), ("ArrowLeft", 23), ("Home", 1)):
         page.keyboard.press(key)
         assert tip.text_content() == f"step {step}\nvalue: {values[step - 1]} tokens/s"
+    ring = page.locator("svg.chart").nth(1).evaluate("(chart) => getComputedStyle(chart).outlineStyle")
+    assert ring == "solid", "what has the focus is seen to have it"
     page.keyboard.press("Tab")
     assert not tip.is_visible()
     figures = page.locator("section:has(h2:text('Small')) details")
