@@ -167,8 +167,12 @@ async def test_giving_up_on_a_waiting_pause(serve: Any) -> None:
     llm, _ = serve()
     task = asyncio.create_task(_last(llm, [1], SamplingParams(max_tokens=300, ignore_eos=True)))
     await _until(llm, lambda status: status.num_running == 1)
-    with pytest.raises(TimeoutError):
-        await asyncio.wait_for(llm.pause_generation("wait"), 0.05)
+    pausing = asyncio.create_task(llm.pause_generation("wait"))
+    await asyncio.sleep(0)
+    await llm.status()  # the engine takes commands in order, so the pause has begun
+    pausing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await pausing
     assert (await task).outputs[0].finish_reason == "length"
     await _until(llm, lambda status: status.paused)
     await llm.resume_generation()
