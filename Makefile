@@ -111,7 +111,7 @@ test-gpu: $(STAMP) ## tests that need a CUDA GPU (those of vLLM where it is inst
 bench-gpu: ## all benchmarks of benchmarks/gpu, with a summary at the end
 	benchmarks/gpu/run_all.sh kernels attention publish ipc nccl two-gpus vllm stall
 
-docs: $(STAMP) ## check the documents: links, and that every module is described
+docs: site ## build the documents, and check links and that every module is described
 	$(BIN)/python scripts/check_docs.py
 
 site: $(STAMP) ## build the documents and the API reference into site/; a link that leads nowhere is an error

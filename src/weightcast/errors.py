@@ -36,7 +36,7 @@ from weightcast.quoted import NAME_CHARACTERS, TEXT_CHARACTERS, quoted, quoted_l
 
 
 class WeightcastError(Exception):
-    """Base of all errors; ``str()`` gives the message, where it happened and what to do."""
+    """The base of all errors. ``str()`` gives the message, the place where the error happened, and the hint that says what to do."""
 
     http_status = 500
     default_hint: ClassVar[str | None] = "See the log of the process that it comes from"
@@ -69,7 +69,7 @@ class WeightcastError(Exception):
         phase: str | None = None,
         round: int | None = None,
     ) -> WeightcastError:
-        """Fill in what is not yet known about where the error happened; returns itself."""
+        """Fill in the parts of the error's place that are not yet known, and return the error."""
         self.engine = self.engine if self.engine is not None else engine
         self.worker = self.worker if self.worker is not None else worker
         self.phase = self.phase if self.phase is not None else phase
@@ -93,7 +93,7 @@ class WeightcastError(Exception):
 
 
 class InvalidInput(WeightcastError, ValueError):
-    """A value from the caller is wrong; ``field`` names it. Nothing was changed."""
+    """A value that the caller gave is wrong; ``field`` names the value. Nothing was changed."""
 
     http_status = 422
     default_hint = "Correct the value"
@@ -117,20 +117,20 @@ class PromptTooLong(InvalidInput):
 
 
 class StateError(WeightcastError):
-    """The call is not allowed in the present state."""
+    """The call is correct, but not allowed in the present state: another trainer is connected, the engine sleeps, the publisher is closed."""
 
     http_status = 409
     default_hint = "Wait for what it names, then call again"
 
 
 class BaseMismatch(StateError):
-    """A worker serves other weights than the trainer takes it to serve, as after a roll-back that the trainer did not order."""
+    """A worker serves other weights than the trainer believes, as after a roll-back that the trainer did not order."""
 
     default_hint = "Call publish() again: the engine is asked first what it serves"
 
 
 class AuthError(WeightcastError):
-    """A token, ticket or key is missing or wrong."""
+    """A token, a ticket or a key is missing, wrong, used or out of date."""
 
     http_status = 401
     default_hint = "Give the server's token; connect() makes a new ticket"
@@ -165,7 +165,7 @@ class LoadError(WeightcastError):
 
 
 class DigestMismatch(WeightcastError):
-    """The bytes that arrived are not the bytes that were published."""
+    """The bytes that arrived are not the bytes that were published. They did not go live, or were taken back."""
 
     default_hint = "Publish again; if it stays, tensors change while publish() runs, or memory is faulty"
 
@@ -190,21 +190,21 @@ class PeerLost(TransportError):
     def __init__(self, message: str, *, reached: bool = True, **about: Any) -> None:
         super().__init__(message, **about)
         self.reached = reached
-        """False: nobody listened there, so what was asked for was not carried out."""
+        """False when nothing listened at the address, so that the call was certainly not carried out."""
 
 
 class NotShared(TransportError):
-    """Memory of a process of this host cannot be opened from here; the transports that need that are no use for the pair."""
+    """This process cannot open memory of another process of the same host, so transports that share memory cannot serve the pair."""
 
     default_hint = "Trainer and worker have to be one user with the same capabilities and namespaces; else ask for another transport"
 
 
 class GroupBroken(TransportError):
-    """A transfer that several workers share ended because of another one of them, whose own error says why."""
+    """A transfer that several workers share ended because another of these workers failed; the error of that worker says why."""
 
 
 class AnswerLost(PeerLost):
-    """The connection broke before the answer came: the call may have been carried out or not."""
+    """The connection broke before the engine answered. The call may have been carried out or not."""
 
     default_hint = "Publish again: the engine is asked what it serves"
 
@@ -216,7 +216,7 @@ class DeadlineExceeded(WeightcastError, TimeoutError):
 
 
 class EngineError(WeightcastError):
-    """An engine answered with an error, or cannot be reached."""
+    """An engine answered with an error of its own, or is not serving."""
 
     default_hint = "See the engine's log"
 
@@ -224,8 +224,8 @@ class EngineError(WeightcastError):
 class RoundFailed(WeightcastError):
     """``publish()`` did not bring the fleet to the next version.
 
-    ``causes`` maps an engine's name to its error; ``serving`` maps every engine to the version it serves now;
-    engines in ``dirty`` hold weights of no version, answer 503 and are healed by the next successful round.
+    ``causes`` maps the name of each engine that failed to its error. ``serving`` maps the name of every engine to the version that the
+    engine serves now. ``dirty`` names the engines that hold weights of no version; they answer 503 until a round succeeds.
     """
 
     default_hint = "Call publish() again"

@@ -37,9 +37,9 @@ class Phase:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerReport:
-    """One worker's part of a round: the transport it used and why, bytes, seconds, and the digest of what it holds.
+    """One worker's part of a round: the transport, the reason for it, bytes, seconds, and the digest of the worker's weights.
 
-    ``shadow`` says where what it keeps beside its live weights lies, and ``shadow_nbytes`` how much that is.
+    ``shadow`` names the kind of memory in which the worker keeps its staged copy, and ``shadow_nbytes`` the size of that copy.
     """
 
     rank: int
@@ -58,9 +58,9 @@ class WorkerReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineReport:
-    """One engine's part of a round; ``version`` is what it serves now, ``error`` says why when it is not ``ok``.
+    """One engine's part of a round. ``version`` is the version that the engine serves now; ``error`` says why the engine is not ``ok``.
 
-    ``digest`` is that of the engine's live weights over all its workers; an engine of one worker has that worker's.
+    ``digest`` is the digest of the engine's live weights over all its workers.
     """
 
     name: str
@@ -81,10 +81,10 @@ class EngineReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """What one round did. ``nbytes`` is the sum over all workers; ``digest`` is the hex digest of what was published.
+    """The record of one round. ``nbytes`` is the sum over all workers; ``digest`` is the hex digest of the published weights.
 
-    ``unused`` lists published tensors that an engine has no place for, as the user said it would: they are part of the digest, and
-    live nowhere.
+    ``unused`` lists the published tensors for which an engine has no place and that the user named as unused. These tensors are part
+    of the digest.
     """
 
     version: str
@@ -111,33 +111,33 @@ class Report:
 
     @property
     def rate_gb_s(self) -> float:
-        """Bytes of all workers over the time of the whole round, in 10^9 bytes per second; 0.0 for an instant round."""
+        """The bytes of all workers divided by the time of the whole round, in 10^9 bytes per second; 0.0 for a round without time."""
         return self.nbytes / self.total_s / 1e9 if self.total_s else 0.0
 
     @property
     def ok(self) -> bool:
-        """True when the round committed and every engine of the fleet is well."""
+        """True when the round committed and every engine's own report is ``ok``."""
         return self.outcome == "committed" and all(engine.ok for engine in self.engines)
 
     @property
     def digests_match(self) -> bool:
-        """True when there is an engine and every engine proved the digest that was published, but for what is ``unused``."""
+        """True when there is an engine and every engine proved the published digest. Tensors in ``unused`` are proven by no engine."""
         return bool(self.engines) and all(engine.digest == self.digest for engine in self.engines)
 
     def phase_seconds(self) -> dict[str, float]:
-        """Seconds per phase name, in the order the phases began; repeated phases add up."""
+        """Return the seconds of each phase, in the order in which the phases began. Repeated phases are added up."""
         seconds: dict[str, float] = {}
         for phase in sorted(self.phases, key=lambda phase: phase.start_s):
             seconds[phase.name] = seconds.get(phase.name, 0.0) + phase.seconds
         return seconds
 
     def to_json(self) -> str:
-        """One line of JSON; ``from_json`` gives an equal report back."""
+        """Return the report as one line of JSON, from which ``from_json`` makes an equal report."""
         return msgspec.json.encode(self).decode()
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Report:
-        """Read ``to_json``'s form; raises InvalidInput that says which field is wrong. Unknown fields are ignored."""
+        """Read the form that ``to_json`` writes. InvalidInput names a field that is wrong; unknown fields are ignored."""
         try:
             return msgspec.json.decode(text, type=known(cls))
         except (msgspec.DecodeError, UnicodeDecodeError) as error:

@@ -19,41 +19,44 @@ if TYPE_CHECKING:
 
 
 class Source(ABC):
-    """The trainer's half of a plan. ``manifest``, ``layout`` and ``memory`` are fixed once a Publisher is connected."""
+    """The weights that a trainer publishes: which tensors there are, and where their values lie in this process's memory.
+
+    ``manifest``, ``layout`` and ``memory`` do not change while a Publisher is connected.
+    """
 
     manifest: Manifest
     layout: Layout
-    """Holdings of the manifest's tensors in ``memory``."""
+    """The places in ``memory`` at which tensors of the manifest lie."""
     memory: Memory
     device: torch.device
     dtype: torch.dtype | None = None
-    """The type that the user wants floating-point tensors to be published in; None: the type of each."""
+    """The type in which floating-point tensors are published; None: each tensor is published in its own type."""
     is_copied = False
-    """Whether ``refresh`` copies the values into ``memory``, where the user's tensors do not lie."""
+    """Whether the user's tensors lie elsewhere, so that ``refresh`` copies their values into ``memory``."""
 
     def consolidate(self) -> None:
-        """Lay all storages side by side in one arena, where the source can move its tensors; otherwise nothing."""
+        """Lay all storages side by side in one arena. A source that cannot move its tensors does nothing."""
         return
 
     @abstractmethod
     def rebind(self, memory: Memory) -> None:
-        """Continue on another memory that holds the same bytes; tensors of the user follow where they are moved."""
+        """Use another memory, which holds the same bytes, from now on. A source that moves the user's tensors rebinds them."""
 
     @abstractmethod
     def refresh(self) -> None:
-        """Make ``memory`` hold the values to publish now. Called at the start of each round; raises StateError when the
-        user's tensors are not what they were at connect."""
+        """Bring the values that are to be published into ``memory``. Called at the start of each round. Raises StateError when the
+        user's tensors are no longer those that were there at connect."""
 
     def fill(self) -> None:
-        """What of ``refresh`` has to come before anybody reads ``memory``; ``check`` is the rest of it.
+        """Do the part of ``refresh`` that has to end before anything reads ``memory``; ``check`` does the rest.
 
-        All of it by default. Raises StateError as ``refresh`` does.
+        By default ``fill`` does all of ``refresh``. Raises StateError as ``refresh`` does.
         """
         self.refresh()
 
     def check(self) -> None:  # noqa: B027 - nothing is left to check where ``fill`` is all of it
-        """What of ``refresh`` may run while ``memory`` is being read: it writes nothing. What was read counts only once it has
-        returned. Nothing by default; raises StateError as ``refresh`` does."""
+        """Do the part of ``refresh`` that writes nothing and may run while ``memory`` is being read. A round counts only when ``check`` has
+        returned. By default ``check`` does nothing. Raises StateError as ``refresh`` does."""
 
     slots = 1
     """Of a stream: how many windows there is memory for."""
@@ -86,10 +89,11 @@ class Source(ABC):
         raise StateError("this rank publishes no stream", hint="Give every rank the same kind of source")
 
     def check_form(self) -> None:  # noqa: B027 - a source may have nothing of the user's that can change its form
-        """Raise StateError, as ``refresh`` does, when the user's tensors are not what they were at connect. Writes nothing."""
+        """Raise StateError, as ``refresh`` does, when the user's tensors are no longer those that were there at connect. Writes nothing."""
 
     def close(self) -> None:
-        """Free what the source made, also while it is still referenced. Tensors of the user stay valid, in memory of their own."""
+        """Free the memory that the source made, also while the source is still referenced. The user's tensors stay valid, in memory of
+        their own."""
         self.memory = Memory(())
 
 

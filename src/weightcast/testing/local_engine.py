@@ -1,7 +1,7 @@
-"""LocalEngine: workers without an inference engine, for tests of the way weights take. No HTTP, no model code.
+"""LocalEngine: workers without an inference engine, for tests of everything between trainer and live weights. No HTTP, no model code.
 
-Each worker holds parameters in a ``DictModel`` and a real WeightcastEngine behind it, so everything but generation is the real
-thing: control channel, transports, plans, shadows, digests.
+Each worker holds its parameters in a ``DictModel`` and has a real WeightcastEngine. Control channel, transports, plans, shadows and
+digests are therefore the real ones; only generation is missing.
 """
 
 from __future__ import annotations
@@ -29,9 +29,14 @@ from weightcast.weight_transfer.weightcast import WeightcastEngine
 
 
 class DictModel(LiveModel):
-    """Named parameters in one arena, in the order of their names. ``rows`` = (rank, world_size) keeps only that slice of dimension 0
-    of tensors that have one divisible by world_size, as a tensor-parallel worker would; names in ``through_loader`` are loaded by copy; each name in ``tied``
-    lies where the tensor lies that it is tied to."""
+    """Named parameters in one arena, in the order of their names.
+
+    Args:
+        rows: (rank, world_size). Tensors whose dimension 0 is divisible by world_size keep only the rank's slice of that dimension, as
+            in a tensor-parallel worker.
+        through_loader: names of tensors that the model's loader copies.
+        tied: maps a name to the tensor in whose memory that name lies.
+    """
 
     def __init__(
         self,
@@ -95,7 +100,7 @@ class DictModel(LiveModel):
         return whole
 
     def parameters(self) -> dict[str, torch.Tensor]:
-        """Live values by name (this worker's slices)."""
+        """Return the live values of this worker's slices, by name."""
         found = {
             p.region.name: self._memory.view(p.storage, p.dtype, p.offset, p.region.sizes, p.strides)
             for p in self._layout.placements
@@ -103,7 +108,7 @@ class DictModel(LiveModel):
         return found | self._loaded
 
     def holds(self, tensors: Mapping[str, torch.Tensor]) -> bool:
-        """Whether every live byte equals the given checkpoint's."""
+        """Say whether every live byte equals the byte of the given checkpoint."""
         live = self.parameters()
         return all(
             torch.equal(
@@ -144,9 +149,11 @@ class DictModel(LiveModel):
 
 
 class LocalEngine(EngineClient):
-    """An engine of ``models`` (one a worker) in this process. ``before`` is called with a phase name first thing in each call:
-    raise or sleep in it to inject a fault. ``side_by_side``: its workers commit at the same time, as those with processes of their own do,
-    and not one after the other."""
+    """An engine in this process that has one worker for each of ``models``.
+
+    Each call of the engine begins with ``before(phase)``: a test raises or sleeps there to inject a fault. With ``side_by_side`` the
+    workers commit at the same time, as workers with processes of their own do, and not one after the other.
+    """
 
     kind = "local"
     host = "127.0.0.1"
@@ -165,7 +172,7 @@ class LocalEngine(EngineClient):
         self.before: Callable[[str], None] = lambda phase: None
 
     def refuse(self, *phases: str) -> None:
-        """Answer these calls with an EngineError from now on; none: work again."""
+        """Answer the calls of these phases with an EngineError from now on. Without phases the engine works again."""
 
         def before(phase: str) -> None:
             if phase in phases:

@@ -33,24 +33,25 @@ class Publisher:
     """Publishes a module, a state dict, a checkpoint folder or a stream of tensors to engines, all or nothing.
 
     Args:
-        source: what to publish; see sources.
+        source: the weights to publish: a module, a mapping of names to tensors, a folder of safetensors, a stream, or a Source.
         engines: URLs of servers, ``LLM`` objects of this process, or EngineClients.
-        dtype: publish the floating-point tensors of a module or a state dict in this type (float64, float32, float16 or bfloat16): what goes
-            live is the value rounded to it, then cast to the engine's type. None: each tensor is published in its own type, and the
-            engine's types decide. Integers and float8 tensors stay as they are.
-        rename: other names for checkpoint tensors, where engines have them under other prefixes: a mapping of prefixes, such as
-            {"model.language_model.": "model."}, of which the longest counts, or a function of a name.
+        dtype: the type in which floating-point tensors of a module or a state dict are published (float64, float32, float16 or
+            bfloat16). Each value is rounded to this type and then cast to the engine's type. None: each tensor is published in its own
+            type and cast to the engine's. Integers and float8 tensors stay as they are.
+        rename: other names for checkpoint tensors, for engines that have the tensors under other prefixes: a mapping of prefixes, such
+            as {"model.language_model.": "model."}, of which the longest that fits counts, or a function of a name.
         process_group: the ranks of a distributed trainer, each of which makes a Publisher of its own part of the model (DTensors;
             plain tensors count as replicas). None: this rank alone. "auto", where torch.distributed has several ranks: all of them
             for a source with DTensors over all ranks, for a module that DistributedDataParallel wraps, and for any module under
-            accelerate (so under TRL, too); InvalidInput for other sources, which do not tell. ``connect``, ``publish``, ``add`` and ``remove`` are then collective: every rank makes
-            the same calls in the same order, and all return the same report or raise the same error. Rank 0 leads; what the
-            others give besides source, dtype, rename, timeout_s and address is not looked at.
-        settings: ``token``, ``timeout_s``, ``mode``, ``require`` and the other keywords that trainer.settings.Settings explains.
+            accelerate (so under TRL, too). Any other source does not tell its ranks and is InvalidInput. ``connect``, ``publish``,
+            ``add`` and ``remove`` are then collective: every rank makes the same calls in the same order, and all ranks return the same
+            report or raise the same error. Rank 0 leads; of the other ranks only source, dtype, rename, timeout_s and address count.
+        settings: ``token``, ``timeout_s``, ``mode``, ``require`` and the other keywords that ``weightcast.trainer.settings.Settings``
+            explains.
 
-    One call at a time: a call that comes while another thread makes one is a StateError, but for ``close``. A forked child has the
-    module's tensors as memory of its own, and no use of the Publisher: ``close`` does nothing there, other calls are a StateError.
-    A context manager: leaving it closes the publisher; engines go on with what they serve.
+    Only one thread may call at a time: a second call is a StateError, except for ``close``. A forked child has the module's tensors as
+    memory of its own and cannot use the Publisher: ``close`` does nothing there, and other calls are a StateError.
+    A Publisher is a context manager: leaving the context closes the Publisher, and engines go on serving their version.
     """
 
     @undisturbed()
@@ -133,12 +134,12 @@ class Publisher:
     # -- life
 
     def connect(self, timeout_s: float | None = None) -> None:
-        """Join all engines and connect all transports; learns what they serve, so that version numbers go on from there.
+        """Have all engines join, connect all transports, and learn which version each engine serves; version numbers go on from there.
 
-        Engines that do not serve what the others do, as after a restart, are brought to it beside them if the source still has
-        it; otherwise they get the next version. May be called at any time to have lost engines back before the next round, and after
-        the source's tensors were moved, replaced or given another form: the source is looked at anew, and engines join again where the
-        form is another one. An engine that has no place for it is a PlanMismatch that names tensors.
+        An engine that serves another version than the fleet, as after a restart, is brought to the fleet's version if the source still
+        holds that version; otherwise the engine gets the next version. ``connect`` may be called at any time: to have lost engines back
+        before the next round, and after the source's tensors were moved, replaced or given another form. The source is then read
+        anew, and engines join again where the form changed. An engine that has no place for a tensor is a PlanMismatch that names tensors.
         Raises the error of an engine that cannot be connected (require="live": when none can); the publisher stays usable, and
         ``publish`` tries again what is not connected.
         """
@@ -146,23 +147,24 @@ class Publisher:
             self._part.connect(self._begin(timeout_s))
 
     def add(self, engine: str | EngineClient | SyncEngine, timeout_s: float | None = None) -> Report | None:
-        """Add an engine to the fleet and connect it; when that fails the fleet is as before.
+        """Add an engine to the fleet and connect the engine. When that fails the fleet is as before.
 
-        If the source still holds the values of the version that the fleet serves, the engine is brought to it at once, beside the
-        others, and the report says so. Otherwise (None) it gets the next version with all others.
+        If the source still holds the version that the fleet serves, the engine is brought to that version at once, without touching the
+        other engines, and the report of that round is returned. Otherwise the result is None, and the engine gets the next version
+        together with the others.
         """
         with self._turns.take("add"):
             return self._part.add(engine, self._begin(timeout_s))
 
     def remove(self, name: str) -> None:
-        """Dismiss an engine; it goes on with what it serves."""
+        """Dismiss an engine; the engine goes on serving its version."""
         with self._turns.take("remove"):
             self._part.remove(name, self._begin(None))
 
     def close(self) -> None:
-        """Leave all engines and free memory, sockets and segments; idempotent. The source's tensors stay valid.
+        """Leave all engines and free memory and sockets. A second call does nothing. The source's tensors stay valid.
 
-        With several ranks each closes its own, in any order; waits for nobody.
+        With several ranks each rank closes its own Publisher, in any order; no rank waits for another.
         """
         if not self._closed:
             self._closed = True
@@ -182,12 +184,13 @@ class Publisher:
     # -- publishing
 
     def prepare(self) -> None:
-        """Have the GPU digest now what the next ``publish`` will bring, which takes less by so much: for a trainer that has other
-        things to do between its optimizer's step and ``publish``.
+        """Have the GPU digest the new weights now, so that the next ``publish`` takes less time. Call ``prepare`` right behind the
+        optimizer's step, when the trainer has other work to do before ``publish``.
 
-        Queues work on the current stream and waits for nothing. Tensors of the source must not change from here until ``publish``
-        returns, or the round ends as DigestMismatch. With several ranks each may call it or not. On a CPU, where ``publish``
-        digests while bytes travel, and before ``connect`` it does nothing. Raises Unsupported for a source that ``publish`` copies.
+        ``prepare`` queues work on the current stream and waits for nothing. Tensors of the source must not change until ``publish``
+        returns, or the round ends as DigestMismatch. With several ranks each rank may call ``prepare`` or not. ``prepare`` does nothing
+        on a CPU, where ``publish`` digests while bytes travel, and before ``connect``. Raises Unsupported for a source that ``publish``
+        copies.
         """
         with self._turns.take("prepare"):
             self._require_open()
@@ -205,12 +208,13 @@ class Publisher:
         """Bring every engine to the next version, with the values of ``stream`` where the source is a StreamSource and this round's
         iterator is given here.
 
-        When it returns, every engine serves that version, proven by digest (require="live": but those whose report is not
-        ``ok``). A publisher that was never connected connects first and raises what ``connect`` does. When it raises
-        RoundFailed, every engine serves what ``serving`` says (the version before, or "unknown" for one that cannot be asked) or
-        is named in ``dirty``; calling again repairs and repeats. With several ranks, one that is gone or does not come before
-        the round begins is PeerLost or DeadlineExceeded on all others, and nothing was changed. It ends at most two seconds after
-        its deadline. Tensors of the source must not change while it runs.
+        When ``publish`` returns, every engine serves that version, proven by digest; with require="live", every engine whose report is
+        ``ok``. A publisher that is not connected connects first and raises the errors of ``connect``. When ``publish`` raises
+        RoundFailed, ``RoundFailed.serving`` says which version each engine serves ("unknown" for an engine that cannot be asked), and
+        ``RoundFailed.dirty`` names engines that hold weights of no version; the next ``publish`` repairs them. With several ranks, a
+        rank that is gone, or that does not call before the round begins, is PeerLost or DeadlineExceeded on all other ranks, and
+        nothing was changed. ``publish`` ends at most two seconds after its deadline. Tensors of the source must not change while
+        ``publish`` runs.
         """
         modes = Modes()
         with self._turns.take("publish"):
@@ -225,12 +229,12 @@ class Publisher:
 
     @property
     def versions(self) -> dict[str, str]:
-        """What each engine serves, as last heard."""
+        """The version that each engine serves, by the engine's name, as last heard."""
         return self._first_rank("versions").records.versions()
 
     @property
     def members(self) -> dict[str, str]:
-        """The state of each engine: "ready", "dirty", "unknown" (what it serves could not be asked), or why it is not connected."""
+        """The state of each engine: "ready", "dirty", "unknown" (the engine could not be asked), or the reason why it is not connected."""
         return self._first_rank("members").records.members()
 
     @property

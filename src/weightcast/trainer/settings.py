@@ -40,33 +40,34 @@ class SettingsGiven(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """How a Publisher reaches engines, and what it does about those that fail. InvalidInput names a field that cannot be so.
+    """How a Publisher reaches engines, and what the Publisher does about engines that fail. InvalidInput names a field that is wrong.
 
     Attributes:
-        token: for weight-changing routes of the servers.
-        transport: "auto" or a transport's name.
-        mode: "auto", "staged" or "in_place"; an engine's own setting counts before it.
-        shadows: staged copies that an engine keeps where its memory has room. With 2 a commit is one copy instead of an
-            exchange, which halves the time that requests in flight stand still.
-        timeout_s: deadline in seconds of ``connect`` and of each ``publish``, all waits in it included.
-        pause: what happens to requests in flight while the commit runs: "keep" (frozen, then continued), "wait", "abort" or
-            "none" (the engine only makes sure that no step runs meanwhile; as "keep" where caches are cleared or several workers
-            change).
-        clear_cache: recompute keys and values of kept requests under the new weights, and forget cached prefixes.
-        require: "all": every engine reaches the next version or none does. "live": an engine that fails is dropped from the round
-            and the others go on; the report names the engine, and later rounds try to have it back.
-        takeover: leave a trainer that is still connected to an engine when this one first joins; without it a second trainer is
-            refused.
-        address: where engines reach this process; found by itself when omitted.
-        bucket_nbytes: bytes of the pieces that tcp and nccl send, a multiple of 256; two are in flight. None: 8 MiB for tcp,
-            256 MiB for nccl.
-        silence_s: a worker that is not heard for so many seconds is lost.
-        log: file that every round's report is appended to, committed or not; one that cannot be written is no reason to fail.
-            Numbers go on from it, also when no engine can be reached that knows the last one.
-        unused: patterns (shell-style, on checkpoint names) of tensors that engines may rightly have no use for, such as value
-            heads: ["v_head.*"]. Any other tensor without a place in an engine is PlanMismatch; reports list what was left out.
-        metrics_port: serve Prometheus metrics on this port of the loopback interface; 0 has the system choose one, which
-            ``Publisher.metrics_port`` tells.
+        token: the token that servers demand for routes that change weights.
+        transport: "auto", or the name of the transport that all pairs use.
+        mode: "staged" (bytes wait beside the engine until the commit), "in_place" (bytes are written in the commit) or "auto". The
+            setting of an engine takes precedence.
+        shadows: the number of staged copies that an engine keeps where its memory has room. With 2 a commit is one copy instead of
+            an exchange, which halves the time that requests in flight stand still.
+        timeout_s: the deadline of ``connect`` and of each ``publish``, in seconds; it covers every wait of the call.
+        pause: the treatment of requests in flight during the commit: "keep" freezes them and then continues them, "wait" lets them
+            end, "abort" ends them, "none" only keeps the engine from running a step meanwhile. "none" is "keep" where caches are
+            cleared or several workers change.
+        clear_cache: compute keys and values of kept requests again under the new weights, and forget cached prefixes.
+        require: with "all" every engine reaches the next version or none does. With "live" an engine that fails is dropped from the
+            round and the other engines go on; the report names the engine, and later rounds try to have it back.
+        takeover: have an engine leave the trainer to which it is still connected when this trainer first joins. Without takeover an
+            engine refuses a second trainer.
+        address: the address under which engines reach this process. None: the publisher finds the address.
+        bucket_nbytes: the size of the pieces that tcp and nccl send, a multiple of 256 bytes; two pieces are in flight. None: 8 MiB
+            for tcp, 256 MiB for nccl.
+        silence_s: a worker that sends nothing for this many seconds is lost.
+        log: the file to which the report of every round is appended, whether the round committed or not. A file that cannot be
+            written fails no round. Version numbers go on from the file when no engine can be reached that knows the last number.
+        unused: shell-style patterns of checkpoint names that engines do without, such as ["v_head.*"]. Any other tensor that has no
+            place in an engine is a PlanMismatch. Reports list the tensors that were left out.
+        metrics_port: the port of the loopback interface on which Prometheus metrics are served. 0: a free port, which
+            ``Publisher.metrics_port`` names.
     """
 
     token: str | None = field(default=None, repr=False)

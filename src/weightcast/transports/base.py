@@ -45,7 +45,7 @@ class TrainerEnd(ABC):
 
     @abstractmethod
     def offer(self) -> bytes:
-        """What the worker needs to connect, in the transport's own msgpack form."""
+        """Return the bytes that the worker needs to connect, in the transport's own msgpack form."""
 
     @abstractmethod
     def connect(self, deadline: Deadline) -> None:
@@ -53,7 +53,7 @@ class TrainerEnd(ABC):
 
     @abstractmethod
     def send(self, deadline: Deadline, part: int = 0) -> int:
-        """Make one round's values of a part reach the worker (push) or visible to it (pull); returns bytes sent."""
+        """Send one round's values of a part to the worker (push), or make them visible to the worker (pull). Returns the bytes sent."""
 
     @abstractmethod
     def abort(self) -> None: ...
@@ -66,27 +66,27 @@ class WorkerEnd(ABC):
     """The receiving side of one pair. Not thread-safe but for ``abort``."""
 
     has_written: bool = True
-    """Whether the last ``receive`` may have written anything. Ends that cannot tell leave it True: live weights count as torn
-    where a receive broke off."""
+    """Whether the last ``receive`` may have written anything. An end that cannot tell leaves the value True: live weights count as
+    torn when a receive broke off."""
 
     @abstractmethod
     def connect(self, deadline: Deadline) -> None:
         """Connect to the trainer as the offer says."""
 
     def warm_up(self, memory: Memory, manifest: Manifest) -> None:  # noqa: B027 - not every transport compiles something
-        """Do ahead, once connected, what the first ``receive_proven`` into ``memory`` would do beside moving bytes; writes
-        nothing there. A receive into another memory stays possible."""
+        """Compile, once connected, everything that the first ``receive_proven`` into ``memory`` would compile. Writes nothing into
+        ``memory``. A receive into another memory stays possible."""
 
     @abstractmethod
     def receive(self, memory: Memory, deadline: Deadline, part: int = 0) -> int:
-        """Write one round's values of a part into ``memory``; when it returns, they are there (device work included).
-        Returns bytes received."""
+        """Write one round's values of a part into ``memory`` and return the bytes received. The values are in ``memory`` when the call
+        returns, device work included."""
 
     def receive_proven(
         self, memory: Memory, manifest: Manifest, deadline: Deadline, part: int = 0
     ) -> tuple[int, int | None]:
-        """``receive``, and the digest of all that it wrote, read back from ``memory``, where the transport gets it on the
-        way; None where it has to be computed afterwards."""
+        """Do what ``receive`` does, and return the digest of the bytes that were written, read back from ``memory``. The digest is None
+        when the transport does not compute a digest on the way."""
         return self.receive(memory, deadline, part), None
 
     @abstractmethod
@@ -97,43 +97,44 @@ class WorkerEnd(ABC):
 
 
 class Transport(ABC):
-    """A way to move bytes. Stateless; the registry holds one object of each class."""
+    """A way to move bytes between two processes. A transport has no state; the registry holds one object of each class."""
 
     name: str
     pulls: bool
-    """True: ``receive`` reads the trainer's memory; False: ``send`` and ``receive`` meet."""
+    """True when ``receive`` reads the trainer's memory. False when ``send`` and ``receive`` have to run at the same time."""
     default_bucket_nbytes: int = DEFAULT_BUCKET_NBYTES
-    """Bytes of a bucket where nobody says; a transport that packs keeps two on either side."""
+    """The size of a bucket when the user gives none. A transport that packs keeps two buckets on either side."""
 
     @abstractmethod
     def refusal(self, trainer: Facts, worker: Facts) -> str | None:
-        """Why this pair cannot use the transport, in words for a user; None when it can."""
+        """Say, in words for a user, why this pair cannot use the transport; None when the pair can."""
 
     def sharing(self, workers: Sequence[Facts]) -> list[list[int]]:
-        """Which of these workers, by number, ``trainer_ends`` can serve together, where they want the same: it is sent once.
+        """Group the workers, by number, that ``trainer_ends`` can serve together. Workers of a group want the same bytes, which are sent
+        once.
 
-        The ends of a group depend on each other: all are connected, and used in a round, at the same time, as are the
-        workers' ends, and when one breaks all do. A transport that shares nothing has groups of one.
+        The ends of a group depend on each other: all of them are connected, and used in a round, at the same time, as are the workers'
+        ends. When one end breaks, all ends of the group break. A transport that shares nothing returns groups of one worker.
         """
         return [[number] for number in range(len(workers))]
 
     @abstractmethod
     def adopt(self, memory: Memory) -> Memory:
-        """Make the trainer's memory reachable for workers; called once, before any pair.
+        """Make the trainer's memory reachable for workers. Called once, before any pair is made.
 
-        Returns the memory to use from now on: the same object, or one whose storages were moved (the source then
-        rebinds its tensors to it).
+        Returns the memory to use from now on: the same object, or another one whose storages were moved. The source then rebinds its
+        tensors to the returned memory.
         """
 
     @abstractmethod
     def release(self, memory: Memory) -> None:
-        """Give up what ``adopt`` made. Views into the memory stay valid; names of segments are gone. Never raises."""
+        """Give up the memory that ``adopt`` made. Views into the memory stay valid. Never raises."""
 
     @abstractmethod
     def trainer_end(
         self, copies: Sequence[Copy], memory: Memory, *, bucket_nbytes: int = DEFAULT_BUCKET_NBYTES, address: str = ""
     ) -> TrainerEnd:
-        """The sending side for one pair; ``memory`` is what ``adopt`` returned."""
+        """Make the sending side of one pair. ``memory`` is the memory that ``adopt`` returned."""
 
     def trainer_ends(
         self,
@@ -144,8 +145,8 @@ class Transport(ABC):
         bucket_nbytes: int = DEFAULT_BUCKET_NBYTES,
         address: str = "",
     ) -> list[TrainerEnd]:
-        """The sending sides for the ``count`` workers of one group of ``sharing``, which want the same copies wherever these land;
-        of ``copies`` the destinations are any worker's."""
+        """Make the sending sides for the ``count`` workers of one group of ``sharing``. The workers want the same copies, wherever these
+        land: the destinations in ``copies`` are those of any one worker."""
         ends: list[TrainerEnd] = []
         try:
             for _ in range(count):
@@ -158,4 +159,4 @@ class Transport(ABC):
 
     @abstractmethod
     def worker_end(self, offer: bytes, copies: Sequence[Copy]) -> WorkerEnd:
-        """The receiving side; raises ProtocolError for a malformed offer."""
+        """Make the receiving side of one pair. Raises ProtocolError for a malformed offer."""

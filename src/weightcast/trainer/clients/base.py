@@ -20,7 +20,7 @@ PhaseName = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CommitOrder:
-    """Make round (epoch, round) live as ``version``; ``pause`` is how requests in flight are treated meanwhile."""
+    """The order to make the round (epoch, round) live as ``version``. ``pause`` is the treatment of requests in flight."""
 
     epoch: int
     round: int
@@ -31,7 +31,7 @@ class CommitOrder:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CommitReply:
-    """What the engine measured, in seconds by phase ("pause", "apply", "resume"). EngineError when these are no durations."""
+    """The engine's answer to a commit: the seconds of each phase ("pause", "apply", "resume"). EngineError when these are no durations."""
 
     phases: Mapping[str, float] = field(default_factory=dict)
 
@@ -44,38 +44,39 @@ class CommitReply:
 
 
 class EngineClient(ABC):
-    """One engine. Every call ends by its deadline; an error of the engine comes back as the named weightcast error.
+    """The way to call one engine. Every call ends by its deadline, and an error of the engine is raised as the same class here.
 
-    Nothing is retried blindly: a call that may have had an effect (AnswerLost) is repeated only by the round that fences it.
+    A client repeats no call by itself. A call that may have had an effect (AnswerLost) is repeated by the round, whose number makes the
+    repetition harmless.
     """
 
     name: str
     kind: str
     host: str
-    """Where the engine is, as this process sees it; the trainer's address is chosen by it."""
+    """The host of the engine, as this process names it; the trainer chooses the address that workers dial by this host."""
     target: object = None
-    """The engine's object in this process, or a handle of it: clients with equal ones reach one engine."""
+    """The engine's object in this process, or a handle of that object. Two clients with equal targets reach one engine."""
 
     @abstractmethod
     def world_size(self, deadline: Deadline) -> int:
-        """How many workers will join."""
+        """Return the number of workers that will join."""
 
     @abstractmethod
     def init(self, init_info: Mapping[str, Any], deadline: Deadline) -> None:
-        """Have all workers join; returns when they did."""
+        """Have all workers join the trainer that ``init_info`` describes; return when all have joined."""
 
     @abstractmethod
     def commit(self, order: CommitOrder, deadline: Deadline) -> CommitReply:
-        """Make a round live between two steps; harmless when it is live already."""
+        """Make a round live between two steps of the engine. The same order again changes nothing."""
 
     @abstractmethod
     def rollback(self, epoch: int, round: int, deadline: Deadline) -> None:
-        """Return to the version before this round if it is live, and see to it that it never will be if it is not."""
+        """Return to the version before this round if the round is live; if not, make sure that the round never goes live."""
 
     @abstractmethod
     def status(self, deadline: Deadline) -> Mapping[str, Any]:
-        """At least ``weight_version``, ``digest`` (str or None), ``dirty``, ``ready``."""
+        """Return the engine's status: at least ``weight_version``, ``digest`` (str or None), ``dirty`` and ``ready``."""
 
     def close(self) -> None:
-        """Free the client; the engine is not touched."""
+        """Free the client. The engine is not touched."""
         return
