@@ -312,6 +312,22 @@ def renew_on_ranks(rank: int, size: int, folder: str) -> list[str]:
     return versions
 
 
+def test_a_layer_that_came_and_went_beside_a_refused_connect_is_told(engine: LocalEngine) -> None:
+    module = policy()
+    with Publisher(module, [engine], timeout_s=10) as publisher:
+        publisher.publish()
+        module.append(nn.Linear(6, 2))
+        with pytest.raises(PlanMismatch, match="no place"):
+            publisher.connect()
+        del module[3]
+        randomise(module)
+        with pytest.raises(StateError, match=r"'3\.\w+' is gone from the module since connect\(\).*Call connect\(\)"):
+            publisher.publish()
+        publisher.connect()
+        assert publisher.publish().digests_match
+        assert engine.models[0].holds(state(module))
+
+
 def test_every_rank_looks_at_its_part_anew(tmp_path: Path) -> None:
     told = run_ranks(renew_on_ranks, 2, str(tmp_path))
     assert told[0] == told[1]

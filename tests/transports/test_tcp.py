@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import socket
@@ -117,6 +118,33 @@ def test_more_strangers_than_are_listened_to_keep_no_worker_out() -> None:
             worker.connect()
             connected.result(20)
         _publish(trainer, worker)
+
+
+def test_without_a_free_descriptor_a_listener_waits_and_does_not_spin() -> None:
+    guard = EndGuard("test")
+    listener = Listener("127.0.0.1", guard)
+    own, tries = listener._socket, [0]
+
+    class Full:
+        """The listening socket of a process that may open nothing more."""
+
+        def fileno(self) -> int:
+            return own.fileno()
+
+        def accept(self) -> tuple[socket.socket, Any]:
+            tries[0] += 1
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    listener._socket = Full()  # type: ignore[assignment]
+    with own, socket.create_connection(("127.0.0.1", listener.port), timeout=5):
+        with pytest.raises(DeadlineExceeded):
+            listener.accept(Deadline(0.5))
+        assert 1 <= tries[0] < 20
+        listener._socket = own  # descriptors are free again
+        with _beside(lambda: dial("127.0.0.1", listener.port, listener.secret, Deadline(20), guard).close()) as dialled:
+            (connection,) = listener.accept(Deadline(20))
+            connection.close()
+            dialled.result(20)
 
 
 def test_a_listener_that_does_not_know_the_secret_is_refused_by_the_worker() -> None:

@@ -38,6 +38,9 @@ class WorkerOutcome(msgspec.Struct, frozen=True, kw_only=True):
     asleep: tuple[str, ...] = ()
     """What the engine's sleep has unmapped in this worker: "weights", "kv_cache", or other tags of vLLM's."""
 
+    is_greeting: bool = False
+    """A trainer was greeted, and neither its answer nor the end of the time for one is there."""
+
     num_syncs: int = 0
     """Updates that this worker made live, whichever process of a server asked for them."""
 

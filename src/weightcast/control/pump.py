@@ -106,7 +106,9 @@ class Pump:
         self._wake_reader.bind(address)
         self._wake_writer: zmq.Socket[bytes] = context.socket(zmq.PAIR)
         self._wake_writer.connect(address)
-        self._wake_lock = threading.Lock()
+        self._wake_lock = (
+            threading.RLock()
+        )  # the garbage collector may close a dropped publisher while this thread has it
         self._closed = False
         self._monitor: zmq.Socket[bytes] | None = None
         if on_disconnect is not None:

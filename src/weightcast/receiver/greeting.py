@@ -13,7 +13,8 @@ from weightcast.facts import Facts
 from weightcast.messages import AnyMessage, Hello, Refused, Welcome
 
 GREETING_TIMEOUT_S = 5.0
-"""A trainer that just asked an engine to join answers in milliseconds. Inside vLLM this is waited for between two steps."""
+"""A trainer that just asked an engine to join answers in milliseconds. Who joins without having waited beside the engine waits
+on its thread."""
 
 
 @dataclass(slots=True, kw_only=True)

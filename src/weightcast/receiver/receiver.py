@@ -120,6 +120,11 @@ class Receiver:
         return self._num_bytes_before + (session.num_bytes if session is not None else 0)
 
     @property
+    def is_greeting(self) -> bool:
+        """Whether a trainer was greeted, and ``join`` would wait for its answer."""
+        return self._greeting is not None and not self._greeting.is_over()
+
+    @property
     def joined(self) -> bool:
         session = self._session
         return session is not None and session.lost is None

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 
 import msgspec
 
+from weightcast.at_exit import at_exit
 from weightcast.content.layout_digest import LayoutDigest
 from weightcast.cuda.wait import own_stream, wait_stream
 from weightcast.deadline import Deadline
@@ -56,6 +57,7 @@ from weightcast.receiver.windows import FilledWindows
 from weightcast.receiver.worker_round import Approval, Phase, RoundId, WorkerRound
 from weightcast.transports.base import WorkerEnd
 from weightcast.transports.registry import registry
+from weightcast.untrusted.seldom import Seldom
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +99,7 @@ class Session:
         """Bytes received in rounds of this stay."""
         self._serves, self._ended = serves, ended
         self._loaded = loaded
+        self._seldom = Seldom(logger)
         self._epoch = 0
         self._ends: list[WorkerEnd] = []
         self._parts: list[tuple[int, ...]] = []
@@ -116,6 +119,7 @@ class Session:
         except BaseException:
             self.link.close("could not join")
             raise
+        self._stay_at_exit = at_exit(lambda: self._end_thread("the process ends"))
         self._thread.start()
         greeting.hand_over(self._on_message, self._on_lost)
 
@@ -157,11 +161,12 @@ class Session:
                 if id == self.round.id and self.round.stops(id):
                     self._abort_transfer()
             case _:
-                logger.warning("control channel: %s is not for a worker", type(message).__name__)
+                self._seldom.warn("control channel: a message that is not for a worker", about=type(message).__name__)
 
     def _begin_epoch(self, setup: Setup) -> None:
         if setup.epoch <= self._epoch:
-            logger.info("epoch %d is stale, the present one is %d", setup.epoch, self._epoch)
+            if self._seldom.is_due("epoch"):
+                logger.info("epoch %d is stale, the present one is %d", setup.epoch, self._epoch)
             return
         self._epoch = setup.epoch
         self.round.abort_any("the trainer began another epoch")
@@ -182,7 +187,8 @@ class Session:
             )
             self.send_failure(id, "begin", error)
         else:
-            logger.info("round %s is stale, the present one is %s", id, self.round.id)
+            if self._seldom.is_due("round"):
+                logger.info("round %s is stale, the present one is %s", id, self.round.id)
 
     def _refuse_base(self, id: RoundId, base: str | None) -> None:
         """The trainer is mistaken in what is live here. The round is over before it began, so that an order to commit it is told so."""
@@ -239,6 +245,7 @@ class Session:
                     logger.exception(
                         "what lay beside the weights was not given back; it is when the next trainer joins"
                     )
+        self._stay_at_exit()
 
     def _is_settled(self) -> bool:
         """Wait until no order can come any more to take the last round back; False when this worker leaves before.
@@ -436,6 +443,15 @@ class Session:
 
     def close(self, reason: str = "the engine leaves") -> None:
         """Leave the trainer and free transports and shadow; idempotent. May be called on the session's own thread."""
+        has_ended = self._end_thread(reason)
+        self._close_ends()
+        if has_ended:
+            # Now, and not when the garbage collector comes by: the next trainer's shadow needs the room.
+            self.target.close()
+            self._digest.forget()
+
+    def _end_thread(self, reason: str) -> bool:
+        """Leave the trainer; whether nothing runs on the session's thread any more but this."""
         self.lost = self.lost or reason
         self.round.abort_any(reason)
         with self._ends_free:
@@ -443,11 +459,7 @@ class Session:
         self._abort_transfer()
         self.link.close(reason)
         self._tasks.put(None)
-        is_own = threading.current_thread() is self._thread
-        if self._thread.is_alive() and not is_own:
-            self._thread.join(5.0)
-        self._close_ends()
-        if is_own or not self._thread.is_alive():
-            # Now, and not when the garbage collector comes by: the next trainer's shadow needs the room.
-            self.target.close()
-            self._digest.forget()
+        if threading.current_thread() is self._thread:
+            return True
+        self._thread.join(5.0)
+        return not self._thread.is_alive()

@@ -107,6 +107,10 @@ class FirstRank:
         self._coordinator.close()
         self.records.close()
 
+    def leave(self) -> None:
+        """Leave all engines, and nothing else."""
+        self._coordinator.close()
+
     # -- calls of all ranks
 
     def connect(self, deadline: Deadline) -> None:
@@ -220,6 +224,8 @@ class FirstRank:
         if not self._was_connected:
             self._renew(deadline)
             self._check_settings()
+        elif any(engine.broken for engine in self._fleet.engines):
+            self._source.check_form()  # or an engine is told of a form that the source has no more
         timeline = Timeline()
         asked = {engine.name for engine in self._fleet.engines if engine.version == UNKNOWN}
         with timeline.phase("gather"):

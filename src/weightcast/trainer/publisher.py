@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -89,6 +91,7 @@ class Publisher:
             self._part = self._follow(meeting, one_host, deadline)
         else:
             self._part = self._lead(engines, meeting, one_host, deadline)
+        self._dropped = weakref.finalize(self, _leave, self._part, os.getpid())
 
     def _follow(self, meeting: Meeting, one_host: bool, deadline: Deadline) -> OtherRank:
         """This rank's part where it is not rank 0, whose control channel carries everything from here on."""
@@ -168,6 +171,7 @@ class Publisher:
         """
         if not self._closed:
             self._closed = True
+            self._dropped.detach()
             if self._turns.is_child:
                 return  # sockets and engines are the parent's
             with torch.inference_mode(False):
@@ -278,3 +282,10 @@ def _check_engines(engines: object) -> None:
         raise InvalidInput(
             f"engines is a list, not one {type(engines).__name__}", field="engines", hint="Give [engine]"
         )
+
+
+def _leave(part: FirstRank | OtherRank, pid: int) -> None:
+    """What a Publisher that nobody closed leaves open ends with it: its control channel, whose engines are told. The source's memory is
+    not touched, since a training step may run."""
+    if os.getpid() == pid:
+        part.leave()

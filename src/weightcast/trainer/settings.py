@@ -92,6 +92,7 @@ class Settings:
         _require(self.shadows in (1, 2), "shadows", "1 or 2", self)
         for name in ("timeout_s", "silence_s"):
             _require(is_seconds(getattr(self, name)), name, "a positive number of seconds", self)
+        _require(self.silence_s <= 86400, "silence_s", "a positive number of seconds, 86400 at most", self)
         object.__setattr__(self, "unused", check_patterns(self.unused))
         object.__setattr__(self, "token", usable_token(self.token))
 

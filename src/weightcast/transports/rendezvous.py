@@ -15,7 +15,6 @@ abort.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hmac
 import ipaddress
@@ -40,6 +39,7 @@ _NONCE_NBYTES = 32
 _HELLO_NBYTES = len(_MAGIC) + 1 + _NONCE_NBYTES
 _PROOF_NBYTES = 32
 _WELCOME = b"\x01"
+_NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 class Listener:
@@ -58,6 +58,8 @@ class Listener:
                 f"cannot listen on {address}: {error}", hint="Give an address of this machine that workers reach"
             ) from None
         self._socket.setblocking(False)
+        self._rests: Deadline | None = None
+        """Until then nobody is taken in: there was no descriptor, or no memory, for a caller that still waits."""
         self.port: int = self._socket.getsockname()[1]
 
     def accept(self, deadline: Deadline, lanes: int = 1) -> list[Connection]:
@@ -89,19 +91,23 @@ class Listener:
     def _listen(self, callers: dict[int, Caller], timeout_s: float) -> None:
         """Wait for new callers and for more words of those who are there."""
         poll = select.poll()
-        poll.register(self._socket, select.POLLIN)
+        if self._rests is None or self._rests.passed:
+            poll.register(self._socket, select.POLLIN)
         for caller in callers.values():
             poll.register(caller.socket, select.POLLIN)
         for number, _ in poll.poll(1000 * timeout_s):
             if number in callers:
                 callers[number].listen()
                 continue
-            # Whoever called may have gone again; without a free descriptor the others go on.
-            with contextlib.suppress(OSError):
+            try:
                 connection, _ = self._socket.accept()
-                if len(callers) >= MOST_CALLERS:
-                    callers.pop(next(iter(callers))).socket.close()
-                callers[connection.fileno()] = Caller(connection, self.secret)
+            except OSError as error:
+                if error.errno in _NO_ROOM:
+                    self._rests = Deadline(STEP_S)
+                continue  # the caller may have gone again
+            if len(callers) >= MOST_CALLERS:
+                callers.pop(next(iter(callers))).socket.close()
+            callers[connection.fileno()] = Caller(connection, self.secret)
 
 
 class Caller:

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import torch
 
+from weightcast.at_exit import at_exit
 from weightcast.engines.embedded.core import EngineCore
 from weightcast.errors import DeadlineExceeded, EngineError
 
@@ -18,6 +19,8 @@ _logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 _IDLE_CHECK_S = 1.0
+AT_EXIT_S = 10.0
+"""How long an engine that nobody shut down may hold up the end of its process; a step takes less."""
 
 
 class EngineThread:
@@ -32,6 +35,7 @@ class EngineThread:
         self._wake = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name=f"weightcast-engine-{name}", daemon=True)
+        self._stay_at_exit = at_exit(lambda: self.stop(AT_EXIT_S))
         self._thread.start()
 
     @property
@@ -102,6 +106,7 @@ class EngineThread:
                 self._wake.wait(_IDLE_CHECK_S)
 
     def _close(self) -> None:
+        self._stay_at_exit()
         with self._wake:
             self._stopping = True
         self._run_commands()

@@ -97,7 +97,7 @@ class VllmBackend(VllmEngine):  # type: ignore[misc]
     # -- weightcast's own calls
 
     def call(self, action: str, payload: Mapping[str, Any]) -> dict[str, Any]:
-        """Carry out ``init``, ``update``, ``shutdown``, ``status``, ``hold``, ``checksums`` or ``digests``; never raises.
+        """Carry out ``greet``, ``init``, ``update``, ``shutdown``, ``status``, ``hold``, ``checksums`` or ``digests``; never raises.
 
         Returns a WorkerOutcome. ``hold`` only keeps in mind whether weightcast paused the engine because of its weights: a pause
         outlives the process that asked for it, and whoever heals the engine must be able to tell it from an operator's.
@@ -106,8 +106,10 @@ class VllmBackend(VllmEngine):  # type: ignore[misc]
             self._error = InvalidInput("the payload of a call is an object", field="payload")
             return _record(self._outcome())
         match action:
+            case "greet":
+                self._join(payload, lambda engine, info: engine.greet(info))
             case "init":
-                self._join(payload)
+                self._join(payload, lambda engine, info: engine.init_transfer_engine(info))
             case "update":
                 self._round(payload)
             case "shutdown":
@@ -160,14 +162,15 @@ class VllmBackend(VllmEngine):  # type: ignore[misc]
         self._error, self._apply_s = before
         return record
 
-    def _join(self, payload: Mapping[str, Any]) -> None:
-        """``init_info`` for the engine, and ``world_size``: how many workers were asked, all replicas included."""
+    def _join(self, payload: Mapping[str, Any], step: Callable[[WeightcastEngine, WeightcastInitInfo], object]) -> None:
+        """A step of joining (see commit.joining), with ``init_info``, and ``world_size``: how many workers were asked, all replicas
+        included."""
 
         def join(engine: WeightcastEngine) -> None:
             info = dict(_mapping(payload.get("init_info")))
             if "world_size" in payload:
                 info.setdefault("world_size", payload["world_size"])
-            engine.init_transfer_engine(engine.parse_init_info(info))
+            step(engine, engine.parse_init_info(info))
 
         self._carry_out(join)
 
@@ -195,6 +198,7 @@ class VllmBackend(VllmEngine):  # type: ignore[misc]
             apply_s=self._apply_s,
             held=self._held,
             asleep=asleep,
+            is_greeting=engine is not None and engine.receiver.is_greeting,
             num_syncs=engine.receiver.num_commits if engine is not None else 0,
         )
 

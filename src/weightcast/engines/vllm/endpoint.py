@@ -9,6 +9,7 @@ In development mode vLLM's own weight routes are answered here: the workers neve
 
 from __future__ import annotations
 
+import contextlib
 import os
 from argparse import Namespace
 from typing import Any
@@ -25,6 +26,7 @@ from weightcast.server.control_routes import MAX_BODY_NBYTES, control_router
 from weightcast.server.info_routes import readiness
 from weightcast.server.operation import Operation, routes_of
 from weightcast.server.replies import json_response
+from weightcast.untrusted.known import known
 from weightcast.untrusted.secret import usable_token
 from weightcast.vllm_protocol.eras import BACKEND, has_backend
 
@@ -36,6 +38,12 @@ class FinishBody(msgspec.Struct, kw_only=True):
     """POST /finish_weight_update, as vLLM takes it."""
 
     weight_version: str | None = None
+
+
+class _InitBody(msgspec.Struct):
+    """POST /init_weight_transfer_engine, as vLLM takes it."""
+
+    init_info: dict[str, Any]
 
 
 class WeightcastEndpoints:
@@ -75,11 +83,17 @@ class WeightcastEndpoints:
         return Operation(
             method="POST",
             path=path,
-            handler=told(theirs, self._check if path == INIT else self._check_and_close),
+            handler=told(theirs, self._check, self._greet) if path == INIT else told(theirs, self._check_and_close),
             summary="As vLLM's; an error when a worker could not carry the call out",
             tag=BACKEND,
             changes_weights=True,
         )
+
+    async def _greet(self, body: bytes) -> None:
+        """Wait for the trainer here and not in the workers, which join in vLLM's one call. What cannot be read is vLLM's to refuse."""
+        with contextlib.suppress(msgspec.MsgspecError):
+            init_info = msgspec.json.decode(body, type=known(_InitBody)).init_info
+            await self._control.front.greet(init_info)
 
     async def _check(self) -> None:
         await self._control.front.raise_outcome(closes=False)

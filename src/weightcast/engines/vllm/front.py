@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from weightcast.commit.joining import greeting, join_async, joining
 from weightcast.commit.order import RoundAnswer, RoundOrder, Serving
 from weightcast.commit.shells import OWED_S, AsyncCommitter
 from weightcast.commit.worker_outcome import WorkerOutcome, common_version, first_error, why_unfit
@@ -34,8 +35,12 @@ class VllmFront:
 
     async def init_weight_transfer_engine(self, init_info: Mapping[str, Any]) -> None:
         self.require_backend()
-        size = self.engine.world_size()
-        self._raise_first(await self._call("init", {"init_info": dict(init_info), "world_size": size}))
+        await join_async(joining(init_info, self.engine.world_size()), self._call)
+
+    async def greet(self, init_info: Mapping[str, Any]) -> None:
+        """Have the workers greet a trainer; what then has them join does not wait for the trainer."""
+        self.require_backend()
+        await join_async(greeting(init_info, self.engine.world_size()), self._call)
 
     async def shutdown_weight_transfer_engine(self) -> None:
         self.require_backend()

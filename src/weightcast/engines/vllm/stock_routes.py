@@ -30,24 +30,43 @@ class OwnRoute(Route):
         return super().matches(scope) if self._is_ours() else (Match.NONE, {})
 
 
-def told(theirs: BaseRoute, check: Callable[[], Awaitable[None]]) -> Callable[[Request], Awaitable[Response]]:
-    """A handler that answers as ``theirs`` does, unless ``check`` raises after it succeeded."""
+def told(
+    theirs: BaseRoute,
+    check: Callable[[], Awaitable[None]],
+    before: Callable[[bytes], Awaitable[None]] | None = None,
+) -> Callable[[Request], Awaitable[Response]]:
+    """A handler that answers as ``theirs`` does, unless ``before``, which gets the request's body, raises, or ``check`` does after
+    ``theirs`` succeeded."""
 
     async def handler(request: Request) -> Response:
         sent: list[Message] = []
+        receive = request.receive
+        if before is not None:
+            body = await request.body()
+            await before(body)
+            receive = _received(body)
 
         async def keep(message: Message) -> None:
             sent.append(message)
 
         _, found = theirs.matches(request.scope)
         request.scope.update(found)
-        await theirs.handle(request.scope, request.receive, keep)
+        await theirs.handle(request.scope, receive, keep)
         answer = _Sent(sent)
         if 200 <= answer.status_code < 300:
             await check()
         return answer
 
     return handler
+
+
+def _received(body: bytes) -> Receive:
+    """The messages of a request whose body was read."""
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return receive
 
 
 class _Sent(Response):

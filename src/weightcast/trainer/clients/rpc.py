@@ -10,6 +10,7 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
+from weightcast.commit.joining import join, joining
 from weightcast.commit.order import RoundAnswer, RoundOrder, Serving, Standing
 from weightcast.commit.shells import Committer
 from weightcast.commit.updates import update_info
@@ -69,8 +70,11 @@ class RpcEngineClient(EngineClient):
         return False
 
     def init(self, init_info: Mapping[str, Any], deadline: Deadline) -> None:
-        size = self.num_workers(deadline)
-        self._raise_first(self.ask("init", {"init_info": dict(init_info), "world_size": size}, deadline))
+        steps = joining(init_info, self.num_workers(deadline))
+        try:
+            join(steps, lambda action, payload: self.ask(action, payload, deadline), deadline)
+        except WeightcastError as error:
+            raise error.at(engine=self.name) from None
 
     def status(self, deadline: Deadline) -> Mapping[str, Any]:
         outcomes = self.ask("status", {}, deadline)

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
+from weightcast.commit.joining import join, joining
 from weightcast.commit.order import RoundAnswer, RoundOrder
 from weightcast.commit.shells import AsyncCommitter
 from weightcast.commit.worker_outcome import WorkerOutcome, first_error
@@ -112,8 +113,11 @@ class AsyncVllmClient(EngineClient):
         self._committer = AsyncCommitter(self._port)
 
     def init(self, init_info: Mapping[str, Any], deadline: Deadline) -> None:
-        payload = {"init_info": dict(init_info), "world_size": self.world_size(deadline)}
-        self._raise_first(self._ask("init", payload, deadline))
+        steps = joining(init_info, self.world_size(deadline))
+        try:
+            join(steps, lambda action, payload: self._ask(action, payload, deadline), deadline)
+        except WeightcastError as error:
+            raise error.at(engine=self.name) from None
 
     def world_size(self, deadline: Deadline) -> int:
         return self._port.engine.world_size()

@@ -58,6 +58,7 @@ from weightcast.trainer.ranks.orders import (
 from weightcast.transports.base import TrainerEnd
 from weightcast.transports.facts import local_facts
 from weightcast.transports.registry import registry
+from weightcast.untrusted.seldom import Seldom
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +88,7 @@ class OtherRank:
         self._left = 0
         """The last call that this rank gave up: orders of it come too late."""
         self._pool = ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="weightcast-rank")
+        self._seldom = Seldom(logger)
         self._link = ControlLink(info, self._on_message, self._on_lost)
         self._link.send(
             Hello(
@@ -119,6 +121,10 @@ class OtherRank:
         self.expected.clear()
         self._holder.release()
 
+    def leave(self) -> None:
+        """Leave rank 0, and nothing else."""
+        self._link.close("its publisher is gone")
+
     # -- on the I/O thread
 
     def _on_message(self, message: AnyMessage) -> None:
@@ -131,7 +137,9 @@ class OtherRank:
             case Welcome():
                 pass
             case _:
-                logger.warning("control channel: %s is not for a trainer rank", type(message).__name__)
+                self._seldom.warn(
+                    "control channel: a message that is not for a trainer rank", about=type(message).__name__
+                )
 
     def _note(self, message: RankOrder) -> None:
         try:

@@ -1,0 +1,67 @@
+"""A Publisher that nobody closed: what it opened ends with it."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+
+import pytest
+import torch
+
+from weightcast import Publisher
+from weightcast.deadline import Deadline
+from weightcast.errors import EngineError
+from weightcast.testing.local_engine import DictModel, LocalEngine
+
+
+def weights() -> dict[str, torch.Tensor]:
+    return {"w": torch.randn(5, 3)}
+
+
+def open_here() -> tuple[int, set[str]]:
+    threads = {thread.name for thread in threading.enumerate() if thread.name.startswith("weightcast")}
+    return len(os.listdir("/proc/self/fd")), threads
+
+
+def settle(before: tuple[int, set[str]]) -> None:
+    gc.collect()
+    limit = Deadline(20)
+    while (now := open_here())[0] > before[0] or now[1] > before[1]:
+        limit.check(f"ending what the publisher opened: {now} of {before}")
+        threading.Event().wait(0.02)
+
+
+def test_a_publisher_that_could_not_connect_and_was_dropped_leaves_nothing_open() -> None:
+    engine = LocalEngine("e", [DictModel(weights())])
+    try:
+        engine.refuse("init")
+        before = open_here()
+        publisher = Publisher(weights(), [engine], timeout_s=10)
+        with pytest.raises(EngineError, match="no init today"):
+            publisher.connect()
+        assert open_here()[0] > before[0]
+        del publisher
+        settle(before)
+    finally:
+        engine.stop()
+
+
+def test_engines_of_a_dropped_publisher_are_told() -> None:
+    engine = LocalEngine("e", [DictModel(weights())])
+    try:
+        publisher = Publisher(weights(), [engine], timeout_s=10)
+        version = publisher.publish().version
+        receiver = engine.workers[0].receiver  # type: ignore[attr-defined]
+        assert receiver.joined
+        del publisher
+        gc.collect()
+        limit = Deadline(20)
+        while receiver.joined:
+            limit.check("hearing that the trainer left")
+            threading.Event().wait(0.02)
+        assert engine.workers[0].weight_version == version
+        with Publisher(weights(), [engine], timeout_s=10) as successor:  # without takeover
+            assert successor.publish().digests_match
+    finally:
+        engine.stop()
