@@ -42,11 +42,28 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, ensure_ascii=False, default=str)
 
 
-def log_as_json(level: int = logging.INFO, stream: TextIO | None = None) -> logging.Handler:
-    """Write weightcast's log as JSON lines to ``stream`` (standard error); returns the handler, to take it off again."""
-    handler = logging.StreamHandler(stream if stream is not None else sys.stderr)
-    handler.setFormatter(JsonFormatter())
-    logger = logging.getLogger("weightcast")
-    logger.addHandler(handler)
-    logger.setLevel(level)
-    return handler
+class JsonLog(logging.StreamHandler[TextIO]):
+    """Weightcast's log as JSON lines; ``close()`` takes it off again, and everything is as it was."""
+
+    def __init__(self, stream: TextIO, level: int) -> None:
+        super().__init__(stream)
+        self.setFormatter(JsonFormatter())
+        self._logger = logging.getLogger("weightcast")
+        self._before = (self._logger.level, self._logger.propagate)
+        self._logger.addHandler(self)
+        self._logger.setLevel(level)
+        # An application's own handlers would write each line once more.
+        self._logger.propagate = False
+
+    def close(self) -> None:
+        """Idempotent."""
+        if self in self._logger.handlers:
+            self._logger.removeHandler(self)
+            level, self._logger.propagate = self._before
+            self._logger.setLevel(level)
+        super().close()
+
+
+def log_as_json(level: int = logging.INFO, stream: TextIO | None = None) -> JsonLog:
+    """Write weightcast's log as JSON lines to ``stream`` (standard error), and nowhere else."""
+    return JsonLog(stream if stream is not None else sys.stderr, level)

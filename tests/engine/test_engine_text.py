@@ -65,6 +65,17 @@ def test_broken_bytes_do_not_hold_text_for_ever(rng: random.Random) -> None:
     assert detokenizer.text.replace("\ufffd", "") == whole.text.replace("\ufffd", "")
 
 
+def test_the_end_of_a_prompt_is_not_given_out(rng: random.Random) -> None:
+    """Also where the prompt stops inside a character, and where the output goes on with broken bytes and nothing else."""
+    broken = _tokens("🙂")[0]
+    for tail in (_tokens("secret 🙂")[:-2], [broken] * 6, _tokens("secret")):
+        detokenizer = Detokenizer(_decode, tail[-6:], (), include_stop=False)
+        for token in [*_tokens("the answer"), *[broken] * 3000]:
+            detokenizer.add(token)
+        assert detokenizer.text.startswith("the answer")
+        assert len(detokenizer.text) > 2900
+
+
 @pytest.mark.parametrize("include", [False, True])
 @pytest.mark.parametrize("stop", ["你好", "🙃 the", "d", "nowhere", "e", "ïte"])
 def test_stop_strings_across_tokens(stop: str, include: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -134,17 +135,42 @@ def test_lines_say_which_round_they_are_about(engines: list[LocalEngine]) -> Non
             report = trainer.publish()
             fail_once(engines[1], trainer)
     finally:
-        logging.getLogger("weightcast").removeHandler(handler)
-        logging.getLogger("weightcast").setLevel(logging.NOTSET)
+        handler.close()
+    assert not logging.getLogger("weightcast").handlers
     lines = [json.loads(line) for line in stream.getvalue().splitlines()]
     done = next(line for line in lines if line.get("version") == report.version)
     assert (done["epoch"], done["round"], done["level"]) == (report.epoch, report.round, "info")
     failed = next(line for line in lines if line["level"] == "warning" and line.get("engine") == "b")
     assert (failed["round"], failed["phase"]) == (2, "commit")
-    staged = [
-        line for line in lines if line["logger"] == "weightcast.receiver.session" and " staged: " in line["message"]
-    ]
-    assert {line["round"] for line in staged} == {1, 2}
+    live = [line for line in lines if line["logger"] == "weightcast.receiver.receiver"]
+    assert [(line["round"], line["version"]) for line in live if line["round"] == 1] == [(1, report.version)] * 2
+    for line in live:
+        assert re.fullmatch(
+            r"version \S+ is live: [1-9]\d* bytes by \w+ in \d+\.\d{3} s, applied in .* s \(\w+\)", line["message"]
+        )
+    assert not [line for line in lines if line["level"] != "info" and line.get("round") == 1]
+
+
+def test_lines_as_json_are_written_once(engines: list[LocalEngine]) -> None:
+    """Whatever handlers the application has; the root logger stays as it is, and after ``close()`` all is as before."""
+    root, logger = logging.getLogger(), logging.getLogger("weightcast")
+    others, lines = io.StringIO(), io.StringIO()
+    application = logging.StreamHandler(others)
+    root.addHandler(application)
+    before = (list(root.handlers), root.level, logger.level, logger.propagate)
+    try:
+        handler = log_as_json(stream=lines)
+        with Publisher(values(), engines, timeout_s=20) as trainer:
+            trainer.publish()
+        assert " is live: " in lines.getvalue()
+        assert others.getvalue() == ""
+        handler.close()
+        handler.close()
+        assert (list(root.handlers), root.level, logger.level, logger.propagate) == before
+        logger.warning("as ever")
+        assert others.getvalue() == "as ever\n"
+    finally:
+        root.removeHandler(application)
 
 
 def test_a_line_is_one_json_object_whatever_it_says() -> None:

@@ -23,11 +23,12 @@ from weightcast.layout.memory import Memory
 from weightcast.testing.transport_cases import bulk_case
 from weightcast.testing.transport_sides import TrainerSide, WorkerSide
 from weightcast.testing.transport_suite import TransportSuite
+from weightcast.transports.certificates import own_identity
 from weightcast.transports.connection import Connection
 from weightcast.transports.guard import EndGuard
 from weightcast.transports.rendezvous import MOST_CALLERS, Listener, dial
 from weightcast.transports.tcp import TcpOffer, TcpTransport
-from weightcast.transports.tls import TlsTransport, own_identity
+from weightcast.transports.tls import TlsTransport
 
 CASE = bulk_case(5000)
 

@@ -116,7 +116,8 @@ class _Run:
 
     def _log(self) -> None:
         order, version, phases = self._order, self.answer.version, self.answer.phases
-        logger.info(
+        # What the weights are now is said by the worker that has them; this is how long the engine took.
+        logger.debug(
             "%s of round %d (epoch %d): version %s, pause %.3f s, apply %.3f s, resume %.3f s",
             order.action, order.round, order.epoch, version, phases["pause"], phases["apply"], phases["resume"],
             extra=about(epoch=order.epoch, round=order.round, version=version, phase=order.action),

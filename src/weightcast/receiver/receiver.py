@@ -13,6 +13,7 @@ from weightcast.control.link import JoinInfo
 from weightcast.deadline import Deadline
 from weightcast.digest.versions import INITIAL_VERSION, version_number
 from weightcast.errors import DigestMismatch, LoadError, StateError, WeightcastError
+from weightcast.logs import about
 from weightcast.messages import Committed
 from weightcast.receiver.base import LiveModel
 from weightcast.receiver.greeting import Greeting, Identity
@@ -172,6 +173,11 @@ class Receiver:
         self.version, self.content, self.dirty = approval.version, approval.content, False
         self.num_commits += 1
         self._round.committed(id)
+        # One line a round and engine: the workers of an engine have the same to say.
+        level = logging.INFO if self._rank == 0 else logging.DEBUG
+        where = about(epoch=id.epoch, round=id.round, worker=self._rank, version=self.version, phase="commit")
+        line = "version %s is live: %s, applied in %.3f s (%s)"
+        logger.log(level, line, self.version, session.came, apply_s, session.mode, extra=where)
         try:
             self._prove(session, id, nbytes, transfer_s, apply_s)
         except Exception as error:  # noqa: BLE001 - the commit has happened: the trainer hears that it was not proven

@@ -97,6 +97,8 @@ class Session:
         """Ends that this round was received from, and whether one of them has written in a part that is through."""
         self.num_bytes = 0
         """Bytes received in rounds of this stay."""
+        self.came = ""
+        """How the weights of the last round came: bytes, transport and seconds, for the log."""
         self._serves, self._ended = serves, ended
         self._loaded = loaded
         self._seldom = Seldom(logger)
@@ -108,6 +110,7 @@ class Session:
         """Whether an end reads windows of a stream, each once it is filled."""
         self._windows = FilledWindows()
         self._pulls = True
+        self._via = ""
         self._ends_free = threading.Condition()
         self._using_ends = 0
         self._leaving = threading.Event()
@@ -210,7 +213,8 @@ class Session:
         if self.round.phase is not Phase.COMMITTING or self._needs_trainer:
             self._abort_transfer()
         self._tasks.put(None)
-        logger.warning("%s; this engine goes on with what it serves", reason)
+        level = logging.INFO if self.link.settled else logging.WARNING
+        logger.log(level, "%s; this engine goes on with what it serves", reason)
 
     def _abort_transfer(self) -> None:
         with self._ends_free:
@@ -268,6 +272,7 @@ class Session:
             if set(offered) != set(plan):
                 raise PlanMismatch(f"the plan needs trainer ranks {sorted(plan)}, offers came from {sorted(offered)}")
             self._pulls = True
+            self._via = ", ".join(sorted({offered[rank].transport for rank in plan}))
             for rank, copies in plan.items():
                 transport = registry().get(offered[rank].transport)
                 self._pulls = self._pulls and transport.pulls
@@ -318,7 +323,7 @@ class Session:
     def _send_staged(self, id: RoundId, digest: int, nbytes: int, transfer_s: float, digest_s: float) -> None:
         rate = nbytes / max(transfer_s, 1e-9) / 1e9
         where = about(epoch=id.epoch, round=id.round, phase="transfer")
-        logger.info("round %s staged: %d bytes in %.3f s, %.2f GB/s", id, nbytes, transfer_s, rate, extra=where)
+        logger.debug("round %s staged: %d bytes in %.3f s, %.2f GB/s", id, nbytes, transfer_s, rate, extra=where)
         self.link.send(
             Staged(
                 epoch=id.epoch, round=id.round, digest=digest, nbytes=nbytes, transfer_s=transfer_s, digest_s=digest_s
@@ -349,7 +354,9 @@ class Session:
         digest = combine(digests) if len(digests) == len(received) else None
         nbytes = sum(nbytes for nbytes, _ in received)
         self.num_bytes += nbytes
-        return nbytes, time.perf_counter() - start, digest
+        transfer_s = time.perf_counter() - start
+        self.came = f"{nbytes} bytes by {self._via} in {transfer_s:.3f} s"
+        return nbytes, transfer_s, digest
 
     def _receive_from_all(self, id: RoundId, memory: Memory, deadline: Deadline) -> list[tuple[int, int | None]]:
         """Bytes and digest of every part of every end."""

@@ -118,7 +118,7 @@ class _Lanes:
     def start_tls(self, identity: bytes, deadline: Deadline, *, server: bool) -> None:
         """Go on encrypted where the pair has an identity."""
         if identity:
-            from weightcast.transports.tls import pinned
+            from weightcast.transports.certificates import pinned
 
             context = pinned(identity, server=server)
             for connection in self._connections:

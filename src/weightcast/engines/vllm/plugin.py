@@ -34,8 +34,10 @@ def register() -> None:
     server from starting. Where somebody does ask, the backend that is registered instead says what is wrong.
     """
     import vllm
+    from weightcast.engines.vllm.log import log_like_vllm
     from weightcast.engines.vllm.versions import check_version
 
+    log_like_vllm()
     try:
         check_version(vllm.__version__)
     except Unsupported as error:

@@ -13,32 +13,12 @@ from typing import Any
 import msgspec
 
 from weightcast.deadline import Deadline
-from weightcast.errors import DeadlineExceeded, EngineError, ErrorForm, InvalidInput, PeerLost
+from weightcast.errors import DeadlineExceeded, ErrorForm, InvalidInput, PeerLost
 from weightcast.trainer.clients.base import CommitOrder, CommitReply, EngineClient
 from weightcast.untrusted.known import known
 
 STEP_S = 0.2
 _numbers = itertools.count()
-
-
-class PublishedTo:
-    """Base of a Ray actor's class: ``llm``, an engine object of either kind, takes what a Publisher publishes."""
-
-    llm: Any
-    _client: EngineClient | None = None
-
-    def weightcast_call(self, method: str, arguments: tuple[Any, ...], timeout_s: float) -> dict[str, Any]:
-        """Carry out a call of EngineClient. For RayEngineClient; broad except on purpose, see the module's first lines."""
-        from weightcast.trainer.clients import make_client
-
-        try:
-            if getattr(self, "llm", None) is None:
-                raise InvalidInput(f"{type(self).__name__} has no engine yet", field="llm", hint="Set its self.llm")
-            if self._client is None:
-                self._client = make_client(self.llm)
-            return {"value": getattr(self._client, method)(*arguments, Deadline(timeout_s))}
-        except Exception as error:  # noqa: BLE001
-            return {"error": msgspec.to_builtins(ErrorForm.of(error, otherwise=EngineError))}
 
 
 class RayEngineClient(EngineClient):
