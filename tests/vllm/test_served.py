@@ -1,5 +1,6 @@
 """A served vLLM: rounds while requests run, refusals, failures and a killed trainer leave exactly version n."""
 
+import re
 import signal
 import subprocess
 import sys
@@ -62,6 +63,22 @@ def test_bad_input_is_422_and_the_wrong_moment_409(served: Served) -> None:
     answer = post("commit", {**order, "colour": 1})
     assert (answer.status_code, answer.json()["error"]["param"]) == (422, "colour")
     assert served.answers(PROMPTS) == before
+
+
+def test_a_round_is_one_line_in_vllms_log_and_an_orderly_end_no_warning(served: Served, model: Path) -> None:
+    before = len(served.log.read_bytes())
+    with Publisher(
+        random_state_dict(model), [served.url], token=served.token, transport="tcp", timeout_s=60
+    ) as publisher:
+        versions = [publisher.publish().version for _ in range(3)]
+    deadline = Deadline(30)
+    while "the trainer left" not in (text := served.log.read_bytes()[before:].decode()):
+        deadline.check("the line about the trainer that closed")
+        time.sleep(0.05)
+    form = r"\(\w*Worker\w* pid=\d+\) INFO \d\d-\d\d \d\d:\d\d:\d\d \[receiver.py:\d+\] version (\S+) is live: "
+    assert re.findall(f"^{form}[1-9]\\d* bytes by tcp in \\d+\\.\\d+ s, applied in .*$", text, re.MULTILINE) == versions
+    assert text.count(" is live") == len(versions)
+    assert not re.search("WARNING|ERROR|CRITICAL", text), text
 
 
 @pytest.mark.parametrize("transport", ["shm", "tcp"])
