@@ -16,7 +16,7 @@ from weightcast.manifest import Manifest, TensorSpec, align
 from weightcast.manifest.dtypes import dtype_of, name_of
 from weightcast.sources.base import Source, device_of, wait_for_stream
 from weightcast.sources.conversions import Content, placed, read_module
-from weightcast.sources.shards import is_distributed, part_of
+from weightcast.sources.shards import check_dense, is_distributed, part_of
 from weightcast.sources.tenants import Tenants
 from weightcast.sources.tree import Places, Tree, moved_error, named
 
@@ -218,10 +218,3 @@ def check_kinds(tensors: Mapping[str, torch.Tensor]) -> None:
         if is_distributed(value):
             raise Unsupported(f"{name!r} is a DTensor", hint="Give the module or state dict itself to Publisher")
     check_dense(tensors)
-
-
-def check_dense(tensors: Mapping[str, torch.Tensor]) -> None:
-    """Raise Unsupported for tensors without strided values of their own."""
-    for name, value in tensors.items():
-        if value.is_meta or value.is_sparse or value.is_quantized or value.layout is not torch.strided:
-            raise Unsupported(f"{name!r} is not a plain dense tensor ({value.layout}, {value.device})")

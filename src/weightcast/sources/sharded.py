@@ -16,8 +16,8 @@ from weightcast.manifest.dtypes import name_of
 from weightcast.sources.base import Source, device_of, wait_for_stream
 from weightcast.sources.conversions import Content, placed
 from weightcast.sources.forms import Forms
-from weightcast.sources.module import check_dense, published_dtype
-from weightcast.sources.shards import Part, is_distributed, local_of, part_of, shard_of
+from weightcast.sources.module import published_dtype
+from weightcast.sources.shards import Part, check_dense, is_distributed, local_of, part_of, shard_of
 from weightcast.sources.tree import Tree, moved_error
 
 

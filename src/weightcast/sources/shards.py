@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -23,6 +24,13 @@ class Part(NamedTuple):
 def is_distributed(value: torch.Tensor) -> bool:
     """Whether a tensor is a DTensor; imports nothing."""
     return type(value).__name__ == "DTensor" or hasattr(value, "placements")
+
+
+def check_dense(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise Unsupported for tensors without strided values of their own."""
+    for name, value in tensors.items():
+        if value.is_meta or value.is_sparse or value.is_quantized or value.layout is not torch.strided:
+            raise Unsupported(f"{name!r} is not a plain dense tensor ({value.layout}, {value.device})")
 
 
 def local_of(value: torch.Tensor) -> torch.Tensor:

@@ -16,8 +16,7 @@ import torch
 from weightcast.errors import InvalidInput, StateError, Unsupported
 from weightcast.manifest import TensorSpec
 from weightcast.manifest.dtypes import dtype_of, name_of
-from weightcast.sources.module import check_dense
-from weightcast.sources.shards import is_distributed
+from weightcast.sources.shards import check_dense, is_distributed
 
 Stream = Iterable[tuple[str, torch.Tensor]]
 """Names and whole tensors. A tensor may be overwritten or freed once the iterator goes on."""
