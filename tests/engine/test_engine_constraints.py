@@ -7,15 +7,15 @@ import copy
 import json
 import random
 import re
+import sys
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
 import torch
 
-from weightcast.engines.embedded import AsyncLLM, RequestOutput, SamplingParams
-from weightcast.engines.sampling import StructuredOutputs
-from weightcast.errors import InvalidInput
+from weightcast.engines.embedded import AsyncLLM, RequestOutput, SamplingParams, StructuredOutputs
+from weightcast.errors import InvalidInput, Unsupported
 from weightcast.testing.tokenizer import EOS_ID, build_tokenizer
 
 Start = Callable[..., tuple[AsyncLLM, Any]]
@@ -227,6 +227,20 @@ async def test_a_form_without_sense_is_refused(serve: Start, form: StructuredOut
         _ = [each async for each in llm.generate([5], SamplingParams(structured_outputs=form))]
     assert caught.value.field == "structured_outputs"
     assert (await llm.status()).num_running == 0
+
+
+async def test_a_form_needs_its_library_and_a_tokenizer(serve: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm, _ = serve()
+    params = SamplingParams(structured_outputs=StructuredOutputs(regex="a"), max_tokens=5)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "llguidance", None)
+        with pytest.raises(Unsupported, match=r"pip install 'weightcast\[grammar\]'"):
+            _ = [each async for each in llm.generate([5], params)]
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.engine._grammars, "_tokenizer", None)
+        with pytest.raises(Unsupported, match="no fast tokenizer"):
+            _ = [each async for each in llm.generate([5], params)]
+    assert [each async for each in llm.generate([5], params)][-1].outputs[0].text == "a"
 
 
 @pytest.mark.parametrize("fields", [{}, {"regex": "a", "json_object": True}, {"choice": ()}, {"regex": 5}])

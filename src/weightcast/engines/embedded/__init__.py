@@ -12,12 +12,14 @@ from weightcast.engines.base import (
 from weightcast.engines.embedded.async_llm import AsyncLLM
 from weightcast.engines.embedded.config import EngineConfig
 from weightcast.engines.embedded.llm import LLM
+from weightcast.engines.sampling import StructuredOutputs
 from weightcast.weight_transfer.config import WeightTransferConfig
 
 __all__ = [
     "LLM",
     "AsyncLLM",
     "SamplingParams",
+    "StructuredOutputs",
     "RequestOutput",
     "RequestOutputKind",
     "CompletionOutput",
