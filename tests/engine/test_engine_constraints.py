@@ -53,7 +53,8 @@ def noise_of(seed: int) -> Callable[[Any], None]:
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter += 0.05 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+                noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+                parameter += 0.05 * noise.to(parameter.device)
 
     return add
 
