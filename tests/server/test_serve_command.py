@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import signal
 import socket
@@ -15,7 +16,8 @@ import httpx
 import pytest
 from serve_process import command_line, environment, refused, serving
 
-from weightcast.testing.models import build_tiny_model
+from weightcast import Publisher
+from weightcast.testing.models import build_tiny_model, random_state_dict
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +78,17 @@ def test_waits_for_weights_and_reports_its_configuration(model: Path, tmp_path: 
         assert bad.status_code == 422, bad.text
         environ = Path(f"/proc/{server.process.pid}/maps").read_text()
         assert "libtorch" in environ
-        status, output = server.stop(signal.SIGTERM)
+        with Publisher(random_state_dict(model), [url], token=token, timeout_s=60) as publisher:
+            versions = [publisher.publish().version for _ in range(2)]
+        assert httpx.get(f"{url}/ready").status_code == 200
+        status, output = server.stop(signal.SIGTERM, timeout_s=60)
     assert status == 0, output
     assert token not in output
+    form = (
+        r"\S+ \S+ INFO weightcast\.receiver\.receiver: version (\S+) is live: [1-9]\d* bytes by \w+ in .* \(in_place\)"
+    )
+    assert re.findall(f"^{form}$", output, re.MULTILINE) == versions, "one line a round"
+    assert output.count(" is live") == len(versions)
 
 
 def test_openmp_threads_wait_passively() -> None:
