@@ -24,11 +24,12 @@ logger = logging.getLogger(__name__)
 
 
 class ModuleSource(Source):
-    """Reads parameters in place: nothing is copied or gathered before a transport takes the bytes.
+    """Publishes the parameters and persistent buffers of a module from where they lie; nothing is copied or gathered first.
 
-    ``dtype``: publish floating-point tensors in this type (fp32 masters as bf16, say); values are cast on their way. On a CPU the
-    parameters are moved into one arena once, and back by ``close``: ``param.data`` is rebound, Parameter objects stay, optimizers
-    notice nothing, and what shared a storage still does while nothing else comes to share it (see Tenants). ``names`` maps
+    ``dtype`` is the type in which floating-point tensors are published, such as bfloat16 for float32 masters; values are cast on their
+    way. On a CPU the parameters move into one arena once, and ``close`` moves them back: ``param.data`` is rebound, Parameter objects
+    stay, optimizers notice nothing, and tensors that shared a storage still share one while nothing
+    else comes to share that storage (see Tenants). ``names`` maps
     checkpoint names to tensors for modules whose own names are not the checkpoint's.
     """
 

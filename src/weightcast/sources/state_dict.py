@@ -16,9 +16,10 @@ from weightcast.sources.module import check_kinds, published_dtype
 
 
 class StateDictSource(Source):
-    """Copies the mapping's tensors into an arena of its own when a round begins, because a state dict's tensors may be
-    replaced at any time and moving them would not move their owner. The mapping is read again at every round: same
-    names, shapes and dtypes, values as they are then.
+    """Publishes a mapping of names to tensors. Each round begins by copying the values into an arena of the source's own, because the
+    tensors of a mapping may be replaced at any time.
+
+    The mapping is read again in every round. Names, shapes and types have to stay what they were at connect.
     """
 
     is_copied = True

@@ -1,4 +1,4 @@
-"""The engine's side of weight transfer, with vLLM's names: who knows one knows the other.
+"""The engine's side of weight transfer. The names of classes and methods are vLLM's.
 
 An engine builds one WeightTransferEngine per worker and calls it on the thread that runs the model, never during a forward
 pass. Order of calls (anything else is StateError):
@@ -46,11 +46,11 @@ class WorkerRank:
 
 
 class InitInfo(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """Base of what ``init_transfer_engine`` takes; subclasses validate themselves in ``__post_init__``."""
+    """The base of the records that ``init_transfer_engine`` takes. Subclasses validate themselves in ``__post_init__``."""
 
 
 class UpdateInfo(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """Base of what ``update_weights`` takes."""
+    """The base of the records that ``update_weights`` takes."""
 
 
 InitT = TypeVar("InitT", bound=InitInfo)
@@ -70,7 +70,7 @@ class WeightTransferEngine(ABC, Generic[InitT, UpdateT]):
 
     @classmethod
     def check_device(cls, device: torch.device) -> None:
-        """Raise Unsupported where this backend can move no weights to ``device``; asked before an engine starts to serve."""
+        """Raise Unsupported when this backend cannot move weights to ``device``. Called before an engine starts to serve."""
 
     def parse_init_info(self, data: Mapping[str, Any]) -> InitT:
         """Validate a decoded JSON object; raises InvalidInput that names the field."""
@@ -81,13 +81,13 @@ class WeightTransferEngine(ABC, Generic[InitT, UpdateT]):
         return _convert(data, self.update_info_cls)  # type: ignore[return-value]
 
     def greet(self, init_info: InitT) -> Greeting | None:
-        """Begin to join a trainer; returns at once. Whoever waits for the greeting beside the engine's thread spares that thread a wait
-        in ``init_transfer_engine``, which follows with the same ``init_info``. None where there is nothing to wait for."""
+        """Begin to join a trainer and return at once. A caller that waits for the returned greeting beside the engine's thread spares that
+        thread the wait in ``init_transfer_engine``, which follows with the same ``init_info``. None when there is nothing to wait for."""
         return None
 
     @abstractmethod
     def init_transfer_engine(self, init_info: InitT) -> None:
-        """Join a trainer. May be called again: the former trainer is then left, and an update that it left open is closed."""
+        """Join a trainer. A second call leaves the former trainer and closes an update that the former trainer left open."""
 
     @abstractmethod
     def start_weight_update(self) -> None:
@@ -99,29 +99,30 @@ class WeightTransferEngine(ABC, Generic[InitT, UpdateT]):
 
     @abstractmethod
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """End the round; ``weight_version`` names what is live from now on. Without an update, what was dirty stays so."""
+        """End the round. ``weight_version`` names the weights that are live from now on. An engine that was dirty stays dirty when the round
+        had no update."""
 
     @abstractmethod
     def shutdown(self) -> None:
-        """Leave the trainer and free everything; idempotent. ``init_transfer_engine`` works again afterwards."""
+        """Leave the trainer and free its memory. A second call does nothing. ``init_transfer_engine`` works again afterwards."""
 
     @property
     @abstractmethod
     def weight_version(self) -> str:
-        """The version that is live, "default" before the first sync."""
+        """The version of the live weights; "default" before the first sync."""
 
     @property
     @abstractmethod
     def dirty(self) -> bool:
-        """True while live weights belong to no version: the engine must not serve."""
+        """True while the live weights belong to no version. The engine must not serve then."""
 
     @property
     def num_weight_bytes(self) -> int | None:
-        """Bytes of weights received so far; None in a backend that does not count them."""
+        """The bytes of weights received so far; None in a backend that does not count bytes."""
         return None
 
     def checksums(self) -> dict[str, str]:
-        """Hex digest per live parameter, computed where the data lies (optional for a backend)."""
+        """Return the hex digest of each live parameter, computed where the data lies. Optional for a backend."""
         return self.model.checksums()
 
 

@@ -11,10 +11,12 @@ from weightcast.errors import InvalidInput
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightTransferConfig:
-    """Selects and configures the engine side of weight transfer.
+    """Selects and configures the backend with which an engine receives weights. Unknown fields are refused.
 
-    ``backend`` names a registered WeightTransferEngine ("weightcast" by default). ``wait_for_weights``: serve nothing
-    before the first sync. ``mode``: "staged", "in_place" or "auto" (see docs/protocol.md). Unknown fields are refused.
+    Attributes:
+        backend: the name of a registered WeightTransferEngine.
+        wait_for_weights: serve no request before the first sync.
+        mode: "staged", "in_place" or "auto"; docs/protocol.md explains the modes.
     """
 
     backend: str = "weightcast"
@@ -29,7 +31,7 @@ class WeightTransferConfig:
 
     @classmethod
     def of(cls, value: WeightTransferConfig | Mapping[str, Any] | None) -> WeightTransferConfig:
-        """Accept a config, a mapping (as from JSON) or None (the defaults)."""
+        """Make a config of a config, of a mapping (as from JSON), or of None (the defaults)."""
         if value is None:
             return cls()
         if isinstance(value, cls):

@@ -1,4 +1,4 @@
-"""WeightTransferEngineFactory: the registry of backends, built lazily, open to third parties through entry points."""
+"""WeightTransferEngineFactory: the registry of backends. Installed packages add backends through entry points."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ AnyEngine = WeightTransferEngine[Any, Any]
 
 
 class WeightTransferEngineFactory:
-    """Names to WeightTransferEngine classes. A class is imported when its name is first asked for."""
+    """Maps names to WeightTransferEngine classes. A class is imported when its name is first asked for."""
 
     _loaders: ClassVar[dict[str, Callable[[], type[AnyEngine]]]] = {}
 
     @classmethod
     def register_engine(cls, name: str, module_or_class: str | type[AnyEngine], class_name: str | None = None) -> None:
-        """Register a class, or a module and class name to import later. A taken name raises InvalidInput."""
+        """Register a class, or a module and the name of a class to import later. A name that is taken raises InvalidInput."""
         if name in cls._loaders:
             raise InvalidInput(f"weight transfer backend {name!r} is registered already", field="name")
         if isinstance(module_or_class, str):
@@ -37,12 +37,12 @@ class WeightTransferEngineFactory:
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
-        """All backends that can be asked for: registered ones and those of installed packages."""
+        """Return the names of all backends: the registered ones and those of installed packages."""
         return tuple(sorted({*cls._loaders, *entry_points_of(ENTRY_POINT_GROUP)}))
 
     @classmethod
     def engine_class(cls, name: str) -> type[AnyEngine]:
-        """The class behind a name; Unsupported lists the known ones, or says why the import failed."""
+        """Return the class that has a name. Unsupported lists the known names, or says why the import failed."""
         if name in cls._loaders:
             loader: Callable[[], Any] = cls._loaders[name]
         else:
