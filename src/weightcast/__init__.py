@@ -33,6 +33,7 @@ from weightcast.errors import (
     StateError,
     TransportError,
     Unsupported,
+    WakeFailed,
     WeightcastError,
 )
 from weightcast.lazy import lazy_names
@@ -60,6 +61,7 @@ __all__ = [
     "PromptTooLong",
     "AuthError",
     "Unsupported",
+    "WakeFailed",
     "ProtocolError",
     "PlanMismatch",
     "LoadError",

@@ -18,7 +18,8 @@
     │       └── AnswerLost    ... before its answer came: the call may have been carried out or not
     ├── DeadlineExceeded      a wait ended by its deadline
     ├── EngineError           an engine answered with an error or cannot be reached
-    └── RoundFailed           publish() did not reach n+1; says who serves what
+    ├── RoundFailed           publish() did not reach n+1; says who serves what
+    └── WakeFailed            publish(wake=True) reached n+1, and engines are not all awake with it
 
 Each carries where it happened (engine, worker, phase, round) as far as known, and a hint: what to do about it. Who raises
 an error and knows no better leaves the hint to its class. An error that travels to another process does so as an ErrorForm.
@@ -225,7 +226,8 @@ class RoundFailed(WeightcastError):
     """``publish()`` did not bring the fleet to the next version.
 
     ``causes`` maps the name of each engine that failed to its error. ``serving`` maps the name of every engine to the version that the
-    engine serves now. ``dirty`` names the engines that hold weights of no version; they answer 503 until a round succeeds.
+    engine serves now. ``dirty`` names the engines that hold weights of no version; they answer 503 until a round succeeds. ``asleep`` maps the
+    name of each engine that ``publish(wake=True)`` was to wake to what of its memory still sleeps; all other memory of it is awake.
     """
 
     default_hint = "Call publish() again"
@@ -239,19 +241,55 @@ class RoundFailed(WeightcastError):
         causes: Mapping[str, WeightcastError] | None = None,
         serving: Mapping[str, str] | None = None,
         dirty: tuple[str, ...] = (),
+        asleep: Mapping[str, tuple[str, ...]] | None = None,
         hint: str | None = None,
     ) -> None:
         super().__init__(message, round=round, phase=phase, hint=hint)
         self.causes = dict(causes or {})
         self.serving = dict(serving or {})
         self.dirty = dirty
+        self.asleep = dict(asleep or {})
 
     def __str__(self) -> str:
         lines = [super().__str__()]
         lines += [f"  {name}: {type(cause).__name__}: {cause}" for name, cause in self.causes.items()]
         lines += [f"  {name} serves {version}" for name, version in self.serving.items()]
         lines += [f"  {name} is DIRTY" for name in self.dirty]
+        lines += [f"  {said}" for said in said_of_sleep(self.asleep)]
         return "\n".join(lines)
+
+
+class WakeFailed(WeightcastError):
+    """``publish(wake=True)`` made the next version live, and then the trainer's ``release`` raised, or an engine did not wake up.
+
+    ``version`` is what engines serve that took part in the round. ``asleep`` maps each of them to what of its memory still sleeps;
+    all other memory is awake. An engine goes on computing when nothing of it sleeps any more.
+    """
+
+    default_hint = "Call publish(wake=True) again, or wake the engines up"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        version: str = "",
+        asleep: Mapping[str, tuple[str, ...]] | None = None,
+        engine: str | None = None,
+        hint: str | None = None,
+    ) -> None:
+        super().__init__(message, engine=engine, phase="wake", hint=hint)
+        self.version = version
+        self.asleep = dict(asleep or {})
+
+
+def said_of_sleep(asleep: Mapping[str, tuple[str, ...]]) -> list[str]:
+    """What sleeps in engines and what is awake, one text for each engine."""
+    return [
+        f"{name}: {' and '.join(tags)} asleep{'' if 'weights' in tags else ', weights awake'}"
+        if tags
+        else f"{name}: awake"
+        for name, tags in asleep.items()
+    ]
 
 
 class ErrorForm(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -341,5 +379,6 @@ _BY_NAME = {
         AnswerLost,
         DeadlineExceeded,
         EngineError,
+        WakeFailed,
     )
 }

@@ -71,6 +71,8 @@ class DevServer:
             case "/pause":
                 clear = query["clear_cache"] == "true"
                 return self._run(engine.pause_generation(mode=query["mode"], clear_cache=clear))
+            case "/wake_up":
+                return self._run(engine.wake_up(parse_qs(url.query).get("tags")))
             case "/resume":
                 return self._run(engine.resume_generation())
             case "/reset_prefix_cache":

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -125,6 +125,20 @@ class ScriptedVllm:
     async def finish_weight_update(self) -> None:
         self.calls.append("finish")
 
+    async def wake_up(self, tags: list[str] | None = None) -> None:
+        """As vLLM's: memory that is awake is not woken once more, and the scheduler goes on when nothing sleeps."""
+        self.calls.append(f"wake {tags}")
+        await asyncio.sleep(self.seconds.get("wake", 0))
+        wake(self.workers, tags)
+        if not any(worker.asleep for worker in self.workers):
+            self._paused = [False] * len(self._paused)
+
+    def fall_asleep(self, *more: str) -> None:
+        """All memory of all workers; ``more`` are tags beside those that all versions have."""
+        self._paused = [True] * len(self._paused)
+        for worker in self.workers:
+            worker.asleep = ("kv_cache", *more, "weights")
+
     async def collective_rpc(self, method: str, timeout: float | None = None, args: tuple[Any, ...] = ()) -> Any:
         """As vLLM's, which passes on the first replica's answers only."""
         return (await self._ask_all("collective_rpc", method, timeout, args, None))[0]
@@ -191,6 +205,10 @@ class ScriptedLLM:
     def get_world_size(self) -> int:
         return len(self.workers)
 
+    def wake_up(self, tags: list[str] | None = None) -> None:
+        self.threads.add(threading.get_ident())
+        wake(self.workers, tags)
+
     def collective_rpc(self, method: str, timeout: float | None = None, args: tuple[Any, ...] = ()) -> list[Any]:
         self.threads.add(threading.get_ident())
         self.lets_go.wait()
@@ -201,6 +219,16 @@ class ScriptedLLM:
 
     def update_weight_version(self, version: str) -> None:
         self.label = version
+
+
+def wake(workers: Sequence[ScriptedWorker], tags: list[str] | None) -> None:
+    """Map what sleeps of these tags, and whatever is of none that may be told apart. vLLM 0.26 maps what is awake a second time, which
+    CUDA refuses."""
+    for worker in workers:
+        wanted = set(tags or worker.asleep)
+        if not wanted <= set(worker.asleep):
+            raise RuntimeError(f"CUDA Error: {wanted - set(worker.asleep)} is mapped already")
+        worker.asleep = tuple(tag for tag in worker.asleep if tag in {"weights", "kv_cache"} - wanted)
 
 
 class _LLMEngine:

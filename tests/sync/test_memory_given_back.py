@@ -125,7 +125,7 @@ def test_a_trainer_whose_connection_breaks_may_take_back_while_its_round_lasts(m
     before = {name: tensor.clone() for name, tensor in weights.items()}
     for taken_back in (True, False):
         refill(weights)
-        latest = publisher.publish(2.0).version
+        latest = publisher.publish(timeout_s=2.0).version
         id = worker.receiver._round.id
         publisher._part._coordinator._pump.close()  # type: ignore[union-attr]
         until(lambda: not worker.receiver.joined)

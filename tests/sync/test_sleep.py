@@ -2,55 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from tests.support.scripted_vllm import Failure, ScriptedLLM, ScriptedVllm
+from tests.support.sleepy import SleepingModel
 
 from weightcast import Publisher
 from weightcast.commit.order import RoundOrder
 from weightcast.commit.worker_outcome import NO_VERSION
 from weightcast.engines.vllm.front import VllmControl
 from weightcast.errors import LoadError, RoundFailed, StateError
-from weightcast.layout import Layout
-from weightcast.layout.memory import Memory
-from weightcast.manifest import Manifest
 from weightcast.receiver.receiver import WAKE_HINT
-from weightcast.testing.local_engine import DictModel, LocalEngine
+from weightcast.testing.local_engine import LocalEngine
 from weightcast.trainer.clients.vllm import VllmClient
-
-
-class SleepingModel(DictModel):
-    """Its memory must not be touched while it is unmapped: that would end a process with a GPU."""
-
-    def __init__(self, tensors: Mapping[str, torch.Tensor], **options: Any) -> None:
-        self.unmapped = False
-        super().__init__(tensors, **options)
-
-    def why_asleep(self) -> str:
-        return "its weights are not mapped" if self.unmapped else ""
-
-    def _touch(self) -> None:
-        assert not self.unmapped, "unmapped memory was touched"
-
-    def layout(self, manifest: Manifest) -> Layout:
-        self._touch()
-        return super().layout(manifest)
-
-    def memory(self) -> Memory:
-        self._touch()
-        return super().memory()
-
-    def rebind(self, memory: Memory) -> None:
-        self._touch()
-        super().rebind(memory)
-
-    def load_weights(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
-        self._touch()
-        super().load_weights(tensors)
 
 
 def fresh() -> dict[str, torch.Tensor]:

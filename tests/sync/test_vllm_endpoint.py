@@ -10,6 +10,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 from tests.support.scripted_vllm import Failure, ScriptedVllm
 
+from weightcast.commit.worker_outcome import NO_VERSION
 from weightcast.engines.vllm.endpoint import WeightcastEndpoints
 from weightcast.errors import InvalidInput
 
@@ -43,6 +44,46 @@ async def test_without_development_mode_there_is_no_route_to_finish() -> None:
 async def test_vllms_other_routes_stay_its_own() -> None:
     async with await server(ScriptedVllm(), development=True) as client:
         assert (await client.get("/weight_info")).json() == {"stock": "/weight_info"}
+
+
+@pytest.mark.parametrize("development", [False, True])
+async def test_weights_that_were_lost_in_a_sleep_are_no_version_on_any_route(development: bool) -> None:
+    """vLLM's label would go on naming the version before."""
+    engine = ScriptedVllm(2)
+    for worker in engine.workers:
+        worker.version = "2-y"
+    engine.workers[1].version, engine.workers[1].dirty = NO_VERSION, True
+    engine.workers[0].version, engine.workers[0].dirty = NO_VERSION, True
+    engine.label = "2-y"
+    async with await server(engine, development=development) as client:
+        assert (await client.get("/weight_info")).json() == {"weight_version": NO_VERSION}
+        status = (await client.get("/weightcast/status")).json()
+        assert (status["weight_version"], status["digest"], status["ready"]) == (NO_VERSION, None, False)
+        for number, worker in enumerate(engine.workers):
+            worker.call("update", {"action": "commit", "round": number, "version": "3-z"})
+        expected = {"stock": "/weight_info"} if development else {"weight_version": "3-z"}
+        assert (await client.get("/weight_info")).json() == expected
+
+
+async def test_memory_is_woken_up_by_a_route() -> None:
+    engine = ScriptedVllm(2)
+    async with await server(engine, development=False) as client:
+        answer = await client.post("/weightcast/wake", json={"tags": []})
+        assert (answer.status_code, answer.json()["error"]["type"]) == (422, "Unsupported")
+        engine.vllm_config.model_config.enable_sleep_mode = True
+        engine.fall_asleep()
+        for tags, left in ((["weights"], ["kv_cache"]), (["weights"], ["kv_cache"]), ([], []), ([], [])):
+            assert engine.paused == (engine.workers[0].asleep != ())
+            answer = await client.post("/weightcast/wake", json={"tags": tags})
+            assert (answer.status_code, answer.json()) == (200, {"asleep": left})
+        assert engine.calls.count("wake ['weights']") == 1
+        assert not engine.paused
+        engine.fall_asleep()
+        engine.seconds["wake"] = 5.0
+        answer = await client.post("/weightcast/wake", json={"timeout_s": 0.1})
+        assert answer.json()["error"]["type"] == "DeadlineExceeded"
+        for body in ({"timeout_s": 0}, {"tags": "weights"}, {"tags": [""]}, {"more": 1}):
+            assert (await client.post("/weightcast/wake", json=body)).status_code == 422
 
 
 @pytest.mark.parametrize("body", [None, {}, {"weight_version": None}, {"weight_version": "3-z"}])

@@ -11,8 +11,8 @@ from tests.vllm.weights import replace
 
 from weightcast import Publisher
 from weightcast.engines.vllm import api
-from weightcast.errors import InvalidInput, PlanMismatch, RoundFailed, StateError
-from weightcast.testing.models import build_tiny_model, random_state_dict
+from weightcast.errors import InvalidInput, PlanMismatch, RoundFailed, StateError, Unsupported, WakeFailed
+from weightcast.testing.models import build_tiny_model, random_state_dict, save_checkpoint
 from weightcast.trainer.clients import VllmClient
 
 
@@ -143,12 +143,20 @@ def test_one_engine_given_twice_is_told(model: Path) -> None:
                 assert publisher.publish().digests_match
 
 
+def scripted_memory() -> dict[int, SimpleNamespace]:
+    """What vLLM's allocator records of weights, and of keys and values."""
+    return {
+        number: SimpleNamespace(tag=tag, is_asleep=False, handle=(0, 1 << 20, number, 0))
+        for number, tag in ((1, "weights"), (2, "kv_cache"))
+    }
+
+
 def test_a_worker_that_sleeps_touches_nothing_and_leaves(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """CPU workers do not sleep: the allocator is scripted, and vLLM's call is the one that its GPU worker would get."""
     from vllm.device_allocator.cumem import CuMemAllocator
     from vllm.v1.worker.gpu_worker import Worker
 
-    memory = {1: SimpleNamespace(tag="weights", is_asleep=False), 2: SimpleNamespace(tag="kv_cache", is_asleep=False)}
+    memory = scripted_memory()
     monkeypatch.setattr(CuMemAllocator, "instance", SimpleNamespace(pointer_to_data=memory))
     weights = random_state_dict(model)
     with offline.engine(model) as llm, Publisher(weights, [llm], timeout_s=60) as publisher:
@@ -179,3 +187,60 @@ def test_a_worker_that_sleeps_touches_nothing_and_leaves(model: Path, monkeypatc
             assert status() == (version, False, ("kv_cache",))
             assert offline.answers(llm) != before
             memory[2].is_asleep = False
+
+
+def test_one_call_wakes_publishes_releases_and_lets_vllm_go_on(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's own order of things: its core pauses the scheduler to sleep, and lets it go on when nothing sleeps any more."""
+    from vllm.device_allocator.cumem import CuMemAllocator
+
+    memory = scripted_memory()
+    monkeypatch.setattr(CuMemAllocator, "instance", SimpleNamespace(pointer_to_data=memory))
+    weights = random_state_dict(model)
+    with offline.engine(model) as llm, Publisher(weights, [llm], timeout_s=60) as publisher:
+        with pytest.raises(Unsupported, match="without sleep mode"):
+            publisher.publish(wake=True)
+        publisher.publish()
+        llm.llm_engine.vllm_config.model_config.enable_sleep_mode = True
+        worker = llm.llm_engine.model_executor.driver_worker.worker
+        core = llm.llm_engine.engine_core.engine_core
+
+        def sleep(level: int = 1) -> None:
+            worker.weight_transfer_engine.before_sleep(level)
+            for data in memory.values():
+                data.is_asleep = True
+
+        def wake_up(tags: list[str] | None = None) -> None:
+            for data in memory.values():
+                assert data.is_asleep or data.tag not in (tags or ()), "vLLM 0.26 would map it twice"
+                data.is_asleep = data.is_asleep and tags is not None and data.tag not in tags
+
+        monkeypatch.setattr(worker, "sleep", sleep)
+        monkeypatch.setattr(worker, "wake_up", wake_up)
+        released = 0
+
+        def release() -> None:
+            nonlocal released
+            released += 1
+            assert core.is_scheduler_paused()
+            assert not worker.weight_transfer_engine._engine.receiver.has_session
+            assert [data.is_asleep for data in memory.values()] == [False, True]
+
+        seen = [offline.answers(llm)]
+        for level in (2, 1, 2):
+            llm.sleep(level=level)
+            replace(weights, model)
+            if level == 1:
+                with pytest.raises(WakeFailed, match="no room"):
+                    publisher.publish(wake=True, release=lambda: (_ for _ in ()).throw(MemoryError("no room")))
+                assert core.is_scheduler_paused()
+            report = publisher.publish(wake=True, release=release)
+            assert report.digests_match
+            assert not core.is_scheduler_paused()
+            (answer,) = llm.collective_rpc("weightcast_call", args=("status", {}))
+            assert (answer["weight_version"], answer["dirty"], list(answer["asleep"])) == (report.version, False, [])
+            seen.append(offline.answers(llm))
+            assert all(seen[-1] != before for before in seen[:-1])
+        assert released == 3
+    path = save_checkpoint(model.parent / "fresh", weights, like=model)
+    with offline.engine(path) as llm:
+        assert offline.answers(llm) == seen[-1]

@@ -17,6 +17,8 @@ from weightcast.untrusted.known import known
 
 WEIGHTS = "weights"
 """vLLM's tag of the memory that weights lie in."""
+KEYS_AND_VALUES = "kv_cache"
+"""vLLM's tag of the memory that keys and values lie in. Memory of other tags comes back with either of the two."""
 NO_VERSION = "none"
 """What an engine serves whose weights were lost in its sleep."""
 
@@ -94,6 +96,18 @@ def why_asleep(outcomes: Sequence[WorkerOutcome]) -> str:
     """Why the workers' weights cannot be touched now; empty when they can."""
     asleep = [str(outcome.rank) for outcome in outcomes if WEIGHTS in outcome.asleep]
     return f"the weights of worker {', '.join(asleep)} are not mapped" if asleep else ""
+
+
+def asleep_tags(outcomes: Sequence[WorkerOutcome]) -> tuple[str, ...]:
+    """The tags of all memory that sleeps in any worker, in alphabetical order."""
+    return tuple(sorted({tag for outcome in outcomes for tag in outcome.asleep}))
+
+
+def tags_to_wake(outcomes: Sequence[WorkerOutcome], tags: Sequence[str]) -> list[str]:
+    """What vLLM is told to wake: those of the ``tags`` (all, where none are given) that sleep. vLLM 0.26 and 0.27 map memory that is
+    awake once more where they are told to wake it, so nothing else is named."""
+    asleep = asleep_tags(outcomes)
+    return [tag for tag in (WEIGHTS, KEYS_AND_VALUES) if tag in asleep and (not tags or tag in tags)]
 
 
 def sleeps(outcomes: Sequence[WorkerOutcome]) -> bool:

@@ -25,6 +25,11 @@ class LiveModel(ABC):
         return ""
 
     @property
+    def asleep_nbytes(self) -> int:
+        """Bytes of the engine that sleep and will be wanted back: what looks free is not there to be taken."""
+        return 0
+
+    @property
     def derived_nbytes(self) -> int:
         """What ``derive`` takes beside the memory that it is given; staging is refused where it does not fit."""
         return 0

@@ -66,7 +66,7 @@ def choose_place(model: LiveModel, areas: Sequence[int], copies: int, *, host: b
     Raises ShadowError where nothing has room.
     """
     nbytes, device = model.memory().nbytes, model.device
-    free = free_nbytes(device)
+    free = max(0, free_nbytes(device) - model.asleep_nbytes)
     beside = sum(areas) + model.derived_nbytes
     for count in range(1 if model.relocatable else copies, 0, -1):
         if (count * nbytes + beside) * CHECK_HEADROOM <= free:

@@ -33,11 +33,12 @@ def make_target(
     loaded: LoadedTensors | None,
     deadline: Deadline,
 ) -> tuple[Mode, Target]:
-    """A target over a layout of ``with_area`` in the mode that is wished: "auto" stages where a second copy fits on the device.
+    """A target over a layout of ``with_area`` in the mode that is wished: "auto" stages where a second copy fits on the device, and
+    nothing of the engine sleeps: an engine that computes nothing needs no staging, and what it gave up is not there to be taken.
 
     Raises ShadowError where "staged" does not fit. Workers of one host make theirs one after the other.
     """
-    if wish != "in_place":
+    if wish == "staged" or (wish == "auto" and not model.asleep_nbytes):
         try:
             with taking_memory(model.device, deadline):
                 place = choose_place(model, area_sizes(layout, loaded), copies, host=wish == "staged")

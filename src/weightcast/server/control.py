@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Mapping
+from collections.abc import (
+    Coroutine,
+    Mapping,
+    Sequence,
+)
 from typing import Any, Protocol, TypeVar
 
 from weightcast.commit.engines import AsyncEnginePort
@@ -32,6 +36,10 @@ class EngineControl(Protocol):
         """Leave the trainer; idempotent."""
         ...
 
+    async def wake(self, tags: Sequence[str]) -> tuple[str, ...]:
+        """Wake up what sleeps of the memory with these tags, or all of it; what sleeps on. Unsupported where nothing ever does."""
+        ...
+
     async def status(self) -> EngineStatus: ...
 
     async def details(self, with_checksums: bool) -> dict[str, Any]:
@@ -56,6 +64,11 @@ class EngineCommitter:
 
     async def shutdown(self) -> None:
         await self._engine.shutdown_weight_transfer_engine()
+
+    async def wake(self, tags: Sequence[str]) -> tuple[str, ...]:
+        raise Unsupported(
+            "this engine cannot sleep", hint="Publish without wake=, or to vLLM engines with sleep mode only"
+        )
 
     async def status(self) -> EngineStatus:
         return await self._engine.status()

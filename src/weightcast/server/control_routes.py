@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import (
+    Annotated,
+    Any,
+)
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Router
 
-from weightcast.errors import EngineError, InvalidInput
+from weightcast.deadline import Deadline
+from weightcast.errors import DeadlineExceeded, EngineError, InvalidInput
 from weightcast.manifest import Manifest, TensorSpec
 from weightcast.report.page import LIVE_PAGE, PAGE_HEADERS, render
 from weightcast.server.auth import TokenAuth, guards_of, presented_token
@@ -45,6 +50,13 @@ class RollbackBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     round: int
     pause: CommitPause = "keep"
     clear_cache: bool = True
+    timeout_s: float = 60.0
+
+
+class WakeBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """POST /weightcast/wake. ``tags`` are vLLM's; none: all memory."""
+
+    tags: tuple[Annotated[str, msgspec.Meta(min_length=1, max_length=64)], ...] = ()
     timeout_s: float = 60.0
 
 
@@ -88,6 +100,7 @@ class ControlRoutes:
             change("init", self.init, "Join a trainer's control channel", InitBody),
             change("commit", self.commit, "Bring a staged round live", CommitBody),
             change("rollback", self.rollback, "Return to the version before a round", RollbackBody),
+            change("wake", self.wake, "Wake up memory that sleeps", WakeBody),
             change("shutdown", self.shutdown, "Leave the trainer", None),
             Operation(
                 method="GET",
@@ -150,6 +163,17 @@ class ControlRoutes:
         body = await read_struct(request, RollbackBody, self._max_body_nbytes)
         return await self._carry_out(_order(body, version=""))
 
+    async def wake(self, request: Request) -> Response:
+        body = await read_struct(request, WakeBody, self._max_body_nbytes)
+        deadline = Deadline(_checked_timeout(body.timeout_s))
+        with self._timed("wake"):
+            try:
+                async with asyncio.timeout(deadline.limit_s()):
+                    asleep = await self._control.wake(body.tags)
+            except TimeoutError:
+                raise DeadlineExceeded(f"waking up took longer than {body.timeout_s:g} s") from None
+        return json_response({"asleep": asleep})
+
     async def shutdown(self, request: Request) -> Response:
         await self._control.shutdown()
         return json_response({"message": "Weight transfer shut down"})
@@ -209,8 +233,6 @@ def _order(body: RollbackBody, *, version: str) -> RoundOrder:
     for name in ("epoch", "round"):
         if not 0 <= getattr(body, name) < 1 << 63:
             raise InvalidInput(f"{name} must be a number from 0 to 2^63 - 1", field=name)
-    if not (math.isfinite(body.timeout_s) and 0 < body.timeout_s <= MAX_TIMEOUT_S):
-        raise InvalidInput(f"timeout_s must be above 0 and at most {MAX_TIMEOUT_S:g}", field="timeout_s")
     return RoundOrder(
         action="commit" if version else "rollback",
         epoch=body.epoch,
@@ -218,5 +240,11 @@ def _order(body: RollbackBody, *, version: str) -> RoundOrder:
         version=version,
         pause=body.pause,
         clear_cache=body.clear_cache,
-        timeout_s=body.timeout_s,
+        timeout_s=_checked_timeout(body.timeout_s),
     )
+
+
+def _checked_timeout(timeout_s: float) -> float:
+    if not (math.isfinite(timeout_s) and 0 < timeout_s <= MAX_TIMEOUT_S):
+        raise InvalidInput(f"timeout_s must be above 0 and at most {MAX_TIMEOUT_S:g}", field="timeout_s")
+    return timeout_s

@@ -13,9 +13,11 @@ from weightcast.transports.registry import registry
 class Holder:
     """Has a source made of what the user gave, and lets transports make the source's memory reachable, each once. Not thread-safe."""
 
-    def __init__(self, make: Callable[[], Source]) -> None:
-        self._make = make
+    def __init__(self, make: Callable[[], Source], *, lets_go: bool = False) -> None:
+        """``lets_go``: what is made anew stands for the same tensors of the user's, wherever they lie by then."""
+        self._make, self._lets_go = make, lets_go
         self.source = make()
+        self._is_let_go = False
         self._adopted: dict[str, Memory] = {}
 
     def renew(self) -> bool:
@@ -23,6 +25,10 @@ class Holder:
 
         Raises what making it raises, or StateError where the user gave the source itself; then the former one stays.
         """
+        if self._is_let_go:
+            self.source = self._make()
+            self._is_let_go = False
+            return True
         try:
             self.source.check_form()
         except StateError as error:
@@ -55,6 +61,13 @@ class Holder:
                 source.rebind(memory)
             self._adopted[name] = memory
         return source.memory is not before
+
+    def let_go(self) -> None:
+        """Refer to nothing of the user's memory, and have nothing beside it, until ``renew``. A stream keeps its windows, and the user's own
+        source stays as it is."""
+        if self._lets_go:
+            self.release()
+            self._is_let_go = True
 
     def release(self) -> None:
         """Close the source and give up what transports made of its memory; idempotent."""

@@ -18,11 +18,13 @@ from weightcast.sources import Source
 from weightcast.sources.holder import Holder
 from weightcast.trainer.clients import EngineClient, SyncEngine, make_client, twins
 from weightcast.trainer.clients.urls import engine_name
+from weightcast.trainer.colocated import Colocated, Release
 from weightcast.trainer.fleet.fleet import Fleet
 from weightcast.trainer.fleet.link import UNKNOWN, EngineLink
 from weightcast.trainer.fleet.numbers import Numbers
 from weightcast.trainer.fleet.places import refuse_idle
 from weightcast.trainer.fleet.presence import Presence, join_error, not_connected
+from weightcast.trainer.fleet.waking import Waking
 from weightcast.trainer.ranks import Ranks
 from weightcast.trainer.ranks.all_ranks import RANKS, SharedDigest
 from weightcast.trainer.records import Records
@@ -60,6 +62,7 @@ class FirstRank:
         self._fleet.engines = links
         self._presence = Presence(self._fleet, settings)
         self._numbers = Numbers(self._fleet, self.records.last_number)
+        self._colocated = Colocated(self._fleet, self._ranks)
         self._rounds = 0
         self._was_connected = False
 
@@ -122,8 +125,11 @@ class FirstRank:
     def remove(self, name: str, deadline: Deadline) -> None:
         self._ranks.collectively("remove", deadline, lambda: self._remove(name))
 
-    def publish(self, deadline: Deadline) -> Report:
-        return self._ranks.collectively("publish", deadline, lambda: self._publish(deadline))
+    def publish(self, deadline: Deadline, *, wake: bool, release: Release | None) -> Report:
+        def awake() -> Report:
+            return self._colocated.publish(lambda waking: self._publish(deadline, waking), release, deadline)
+
+        return self._ranks.collectively("publish", deadline, awake if wake else lambda: self._publish(deadline))
 
     # -- this rank's part of them
 
@@ -146,6 +152,12 @@ class FirstRank:
             self._take_up(is_other_form)
             raise
         self._take_up(is_other_form)
+
+    def _renew_where_let_go(self, deadline: Deadline) -> None:
+        """Look at sources anew that were let go of, so that their users could free memory."""
+        if self._colocated.has_let_go:
+            self._renew(deadline)
+            self._colocated.has_let_go = False
 
     def _take_up(self, is_other_form: bool) -> None:
         for engine in self._fleet.engines:
@@ -200,6 +212,7 @@ class FirstRank:
                     f"{link.name} is in the fleet already: it and {other.name} are one engine",
                     hint="connect() brings back an engine that was lost; remove() it to add it anew",
                 )
+        self._renew_where_let_go(deadline)
         self._check_settings()
         current = self._numbers.current()
         self._fleet.engines.append(link)
@@ -218,18 +231,24 @@ class FirstRank:
         self._presence.forget(engine)
         self._fleet.remove(engine)
 
-    def _publish(self, deadline: Deadline) -> Report:
+    def _publish(self, deadline: Deadline, waking: Waking | None = None) -> Report:
         if not self._fleet.engines:
             raise StateError("the fleet has no engine", hint="Give engines= or call add()")
         if not self._was_connected:
             self._renew(deadline)
             self._check_settings()
+        elif self._colocated.has_let_go:
+            self._renew_where_let_go(deadline)
         elif any(engine.broken for engine in self._fleet.engines):
             self._source.check_form()  # or an engine is told of a form that the source has no more
         timeline = Timeline()
+        asleep: dict[str, WeightcastError] = {}
+        if waking is not None:
+            with timeline.phase("wake"):
+                asleep = waking.weights(self._fleet.engines, deadline)
         asked = {engine.name for engine in self._fleet.engines if engine.version == UNKNOWN}
         with timeline.phase("gather"):
-            absent = self._presence.bring_up(self._fleet.engines, deadline, self._presence.patience(deadline))
+            absent = asleep | self._bring_up(asleep, deadline)
             if self._presence.is_too_little(absent):
                 self.records.keep_unconnected(absent)
                 raise (
@@ -257,6 +276,13 @@ class FirstRank:
             if self._presence.bring_up(engines, deadline):
                 raise
         return self._round(engines, self.next_number(), deadline, Timeline(), absent, check)
+
+    def _bring_up(self, asleep: Mapping[str, WeightcastError], deadline: Deadline) -> dict[str, WeightcastError]:
+        """Connect what is not connected, but for engines that could not be woken up: where all have to be there, nothing is tried."""
+        if self._presence.is_too_little(dict(asleep)):
+            return {}
+        engines = [engine for engine in self._fleet.engines if engine.name not in asleep]
+        return self._presence.bring_up(engines, deadline, self._presence.patience(deadline))
 
     def _round(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
@@ -77,7 +77,10 @@ class Publisher:
             deadline = Deadline(self._settings.timeout_s)
             _check_engines(engines)
             keeps = meeting is None or meeting.rank == 0
-            self._holder = Holder(partial(make_source, source, dtype=dtype, rename=rename, keeps=keeps))
+            self._holder = Holder(
+                partial(make_source, source, dtype=dtype, rename=rename, keeps=keeps),
+                lets_go=isinstance(source, torch.nn.Module | Mapping),
+            )
             if meeting is None:
                 refuse_idle(self._settings.unused, self._source.manifest)
                 check_complete(self._source.manifest, {0: self._source.layout}, hint=SHARDED_HINT)
@@ -208,9 +211,26 @@ class Publisher:
             for digest in self._part.expected.values():
                 digest.begin(self._source.memory)
 
-    def publish(self, stream: Stream | None = None, *, timeout_s: float | None = None) -> Report:
+    def publish(
+        self,
+        stream: Stream | None = None,
+        *,
+        timeout_s: float | None = None,
+        wake: bool = False,
+        release: Callable[[], object] | None = None,
+    ) -> Report:
         """Bring every engine to the next version, with the values of ``stream`` where the source is a StreamSource and this round's
         iterator is given here.
+
+        Args:
+            timeout_s: deadline of this call; None: the publisher's.
+            wake: for vLLM engines that sleep, as in colocated loops: wake their weights up, publish, have the engines give up all
+                that they hold of this trainer, call ``release`` on all ranks, and then wake the rest (keys and values) up in engines
+                that serve the new version. Unsupported by name where an engine cannot sleep. WakeFailed says that the version is
+                live, and what still sleeps.
+            release: frees the trainer's own memory, as by moving the model to the host and emptying torch's cache. Nothing here
+                refers to the module's memory meanwhile, and the next call takes the module up where it is by then. Each rank gives
+                its own; keys and values wake when those of all ranks have returned.
 
         When ``publish`` returns, every engine serves that version, proven by digest; with require="live", every engine whose report is
         ``ok``. A publisher that is not connected connects first and raises the errors of ``connect``. When ``publish`` raises
@@ -223,9 +243,11 @@ class Publisher:
         modes = Modes()
         with self._turns.take("publish"):
             deadline = self._begin(timeout_s)
+            if release is not None and not (wake and callable(release)):
+                raise InvalidInput("release is a function, called where wake=True", field="release")
             self._source.open(stream, modes)
             try:
-                return self._part.publish(deadline)
+                return self._part.publish(deadline, wake=wake, release=release)
             finally:
                 # What was prepared counts for one call, whatever came of it.
                 for digest in self._part.expected.values():

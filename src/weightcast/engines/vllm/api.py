@@ -274,11 +274,19 @@ def keeping_parameters(model: nn.Module) -> Iterator[None]:
 
 def sleeping_tags() -> tuple[str, ...]:
     """Tags of the memory that vLLM's sleep has unmapped in this process."""
+    return tuple(sorted({data.tag for data in _asleep()}))
+
+
+def sleeping_nbytes() -> int:
+    """Bytes that vLLM's sleep has unmapped in this process."""
+    return sum(int(data.handle[1]) for data in _asleep())
+
+
+def _asleep() -> list[Any]:
+    """vLLM's records of the memory that its sleep has unmapped: 0.26 to 0.33 keep them alike, whatever their pools and tags."""
     module = sys.modules.get("vllm.device_allocator.cumem")
     allocator = None if module is None else module.CuMemAllocator.instance
-    if allocator is None:
-        return ()
-    return tuple(sorted({data.tag for data in tuple(allocator.pointer_to_data.values()) if data.is_asleep}))
+    return [] if allocator is None else [data for data in tuple(allocator.pointer_to_data.values()) if data.is_asleep]
 
 
 Look = Callable[[nn.Module], None]

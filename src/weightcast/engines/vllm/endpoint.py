@@ -18,6 +18,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from weightcast.commit.worker_outcome import NO_VERSION
 from weightcast.engines.vllm.front import VllmControl
 from weightcast.engines.vllm.stock_routes import INIT, TOLD, OwnRoute, told
 from weightcast.server.auth import TokenAuth, guards_of
@@ -32,6 +33,7 @@ from weightcast.vllm_protocol.eras import BACKEND, has_backend
 
 TOKEN_VARIABLE = "WEIGHTCAST_TOKEN"
 FINISH = "/finish_weight_update"
+INFO = "/weight_info"
 
 
 class FinishBody(msgspec.Struct, kw_only=True):
@@ -72,8 +74,10 @@ class WeightcastEndpoints:
 
     def _before_stock(self, routes: list[Any]) -> list[Operation]:
         """What answers in place of vLLM's weight routes, those that it serves."""
-        stock = {path: route for route in routes if (path := getattr(route, "path", None)) in (*TOLD, FINISH)}
+        stock = {path: route for route in routes if (path := getattr(route, "path", None)) in (*TOLD, FINISH, INFO)}
         own = [self._told_operation(path, stock[path]) for path in TOLD if path in stock]
+        if INFO in stock:
+            own.append(self._info_operation(stock[INFO]))
         return [*own, self._finish_operation()] if FINISH in stock else own
 
     def _is_ours(self) -> bool:
@@ -95,6 +99,22 @@ class WeightcastEndpoints:
             init_info = msgspec.json.decode(body, type=known(_InitBody)).init_info
             await self._control.front.greet(init_info)
 
+    def _info_operation(self, theirs: Any) -> Operation:
+        """vLLM's label says nothing of weights that were lost in a sleep."""
+
+        async def handler(request: Request) -> Response:
+            if await self._control.front.is_empty():
+                return json_response({"weight_version": NO_VERSION})
+            return await told(theirs, _nothing)(request)
+
+        return Operation(
+            method="GET",
+            path=INFO,
+            handler=handler,
+            summary="As vLLM's; no version where weights were lost in a sleep",
+            tag=BACKEND,
+        )
+
     async def _check(self) -> None:
         await self._control.front.raise_outcome(closes=False)
 
@@ -112,7 +132,7 @@ class WeightcastEndpoints:
             ),
             Operation(
                 method="GET",
-                path="/weight_info",
+                path=INFO,
                 handler=self._weight_info,
                 summary="Which version is live",
                 tag=BACKEND,
@@ -154,3 +174,7 @@ class WeightcastEndpoints:
 
     async def _weight_info(self, request: Request) -> Response:
         return json_response({"weight_version": await self._control.front.get_weight_version()})
+
+
+async def _nothing() -> None:
+    """What is left to check of an answer that only tells."""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import (
+    Mapping,
+    Sequence,
+)
 from typing import Any
 
 import msgspec
@@ -11,7 +14,7 @@ import msgspec
 from weightcast.commit.joining import greeting, join_async, joining
 from weightcast.commit.order import RoundAnswer, RoundOrder, Serving
 from weightcast.commit.shells import OWED_S, AsyncCommitter
-from weightcast.commit.worker_outcome import WorkerOutcome, common_version, first_error, why_unfit
+from weightcast.commit.worker_outcome import NO_VERSION, WorkerOutcome, common_version, first_error, why_unfit
 from weightcast.content.live_tensors import tensor_digests
 from weightcast.deadline import Deadline
 from weightcast.engines.base import EngineStatus, LiveDigests
@@ -77,6 +80,10 @@ class VllmFront:
     async def get_weight_version(self) -> str:
         """What the workers say; vLLM's label may say anything. EngineError when they do not agree."""
         return common_version(await self._call("status"))
+
+    async def is_empty(self) -> bool:
+        """Whether weights were lost in a sleep, so that no version is served."""
+        return any(outcome.weight_version == NO_VERSION for outcome in await self._call("status"))
 
     async def checksums(self) -> dict[str, str]:
         outcomes = await self._call("checksums")
@@ -189,6 +196,9 @@ class VllmControl:
 
     async def shutdown(self) -> None:
         await self.front.shutdown_weight_transfer_engine()
+
+    async def wake(self, tags: Sequence[str]) -> tuple[str, ...]:
+        return await self.front.port.wake(tags)
 
     async def status(self) -> EngineStatus:
         return await self.front.status()

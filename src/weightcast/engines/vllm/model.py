@@ -69,6 +69,10 @@ class VllmModel(LiveModel):
     def why_asleep(self) -> str:
         return "vLLM has unmapped its weights" if WEIGHTS in api.sleeping_tags() else ""
 
+    @property
+    def asleep_nbytes(self) -> int:
+        return api.sleeping_nbytes()
+
     def memory(self) -> Memory:
         return self._mirror.live if self.relocatable else self._weights
 

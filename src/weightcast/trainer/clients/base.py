@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import msgspec
 
 from weightcast.deadline import Deadline, Seconds
-from weightcast.errors import AnswerLost as AnswerLost
-from weightcast.errors import EngineError
+from weightcast.errors import (
+    AnswerLost as AnswerLost,
+)
+from weightcast.errors import (
+    EngineError,
+    Unsupported,
+)
 from weightcast.quoted import NAME_CHARACTERS, quoted
 from weightcast.untrusted.known import known
+
+CANNOT_SLEEP_HINT = "Publish without wake=, or to vLLM engines with sleep mode only"
 
 PhaseName = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
 
@@ -76,6 +83,17 @@ class EngineClient(ABC):
     @abstractmethod
     def status(self, deadline: Deadline) -> Mapping[str, Any]:
         """Return the engine's status: at least ``weight_version``, ``digest`` (str or None), ``dirty`` and ``ready``."""
+
+    def wake(self, tags: Sequence[str], deadline: Deadline) -> tuple[str, ...]:
+        """Wake up what sleeps of the memory with these tags of vLLM's, or of all where none are given; what sleeps on.
+
+        An engine goes on computing when nothing sleeps any more. Unsupported where the engine cannot sleep.
+        """
+        raise Unsupported(f"an engine of kind {self.kind} cannot sleep", engine=self.name, hint=CANNOT_SLEEP_HINT)
+
+    def shutdown(self, deadline: Deadline) -> None:
+        """Have the engine leave the trainer, with all that it holds of the trainer's memory; asked of engines that can sleep."""
+        raise Unsupported(f"an engine of kind {self.kind} cannot sleep", engine=self.name, hint=CANNOT_SLEEP_HINT)
 
     def close(self) -> None:
         """Free the client. The engine is not touched."""

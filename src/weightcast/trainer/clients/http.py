@@ -8,7 +8,10 @@ read: its type names the weightcast error that is raised here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import (
+    Mapping,
+    Sequence,
+)
 from typing import TYPE_CHECKING, Any
 
 import httpcore
@@ -84,6 +87,16 @@ class HttpEngineClient(EngineClient):
     def tensor_digests(self, manifest: Manifest, deadline: Deadline) -> Mapping[str, Any]:
         """What lies in the live weights of each tensor of a checkpoint; Unsupported where the engine does not know."""
         return self._call("POST", "/weightcast/digests", deadline, {"tensors": manifest.tensors})
+
+    def wake(self, tags: Sequence[str], deadline: Deadline) -> tuple[str, ...]:
+        body = {"tags": tuple(tags), "timeout_s": deadline.limit_s()}
+        asleep = self._call("POST", "/weightcast/wake", deadline, body).get("asleep")
+        if not isinstance(asleep, list) or not all(isinstance(tag, str) for tag in asleep):
+            raise self._no_engine("POST /weightcast/wake answered 200 without saying what sleeps", _NO_ROUTES)
+        return tuple(asleep)
+
+    def shutdown(self, deadline: Deadline) -> None:
+        self._call("POST", "/weightcast/shutdown", deadline)
 
     def _call(self, method: str, path: str, deadline: Deadline, body: Any = None) -> dict[str, Any]:
         deadline.check(f"{method} {path}")

@@ -7,7 +7,10 @@ records: Ray would wrap an exception, and what it is called could not be told fr
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import (
+    Mapping,
+    Sequence,
+)
 from typing import Any
 
 import msgspec
@@ -53,6 +56,12 @@ class RayEngineClient(EngineClient):
     def status(self, deadline: Deadline) -> Mapping[str, Any]:
         status: Mapping[str, Any] = self._call("status", deadline)
         return status
+
+    def wake(self, tags: Sequence[str], deadline: Deadline) -> tuple[str, ...]:
+        return tuple(self._call("wake", deadline, tuple(tags)))
+
+    def shutdown(self, deadline: Deadline) -> None:
+        self._call("shutdown", deadline)
 
     def _call(self, method: str, deadline: Deadline, *arguments: Any) -> Any:
         import ray

@@ -7,7 +7,10 @@ update that succeeds lets it go on, whoever publishes it. The order of things is
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import (
+    Mapping,
+    Sequence,
+)
 from typing import Any
 
 from weightcast.commit.joining import join, joining
@@ -16,15 +19,25 @@ from weightcast.commit.shells import Committer
 from weightcast.commit.updates import update_info
 from weightcast.commit.worker_outcome import (
     WorkerOutcome,
+    asleep_tags,
     first_error,
     outcomes_from,
     require_all,
+    tags_to_wake,
     why_asleep,
     why_unfit,
 )
 from weightcast.deadline import Deadline
-from weightcast.errors import WeightcastError
-from weightcast.trainer.clients.base import CommitOrder, CommitReply, EngineClient
+from weightcast.errors import (
+    Unsupported,
+    WeightcastError,
+)
+from weightcast.trainer.clients.base import (
+    CANNOT_SLEEP_HINT,
+    CommitOrder,
+    CommitReply,
+    EngineClient,
+)
 from weightcast.trainer.clients.helper import Helper
 from weightcast.trainer.clients.orders import round_order, way_back
 
@@ -65,6 +78,14 @@ class RpcEngineClient(EngineClient):
     def name_version(self, version: str, deadline: Deadline) -> None:
         """Label what the engine's outputs are made with."""
 
+    def wake_up(self, tags: Sequence[str], deadline: Deadline) -> None:
+        """vLLM's ``wake_up``. Unsupported unless the engine can sleep."""
+        raise Unsupported(f"an engine of kind {self.kind} cannot sleep", engine=self.name, hint=CANNOT_SLEEP_HINT)
+
+    def require_sleep_mode(self) -> None:
+        """Raise Unsupported where it is known that the engine cannot sleep."""
+        return
+
     def may_sleep(self) -> bool:
         """Whether the engine may be asleep. Where that is not known its workers refuse by themselves."""
         return False
@@ -79,6 +100,16 @@ class RpcEngineClient(EngineClient):
     def status(self, deadline: Deadline) -> Mapping[str, Any]:
         outcomes = self.ask("status", {}, deadline)
         return status_of(outcomes)
+
+    def shutdown(self, deadline: Deadline) -> None:
+        self._raise_first(self.ask("shutdown", {}, deadline))
+
+    def wake(self, tags: Sequence[str], deadline: Deadline) -> tuple[str, ...]:
+        self.require_sleep_mode()
+        wanted = tags_to_wake(self.ask("status", {}, deadline), tags)
+        if wanted:
+            self.wake_up(wanted, deadline)
+        return asleep_tags(self.ask("status", {}, deadline))
 
     def commit(self, order: CommitOrder, deadline: Deadline) -> CommitReply:
         return CommitReply(phases=self._carry_out(round_order(order, deadline), deadline).phases)

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import (
+    Callable,
+    Mapping,
+    Sequence,
+)
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from weightcast.commit.joining import join, joining
@@ -18,7 +22,13 @@ from weightcast.trainer.clients.helper import Helper
 from weightcast.trainer.clients.in_loop import LoopCalls
 from weightcast.trainer.clients.orders import round_order, way_back
 from weightcast.trainer.clients.rpc import RpcEngineClient, status_of
-from weightcast.vllm_protocol.eras import may_sleep, offline_engine, require_backend, served_engine
+from weightcast.vllm_protocol.eras import (
+    may_sleep,
+    offline_engine,
+    require_backend,
+    require_sleep_mode,
+    served_engine,
+)
 from weightcast.vllm_protocol.eras.base import GONE_HINT
 from weightcast.vllm_protocol.eras.port import ServedPort
 
@@ -59,6 +69,12 @@ class VllmClient(RpcEngineClient):
 
     def may_sleep(self) -> bool:
         return may_sleep(self._engine.config)
+
+    def require_sleep_mode(self) -> None:
+        require_sleep_mode(self._engine.config, self.name)
+
+    def wake_up(self, tags: Sequence[str], deadline: Deadline) -> None:
+        self._run(lambda: self._engine.wake_up(tags), deadline)
 
     def world_size(self, deadline: Deadline) -> int:
         return self._run(self._engine.world_size, deadline)
@@ -130,6 +146,13 @@ class AsyncVllmClient(EngineClient):
 
     def status(self, deadline: Deadline) -> Mapping[str, Any]:
         return status_of(self._ask("status", {}, deadline))
+
+    def wake(self, tags: Sequence[str], deadline: Deadline) -> tuple[str, ...]:
+        asleep: tuple[str, ...] = _named(lambda: self._calls.run(self._port.wake(tags), deadline), self.name)
+        return asleep
+
+    def shutdown(self, deadline: Deadline) -> None:
+        self._raise_first(self._ask("shutdown", {}, deadline))
 
     def _ask(self, action: str, payload: Mapping[str, Any], deadline: Deadline) -> list[WorkerOutcome]:
         outcomes: list[WorkerOutcome] = _named(

@@ -5,7 +5,10 @@ They have no token: whoever reaches the server can use them. vLLM serves them wi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import (
+    Mapping,
+    Sequence,
+)
 from typing import Any
 from urllib.parse import urlencode
 
@@ -61,6 +64,9 @@ class VllmDevClient(RpcEngineClient):
     def resume(self, deadline: Deadline) -> None:
         self._call("POST", "/resume", deadline)
 
+    def wake_up(self, tags: Sequence[str], deadline: Deadline) -> None:
+        self._call("POST", "/wake_up", deadline, [("tags", tag) for tag in tags])
+
     def forget_cache(self, deadline: Deadline) -> None:
         answer = self._call("POST", "/reset_prefix_cache", deadline, {"reset_running_requests": "true"})
         if not answer.get("success"):
@@ -75,7 +81,7 @@ class VllmDevClient(RpcEngineClient):
         method: str,
         path: str,
         deadline: Deadline,
-        query: Mapping[str, str] | None = None,
+        query: Mapping[str, str] | Sequence[tuple[str, str]] | None = None,
         body: Any = None,
         *,
         may_be_absent: bool = False,

@@ -86,6 +86,11 @@ class Fleet:
             elif engine.broken is None:
                 engine.broken = "the source was made anew"
 
+    def let_go(self) -> None:
+        """Refer to nothing of the source's memory until it is looked at anew. For engines that have left."""
+        self._forget_memory()
+        self._holder.let_go()
+
     def _forget_memory(self) -> None:
         """What was compiled for the source's memory is of no use any more."""
         self.expected.clear()
@@ -223,6 +228,11 @@ class Fleet:
             worker.close_end()
         self.coordinator.forget_engine(engine.name, reason, settled=settled)
         engine.workers = []
+
+    def has_left(self, engine: EngineLink) -> None:
+        """An engine was asked to leave, and did: it joins again before its next round."""
+        self._close_workers(engine, "it has left")
+        engine.joined, engine.broken = False, "it left after its last round, and joins again for the next one"
 
     def remove(self, engine: EngineLink, *, settled: bool = True) -> None:
         """Dismiss an engine; it goes on with what it serves. ``settled``: it is in no round."""

@@ -38,6 +38,7 @@ from weightcast.trainer.ranks.orders import (
     Expect,
     Finish,
     Keep,
+    LetGo,
     Order,
     Pair,
     Refresh,
@@ -280,6 +281,22 @@ class Ranks:
             assert answer.layout is not None
             self._layouts[rank] = answer.layout
         return any(answer.moved for answer in answers.values())
+
+    def let_go(self, own: Callable[[], None], deadline: Deadline) -> None:
+        """Have all ranks release memory, this one by ``own``; returns, or raises the first error, when all have done so."""
+        posted = {rank: self.post(member, LetGo()) for rank, member in self._members.items()}
+        errors: list[Exception] = []
+        try:
+            own()
+        except Exception as error:  # noqa: BLE001 - the others are waited for in any case
+            errors.append(error)
+        for rank, number in posted.items():
+            try:
+                self.hear(rank, number, deadline, phase="release")
+            except WeightcastError as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
     def refresh(self, deadline: Deadline) -> None:
         """Have all ranks, this one too, hold the values to publish now."""

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import msgspec
 
-from weightcast.errors import ErrorForm, ProtocolError, RoundFailed, WeightcastError
+from weightcast.errors import (
+    ErrorForm,
+    ProtocolError,
+    RoundFailed,
+    WakeFailed,
+    WeightcastError,
+)
 from weightcast.layout import Layout
 from weightcast.manifest import Manifest
 from weightcast.plan import Copy
@@ -88,6 +94,10 @@ class Exhaust(Order, frozen=True, kw_only=True, tag="exhaust"):
     """Read the stream that you publish to its end and keep nothing: rank 0 reads its own, and gathers with you."""
 
 
+class LetGo(Order, frozen=True, kw_only=True, tag="let_go"):
+    """Engines hold nothing of your memory any more: call what your user gave to release it, if anything."""
+
+
 class Digest(Order, frozen=True, kw_only=True, tag="digest"):
     """Digest what was expected under a key; ``value`` in the answer."""
 
@@ -110,7 +120,7 @@ class Release(Order, frozen=True, kw_only=True, tag="release"):
 class Finish(Order, frozen=True, kw_only=True, tag="finish"):
     """The collective call is over: return this report (JSON, empty for none), or raise this error. Not answered.
 
-    ``causes``, ``serving`` and ``dirty`` are those of a RoundFailed.
+    ``causes``, ``serving``, ``dirty`` and ``asleep`` are those of a RoundFailed, or of a WakeFailed with its ``version``.
     """
 
     report: str = ""
@@ -118,19 +128,27 @@ class Finish(Order, frozen=True, kw_only=True, tag="finish"):
     causes: dict[str, ErrorForm] = {}
     serving: dict[str, str] = {}
     dirty: tuple[str, ...] = ()
+    asleep: dict[str, tuple[str, ...]] = {}
+    version: str = ""
 
     @classmethod
     def failed(cls, error: BaseException) -> Finish:
         """The end of a call that raised ``error``."""
         form = ErrorForm.of(error)
+        if isinstance(error, WakeFailed):
+            return cls(error=form, asleep=error.asleep, version=error.version)
         if not isinstance(error, RoundFailed):
             return cls(error=form)
         causes = {name: ErrorForm.of(cause) for name, cause in error.causes.items()}
-        return cls(error=form, causes=causes, serving=error.serving, dirty=error.dirty)
+        return cls(error=form, causes=causes, serving=error.serving, dirty=error.dirty, asleep=error.asleep)
 
     def raised(self) -> WeightcastError | None:
         """The error that the call raised on rank 0, if it raised one."""
         form = self.error
+        if form is not None and form.kind == WakeFailed.__name__:
+            return WakeFailed(
+                form.message, version=self.version, asleep=self.asleep, engine=form.engine, hint=form.hint
+            )
         if form is None or form.kind != RoundFailed.__name__:
             return None if form is None else form.error()
         causes = {name: cause.error() for name, cause in self.causes.items()}
@@ -141,6 +159,7 @@ class Finish(Order, frozen=True, kw_only=True, tag="finish"):
             causes=causes,
             serving=self.serving,
             dirty=self.dirty,
+            asleep=self.asleep,
             hint=form.hint,
         )
 
@@ -158,6 +177,7 @@ AnyOrder = (
     | Send
     | Refresh
     | Exhaust
+    | LetGo
     | Digest
     | Abort
     | Release

@@ -46,6 +46,7 @@ from weightcast.trainer.ranks.orders import (
     Expect,
     Finish,
     Keep,
+    LetGo,
     Pair,
     Refresh,
     Release,
@@ -80,6 +81,7 @@ class OtherRank:
         self.expected: dict[str, ExpectedDigest] = {}
         """Digests that rounds need of what this rank holds, by key."""
         self.last_report: Report | None = None
+        self._release: Callable[[], object] | None = None
         self._ends: dict[int, _KeptEnd] = {}
         self._orders: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
         self._lost: str | None = None
@@ -171,8 +173,13 @@ class OtherRank:
     def remove(self, name: str, deadline: Deadline) -> None:
         self.join("remove", deadline)
 
-    def publish(self, deadline: Deadline) -> Report:
-        report = self.join("publish", deadline)
+    def publish(self, deadline: Deadline, *, wake: bool, release: Callable[[], object] | None) -> Report:
+        """Rank 0 says whether engines are woken; ``release`` is this rank's own."""
+        self._release = release
+        try:
+            report = self.join("publish", deadline)
+        finally:
+            self._release = None
         if report is None:
             raise ProtocolError("trainer rank 0 ended a round without a report")
         self.last_report = report
@@ -279,6 +286,11 @@ class OtherRank:
                 self._source.refresh()
             case Exhaust():
                 self._source.exhaust()
+            case LetGo():
+                if self._release is not None:
+                    self.expected.clear()
+                    self._holder.let_go()
+                    self._release()
         return Answer()
 
     def _open(self, order: Pair) -> tuple[bytes, ...]:

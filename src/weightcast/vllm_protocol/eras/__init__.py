@@ -18,6 +18,7 @@ from weightcast.vllm_protocol.eras.base import (
     has_backend,
     may_sleep,
     require_backend,
+    require_sleep_mode,
 )
 
 _SERVED: tuple[type[ServedEngine], ...] = (v0_32.Served, v0_27.Served, v0_26.Served)
@@ -50,5 +51,6 @@ __all__ = [
     "may_sleep",
     "offline_engine",
     "require_backend",
+    "require_sleep_mode",
     "served_engine",
 ]

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import (
+    Mapping,
+    Sequence,
+)
 from typing import Any
 
-from weightcast.errors import EngineError, StateError
+from weightcast.errors import (
+    EngineError,
+    StateError,
+    Unsupported,
+)
 
 CALL = "weightcast_call"
 """The workers' method that ``collective_rpc`` reaches the backend by."""
@@ -83,6 +90,10 @@ class ServedEngine(ABC):
         processor = getattr(self.client, "output_processor", None)
         return 0 if processor is None else int(processor.get_num_unfinished_requests())
 
+    async def wake_up(self, tags: Sequence[str]) -> None:
+        """Map memory with these tags again, in every replica; vLLM lets its scheduler go on once nothing sleeps any more."""
+        await self.client.wake_up(list(tags))
+
     async def close_update(self) -> None:
         """vLLM's own ``finish_weight_update`` in every worker, without naming a version."""
         await self.client.finish_weight_update()
@@ -121,6 +132,10 @@ class OfflineEngine(ABC):
         answers: list[Any] = self.llm.collective_rpc(CALL, args=(action, dict(payload)))
         return answers
 
+    def wake_up(self, tags: Sequence[str]) -> None:
+        """Map memory with these tags again; vLLM lets its scheduler go on once nothing sleeps any more."""
+        self.llm.wake_up(list(tags))
+
     def forget_cache(self) -> None:
         """Drop cached keys and values; EngineError when refused."""
         if not self.llm.reset_prefix_cache():
@@ -150,6 +165,16 @@ NOT_FORGOTTEN = "vLLM keeps keys and values that former weights computed"
 def may_sleep(config: Any) -> bool:
     """Whether the engine was started with vLLM's sleep mode."""
     return bool(getattr(config.model_config, "enable_sleep_mode", False))
+
+
+def require_sleep_mode(config: Any, engine: str | None = None) -> None:
+    """Raise Unsupported where the engine was started without vLLM's sleep mode."""
+    if not may_sleep(config):
+        raise Unsupported(
+            "this vLLM was started without sleep mode, so it cannot sleep",
+            engine=engine,
+            hint="Start it with --enable-sleep-mode (enable_sleep_mode=True), or publish without wake=",
+        )
 
 
 def has_backend(config: Any) -> bool:

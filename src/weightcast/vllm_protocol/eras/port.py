@@ -7,15 +7,33 @@ heals the engine, maybe another process of the server, lets it go on.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Mapping
+from collections.abc import (
+    Awaitable,
+    Mapping,
+    Sequence,
+)
 from typing import Any, TypeVar
 
 from weightcast.commit.order import RoundOrder, Serving, Standing
 from weightcast.commit.updates import update_info
-from weightcast.commit.worker_outcome import WorkerOutcome, outcomes_from, require_all, sleeps, why_asleep
+from weightcast.commit.worker_outcome import (
+    WorkerOutcome,
+    asleep_tags,
+    outcomes_from,
+    require_all,
+    sleeps,
+    tags_to_wake,
+    why_asleep,
+)
 from weightcast.deadline import Deadline
 from weightcast.errors import EngineError, WeightcastError
-from weightcast.vllm_protocol.eras.base import GONE_HINT, ServedEngine, may_sleep, require_backend
+from weightcast.vllm_protocol.eras.base import (
+    GONE_HINT,
+    ServedEngine,
+    may_sleep,
+    require_backend,
+    require_sleep_mode,
+)
 
 T = TypeVar("T")
 
@@ -70,6 +88,14 @@ class ServedPort:
             await self._named(self.engine.resume())
         if was_held:
             await self.ask("hold", {"held": False})
+
+    async def wake(self, tags: Sequence[str]) -> tuple[str, ...]:
+        """Wake up what sleeps of these tags, or all of it where none are given; what sleeps on. Unsupported without sleep mode."""
+        require_sleep_mode(self.engine.config)
+        wanted = tags_to_wake(await self.ask("status"), tags)
+        if wanted:
+            await self._named(self.engine.wake_up(wanted))
+        return asleep_tags(await self.ask("status"))
 
     async def ask(self, action: str, payload: Mapping[str, Any] | None = None) -> list[WorkerOutcome]:
         """``weightcast_call`` in all workers of all replicas. Unsupported unless every worker answers."""
