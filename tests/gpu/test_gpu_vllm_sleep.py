@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
-from gpu_vllm import DIMENSIONS, answers, engine, tiny_model
+from gpu_vllm import DIMENSIONS, answers, engine, tiny_model, vllm_server
+from tests.support.verified import comparison
 
 from weightcast import Publisher
 from weightcast.errors import RoundFailed, StateError
@@ -120,3 +123,143 @@ def test_no_memory_stays_in_its_sleep(tmp_path: Path, mode: str) -> None:
             publisher.publish()
             llm.wake_up(["kv_cache"])
             answers(llm)
+
+
+def large_model(folder: Path) -> Path:
+    """About 500 MB in bf16: a copy of it that stayed would be seen."""
+    sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 4}
+    return build_tiny_model(folder, "qwen3", "bfloat16", **{**DIMENSIONS, **sizes})
+
+
+def module_of(path: Path) -> tuple[Any, int]:
+    """The model on the GPU, and its bytes."""
+    from transformers import AutoModelForCausalLM
+
+    module = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).cuda()
+    nbytes = sum(parameter.nbytes for parameter in module.parameters())
+    assert nbytes > 4 * TOLERANCE
+    return module, nbytes
+
+
+@torch.no_grad()
+def change(module: Any) -> dict[str, torch.Tensor]:
+    """Fresh values, and a copy of them on the host."""
+    for parameter in module.parameters():
+        parameter.copy_(torch.randn(parameter.shape, device=parameter.device) * 0.02)
+    return {name: value.detach().cpu().clone() for name, value in module.state_dict().items()}
+
+
+def until_in_use_is_below(nbytes: int) -> None:
+    end = time.monotonic() + 20
+    while in_use() >= nbytes and time.monotonic() < end:
+        time.sleep(0.05)
+    assert in_use() < nbytes, f"{in_use() - nbytes} bytes too many stay in use"
+
+
+@pytest.mark.parametrize("mode", ["in_place", "staged"])
+def test_no_memory_stays_when_trainers_have_left(tmp_path: Path, mode: str) -> None:
+    """Neither awake nor asleep has the card more in use than with an engine that never met a trainer."""
+    large = large_model(tmp_path / "m")
+    with engine(large, **SLEEPY) as llm:
+        answers(llm)
+        llm.sleep(level=2)
+        torch.cuda.empty_cache()
+        asleep = in_use()
+        llm.wake_up()
+        llm.collective_rpc("reload_weights")
+        module, nbytes = module_of(large)
+        torch.cuda.empty_cache()
+        awake = in_use()
+        for _ in range(2):
+            change(module)
+            torch.cuda.empty_cache()
+            with Publisher(module, [llm], timeout_s=120, mode=mode) as publisher:
+                publisher.publish()
+                if mode == "staged":
+                    assert in_use() - awake > nbytes - TOLERANCE, "the shadow is seen"
+            until_in_use_is_below(awake + TOLERANCE)
+            answers(llm)
+        llm.sleep(level=2)
+        until_in_use_is_below(asleep + nbytes + TOLERANCE)
+
+
+@pytest.mark.parametrize(("level", "mode"), [(2, "auto"), (1, "auto"), (2, "staged")])
+def test_one_call_around_a_sleep(tmp_path: Path, level: int, mode: str) -> None:
+    large = large_model(tmp_path / "m")
+    module, nbytes = module_of(large)
+    got, sets = [], []
+    with engine(large, **SLEEPY) as llm:
+        before = answers(llm)
+        with Publisher(module, [llm], timeout_s=120, mode=mode) as publisher:
+            for _ in range(2):
+                llm.sleep(level=level)
+                values = change(module)
+                seen: dict[str, Any] = {}
+
+                def release(seen: dict[str, Any] = seen) -> None:
+                    seen["asleep"] = served(llm)["asleep"]
+                    held = in_use()
+                    module.to("cpu")
+                    torch.cuda.empty_cache()
+                    seen["freed"] = held - in_use()
+
+                report = publisher.publish(wake=True, release=release)
+                assert report.digests_match
+                assert "kv_cache" in seen["asleep"]
+                assert "weights" not in seen["asleep"]
+                assert seen["freed"] > nbytes - TOLERANCE, "the trainer's memory is really free"
+                outcome = served(llm)
+                assert (outcome["weight_version"], outcome["dirty"]) == (report.version, False)
+                assert not outcome["asleep"]
+                got.append(answers(llm))
+                sets.append(values)
+                module.to("cuda")
+    assert got[0] != got[1]
+    assert before not in got
+    module.to("cpu")
+    for number, values in enumerate(sets):
+        assert expected(tmp_path / f"fresh-{number}", values, large) == got[number]
+
+
+def test_one_call_into_a_server_that_sleeps(tmp_path: Path) -> None:
+    """Its worker maps the trainer's memory from a process of its own: it has to let go of that for it to be freed."""
+    large = large_model(tmp_path / "m")
+    options = ("--enable-sleep-mode", "--enforce-eager")
+    with vllm_server(large, "weightcast", *options, VLLM_SERVER_DEV_MODE="1") as server:
+        token = server.token  # type: ignore[attr-defined]
+
+        def fall_asleep() -> None:
+            httpx.post(f"{server.url}/sleep?level=2", timeout=60, trust_env=False).raise_for_status()
+            info = httpx.get(f"{server.url}/weight_info", timeout=10, trust_env=False).json()
+            assert info["weight_version"] == "none"
+            status = httpx.get(f"{server.url}/weightcast/status", timeout=10, trust_env=False).json()
+            assert (status["weight_version"], status["ready"]) == ("none", False)
+
+        fall_asleep()
+        asleep = in_use()
+        module, nbytes = module_of(large)
+        with Publisher(module, [server.url], token=token, timeout_s=100) as publisher:
+            for number in range(2):
+                if number:
+                    fall_asleep()
+                values = change(module)
+                freed: list[int] = []
+
+                def release(freed: list[int] = freed) -> None:
+                    held = in_use()
+                    module.to("cpu")
+                    torch.cuda.empty_cache()
+                    freed.append(held - in_use())
+
+                report = publisher.publish(wake=True, release=release)
+                assert report.digests_match
+                assert freed[0] > nbytes - TOLERANCE
+                assert comparison(
+                    server.url, token, save_checkpoint(tmp_path / f"v{number}", values, like=large)
+                ).proven
+                server.answers()
+                module.to("cuda")
+        module.to("cpu")
+        torch.cuda.empty_cache()
+        fall_asleep()
+        until_in_use_is_below(asleep + 4 * TOLERANCE)
