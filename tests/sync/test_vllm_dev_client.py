@@ -60,6 +60,24 @@ def test_a_dirty_server_is_healed_by_another_trainer(server: DevServer) -> None:
     assert (engine.versions, engine.paused) == (["2-x", "2-x"], False)
 
 
+def test_a_scheduler_goes_on_when_nothing_sleeps_any_more(server: DevServer) -> None:
+    """Healed by a round while keys and values sleep: resuming the scheduler would have it compute with memory that is not mapped."""
+    client = VllmDevClient(server.url)
+    server.engine.workers[0].fails["commit"] = Failure(dirty=True)
+    with pytest.raises(LoadError):
+        commit(client, 1)
+    assert server.engine.paused
+    server.engine.fall_asleep()
+    assert client.wake(("weights",), Deadline(SOON)) == ("kv_cache",)
+    server.engine.calls.clear()
+    commit(client, 2)
+    assert server.engine.versions == ["2-x"] * 2
+    assert server.engine.paused
+    assert "resume" not in server.engine.calls
+    assert client.wake((), Deadline(SOON)) == ()
+    assert not server.engine.paused
+
+
 def test_a_cache_that_the_server_keeps_fails_the_round(server: DevServer) -> None:
     server.engine.keeps_cache = True
     with pytest.raises(EngineError, match="Failed to reset"):

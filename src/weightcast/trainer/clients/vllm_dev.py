@@ -15,6 +15,7 @@ from urllib.parse import urlencode
 import httpcore
 import msgspec
 
+from weightcast.commit.worker_outcome import sleeps
 from weightcast.deadline import Deadline
 from weightcast.errors import DeadlineExceeded, EngineError, PeerLost, Unsupported
 from weightcast.quoted import quoted
@@ -62,7 +63,9 @@ class VllmDevClient(RpcEngineClient):
         self.pause("keep", False, deadline)
 
     def resume(self, deadline: Deadline) -> None:
-        self._call("POST", "/resume", deadline)
+        """A scheduler whose keys and values sleep is let go on by whoever wakes them up, and not before."""
+        if not sleeps(self.ask("status", {}, deadline)):
+            self._call("POST", "/resume", deadline)
 
     def wake_up(self, tags: Sequence[str], deadline: Deadline) -> None:
         self._call("POST", "/wake_up", deadline, [("tags", tag) for tag in tags])
