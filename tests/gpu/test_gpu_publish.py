@@ -241,7 +241,7 @@ def test_a_state_dict_cannot_be_prepared(engine: PeerEngine) -> None:
     engine.build(SHAPES, mode="staged", device=DEVICE)
     with (
         Publisher(Policy().state_dict(), [engine], timeout_s=30) as publisher,
-        pytest.raises(Unsupported, match="publish\(\) copies"),
+        pytest.raises(Unsupported, match=r"publish\(\) copies"),
     ):
         publisher.prepare()
 
