@@ -17,7 +17,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +24,7 @@ from pathlib import Path
 import httpx
 from policy import NUM_TOKENS, PROMPTS, Learner, build
 
-from weightcast import Publisher
+from weightcast import Publisher, WeightcastError
 
 COMMANDS = {
     "embedded": ["weightcast", "serve", "--device", "cpu"],
@@ -51,22 +50,13 @@ def serve(engine: str, folder: Path, token: str) -> Iterator[str]:
     with log.open("wb") as output:
         server = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
     try:
-        end = time.monotonic() + START_TIMEOUT_S
-        while not healthy(f"http://127.0.0.1:{port}"):
-            if server.poll() is not None or time.monotonic() > end:
-                raise RuntimeError(f"the server did not come up:\n{log.read_text(errors='replace')[-4000:]}")
-            time.sleep(0.3)
         yield f"http://127.0.0.1:{port}"
+    except WeightcastError:
+        print(log.read_text(errors="replace")[-4000:], file=sys.stderr)
+        raise
     finally:
         server.terminate()
         server.wait(30)
-
-
-def healthy(url: str) -> bool:
-    try:
-        return httpx.get(url + "/health", timeout=5, trust_env=False).status_code == 200
-    except httpx.TransportError:
-        return False
 
 
 def sample(client: httpx.Client) -> list[list[int]]:
@@ -97,6 +87,7 @@ def main() -> None:
             httpx.Client(base_url=url, timeout=60, trust_env=False) as client,
             Publisher(learner.model, [url], token=token) as publisher,
         ):
+            publisher.connect(wait_s=START_TIMEOUT_S)
             for step in range(options.steps):
                 report = publisher.publish()
                 assert report.digests_match, report

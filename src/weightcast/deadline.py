@@ -79,7 +79,9 @@ class Deadline:
     def check(self, waiting_for: str) -> None:
         """Raise DeadlineExceeded when the moment has passed."""
         if self.cancelled:
-            raise DeadlineExceeded(f"{waiting_for} was called off")
+            raise DeadlineExceeded(
+                f"{waiting_for} was called off", hint="The publisher is being closed, or the engine is gone"
+            )
         if self.passed:
             raise DeadlineExceeded(f"{waiting_for} took longer than {self.timeout_s:g} s")
 

@@ -40,7 +40,7 @@ class WeightcastError(Exception):
     """The base of all errors. ``str()`` gives the message, the place where the error happened, and the hint that says what to do."""
 
     http_status = 500
-    default_hint: ClassVar[str | None] = "See the log of the process that it comes from"
+    default_hint: ClassVar[str | None] = "See the log of the process that the error comes from"
 
     def __init__(
         self,
@@ -121,7 +121,7 @@ class StateError(WeightcastError):
     """The call is correct, but not allowed in the present state: another trainer is connected, the engine sleeps, the publisher is closed."""
 
     http_status = 409
-    default_hint = "Wait for what it names, then call again"
+    default_hint = "Nothing was changed; call again when that is no longer so"
 
 
 class BaseMismatch(StateError):
@@ -134,14 +134,14 @@ class AuthError(WeightcastError):
     """A token, a ticket or a key is missing, wrong, used or out of date."""
 
     http_status = 401
-    default_hint = "Give the server's token; connect() makes a new ticket"
+    default_hint = "Give the token that the server was started with"
 
 
 class Unsupported(WeightcastError, NotImplementedError):
     """A case that weightcast does not handle; the hint says what to do instead."""
 
     http_status = 422
-    default_hint = "Use what the message says is supported"
+    default_hint = "Do without what the message names"
 
 
 class ProtocolError(WeightcastError):
@@ -168,7 +168,7 @@ class LoadError(WeightcastError):
 class DigestMismatch(WeightcastError):
     """The bytes that arrived are not the bytes that were published. They did not go live, or were taken back."""
 
-    default_hint = "Publish again; if it stays, tensors change while publish() runs, or memory is faulty"
+    default_hint = "Publish again; if the error stays, tensors change while publish() runs, or memory is faulty"
 
 
 class ShadowError(WeightcastError):
@@ -186,7 +186,7 @@ class TransportError(WeightcastError):
 class PeerLost(TransportError):
     """The process on the other side is gone."""
 
-    default_hint = "Restart it if nothing else does, then publish again"
+    default_hint = "Restart that process if nothing else does, then publish again"
 
     def __init__(self, message: str, *, reached: bool = True, **about: Any) -> None:
         super().__init__(message, **about)
@@ -213,7 +213,7 @@ class AnswerLost(PeerLost):
 class DeadlineExceeded(WeightcastError, TimeoutError):
     """A wait ended because its deadline passed."""
 
-    default_hint = "See what that process does; if it is only slow, give more timeout_s"
+    default_hint = "See what keeps the other side; if it is only slow, give more timeout_s"
 
 
 class EngineError(WeightcastError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from safetensors.torch import save_file
 from tests.support.engine_process import TOKEN, EngineProcess, values_of
 from tests.support.ports import HeldPort
@@ -19,7 +21,11 @@ from typer.testing import CliRunner, Result
 
 import weightcast
 from weightcast import Publisher
-from weightcast.cli import app
+from weightcast.cli import app, progress
+from weightcast.cli.shared import console, print_table
+from weightcast.cli.status import status_table
+from weightcast.trainer.clients import HttpEngineClient
+from weightcast.trainer.progress import Step
 
 HTTP_ONLY = (("--help",), ("status", "--help"), ("push", "--help"), ("watch", "--help"), ("serve", "--help"))
 
@@ -101,6 +107,13 @@ def test_a_piped_table_has_whole_cells(engine: EngineProcess, gone: str) -> None
     assert lost.rstrip().endswith("Connection refused")
 
 
+def test_what_an_engine_does_not_know_is_a_dash(capsys: pytest.CaptureFixture[str]) -> None:
+    client = HttpEngineClient("http://127.0.0.1:9")
+    row = {"model": "m", "weight_version": "1-a", "digest": None, "ready": True, "num_running": 0, "num_waiting": None}
+    print_table(console(), status_table([client], [row]))
+    assert capsys.readouterr().out.splitlines()[1].split() == [client.name, "m", "1-a", "-", "ready", "0", "-", "-"]
+
+
 def test_status_as_json_has_all_that_an_engine_says(engine: EngineProcess, gone: str) -> None:
     ended = run("status", engine.url, gone, "--json")
     assert ended.returncode == 1
@@ -172,6 +185,40 @@ def test_a_push_is_read_in_short_lines(engine: EngineProcess, tmp_path: Path) ->
     assert "\ntransport tcp (shm: the engine opens no files in " in pushed.stdout
     assert "cuda" not in pushed.stdout, "what is for GPUs is not news on a CPU"
     assert len(next(line for line in pushed.stdout.splitlines() if line.startswith(engine.url)).rstrip()) < 80
+
+
+def test_a_push_says_what_it_is_doing_and_keeps_it_off_the_report(engine: EngineProcess, tmp_path: Path) -> None:
+    pushed = run_here("push", checkpoint_of(9, tmp_path), "--to", engine.url, "--wait", 5, "--json")
+    assert told(pushed)["outcome"] == "committed"
+    said = [line.partition(" s  ")[2] for line in pushed.stderr.splitlines() if " s  " in line]
+    for phase in (
+        "loading",
+        "waiting for the server",
+        "connecting",
+        "joining",
+        "recording",
+        "transferring",
+        "committing",
+    ):
+        assert any(line.startswith(phase) for line in said), (phase, pushed.stderr)
+    assert any(line == "transferring, 1 of 1 workers" for line in said)
+    assert run_here("push", tmp_path, "--to", engine.url, "--quiet").stderr == ""
+
+
+def test_a_step_that_takes_long_is_said_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "AGAIN_S", 0.05)
+    out = io.StringIO()
+    with progress.ShownProgress(Console(file=out, width=200)) as shown:
+        shown.tell(Step(phase="record", engine="e"))
+        _wait(lambda: "recording where tensors go e ..." in out.getvalue())
+
+
+def test_a_bar_in_a_terminal_goes_on_with_each_phase() -> None:
+    out = io.StringIO()
+    with progress.ShownProgress(Console(file=out, width=100, force_terminal=True)) as shown:
+        for phase in ("connect", "record", "transfer", "commit"):
+            shown.tell(Step(phase=phase, total=4, done=2))
+    assert "committing, 2 of 4 workers" in out.getvalue()
 
 
 def _wait(condition: Any, seconds: float = 30.0) -> None:

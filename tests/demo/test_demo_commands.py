@@ -233,7 +233,7 @@ def test_half_of_a_model_is_neither_pushed_nor_called_equal(more: dict[str, obje
         assert "equal, but for" in told.output
         assert weightcast("verify", url, "--checkpoint", whole, "--unused", "no.such.*").exit_code == 1
 
-        report = json.loads(weightcast("push", whole, "--to", url, "--unused", pattern, "--json").output)
+        report = json.loads(weightcast("push", whole, "--to", url, "--unused", pattern, "--json").stdout)
         assert set(report["unused"]) == set(wanted) - set(before)
 
 
@@ -471,4 +471,4 @@ def test_an_interrupted_demo_leaves_no_server(number: signal.Signals, tmp_path: 
 def test_reports_of_pushes_are_json(server: ServerProcess, checkpoint: Path) -> None:
     pushed = weightcast("push", checkpoint, "--to", server.url, "--mode", "in_place", "--json", token=server.token)
     assert pushed.exit_code == 0, pushed.output
-    assert json.loads(pushed.output)["mode"] == "in_place"
+    assert json.loads(pushed.stdout)["mode"] == "in_place"

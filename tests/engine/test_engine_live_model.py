@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -186,6 +188,15 @@ def test_a_wrong_shape_in_the_manifest_is_a_mismatch(moe):
     live, weights = moe
     with pytest.raises(PlanMismatch, match=r"model\.norm\.weight"):
         live.layout(_manifest({**weights, "model.norm.weight": torch.randn(3)}))
+
+
+def test_a_model_of_another_size_is_named_by_its_first_tensors(moe):
+    live, weights = moe
+    with pytest.raises(PlanMismatch) as caught:
+        live.layout(_manifest({name: torch.randn(3, 3) for name in weights}))
+    assert len(caught.value.message) < 600
+    assert caught.value.message.count(" has shape (3, 3), the model needs ") <= 4
+    assert re.search(r" and \d+ more$", caught.value.message)
 
 
 def test_tensors_without_a_use_are_absent_from_the_layout(moe):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from weightcast.engines.embedded import LLM, EngineConfig, attention, loading
+from weightcast.engines.embedded import LLM, EngineConfig, attention, engine, loading
 from weightcast.engines.embedded.support import probe
 from weightcast.errors import InvalidInput, Unsupported
 from weightcast.testing.models import build_tiny_model
@@ -168,11 +168,6 @@ def test_bad_arguments(tmp_path: Path, field: str, value: Any) -> None:
     assert caught.value.field == field
 
 
-def test_a_model_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(InvalidInput, match="no model can be read"):
-        LLM(tmp_path / "nothing")
-
-
 def test_dummy_weights_come_from_the_seed(tmp_path: Path, start: Any) -> None:
     folder = build_tiny_model(tmp_path / "m")
     for file in folder.glob("*.safetensors"):
@@ -184,3 +179,45 @@ def test_dummy_weights_come_from_the_seed(tmp_path: Path, start: Any) -> None:
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("given", "field", "said"),
+    [
+        ({"device": "tpu"}, "device", "no device 'tpu' to run on.*Choose cpu, cuda"),
+        ({"device": "meta"}, "device", "no device 'meta'"),
+        ({"device": "cuda:99"}, "device", "cuda:99 was asked for, and torch sees .*Choose another device"),
+        ({"model": "./nope"}, "model", "there is no folder .*/nope.*Give a folder, or a hub's name"),
+        ({"model": "~/nope/nope"}, "model", "there is no folder /.*~/nope/nope"),
+        ({"model": Path("nope")}, "model", "there is no folder"),
+        ({"model": ""}, "model", "model is empty"),
+        ({"tokenizer": "/nope"}, "tokenizer", "there is no folder /nope"),
+        ({"num_threads": 100_000}, "num_threads", "more than 1024.*This machine has"),
+    ],
+)
+def test_what_cannot_work_is_said_before_anything_is_loaded(
+    given: dict[str, Any], field: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "load_model", lambda config: pytest.fail("a model was loaded"))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InvalidInput, match=said) as caught:
+        LLM(**{"model": tmp_path, "device": "cpu", **given})
+    assert caught.value.field == field
+
+
+def test_a_folder_without_a_model_and_a_file_are_named_for_what_they_are(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match=f"{tmp_path} has no config.json.*save_pretrained"):
+        LLM(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InvalidInput, match=f"is a file, and the model is a folder. Give the folder: {tmp_path}"):
+        LLM(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize(
+    ("backend", "said"), [("nccl", "needs a GPU"), ("x", "no weight transfer backend 'x'. Known: ")]
+)
+def test_a_backend_that_cannot_work_is_refused_before_the_model_is_read(
+    backend: str, said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(Unsupported, match=said):
+        LLM(tmp_path / "nope", device="cpu", weight_transfer_config={"backend": backend})

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from record_views import SHAPES, random_chain
 
-from weightcast.errors import ErrorForm, LoadError, Unsupported
+from weightcast.errors import ErrorForm, LoadError, PlanMismatch, Unsupported
 from weightcast.layout import image_layout
 from weightcast.layout.memory import Memory
 from weightcast.manifest import Manifest, TensorSpec
@@ -358,10 +358,18 @@ def test_a_failing_loader_is_a_load_error_with_its_traceback():
         record(load, {"w": random_tensor((2,))}, {"p": random_tensor((2,))})
     assert "\n" not in caught.value.message
     assert "in load" in ErrorForm.of(caught.value).trace
-    wrong_shape = lambda w: parameters["p"].copy_(w["w"])  # noqa: E731
-    parameters = {"p": random_tensor((3,))}
-    with pytest.raises(LoadError, match="must match"):
-        record(wrong_shape, {"w": random_tensor((2,))}, parameters)
+
+
+def test_tensors_of_other_sizes_are_a_mismatch_that_names_the_last_without_a_traceback():
+    def asserts(w):
+        for name, tensor in w.items():
+            assert tensor.shape == parameters[name].shape
+
+    parameters = {"v": random_tensor((2,)), "p": random_tensor((3,))}
+    for load, told in ((asserts, ""), (lambda w: parameters["p"].copy_(w["p"]), ".*must match")):
+        with pytest.raises(PlanMismatch, match=rf"last tensor taken: v, \(2,\) float32\){told}") as caught:
+            record(load, {"v": random_tensor((2,)), "p": random_tensor((2,))}, parameters)
+        assert not ErrorForm.of(caught.value).trace
 
 
 def test_new_parameters_and_kept_tensors_are_refused():

@@ -123,6 +123,12 @@ def test_refuses_bad_options(model: Path, arguments: tuple[str, ...], wanted: st
     assert wanted in refused(model, *arguments)
 
 
+def test_refuses_what_is_not_there_before_the_model_is_loaded(model: Path, tmp_path: Path) -> None:
+    said = refused(model, "--port", 0, "--ready-file", tmp_path / "nope" / "ready")
+    assert f"there is no folder {tmp_path / 'nope'}" in said
+    assert "InvalidInput: there is no device 'tpu' to run on" in refused(model, "--port", 0, "--device", "tpu")
+
+
 def test_refuses_a_missing_model(tmp_path: Path) -> None:
     assert str(tmp_path / "nothing") in refused(tmp_path / "nothing").replace(os.linesep, "")
 

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from tests.sync.test_several_ranks import process_group
@@ -11,6 +12,8 @@ from torch import nn
 
 from weightcast import Publisher
 from weightcast.errors import InvalidInput, PlanMismatch, RoundFailed
+from weightcast.layout import Layout
+from weightcast.manifest import Manifest
 from weightcast.manifest.names import patterns_for, renaming_hint
 from weightcast.testing.local_engine import DictModel, LocalEngine
 from weightcast.testing.ranks import run_ranks
@@ -98,6 +101,30 @@ def test_a_tensor_without_a_place_is_named_and_may_be_left_out(start: Start, kin
             assert report.unused == ("layers.0.norm.weight", "layers.1.norm.weight", "layers.1.q.weight")
             assert "without 3 unused tensors" in str(report)
             assert arrived(engine, weights)
+
+
+class Clipping(DictModel):
+    """Takes as many rows of a larger tensor as fit, as loaders of some engines do."""
+
+    def layout(self, manifest: Manifest) -> Layout:
+        fits = {spec.name: self.parameters()[spec.name].shape[0] for spec in manifest.tensors}
+        cut = Manifest.of(msgspec.structs.replace(s, shape=(fits[s.name], *s.shape[1:])) for s in manifest.tensors)
+        return super().layout(cut)
+
+
+def test_a_larger_model_is_refused_where_the_engine_would_take_a_part_of_it(start: Start) -> None:
+    small = random_weights()
+    larger = {name: torch.randn(value.shape[0] + 2, *value.shape[1:]) for name, value in small.items()}
+    larger["layers.0.norm.weight"] = torch.randn(small["layers.0.norm.weight"].shape)
+    engine = start([Clipping(small)])
+    with (
+        Publisher(larger, [engine], timeout_s=20) as publisher,
+        pytest.raises(PlanMismatch, match=r"5 of 6 .* only in part: embed.weight \(36, 12\) \(408 of 432 elements\)"),
+    ):
+        publisher.connect()
+    assert engine.models[0].holds(small)
+    with Publisher(larger, [engine], timeout_s=20, unused=["*"]) as publisher:
+        assert set(publisher.publish().unused) == set(larger) - {"layers.0.norm.weight"}, "the user knows better"
 
 
 @pytest.mark.parametrize("kind", ["one", "rows", "parts"])

@@ -34,7 +34,10 @@ async def test_a_round_in_every_worker_of_every_replica(era: str) -> None:
     assert client.versions == ["1-x"] * 4
     assert client.label == ("default" if era == "0.26" else "1-x")
     assert not client.paused
-    assert (await control.status()).weight_version == "1-x"
+    status = await control.status()
+    assert status.weight_version == "1-x"
+    unknown = ("num_waiting", "num_kv_tokens", "num_generated_tokens", "num_preemptions")
+    assert {name: getattr(status, name) for name in unknown} == dict.fromkeys(unknown), "not known is not zero"
 
 
 async def test_an_answer_of_some_workers_only_is_refused() -> None:

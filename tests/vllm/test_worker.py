@@ -82,6 +82,26 @@ def test_a_dirty_engine_takes_no_request_until_it_is_healed(model: Path, monkeyp
         offline.answers(llm)
 
 
+def test_a_model_of_another_size_is_a_mismatch(model: Path, tmp_path: Path) -> None:
+    wide = build_tiny_model(tmp_path / "wide", "qwen3", dtype="bfloat16", head_dim=32, intermediate_size=144)
+    tall = build_tiny_model(tmp_path / "tall", "qwen3", dtype="bfloat16", head_dim=32, vocab_size=640)
+    with offline.engine(model) as llm:
+        served = offline.answers(llm)
+        for other in (wide, tall):
+            with (
+                Publisher(random_state_dict(other), [llm], timeout_s=60) as publisher,
+                pytest.raises(
+                    PlanMismatch,
+                    match=r"(refuses a tensor of this form|land only in part).*Publish the model that the engine serves",
+                ) as told,
+            ):
+                publisher.connect()
+            assert "Traceback" not in "".join(
+                [str(told.value), told.value.remote_trace, *getattr(told.value, "__notes__", [])]
+            )
+        assert offline.answers(llm) == served
+
+
 def test_tensors_without_a_place_and_tied_ones_with_other_values_are_refused(tmp_path: Path) -> None:
     """More layers, biases, a value head; the reverse; two values for the weight that embedding and head share."""
 

@@ -150,7 +150,7 @@ def _tried(name: str, timeout_s: float) -> Finding:
     try:
         trip = try_transport(name, timeout_s=timeout_s)
     except WeightcastError as error:
-        return Finding(topic="transport", name=name, state="no", text=str(error))
+        return Finding(topic="transport", name=name, state="no", text=error.message)
     rate = trip.nbytes / trip.seconds / 1e9
     text = f"{format_bytes(trip.nbytes)} to another process in {trip.seconds * 1e3:.1f} ms ({rate:.2f} GB/s), exact"
     return Finding(topic="transport", name=name, state="ok", text=text)

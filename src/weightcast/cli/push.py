@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from weightcast.cli.progress import ShownProgress
 from weightcast.cli.shared import (
     JsonOption,
     RenameOption,
@@ -60,12 +62,25 @@ def command(
     pause: Annotated[Pause, typer.Option(help="Requests in flight: freeze, finish, end, or leave alone.")] = Pause.keep,
     unused: UnusedOption = None,
     rename: RenameOption = None,
+    check_finite: Annotated[
+        bool,
+        typer.Option("--check-finite", help="Refuse values that are NaN or infinite, by the names of their tensors."),
+    ] = False,
     takeover: Annotated[bool, typer.Option("--takeover", help="Also when a trainer is connected: it is left.")] = False,
     timeout: TimeoutOption = 300.0,
+    wait: Annotated[
+        float | None,
+        typer.Option(
+            min=0.001,
+            help="Seconds to wait for servers that are not there yet, or still load their model, before the deadline counts.",
+            show_default=False,
+        ),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress on standard error.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Stream CHECKPOINT into running engines: all of them serve it afterwards, or none does."""
-    with reported_errors(as_json=as_json):
+    with reported_errors(as_json=as_json), contextlib.nullcontext() if quiet else ShownProgress() as progress:
         report = _push(
             checkpoint,
             to,
@@ -78,6 +93,9 @@ def command(
             unused=unused or [],
             rename=rename or [],
             timeout_s=timeout,
+            wait_s=wait,
+            check_finite=check_finite,
+            progress=progress,
         )
     if as_json:
         typer.echo(report.to_json())
@@ -100,12 +118,19 @@ def _push(
     unused: list[str],
     rename: list[str],
     timeout_s: float,
+    wait_s: float | None,
+    check_finite: bool,
+    progress: ShownProgress | None,
 ) -> Report:
+    if progress is not None:
+        progress.say("load")
     from weightcast import Publisher
     from weightcast.deadline import Deadline
     from weightcast.sources import SafetensorsSource
     from weightcast.sources.renaming import renames
 
+    if progress is not None:
+        progress.say("read")
     with Publisher(
         SafetensorsSource(checkpoint, device=device, deadline=Deadline(timeout_s), rename=renames(rename)),
         engines=urls,
@@ -116,8 +141,10 @@ def _push(
         pause=pause.value,
         takeover=takeover,
         unused=unused,
+        check_finite=check_finite,
+        on_progress=None if progress is None else progress.tell,
     ) as publisher:
-        publisher.connect()
+        publisher.connect(wait_s=wait_s)
         report: Report = publisher.publish()
     return report
 

@@ -12,10 +12,14 @@ from typing import Annotated, Any
 import typer
 
 from weightcast.cli.shared import TokenFileOption, TokenOption, chosen_token, reported_errors
+from weightcast.errors import InvalidInput
 from weightcast.untrusted.secret import usable_token
 
 ROOT_VARIABLE = "WEIGHTCAST_CHECKPOINT_ROOT"
 API_KEY_VARIABLE = "WEIGHTCAST_API_KEY"
+TRANSFER_CONFIG_HINT = (
+    'Give an object such as {"backend": "weightcast", "mode": "staged"}, in single quotes of the shell'
+)
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8000
 
 
@@ -146,8 +150,6 @@ def command(
 
 
 def _transfer_config(text: str | None, wait_for_weights: bool) -> dict[str, Any]:
-    from weightcast.errors import InvalidInput
-
     config: dict[str, Any] = {}
     if text is not None:
         import json
@@ -156,10 +158,16 @@ def _transfer_config(text: str | None, wait_for_weights: bool) -> dict[str, Any]
             config = json.loads(text)
         except ValueError as error:
             raise InvalidInput(
-                f"--weight-transfer-config is not JSON: {error}", field="weight_transfer_config"
+                f"--weight-transfer-config is not JSON: {error}",
+                field="weight_transfer_config",
+                hint=TRANSFER_CONFIG_HINT,
             ) from None
         if not isinstance(config, dict):
-            raise InvalidInput("--weight-transfer-config must be a JSON object", field="weight_transfer_config")
+            raise InvalidInput(
+                "--weight-transfer-config must be a JSON object",
+                field="weight_transfer_config",
+                hint=TRANSFER_CONFIG_HINT,
+            )
     return config | {"wait_for_weights": True} if wait_for_weights else config
 
 
@@ -167,7 +175,6 @@ def _bound(
     host: str | None, port: int | None, unix_path: Path | None, token: str | None
 ) -> AbstractContextManager[socket.socket]:
     """The socket to serve on, bound when the context begins or before."""
-    from weightcast.errors import InvalidInput
     from weightcast.server.auth import check_host
     from weightcast.server.run import bind
     from weightcast.server.unix_socket import unix_socket

@@ -43,8 +43,8 @@ def _prefixes(found: re.Match[str]) -> str:
 
 
 _SAID: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
-    (r"\bunused=(\[[^\]]*\])", _patterns),
-    (r"\brename=(\{[^}]*\})", _prefixes),
+    (r"""\bunused=(\[(?:'[^']*'|"[^"]*"|[^\]'"])*\])""", _patterns),
+    (r"""\brename=(\{(?:'[^']*'|"[^"]*"|[^}'"])*\})""", _prefixes),
     (r"\bwith takeover(=True)?\b|\btakeover=True\b", "with --takeover"),
     (r"\bmode=?\s?\"?(in_place|staged)\"?", r"--mode \1"),
     (r"\btransport=\"(\w+)\"", r"--transport \1"),

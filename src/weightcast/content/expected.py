@@ -10,6 +10,7 @@ from typing import NamedTuple
 import msgspec
 import torch
 
+from weightcast.content.finite import non_finite
 from weightcast.content.layout_digest import LayoutDigest
 from weightcast.cuda.wait import new_event
 from weightcast.digest.formula import combine
@@ -40,6 +41,7 @@ class ExpectedDigest:
         self, manifest: Manifest, copies: Sequence[Copy], memory: Memory, *, keeps_scratch: bool = True
     ) -> None:
         """``keeps_scratch``: what casts need beside the values is allocated once, and not for each use."""
+        self._copies = copies
         held = tuple(_source_side(copy) for copy in copies if copy.is_plain)
         layout = Layout(placements=held, storage_nbytes=tuple(s.numel() for s in memory.storages))
         self._plain = LayoutDigest(manifest, layout, gaps_are_zero=memory.is_arena)
@@ -55,6 +57,10 @@ class ExpectedDigest:
         """The digest, unsigned; on a GPU this waits for the result. On a CPU ``check`` is called every few milliseconds and may
         raise."""
         return self.start(memory, check)()
+
+    def non_finite(self, memory: Memory, check: Callable[[], None] = lambda: None) -> dict[str, int]:
+        """How many of the values are NaN or infinite, by tensor; a pass of its own (see finite)."""
+        return non_finite(self._copies, memory, check)
 
     def start(self, memory: Memory, check: Callable[[], None] = lambda: None) -> Callable[[], int]:
         """``of`` in two steps: on a GPU the work is queued on the current stream, and the call that is returned, made once,

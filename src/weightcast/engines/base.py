@@ -69,7 +69,7 @@ class RequestOutput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStatus:
-    """A snapshot for /health, /ready, /metrics, /weightcast/status and the command line."""
+    """A snapshot for /health, /ready, /metrics, /weightcast/status and the command line. A count that the engine does not tell is None."""
 
     model: str
     weight_version: str
@@ -81,13 +81,13 @@ class EngineStatus:
     """Why not ready, for a person; empty when ready."""
     dirty: bool
     paused: bool
-    num_running: int
-    num_waiting: int
-    num_kv_tokens: int
-    kv_capacity_tokens: int
-    num_generated_tokens: int
-    num_preemptions: int
-    num_syncs: int
+    num_running: int | None
+    num_waiting: int | None
+    num_kv_tokens: int | None
+    kv_capacity_tokens: int | None
+    num_generated_tokens: int | None
+    num_preemptions: int | None
+    num_syncs: int | None
     world_size: int
     backend: str
     num_weight_bytes: int | None = None

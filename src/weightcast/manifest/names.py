@@ -12,10 +12,10 @@ from weightcast.errors import InvalidInput
 SHOWN = 4
 
 
-def shown(names: Sequence[str], most: int = SHOWN) -> str:
+def shown(names: Sequence[str], most: int = SHOWN, *, between: str = ", ") -> str:
     """The first names, and how many there are beside them."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    return between.join(names[:most]) + more
 
 
 def kind_of(name: str) -> str:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
-from weightcast.errors import LoadError, WeightcastError
+from weightcast.errors import LoadError, PlanMismatch, WeightcastError
 from weightcast.layout import Layout, Placement
 from weightcast.layout.memory import Memory, bytes_of
 from weightcast.manifest import Manifest, TensorSpec
 from weightcast.manifest.dtypes import dtype_of
+from weightcast.quoted import NAME_CHARACTERS, quoted
 from weightcast.record.coverage import overlapping, unwritten_runs
 from weightcast.record.fills import overwritten_names, unkept
 from weightcast.record.recorder import Fill, Recorder
@@ -96,11 +98,29 @@ def record_layout(
         except WeightcastError:
             raise
         except Exception as error:
+            if taken and _is_of_form(error):
+                raise _other_form(manifest[taken[-1]], error) from None
             if not taken or taken[-1] in refused or not refuses(error, taken[-1]):
                 last = f" (last tensor taken: {taken[-1]})" if taken else ""
                 told = f"{type(error).__name__}: {error}"
                 raise LoadError(f"the loader failed on recording tensors{last}: {told}") from error
             refused.add(taken[-1])
+
+
+def _is_of_form(error: Exception) -> bool:
+    """Whether a loader refuses a tensor because of its sizes: most assert that these are the parameter's."""
+    text = str(error)
+    return isinstance(error, AssertionError) or (
+        isinstance(error, ValueError | RuntimeError)
+        and re.search(r"\b([Ss]hapes?|[Ss]izes?|dimension)\b", text) is not None
+    )
+
+
+def _other_form(spec: TensorSpec, error: Exception) -> PlanMismatch:
+    said = f": {quoted(str(error), NAME_CHARACTERS)}" if str(error) else ""
+    return PlanMismatch(
+        f"the engine's loader refuses a tensor of this form (last tensor taken: {spec.name}, {tuple(spec.shape)} {spec.dtype}){said}"
+    )
 
 
 def _tensor(spec: TensorSpec, device: torch.device) -> RecordingTensor:

@@ -83,6 +83,7 @@ class EngineReport:
 class Report:
     """The record of one round. ``nbytes`` is the sum over all workers; ``digest`` is the hex digest of the published weights.
 
+    ``non_finite`` counts published values that are NaN or infinite, by tensor; None where nobody counted them (``check_finite``).
     ``unused`` lists the published tensors for which an engine has no place and that the user named as unused. These tensors are part
     of the digest.
     """
@@ -99,6 +100,7 @@ class Report:
     phases: tuple[Phase, ...] = ()
     engines: tuple[EngineReport, ...] = ()
     unused: tuple[str, ...] = ()
+    non_finite: dict[str, int] | None = None
 
     def __post_init__(self) -> None:
         if self.nbytes < 0 or not self.total_s >= 0:
@@ -145,10 +147,12 @@ class Report:
 
     def __str__(self) -> str:
         well = sum(engine.ok for engine in self.engines)
+        count = sum((self.non_finite or {}).values())
+        bad = f", {count} values in {len(self.non_finite or {})} tensors are NaN or infinite" if count else ""
         left_out = f", without {len(self.unused)} unused tensors" if self.unused else ""
         return (
             f"{self.outcome} {self.version} on {well}/{len(self.engines)} engines, {self.mode}: "
-            f"{format_bytes(self.nbytes)} in {self.total_s * 1e3:.1f} ms ({self.rate_gb_s:.2f} GB/s){left_out}"
+            f"{format_bytes(self.nbytes)} in {self.total_s * 1e3:.1f} ms ({self.rate_gb_s:.2f} GB/s){left_out}{bad}"
         )
 
 

@@ -77,7 +77,7 @@ class TokenAuth:
         if given is None:
             raise AuthError(f"this route needs the {self._what}", hint=self._hint)
         if not same_secret(given, self._token):
-            raise AuthError(f"wrong {self._what}")
+            raise AuthError(f"wrong {self._what}", hint=self._hint)
 
     def check_open(self, request: HTTPConnection) -> None:
         """For routes that need no token. A server with a token answers everybody there; one without a token is meant for this

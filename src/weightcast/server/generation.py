@@ -20,6 +20,7 @@ from weightcast.engines.sampling import MAX_SAMPLES, RequestOutputKind, Sampling
 from weightcast.errors import EngineError, InvalidInput, StateError, WeightcastError
 from weightcast.server.context import ServerContext
 from weightcast.server.fanout import Fanout, unless_disconnected
+from weightcast.server.info_routes import publish_hint
 from weightcast.server.pieces import Job, Piece, Progress, news, usage, whole_piece
 from weightcast.server.prompts import PromptItem
 from weightcast.server.replies import RequestRefused, error_body, json_response, status_of
@@ -77,7 +78,7 @@ class Generator:
         """
         status = await self._context.engine.status()
         if not status.ready:
-            raise EngineError(f"not serving: {status.reason}", engine=job.model)
+            raise EngineError(f"not serving: {status.reason}", engine=job.model, hint=publish_hint(status))
         try:
             if job.request.stream:
                 return await self._stream(http, job)

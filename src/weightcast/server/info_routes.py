@@ -26,10 +26,15 @@ _REFUSED = {
 }
 
 
+def publish_hint(status: EngineStatus) -> str | None:
+    """What makes an engine serve that is alive and does not serve: new weights."""
+    return "Publish to it: Publisher(...).publish(), or weightcast push" if status.alive else None
+
+
 def readiness(status: EngineStatus, model: str) -> Response:
     """The answer of /ready: 503 with the reason until requests are served."""
     if not status.ready:
-        raise EngineError(f"not serving: {status.reason}", engine=model)
+        raise EngineError(f"not serving: {status.reason}", engine=model, hint=publish_hint(status))
     return json_response({"status": "ready", "weight_version": status.weight_version})
 
 
@@ -142,6 +147,6 @@ class InfoRoutes:
 
 def _refusal(path: str, reason: str) -> Any:
     async def refuse(request: Request) -> Response:
-        raise Unsupported(f"{path}: {reason}")
+        raise Unsupported(f"{path}: {reason}", hint="Do without this route")
 
     return refuse

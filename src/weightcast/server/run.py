@@ -78,11 +78,21 @@ def ready_file(path: Path | None) -> Iterator[Callable[[str], None]]:
             write_whole(path, url + "\n")
             written = True
 
+    if path is not None and not os.access(path.absolute().parent, os.W_OK | os.X_OK):
+        raise InvalidInput(
+            f"the ready file {path} cannot be written: {_why_not(path.absolute().parent)}",
+            field="ready_file",
+            hint="Give a path in a folder that is there",
+        )
     try:
         yield write
     finally:
         if path is not None and written:
             path.unlink(missing_ok=True)
+
+
+def _why_not(folder: Path) -> str:
+    return f"no permission to write in {folder}" if folder.is_dir() else f"there is no folder {folder}"
 
 
 def run_server(

@@ -18,15 +18,30 @@ def renamed(names: Iterable[str], rename: Rename | None) -> dict[str, str]:
         return {name: name for name in names}
     if not isinstance(rename, Mapping) and not callable(rename):
         raise InvalidInput(f"rename is a mapping of prefixes or a function, not {rename!r}", field="rename")
-    found = _by_prefix(names, rename) if isinstance(rename, Mapping) else {name: rename(name) for name in names}
+    found = _by_prefix(names, rename) if isinstance(rename, Mapping) else {n: _by_function(n, rename) for n in names}
     seen: dict[str, str] = {}
     for name, new in found.items():
         if not isinstance(new, str) or not new:
-            raise InvalidInput(f"rename makes {new!r} of {name!r}, which is no name", field="rename")
+            raise InvalidInput(
+                f"rename makes {new!r} of {name!r}, which is no name",
+                field="rename",
+                hint="Have the function return each name, those that stay too",
+            )
         if new in seen:
             raise InvalidInput(f"rename makes {new!r} of both {seen[new]!r} and {name!r}", field="rename")
         seen[new] = name
     return found
+
+
+def _by_function(name: str, rename: Callable[[str], str]) -> str:
+    try:
+        return rename(name)
+    except Exception as error:
+        raise InvalidInput(
+            f"rename raised {type(error).__name__}: {error}, for {name!r}",
+            field="rename",
+            hint="Have the function return each name, those that stay too",
+        ) from error
 
 
 def _by_prefix(names: list[str], prefixes: Mapping[str, str]) -> dict[str, str]:

@@ -11,8 +11,9 @@ from weightcast.control.coordinator import Coordinator
 from weightcast.control.link import JoinInfo
 from weightcast.deadline import Deadline
 from weightcast.digest.versions import version_name, version_number
-from weightcast.errors import BaseMismatch, RoundFailed, StateError, WeightcastError
+from weightcast.errors import BaseMismatch, RoundFailed, StateError, Unsupported, WeightcastError
 from weightcast.manifest.dtypes import name_of
+from weightcast.manifest.names import shown
 from weightcast.report.model import Report
 from weightcast.sources import Source
 from weightcast.sources.holder import Holder
@@ -116,8 +117,9 @@ class FirstRank:
 
     # -- calls of all ranks
 
-    def connect(self, deadline: Deadline) -> None:
-        self._ranks.collectively("connect", deadline, lambda: self._connect(deadline))
+    def connect(self, deadline: Deadline, wait_s: float = 0.0) -> None:
+        with self._fleet.waiting(wait_s):
+            self._ranks.collectively("connect", deadline, lambda: self._connect(deadline))
 
     def add(self, engine: str | EngineClient | SyncEngine, deadline: Deadline) -> Report | None:
         return self._ranks.collectively("add", deadline, lambda: self._add(engine, deadline))
@@ -136,6 +138,8 @@ class FirstRank:
     def _check_settings(self) -> None:
         """Raise InvalidInput for what can be told only once all ranks have said what they hold."""
         refuse_idle(self._settings.unused, self._ranks.manifest)
+        if self._settings.check_finite and self._source.layout.is_streamed:
+            raise Unsupported("check_finite for a stream", hint="Check the tensors before the stream yields them")
 
     def _renew(self, deadline: Deadline) -> None:
         """Look at the source anew, on all ranks."""
@@ -241,7 +245,7 @@ class FirstRank:
             self._renew_where_let_go(deadline)
         elif any(engine.broken for engine in self._fleet.engines):
             self._source.check_form()  # or an engine is told of a form that the source has no more
-        timeline = Timeline()
+        timeline = Timeline(self._fleet.progress)
         asleep: dict[str, WeightcastError] = {}
         if waking is not None:
             with timeline.phase("wake"):
@@ -266,8 +270,9 @@ class FirstRank:
             else:
                 self._ranks.refresh(deadline)
         engines = [engine for engine in self._fleet.engines if engine.name not in absent]
+        counted = self._non_finite(deadline, timeline) if self._settings.check_finite else None
         try:
-            return self._round(engines, self.next_number(), deadline, timeline, absent, check)
+            return self._round(engines, self.next_number(), deadline, timeline, absent, check, counted)
         except RoundFailed as failure:
             mistaken = {name for name, cause in failure.causes.items() if isinstance(cause, BaseMismatch)}
             if not mistaken or mistaken != set(failure.causes) or not mistaken <= asked or self._source.is_spent:
@@ -275,7 +280,23 @@ class FirstRank:
             # An order of the last round was carried out after the engine had said what it serves: it is asked once more.
             if self._presence.bring_up(engines, deadline):
                 raise
-        return self._round(engines, self.next_number(), deadline, Timeline(), absent, check)
+        return self._round(
+            engines, self.next_number(), deadline, Timeline(self._fleet.progress), absent, check, counted
+        )
+
+    def _non_finite(self, deadline: Deadline, timeline: Timeline) -> dict[str, int]:
+        """How many published values are NaN or infinite, by tensor; a StateError where such values are refused."""
+        with timeline.phase("check"):
+            check = partial(deadline.check, "the check for values that are NaN or infinite")
+            counted = self._fleet.content(deadline).non_finite(self._source.memory, check)
+        if counted and self._settings.check_finite is True:
+            told = [f"{name} ({count})" for name, count in counted.items()]
+            raise StateError(
+                f"{len(counted)} of {len(self._ranks.manifest)} tensors have values that are NaN or infinite: {shown(told)}",
+                phase="check",
+                hint='Find out where they come from; check_finite="count" publishes them and counts them in the report',
+            )
+        return counted
 
     def _bring_up(self, asleep: Mapping[str, WeightcastError], deadline: Deadline) -> dict[str, WeightcastError]:
         """Connect what is not connected, but for engines that could not be woken up: where all have to be there, nothing is tried."""
@@ -292,9 +313,10 @@ class FirstRank:
         timeline: Timeline,
         absent: dict[str, WeightcastError],
         check: Callable[[], None] = _nothing,
+        non_finite: Mapping[str, int] | None = None,
     ) -> Report:
         self._rounds += 1
-        brief = Brief(number, self._rounds, deadline, timeline, absent, check)
+        brief = Brief(number, self._rounds, deadline, timeline, absent, check, non_finite)
         attempt = Round(self._fleet, engines, brief)
         try:
             return attempt.run()
@@ -320,4 +342,4 @@ class FirstRank:
         failures = self._presence.bring_up([engine], deadline)  # alone: what it shares is of no use for this round
         if failures:
             raise failures[engine.name]
-        return self._round([engine], number, deadline, Timeline(), {})
+        return self._round([engine], number, deadline, Timeline(self._fleet.progress), {})

@@ -84,8 +84,12 @@ class TrainerMetrics:
         """Serve ``/metrics`` until ``close``; returns the port, which 0 lets the system choose."""
         try:
             server, thread = start_http_server(port, host, self.registry)
-        except OSError as error:
-            raise InvalidInput(f"cannot serve metrics on {host}:{port}: {error}", field="metrics_port") from None
+        except (OSError, OverflowError, TypeError) as error:
+            raise InvalidInput(
+                f"cannot serve metrics on {host}:{port!r}: {error}",
+                field="metrics_port",
+                hint="Give a free port from 1 to 65535, or 0 to have one chosen",
+            ) from None
         self._server = (server, thread)
         return int(server.server_port)
 

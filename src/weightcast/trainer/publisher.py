@@ -139,18 +139,19 @@ class Publisher:
 
     # -- life
 
-    def connect(self, timeout_s: float | None = None) -> None:
+    def connect(self, timeout_s: float | None = None, *, wait_s: float | None = None) -> None:
         """Have all engines join, connect all transports, and learn which version each engine serves; version numbers go on from there.
 
         An engine that serves another version than the fleet, as after a restart, is brought to the fleet's version if the source still
         holds that version; otherwise the engine gets the next version. ``connect`` may be called at any time: to have lost engines back
         before the next round, and after the source's tensors were moved, replaced or given another form. The source is then read
         anew, and engines join again where the form changed. An engine that has no place for a tensor is a PlanMismatch that names tensors.
-        Raises the error of an engine that cannot be connected (require="live": when none can); the publisher stays usable, and
+        With ``wait_s`` a server that is not there yet, or still loads its model, is waited for, up to so many seconds, before
+        ``timeout_s`` counts. Raises the error of an engine that cannot be connected (require="live": when none can); the publisher stays usable, and
         ``publish`` tries again what is not connected.
         """
         with self._turns.take("connect"):
-            self._part.connect(self._begin(timeout_s))
+            self._part.connect(self._begin(timeout_s, wait_s), wait_s or 0.0)
 
     def add(self, engine: str | EngineClient | SyncEngine, timeout_s: float | None = None) -> Report | None:
         """Add an engine to the fleet and connect the engine. When that fails the fleet is as before.
@@ -164,6 +165,12 @@ class Publisher:
 
     def remove(self, name: str) -> None:
         """Dismiss an engine; the engine goes on serving its version."""
+        if not isinstance(name, str):
+            raise InvalidInput(
+                f"an engine is removed by its name, not by {name!r}",
+                field="name",
+                hint="Give its URL, or a name of members",
+            )
         with self._turns.take("remove"):
             self._part.remove(name, self._begin(None))
 
@@ -282,12 +289,13 @@ class Publisher:
 
     def _require_open(self) -> None:
         if self._closed:
-            raise StateError("the publisher is closed")
+            raise StateError("the publisher is closed", hint="Make a new Publisher")
 
-    def _begin(self, timeout_s: float | None) -> Deadline:
-        """The deadline of a call that begins now."""
+    def _begin(self, timeout_s: float | None, wait_s: float | None = None) -> Deadline:
+        """The deadline of a call that begins now, after a wait for engines."""
         self._require_open()
-        return Deadline(self._settings.timeout_s if timeout_s is None else timeout_s)
+        own = Deadline(self._settings.timeout_s if timeout_s is None else timeout_s)
+        return own if wait_s is None else Deadline(own.timeout_s + Deadline(wait_s).timeout_s)
 
     def _first_rank(self, what: str) -> FirstRank:
         """The part that knows what is asked; only rank 0 of several has it."""
@@ -300,6 +308,10 @@ def _check_engines(engines: object) -> None:
     # A text is a sequence, too: of letters.
     if isinstance(engines, str):
         raise InvalidInput("engines is a list, not one URL", field="engines", hint="Give [url]")
+    if engines is None or isinstance(engines, Mapping):
+        what = "None" if engines is None else "a mapping"
+        hint = "Leave engines out where there are none yet, and call add()" if engines is None else "Give [url, ...]"
+        raise InvalidInput(f"engines is a list, not {what}", field="engines", hint=hint)
     if not isinstance(engines, Iterable):
         raise InvalidInput(
             f"engines is a list, not one {type(engines).__name__}", field="engines", hint="Give [engine]"

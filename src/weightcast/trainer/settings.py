@@ -7,14 +7,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypedDict, get_args
 
-from weightcast.deadline import is_seconds
+from weightcast.deadline import MOST_S, is_seconds
 from weightcast.errors import InvalidInput
 from weightcast.manifest.names import check_patterns
 from weightcast.messages import ModeWish
+from weightcast.trainer.progress import Listener
+from weightcast.transports.buckets import check_bucket_nbytes
+from weightcast.transports.registry import registry
 from weightcast.untrusted.secret import usable_token
 
 Require = Literal["all", "live"]
 Pause = Literal["keep", "wait", "abort", "none"]
+CheckFinite = Literal[False, True, "count"]
 CHOICES = {"mode": get_args(ModeWish), "pause": get_args(Pause), "require": get_args(Require)}
 
 
@@ -36,6 +40,8 @@ class SettingsGiven(TypedDict, total=False):
     log: str | Path | None
     unused: Sequence[str]
     metrics_port: int | None
+    on_progress: Listener | None
+    check_finite: CheckFinite
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +74,11 @@ class Settings:
             place in an engine is a PlanMismatch. Reports list the tensors that were left out.
         metrics_port: the port of the loopback interface on which Prometheus metrics are served. 0: a free port, which
             ``Publisher.metrics_port`` names.
+        on_progress: called with a ``trainer.progress.Step`` when a step of connecting or publishing begins, on whatever thread takes
+            the step; it has to return at once.
+        check_finite: True: ``publish`` refuses values that are NaN or infinite with a StateError that names their tensors, and nothing
+            is changed. "count": they are published, and the report counts them. Either reads all values once more in each round:
+            as much as a digest does, or a few times that on a CPU. Not for streams.
     """
 
     token: str | None = field(default=None, repr=False)
@@ -85,13 +96,28 @@ class Settings:
     log: str | Path | None = None
     unused: Sequence[str] = ()
     metrics_port: int | None = None
+    on_progress: Listener | None = field(default=None, repr=False)
+    check_finite: CheckFinite = False
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
             _require(getattr(self, name) in choices, name, f"{', '.join(choices[:-1])} or {choices[-1]}", self)
         _require(self.shadows in (1, 2), "shadows", "1 or 2", self)
+        is_choice = isinstance(self.check_finite, bool) or self.check_finite == "count"
+        _require(is_choice, "check_finite", 'True, False or "count"', self)
+        for name in ("clear_cache", "takeover"):
+            _require(isinstance(getattr(self, name), bool), name, "True or False", self)
+        for name in ("transport", "address"):
+            value = getattr(self, name)
+            _require(isinstance(value, str) or (name == "address" and value is None), name, "a text", self)
+        _require(self.log is None or isinstance(self.log, str | Path), "log", "the path of a file", self)
+        _require(self.on_progress is None or callable(self.on_progress), "on_progress", "a function of a Step", self)
+        if self.transport != "auto":
+            registry().get(self.transport)
+        if self.bucket_nbytes is not None:
+            check_bucket_nbytes(self.bucket_nbytes)
         for name in ("timeout_s", "silence_s"):
-            _require(is_seconds(getattr(self, name)), name, "a positive number of seconds", self)
+            _require(is_seconds(getattr(self, name)), name, f"a positive number of seconds, at most {MOST_S:g}", self)
         _require(self.silence_s <= 86400, "silence_s", "a positive number of seconds, 86400 at most", self)
         object.__setattr__(self, "unused", check_patterns(self.unused))
         object.__setattr__(self, "token", usable_token(self.token))

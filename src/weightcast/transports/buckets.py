@@ -34,6 +34,10 @@ class Piece(msgspec.Struct, frozen=True, kw_only=True):
         return self.copy.region.numel * itemsize_of(self.dtype)
 
 
+MAX_BUCKET_NBYTES = 2**34
+"""A longer bucket is a mistake: two of them are allocated for each pair."""
+
+
 class Bucket(msgspec.Struct, frozen=True, kw_only=True):
     """What one buffer carries; ``nbytes`` of it travel."""
 
@@ -43,9 +47,12 @@ class Bucket(msgspec.Struct, frozen=True, kw_only=True):
 
 def check_bucket_nbytes(bucket_nbytes: int) -> None:
     """Raise InvalidInput unless a bucket of that size can hold at least one aligned piece."""
-    if bucket_nbytes < ALIGNMENT or bucket_nbytes % ALIGNMENT:
+    is_count = isinstance(bucket_nbytes, int) and not isinstance(bucket_nbytes, bool)
+    if not is_count or not ALIGNMENT <= bucket_nbytes <= MAX_BUCKET_NBYTES or bucket_nbytes % ALIGNMENT:
         raise InvalidInput(
-            f"bucket_nbytes is a positive multiple of {ALIGNMENT}, not {bucket_nbytes}", field="bucket_nbytes"
+            f"bucket_nbytes is a multiple of {ALIGNMENT} from {ALIGNMENT} to {MAX_BUCKET_NBYTES}, not {bucket_nbytes!r}",
+            field="bucket_nbytes",
+            hint="Leave it out: each transport has a size that suits it",
         )
 
 

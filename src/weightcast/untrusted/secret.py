@@ -17,6 +17,8 @@ def usable_token(token: str | None, *, field: str = "token") -> str | None:
     the token, when a header cannot carry it. Publishers, clients, commands and servers all take tokens through this function."""
     if token is None:
         return None
+    if not isinstance(token, str):
+        raise InvalidInput(f"{field} is a text, not {type(token).__name__}", field=field, hint="Decode bytes first")
     usable = token.strip()
     if not usable or len(usable) > MAX_TOKEN_CHARACTERS or not all("!" <= sign <= "~" for sign in usable):
         raise InvalidInput(

@@ -17,6 +17,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from weightcast.engines.embedded.kv import Shelf
 from weightcast.errors import Unsupported
 
+HINT = "Serve it with vLLM, or use another architecture"
+
 ATTENTION_NAME = "weightcast_packed"
 
 _IGNORABLE = frozenset(
@@ -137,17 +139,19 @@ def _checked(
 ) -> StepContext:
     unknown = sorted(name for name, value in others.items() if value is not None and name not in _IGNORABLE)
     if unknown:
-        raise Unsupported(f"{type(module).__name__} asks attention for {', '.join(unknown)}, which is not implemented")
+        raise Unsupported(
+            f"{type(module).__name__} asks attention for {', '.join(unknown)}, which is not implemented", hint=HINT
+        )
     if step is None:
-        raise Unsupported(f"{type(module).__name__} does not pass keyword arguments on to its attention")
+        raise Unsupported(f"{type(module).__name__} does not pass keyword arguments on to its attention", hint=HINT)
     if attention_mask is not None:
-        raise Unsupported(f"{type(module).__name__} makes an attention mask of its own")
+        raise Unsupported(f"{type(module).__name__} makes an attention mask of its own", hint=HINT)
     if is_causal is False or getattr(module, "is_causal", True) is False:
-        raise Unsupported(f"{type(module).__name__} attends in both directions")
+        raise Unsupported(f"{type(module).__name__} attends in both directions", hint=HINT)
     if dropout:
-        raise Unsupported(f"{type(module).__name__} asks for dropout")
+        raise Unsupported(f"{type(module).__name__} asks for dropout", hint=HINT)
     if not isinstance(getattr(module, "layer_idx", None), int):
-        raise Unsupported(f"{type(module).__name__} has no layer_idx")
+        raise Unsupported(f"{type(module).__name__} has no layer_idx", hint=HINT)
     return step
 
 

@@ -24,6 +24,7 @@ from transformers.core_model_loading import (
 )
 
 from weightcast.errors import LoadError
+from weightcast.manifest.names import shown
 
 
 @dataclass(slots=True)
@@ -78,10 +79,10 @@ class CheckpointLoader:
             given[name] = tensor
         groups, unknown = self._grouped(given)
         if unknown and not skip_unknown:
-            raise LoadError(f"the model has no place for {_listed(unknown)}")
+            raise LoadError(f"the model has no place for {shown(unknown)}")
         wrong = self._problems(groups, {name: tuple(tensor.shape) for name, tensor in given.items()})
         if wrong:
-            raise LoadError("; ".join(wrong))
+            raise LoadError(shown(wrong, between="; "))
         for group in groups:
             for target, value in self._converted(group, given):
                 self._live[target].detach().copy_(value)
@@ -143,7 +144,7 @@ class CheckpointLoader:
                     yield f"{name} has shape {shapes[name]}, the model needs {tuple(self._live[group.target].shape)}"
             return
         forms = {name: torch.empty(shapes[name], device="meta") for name in group.all_names()}
-        reason = f"numbers have gaps in {_listed(group.gaps())}" if group.gaps() else ""
+        reason = f"numbers have gaps in {shown(group.gaps())}" if group.gaps() else ""
         if not reason:
             try:
                 made = [(target, tuple(value.shape)) for target, value in self._converted(group, forms)]
@@ -155,8 +156,8 @@ class CheckpointLoader:
                 reason = str(error)
         if reason:
             missing = [name for name in self.checkpoint_names([group.target]) if name not in shapes]
-            pieces = f"pieces of {group.target} are missing: {_listed(missing)}" if missing else "pieces do not fit"
-            yield f"{pieces} ({reason}; given: {_listed(group.all_names())})"
+            pieces = f"pieces of {group.target} are missing: {shown(missing)}" if missing else "pieces do not fit"
+            yield f"{pieces} ({reason}; given: {shown(group.all_names())})"
 
     def _converted(self, group: _Group, given: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
         """Live names and the values for them, in the checkpoint's dtype."""
@@ -171,8 +172,3 @@ class CheckpointLoader:
         made = converter.convert(group.target, model=self._model, config=self._model.config)
         for target, value in made.items():
             yield target, value[0] if isinstance(value, list) else value
-
-
-def _listed(names: Sequence[str], most: int = 4) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

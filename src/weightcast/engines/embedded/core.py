@@ -60,7 +60,7 @@ class EngineCore:
         """Queue a request. Raises StateError when the engine may not serve or is full, InvalidInput for a taken id."""
         reason = self.transfer.not_ready
         if reason:
-            raise StateError(f"the engine does not serve now: {reason}")
+            raise StateError(f"the engine does not serve now: {reason}", hint="Publish to it")
         if request.request_id in self.requests:
             raise InvalidInput(f"request id {request.request_id!r} is in use", field="request_id")
         num_known = len(self.scheduler.running) + len(self.scheduler.waiting)
@@ -153,7 +153,7 @@ class EngineCore:
         self.paused = False
         self._draining = None
         for future in self._drained:
-            future.set_exception(StateError("resumed before all requests had finished"))
+            future.set_exception(StateError("resumed before all requests had finished", hint="Pause again"))
         self._drained.clear()
 
     def reset_cache(self, reset_running: bool) -> bool:

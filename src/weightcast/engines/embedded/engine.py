@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from weightcast.engines.base import EngineStatus, LiveDigests, PauseMode, SamplingParams
 from weightcast.engines.embedded.config import EngineConfig
 from weightcast.engines.embedded.core import EngineCore
+from weightcast.engines.embedded.given import check_given
 from weightcast.engines.embedded.grammar import Grammars
 from weightcast.engines.embedded.kv import KvCache
 from weightcast.engines.embedded.loading import eos_ids, kv_capacity, load_model, load_tokenizer, model_length
@@ -40,6 +41,7 @@ class Engine:
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
+        check_given(config)
         self.model = load_model(config)
         self.max_model_len = model_length(self.model, config.max_model_len)
         self.text = Text(load_tokenizer(config), self.max_model_len)

@@ -108,7 +108,7 @@ class EmbeddedModel(LiveModel):
     def _record(self, manifest: Manifest) -> Recording:
         wrong = self._loader.problems({spec.name: spec.shape for spec in manifest.tensors})
         if wrong:
-            raise PlanMismatch("; ".join(wrong))
+            raise PlanMismatch(shown(wrong, between="; "))
         recording = record_layout(self._load_known, manifest, self._memory, self.device)
         self._check_complete(recording)
         return recording

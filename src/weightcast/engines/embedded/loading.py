@@ -10,9 +10,11 @@ import torch
 
 from weightcast.engines.embedded.attention import ATTENTION_NAME, register_attention
 from weightcast.engines.embedded.config import EngineConfig
+from weightcast.engines.embedded.given import device_of
 from weightcast.engines.embedded.support import check_config, check_model
 from weightcast.errors import InvalidInput, Unsupported
 from weightcast.manifest.dtypes import dtype_of
+from weightcast.quoted import quoted
 from weightcast.room import host_room_nbytes
 
 _CPU_KV_SHARE = 0.25
@@ -28,7 +30,7 @@ def load_model(config: EngineConfig) -> Any:
     from transformers import AutoConfig, PreTrainedModel
 
     register_attention()
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = device_of(config.device)
     if isinstance(config.model, PreTrainedModel):
         check_config(config.model.config, config.max_model_len)
         model = copy.deepcopy(config.model)
@@ -40,7 +42,9 @@ def load_model(config: EngineConfig) -> Any:
             model_config = AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
         except (OSError, ValueError) as error:
             raise InvalidInput(
-                f"no model can be read from {str(config.model)!r}: {error}", field="model", hint=_hint(error)
+                f"no model can be read from {str(config.model)!r}: {quoted(str(error))}",
+                field="model",
+                hint=_hint(error),
             ) from error
         check_config(model_config, config.max_model_len)
         model = _dummy(config, model_config) if config.load_format == "dummy" else _load(config, model_config)
@@ -66,7 +70,7 @@ def load_tokenizer(config: EngineConfig) -> Any:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError) as error:
         raise InvalidInput(
-            f"no tokenizer can be read from {str(source)!r}: {error}", field="tokenizer", hint=_hint(error)
+            f"no tokenizer can be read from {str(source)!r}: {quoted(str(error))}", field="tokenizer", hint=_hint(error)
         ) from error
 
 
@@ -151,7 +155,7 @@ def _load(config: EngineConfig, model_config: Any) -> Any:
         )
     except (OSError, ValueError) as error:
         raise InvalidInput(
-            f"model {str(config.model)!r} cannot be loaded: {error}", field="model", hint=_hint(error)
+            f"model {str(config.model)!r} cannot be loaded: {quoted(str(error))}", field="model", hint=_hint(error)
         ) from error
 
 
@@ -160,6 +164,8 @@ def _hint(error: Exception) -> str | None:
     text = str(error)
     if "trust_remote_code" in text:
         return "Read the code that comes with it; if you trust it, give trust_remote_code (--trust-remote-code)"
+    if "couldn't connect" in text or "offline" in text.lower():
+        return "Check the name and the network, or give the folder of a model that is here already"
     if "safetensors" in text:
         return "Convert the weights to safetensors; if you trust who pickled them, give trust_remote_code (--trust-remote-code)"
     return None

@@ -8,12 +8,18 @@ from typing import Any
 
 import torch
 
-from weightcast.engines.embedded.attention import ATTENTION_NAME, DecodeGroup, PieceGroup, PromptGroup, StepContext
+from weightcast.engines.embedded.attention import (
+    ATTENTION_NAME,
+    HINT,
+    DecodeGroup,
+    PieceGroup,
+    PromptGroup,
+    StepContext,
+)
 from weightcast.engines.embedded.kv import KvCache, Shelf
 from weightcast.errors import Unsupported
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
-_HINT = "Serve it with vLLM, or use another architecture"
 _PROBE_TOKENS = 7
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3}
 _TOLERANCE_16_BIT = 0.1
@@ -27,28 +33,28 @@ def check_config(config: Any, max_model_len: int | None) -> None:
     text = config.get_text_config()
     name = config.model_type
     if getattr(config, "is_encoder_decoder", False):
-        raise Unsupported(f"{name}: encoder-decoder models are not supported", hint=_HINT)
+        raise Unsupported(f"{name}: encoder-decoder models are not supported", hint=HINT)
     others = sorted(set(getattr(text, "layer_types", None) or ()) - _LAYER_TYPES)
     if others:
-        raise Unsupported(f"{name}: layers of type {', '.join(others)} are not supported", hint=_HINT)
+        raise Unsupported(f"{name}: layers of type {', '.join(others)} are not supported", hint=HINT)
     rope = _rope_types(text)
     if "dynamic" in rope:
-        raise Unsupported(f"{name}: dynamic rotary scaling depends on the longest sequence in a batch", hint=_HINT)
+        raise Unsupported(f"{name}: dynamic rotary scaling depends on the longest sequence in a batch", hint=HINT)
     original = getattr(text, "original_max_position_embeddings", None)
     length = max_model_len or getattr(text, "max_position_embeddings", None)
     if "longrope" in rope and (original is None or length is None or length > original):
         raise Unsupported(
             f"{name}: longrope changes its scaling with the length of a sequence",
-            hint=f"Give max_model_len={original}" if original else _HINT,
+            hint=f"Give max_model_len={original}" if original else HINT,
         )
 
 
 def check_model(model: Any) -> None:
     """Refuse classes whose attention does not go through transformers' AttentionInterface."""
     if not getattr(type(model), "_supports_attention_backend", False):
-        raise Unsupported(f"{type(model).__name__} does not call attention through AttentionInterface", hint=_HINT)
+        raise Unsupported(f"{type(model).__name__} does not call attention through AttentionInterface", hint=HINT)
     if not hasattr(model, "get_output_embeddings") or model.get_output_embeddings() is None:
-        raise Unsupported(f"{type(model).__name__} is no language model", hint=_HINT)
+        raise Unsupported(f"{type(model).__name__} is no language model", hint=HINT)
 
 
 @torch.no_grad()
@@ -79,7 +85,7 @@ def _probe_once(model: Any, ids: torch.Tensor, eager_name: str) -> int:
     if layers != expected:
         raise Unsupported(
             f"{type(model).__name__}: layers {sorted(expected - layers)} do not keep keys and values of their own",
-            hint=_HINT,
+            hint=HINT,
         )
     model.set_attn_implementation(eager_name)
     try:
@@ -147,7 +153,7 @@ def _compare(name: str, ours: torch.Tensor, reference: torch.Tensor, *, num_outl
     error = (ours - reference).norm(dim=-1) / scale
     if int((error > tolerance).sum()) > num_outliers:
         raise Unsupported(
-            f"{name}: logits differ from the model's own by a factor of {float(error.max()):.2g}", hint=_HINT
+            f"{name}: logits differ from the model's own by a factor of {float(error.max()):.2g}", hint=HINT
         )
 
 

@@ -104,11 +104,12 @@ class VllmFront:
         return LiveDigests(weight_version=common_version(outcomes), tensors=tensors)
 
     async def status(self) -> EngineStatus:
-        """Counts that vLLM does not tell are those of its scheduler's metrics, and zero here."""
+        """What the workers say of their weights. Most counts are told by the metrics of vLLM's scheduler alone, and None here."""
         self.require_backend()
         outcomes = await self._call("status")
         reason = why_unfit(outcomes)
         config = self.engine.config
+        blocks = config.cache_config.num_gpu_blocks
         return EngineStatus(
             model=str(config.model_config.model),
             weight_version=outcomes[0].weight_version,
@@ -118,11 +119,11 @@ class VllmFront:
             dirty=bool(reason),
             paused=await self.engine.is_paused(),
             num_running=self.engine.num_requests(),
-            num_waiting=0,
-            num_kv_tokens=0,
-            kv_capacity_tokens=(config.cache_config.num_gpu_blocks or 0) * config.cache_config.block_size,
-            num_generated_tokens=0,
-            num_preemptions=0,
+            num_waiting=None,
+            num_kv_tokens=None,
+            kv_capacity_tokens=None if blocks is None else blocks * config.cache_config.block_size,
+            num_generated_tokens=None,
+            num_preemptions=None,
             num_syncs=min(outcome.num_syncs for outcome in outcomes),
             world_size=self.engine.world_size(),
             backend=BACKEND,

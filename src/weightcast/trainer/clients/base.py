@@ -64,6 +64,10 @@ class EngineClient(ABC):
     target: object = None
     """The engine's object in this process, or a handle of that object. Two clients with equal targets reach one engine."""
 
+    def wait_until_there(self, deadline: Deadline) -> None:
+        """Return once the engine can be asked to join; DeadlineExceeded says what there is instead. An object is there from the start."""
+        return
+
     @abstractmethod
     def world_size(self, deadline: Deadline) -> int:
         """Return the number of workers that will join."""

@@ -48,6 +48,9 @@ class HttpEngineClient(EngineClient):
         self._endpoint = endpoint_of(url, token)
         self.host, self.name = self._endpoint.host, self._endpoint.url
 
+    def wait_until_there(self, deadline: Deadline) -> None:
+        wire.wait_until_there(self._endpoint, "/get_world_size?include_dp=true", deadline)
+
     def world_size(self, deadline: Deadline) -> int:
         path = "/get_world_size?include_dp=true"
         size = self._call("GET", path, deadline).get("world_size")
@@ -113,7 +116,9 @@ class HttpEngineClient(EngineClient):
             ) from error
         except (httpcore.NetworkError, httpcore.ProtocolError) as error:
             raise AnswerLost(
-                f"{method} {path}: {quoted(str(error)) or type(error).__name__}", engine=self.name
+                f"{method} {path}: {quoted(str(error)) or type(error).__name__}",
+                engine=self.name,
+                hint=wire.hint_of_answer(error),
             ) from error
         if 200 <= response.status < 300:
             answer: dict[str, Any] = quoted_json(wire.json_object(response.content))

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from weightcast.errors import InvalidInput
+from weightcast.quoted import NAME_CHARACTERS, quoted
 from weightcast.trainer.clients.base import EngineClient
 from weightcast.trainer.clients.http import HttpEngineClient
 from weightcast.trainer.clients.in_loop import AsyncEngineClient
@@ -28,7 +29,7 @@ def make_client(engine: str | EngineClient | SyncEngine | OfflineEngine, *, toke
         return VllmClient(engine)
     if not callable(getattr(engine, "get_world_size", None)):
         raise InvalidInput(
-            f"a {type(engine).__name__} is no engine",
+            f"{quoted(repr(engine), NAME_CHARACTERS)} is no engine, but of type {type(engine).__name__}",
             field="engines",
             hint="An engine is the URL of a server, an LLM or AsyncLLM object, or an EngineClient",
         )

@@ -35,6 +35,9 @@ class VllmDevClient(RpcEngineClient):
         self._endpoint = endpoint_of(url)
         self.host, self.name = self._endpoint.host, self._endpoint.url
 
+    def wait_until_there(self, deadline: Deadline) -> None:
+        wire.wait_until_there(self._endpoint, "/get_world_size?include_dp=true", deadline)
+
     def world_size(self, deadline: Deadline) -> int:
         """All workers. Unsupported for several replicas: vLLM passes on the first one's answers only."""
         size = int(self._call("GET", "/get_world_size", deadline, {"include_dp": "true"})["world_size"])
@@ -104,7 +107,9 @@ class VllmDevClient(RpcEngineClient):
             ) from None
         except (httpcore.NetworkError, httpcore.ProtocolError) as error:
             raise AnswerLost(
-                f"{method} {path}: {quoted(str(error)) or type(error).__name__}", engine=self.name
+                f"{method} {path}: {quoted(str(error)) or type(error).__name__}",
+                engine=self.name,
+                hint=wire.hint_of_answer(error),
             ) from None
         if 200 <= response.status < 300:
             return wire.json_object(response.content)

@@ -23,11 +23,17 @@ import httpcore
 import msgspec
 
 from weightcast.deadline import Deadline
+from weightcast.errors import DeadlineExceeded
+from weightcast.quoted import quoted
 from weightcast.trainer.clients.urls import Endpoint
 
 T = TypeVar("T")
 STEP_S = 0.2
 TRY_S = 0.02
+ASK_S = 5.0
+"""How long a server that is waited for may take to answer, before it is asked again."""
+AGAIN_S = 0.3
+GATEWAY_STATUSES = (502, 503, 504)
 ANSWER_NBYTES = 64 * 2**20
 """What is read of an answer; digests of 100,000 tensors take a tenth of it."""
 Address = tuple[Any, ...]
@@ -53,6 +59,31 @@ def request(method: str, endpoint: Endpoint, path: str, content: bytes | None, d
     return answer
 
 
+def wait_until_there(endpoint: Endpoint, path: str, deadline: Deadline) -> None:
+    """Return once the server itself answers, whatever it answers, or never will; DeadlineExceeded says what came instead until then. A server that
+    loads its model does not listen yet, or a proxy answers in its place."""
+    said = ""
+    while True:
+        try:
+            status = request("GET", endpoint, path, None, deadline.part(at_most_s=ASK_S)).status
+            if status not in GATEWAY_STATUSES:
+                return
+            said = f"a proxy answers {status}"
+        except (httpcore.TimeoutException, httpcore.NetworkError, httpcore.ProtocolError) as error:
+            if isinstance(error, Unreachable) and error.is_lasting:
+                return  # the next call says so
+            if not (said and deadline.passed):  # else it says no more than that the time was up
+                said = quoted(str(error)) or type(error).__name__
+        if deadline.passed:
+            if deadline.cancelled:
+                deadline.check(f"waiting for {endpoint.url}")
+            raise DeadlineExceeded(
+                f"no server was there within {deadline.timeout_s:g} s: {said}",
+                hint="See the server's log; if it is still loading, wait longer",
+            )
+        time.sleep(min(AGAIN_S, deadline.remaining_s()))
+
+
 def json_object(content: bytes) -> dict[str, Any]:
     """An answer's JSON object; an empty one for anything else, nested beyond what can be read included."""
     try:
@@ -62,17 +93,27 @@ def json_object(content: bytes) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-class SocketUnusable(httpcore.ConnectError):
-    """No server is reached by a unix socket; ``hint`` says what to do about that."""
+class Unreachable(httpcore.ConnectError):
+    """No server is reached, for a reason that is known; ``hint`` says what to do about that."""
 
-    def __init__(self, message: str, hint: str) -> None:
+    def __init__(self, message: str, hint: str, *, is_lasting: bool = False) -> None:
         super().__init__(message)
         self.hint = hint
+        self.is_lasting = is_lasting
+        """Nothing that may come up later changes that."""
 
 
 def hint_of(error: httpcore.ConnectError) -> str:
     """What to do where no connection was made."""
-    return error.hint if isinstance(error, SocketUnusable) else "Is the server running?"
+    return error.hint if isinstance(error, Unreachable) else "Is the server running?"
+
+
+NO_HTTP_HINT = "No HTTP is spoken there: is it https:// instead of http://, or another port?"
+
+
+def hint_of_answer(error: Exception) -> str | None:
+    """What to do where an answer came that is none; None where the class of the error says it."""
+    return NO_HTTP_HINT if isinstance(error, httpcore.RemoteProtocolError) and "illegal" in str(error) else None
 
 
 class _Backend(httpcore.NetworkBackend):
@@ -95,7 +136,7 @@ class _Backend(httpcore.NetworkBackend):
                 return _Stream(_connected(family, address, self._deadline), self._deadline)
             except httpcore.ConnectError as refused:
                 error = refused
-        raise error or httpcore.ConnectError(f"{host} has no address")
+        raise error or Unreachable(f"{host} has no address", "Check the name of the host")
 
     def connect_unix_socket(
         self, path: str, timeout: float | None = None, socket_options: Iterable[Any] | None = None
@@ -114,7 +155,7 @@ def _resolved(host: str, port: int, deadline: Deadline) -> list[tuple[socket.Add
         try:
             answers.put(look_up())
         except (OSError, UnicodeError) as error:  # UnicodeError: a name that no resolver could be asked for
-            answers.put(httpcore.ConnectError(f"{host}: {error}"))
+            answers.put(Unreachable(f"{host}: {error}", "Check the name of the host"))
 
     if _is_literal(host):
         return look_up(socket.AI_NUMERICHOST)
@@ -158,6 +199,8 @@ def _connected(family: socket.AddressFamily, address: Address, deadline: Deadlin
             raise OSError(code, os.strerror(code))
     except OSError as error:
         connection.close()
+        if error.errno in (errno.EHOSTUNREACH, errno.ENETUNREACH):
+            raise Unreachable(str(error), "Check the address, and that this host has a way to it") from error
         raise httpcore.ConnectError(str(error)) from error
     except BaseException:
         connection.close()
@@ -180,18 +223,18 @@ def _connected_unix(path: str, deadline: Deadline) -> socket.socket:
     return connection
 
 
-def _unusable(path: str, code: int) -> SocketUnusable:
+def _unusable(path: str, code: int) -> Unreachable:
     """Why a connection over a unix socket was refused."""
     if code in (errno.EACCES, errno.EPERM):
-        return SocketUnusable(
+        return Unreachable(
             f"no permission to use {path}", "The permissions of the socket and its folders decide who calls its server"
         )
     running = "Is the server running?"
     if code == errno.ECONNREFUSED and not Path(path).is_socket():
-        return SocketUnusable(f"{path} is no socket", "Give the path that the server announced")
+        return Unreachable(f"{path} is no socket", "Give the path that the server announced")
     if code == errno.ECONNREFUSED:
-        return SocketUnusable(f"nobody listens on {path}", running)
-    return SocketUnusable(f"{path}: {os.strerror(code)}", running)
+        return Unreachable(f"nobody listens on {path}", running)
+    return Unreachable(f"{path}: {os.strerror(code)}", running)
 
 
 def _step_s(deadline: Deadline, error: type[httpcore.TimeoutException]) -> float:
@@ -231,7 +274,7 @@ class _Stream(httpcore.NetworkStream):
             raise httpcore.ConnectError(str(error)) from error
         stream = _Stream(secured, self._deadline)
         try:
-            stream._patiently(secured.do_handshake, httpcore.ConnectTimeout, httpcore.ConnectError)
+            stream._handshake(secured)
         except BaseException:
             stream.close()
             raise
@@ -245,6 +288,22 @@ class _Stream(httpcore.NetworkStream):
             poll.register(self._connection, select.POLLIN)
             return bool(poll.poll(0))
         return self._connection if info == "socket" else None
+
+    def _handshake(self, secured: ssl.SSLSocket) -> None:
+        """TLS as far as both sides agree; who speaks no TLS there, or is not trusted, is told apart from who is not there."""
+        try:
+            self._patiently(secured.do_handshake, httpcore.ConnectTimeout, httpcore.ConnectError)
+        except httpcore.ConnectError as error:
+            if isinstance(error.__cause__, ssl.SSLCertVerificationError):
+                hint = "Name the authority that signed the certificate in the variable SSL_CERT_FILE"
+                raise Unreachable(
+                    f"the certificate is not trusted: {error.__cause__.verify_message}", hint, is_lasting=True
+                ) from error
+            if isinstance(error.__cause__, ssl.SSLError):
+                raise Unreachable(
+                    f"no TLS is spoken there: {error}", "Is it http:// instead of https://?", is_lasting=True
+                ) from error
+            raise
 
     def _patiently(
         self, step: Callable[[], T], late: type[httpcore.TimeoutException], broken: type[httpcore.NetworkError]

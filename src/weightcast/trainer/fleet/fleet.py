@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import secrets
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 from weightcast.content.expected import ExpectedDigest, plan_key, whole_copies
 from weightcast.control.coordinator import Coordinator, Member
@@ -28,6 +29,7 @@ from weightcast.trainer.fleet.groups import groups_of, mates_of
 from weightcast.trainer.fleet.link import EngineLink, WorkerLink
 from weightcast.trainer.fleet.places import places_of
 from weightcast.trainer.fleet.ties import Ties
+from weightcast.trainer.progress import Progress
 from weightcast.trainer.ranks import Ranks
 from weightcast.trainer.ranks.all_ranks import RANK_0, SharedDigest
 from weightcast.trainer.settings import Settings
@@ -59,6 +61,9 @@ class Fleet:
         self.expected: dict[str, ExpectedDigest | SharedDigest] = {}
         self._content_key: str | None = None
         self.ties = Ties(ranks)
+        self.progress = Progress(settings.on_progress)
+        self.wait_s = 0.0
+        """How long an engine may take to be there at all before it joins."""
         self.choice = Choice(ranks, None if settings.transport == "auto" else settings.transport)
         coordinator.greet_with(self._welcome)
 
@@ -67,7 +72,17 @@ class Fleet:
         """What is published, on this rank."""
         return self._holder.source
 
+    @contextmanager
+    def waiting(self, wait_s: float) -> Iterator[None]:
+        """While inside, engines that join are given so many seconds to be there at all."""
+        self.wait_s = wait_s
+        try:
+            yield
+        finally:
+            self.wait_s = 0.0
+
     def _welcome(self, member: Member) -> Welcome:
+        self.progress("record", member.engine)
         return Welcome(
             session=self._session,
             manifest=self.ranks.manifest,
@@ -114,10 +129,15 @@ class Fleet:
     def _admit(self, engine: EngineLink, deadline: Deadline) -> None:
         engine.joined = False
         self._close_workers(engine, "it joins again")
+        if self.wait_s:
+            self.progress("wait", engine.name)
+            engine.client.wait_until_there(deadline.part(at_most_s=self.wait_s))
+        self.progress("connect", engine.name)
         world_size = engine.client.world_size(deadline)
         ticket = self.coordinator.issue_ticket(
             engine.name, world_size, large_nbytes=landings_nbytes(self.ranks.manifest)
         )
+        self.progress("join", engine.name)
         engine.client.init(
             {
                 "address": f"tcp://{self.settings.reached_at}:{self.coordinator.port}",
@@ -147,6 +167,7 @@ class Fleet:
         if engine.places.unused:
             left_out = engine.places.unused
             logger.info("%s does without %d published tensors: %s", engine.name, len(left_out), shown(left_out))
+        self.progress("joined", engine.name)
         logger.info("%s joined with %d workers, serving %s", engine.name, world_size, engine.version)
         for worker in workers:
             said = worker.landings

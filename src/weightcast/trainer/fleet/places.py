@@ -134,8 +134,8 @@ def places_of(
 ) -> Places:
     """The places of one engine, whose workers have these layouts.
 
-    Raises PlanMismatch for tensors that no worker has a use for, unless ``unused`` (patterns) names them, and for tensors that land
-    partly in the same bytes. A tensor without a place that may be tied to one that has a place comes as a tie: the values decide.
+    Raises PlanMismatch for tensors that no worker has a use for, or that all workers together take only a part of, unless ``unused``
+    (patterns) names them, and for tensors that land partly in the same bytes. A tensor without a place that may be tied to one that has a place comes as a tie: the values decide.
     """
     placed = {placement.region.name for layout in layouts for placement in layout.placements}
     placed |= {name for layout in layouts for name in layout.through_loader}
@@ -155,10 +155,26 @@ def places_of(
     if homeless:
         doubtful = {tie.names[1] for tie in maybe_tied if not tie.is_one_memory(holdings)}.union(homeless)
         raise _no_place([spec.name for spec in missing if spec.name in doubtful], manifest, placed)
+    cut_short = _cut_short(manifest, layouts)
+    rightly = matching(unused, cut_short)
+    if wrongly := {name: taken for name, taken in cut_short.items() if name not in rightly}:
+        raise _only_in_part(wrongly, manifest)
+    left_out |= rightly
     return Places(
-        unused=tuple(spec.name for spec in missing if spec.name in left_out),
+        unused=tuple(spec.name for spec in manifest.tensors if spec.name in left_out),
         ties=tuple(dict.fromkeys([*ties, *maybe_tied])),
     )
+
+
+def _cut_short(manifest: Manifest, layouts: Sequence[Layout]) -> dict[str, int]:
+    """Tensors of which all workers together want less than there is, and how many elements. Loaders of some engines take as much of a
+    larger tensor as fits, without a word."""
+    through = {name for layout in layouts for name in layout.through_loader}
+    boxes = {placement.region for layout in layouts for placement in layout.placements}
+    taken: dict[str, int] = {}
+    for box in boxes:
+        taken[box.name] = taken.get(box.name, 0) + box.numel
+    return {name: count for name, count in taken.items() if name not in through and count < manifest[name].numel}
 
 
 def is_computed(spec: TensorSpec) -> bool:
@@ -185,6 +201,17 @@ def _no_place(names: Sequence[str], manifest: Manifest, placed: set[str]) -> Pla
         f"the engine has no place for {len(names)} of {len(manifest)} published tensors: {shown(names)}",
         hint="Publish the model that the engine serves. "
         f"Where the engine rightly does without them, name them: unused=[{listed}]{more}",
+    )
+
+
+def _only_in_part(taken: Mapping[str, int], manifest: Manifest) -> PlanMismatch:
+    told = [
+        f"{name} {manifest[name].shape} ({count} of {manifest[name].numel} elements)"
+        for name, count in sorted(taken.items())
+    ]
+    return PlanMismatch(
+        f"the engine's model is smaller: {len(told)} of {len(manifest)} published tensors land only in part: {shown(told)}",
+        hint="Publish the model that the engine serves",
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from weightcast.deadline import Deadline
+from weightcast.deadline import LEAST_S, Deadline
 from weightcast.errors import RoundFailed, StateError, WeightcastError
 from weightcast.trainer.fleet.fleet import Fleet
 from weightcast.trainer.fleet.link import UNKNOWN, EngineLink
@@ -65,8 +65,8 @@ class Presence:
             if engine.name in failures:
                 continue
             if not engine.joined or engine.broken is not None:
-                failures[engine.name] = StateError(f"not connected: {engine.broken}", phase="join").at(
-                    engine=engine.name
+                failures[engine.name] = StateError(
+                    f"not connected: {engine.broken}", phase="join", engine=engine.name, hint="Call publish() again"
                 )
             elif engine.version == UNKNOWN:
                 self._ask(engine, deadline, failures)
@@ -95,8 +95,10 @@ class Presence:
         """How long engines may take to join: beside rounds a whole timeout, before them what leaves time for the rest."""
         if patience is not None:
             return Deadline(self._timeout_s)
-        share = 1.0 if self._require == "all" else 1.0 - SETUP_SHARE
-        return deadline.part(share)
+        if self._require == "all":
+            return deadline.part()
+        wait_s = self._fleet.wait_s
+        return deadline.part(at_most_s=wait_s + (1.0 - SETUP_SHARE) * max(deadline.remaining_s() - wait_s, LEAST_S))
 
     @staticmethod
     def _ask(engine: EngineLink, deadline: Deadline, failures: dict[str, WeightcastError]) -> None:

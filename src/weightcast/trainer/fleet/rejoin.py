@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 from weightcast.deadline import Deadline
-from weightcast.errors import DeadlineExceeded, WeightcastError
+from weightcast.errors import DeadlineExceeded, StateError, WeightcastError
 from weightcast.trainer.fleet.link import EngineLink
 
 MAX_THREADS = 16
@@ -62,10 +62,14 @@ class Rejoiner:
         return failures
 
     def _outcome(self, engine: EngineLink) -> WeightcastError | None:
-        attempt = self._attempts[engine.name]
+        attempt = self._attempts.get(engine.name)
+        if attempt is None:  # ``close`` came on another thread
+            return StateError(
+                "joining was called off", engine=engine.name, phase="join", hint="The publisher is closed"
+            )
         if not attempt.future.done():
             return DeadlineExceeded("it has not joined yet; the attempt goes on", engine=engine.name, phase="join")
-        del self._attempts[engine.name]
+        self._attempts.pop(engine.name, None)
         error = attempt.future.exception()
         if error is not None and not isinstance(error, WeightcastError):
             raise error

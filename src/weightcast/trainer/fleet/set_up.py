@@ -54,6 +54,7 @@ class _SetUp:
         """Engines whose pairs broke because of another engine."""
 
     def run(self) -> dict[str, WeightcastError]:
+        self._fleet.progress("set-up")
         self._fleet.begin_epoch(self._engines)
         self._choose_transports()
         self._make_memory_reachable()

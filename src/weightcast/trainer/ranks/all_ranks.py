@@ -14,6 +14,7 @@ from functools import partial
 from typing import Protocol, TypeVar
 
 from weightcast.content.expected import ExpectedDigest, expected_digest
+from weightcast.content.finite import added
 from weightcast.control.coordinator import Coordinator, Member
 from weightcast.deadline import Deadline
 from weightcast.digest.formula import combine
@@ -32,6 +33,7 @@ from weightcast.trainer.ranks.orders import (
     Adopt,
     Agree,
     Answer,
+    CountNonFinite,
     Digest,
     Enter,
     Exhaust,
@@ -407,6 +409,15 @@ class SharedDigest:
         for rank, number in posted.items():
             parts.append(self._ranks.hear(rank, number, deadline, phase="verify").value)
         return combine(parts)
+
+    def non_finite(self, memory: Memory, check: Callable[[], None]) -> dict[str, int]:
+        """How many values of all ranks are NaN or infinite, by tensor."""
+        deadline = self._ranks.deadline
+        order = CountNonFinite(key=self._key, timeout_s=deadline.limit_s())
+        posted = {rank: self._ranks.post(member, order) for rank, member in self._others.items()}
+        parts: list[Mapping[str, int]] = [self._own.non_finite(memory, check)]
+        parts += [self._ranks.hear(rank, n, deadline, phase="check").counts for rank, n in posted.items()]
+        return added(parts)
 
     def start(self, memory: Memory, check: Callable[[], None]) -> Callable[[], int]:
         """``of`` in two steps, of which the second does all: the other ranks' answers have to be waited for anyhow."""

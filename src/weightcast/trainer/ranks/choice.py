@@ -35,7 +35,15 @@ def chosen_group(given: GivenGroup, source: object) -> dist.ProcessGroup | None:
             return None
         _require_all_ranks(source)
         return dist.group.WORLD
-    return None if given is None or dist.get_world_size(given) == 1 else given
+    if given is None:
+        return None
+    if not dist.is_available() or not isinstance(given, dist.ProcessGroup):
+        raise InvalidInput(
+            f"process_group is a group, None or 'auto', not {given!r}",
+            field="process_group",
+            hint="Give what torch.distributed.new_group() returned, or torch.distributed.group.WORLD",
+        )
+    return None if dist.get_world_size(given) == 1 else given
 
 
 def _require_all_ranks(source: object) -> None:

@@ -105,6 +105,13 @@ class Digest(Order, frozen=True, kw_only=True, tag="digest"):
     timeout_s: float
 
 
+class CountNonFinite(Order, frozen=True, kw_only=True, tag="count_non_finite"):
+    """Count the values that are NaN or infinite of what was expected under a key; ``counts`` in the answer."""
+
+    key: str
+    timeout_s: float
+
+
 class Abort(Order, frozen=True, kw_only=True, tag="abort"):
     """End what runs on a pair. Not answered."""
 
@@ -179,6 +186,7 @@ AnyOrder = (
     | Exhaust
     | LetGo
     | Digest
+    | CountNonFinite
     | Abort
     | Release
     | Finish
@@ -194,6 +202,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     moved: bool = False
     offers: tuple[bytes, ...] = ()
     value: int = 0
+    counts: dict[str, int] = {}
 
 
 _orders: msgspec.msgpack.Decoder[AnyOrder] = msgspec.msgpack.Decoder(known(AnyOrder))

@@ -40,6 +40,7 @@ from weightcast.trainer.ranks.orders import (
     Answer,
     AnyOrder,
     Connect,
+    CountNonFinite,
     Digest,
     Enter,
     Exhaust,
@@ -63,6 +64,7 @@ from weightcast.untrusted.seldom import Seldom
 
 logger = logging.getLogger(__name__)
 
+COLLECTIVE_HINT = "Every rank has to call connect() and publish(), in the same order"
 GRACE_S = 1.9
 """How long after a call's deadline rank 0 may still say how it ended: it takes back first what was committed."""
 MAX_THREADS = 512
@@ -150,7 +152,7 @@ class OtherRank:
             self._answer(message, Answer(error=ErrorForm.of(error)))
             return
         if message.call <= self._left and not isinstance(order, Abort | Release | Finish):
-            late = StateError("this rank has left the call, as rank 0 did not come in time")
+            late = StateError("this rank has left the call, as rank 0 did not come in time", hint=COLLECTIVE_HINT)
             self._answer(message, Answer(error=ErrorForm.of(late)))
             return
         self._orders.put((message, order))
@@ -164,7 +166,7 @@ class OtherRank:
 
     # -- collective calls: those of FirstRank, which has the arguments
 
-    def connect(self, deadline: Deadline) -> None:
+    def connect(self, deadline: Deadline, wait_s: float = 0.0) -> None:
         self.join("connect", deadline)
 
     def add(self, engine: object, deadline: Deadline) -> Report | None:
@@ -205,7 +207,7 @@ class OtherRank:
                 self._dismiss(order)
             elif message.call < self._call:
                 if not isinstance(order, Finish):
-                    late = StateError("this rank has left the call already")
+                    late = StateError("this rank has left the call already", hint=COLLECTIVE_HINT)
                     self._answer(message, Answer(error=ErrorForm.of(late)))
             elif isinstance(order, Finish):
                 self._call = message.call
@@ -224,7 +226,7 @@ class OtherRank:
             except queue.Empty:
                 raise DeadlineExceeded(
                     f"trainer rank 0 did not end {what}() in time",
-                    hint="Every rank has to call connect() and publish(), in the same order",
+                    hint=COLLECTIVE_HINT,
                 ) from None
             if item is not None:
                 return item
@@ -238,7 +240,7 @@ class OtherRank:
 
     def _do(self, what: str, message: RankOrder, order: AnyOrder) -> None:
         match order:
-            case Connect() | Send() | Digest():
+            case Connect() | Send() | Digest() | CountNonFinite():
                 self._pool.submit(self._answered, message, lambda: self._beside(order))
             case _:
                 self._answered(message, lambda: self._at_once(what, order))
@@ -258,7 +260,7 @@ class OtherRank:
         match order:
             case Enter():
                 if order.what != what:
-                    raise StateError(f"it calls {what}(), rank 0 calls {order.what}()")
+                    raise StateError(f"it calls {what}(), rank 0 calls {order.what}()", hint=COLLECTIVE_HINT)
             case Survey():
                 return Answer(manifest=self._source.manifest, layout=self._source.layout)
             case Renew():
@@ -308,7 +310,7 @@ class OtherRank:
         self._ends.update(zip(order.pairs, map(_KeptEnd, ends), strict=True))
         return tuple(end.offer() for end in ends)
 
-    def _beside(self, order: Connect | Send | Digest) -> Answer:
+    def _beside(self, order: Connect | Send | Digest | CountNonFinite) -> Answer:
         with own_stream(self._source.device):
             match order:
                 case Connect():
@@ -319,11 +321,17 @@ class OtherRank:
                     with self._held(order.pair).use() as end:
                         return Answer(value=end.send(Deadline(order.timeout_s)))
                 case Digest():
-                    expected = self.expected.get(order.key)
-                    if expected is None:
-                        raise ProtocolError("nothing is expected under that key")
                     check = partial(Deadline(order.timeout_s).check, "the digest of what this rank holds")
-                    return Answer(value=expected.of(self._source.memory, check))
+                    return Answer(value=self._expected(order.key).of(self._source.memory, check))
+                case CountNonFinite():
+                    check = partial(Deadline(order.timeout_s).check, "the check of what this rank holds")
+                    return Answer(counts=self._expected(order.key).non_finite(self._source.memory, check))
+
+    def _expected(self, key: str) -> ExpectedDigest:
+        expected = self.expected.get(key)
+        if expected is None:
+            raise ProtocolError("nothing is expected under that key")
+        return expected
 
     def _held(self, pair: int) -> _KeptEnd:
         held = self._ends.get(pair)

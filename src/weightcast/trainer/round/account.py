@@ -44,6 +44,7 @@ class Account:
         version: str,
         digest: int,
         outcome: ReportOutcome = "committed",
+        non_finite: Mapping[str, int] | None = None,
     ) -> Report:
         """What the round did, engine by engine."""
         hexadecimal = f"{digest:016x}"
@@ -63,6 +64,7 @@ class Account:
             phases=timeline.phases,
             engines=engines,
             unused=_joined(engine.places.unused for engine in fleet if engine in self._outcomes),
+            non_finite=None if non_finite is None else dict(non_finite),
         )
 
     def _engine(self, engine: EngineLink, digest: str) -> EngineReport:

@@ -83,6 +83,8 @@ class Brief:
     timeline: Timeline
     absent: Mapping[str, WeightcastError]
     check: Callable[[], None]
+    non_finite: Mapping[str, int] | None = None
+    """How many published values are NaN or infinite, by tensor, where that was asked for."""
 
 
 class Round:
@@ -158,6 +160,7 @@ class Round:
                 version=self._proof.version or str(self._number),
                 digest=self._proof.content,
                 outcome="committed" if self._is_committed else "aborted",
+                non_finite=self._brief.non_finite,
             )
         return self._report
 
@@ -271,11 +274,19 @@ class Round:
             assert isinstance(staged, Staged)
             progress = self._outcomes.progress(worker)
             progress.nbytes, progress.seconds, progress.digest = staged.nbytes, staged.transfer_s, staged.digest
+            self._tell_progress()
 
         try:
             self._outcomes.guard(engine, "transfer", work, worker)
         finally:
             self._turns.leave(worker.member.key)
+
+    def _tell_progress(self) -> None:
+        """Say how many workers have all bytes."""
+        if self._fleet.progress.is_heard:
+            workers = [worker for engine in self._engines for worker in engine.workers if not worker.in_place]
+            done = sum(bool(self._outcomes.progress(worker).digest) for worker in workers)
+            self._fleet.progress("transfer", done=done, total=len(workers))
 
     def _give(
         self, engine: EngineLink, worker: WorkerLink, part: int, kind: type[Message], phase: str, deadline: Deadline

@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from weightcast.report.model import Phase
+from weightcast.trainer.progress import Progress
 
 
 class Timeline:
     """Collects phases relative to its making."""
 
-    def __init__(self) -> None:
+    def __init__(self, progress: Progress | None = None) -> None:
+        self._progress = progress if progress is not None else Progress(None)
         self._start = time.perf_counter()
         self._phases: list[Phase] = []
 
@@ -20,6 +22,7 @@ class Timeline:
     def phase(self, name: str) -> Iterator[None]:
         """Time the body, also when it raises."""
         began = self.elapsed_s()
+        self._progress(name)
         try:
             yield
         finally:

@@ -85,10 +85,10 @@ class ServedEngine(ABC):
         if not await self.client.reset_prefix_cache(reset_running_requests=running_too):
             raise EngineError(NOT_FORGOTTEN, hint="Publish again when fewer requests are in flight")
 
-    def num_requests(self) -> int:
-        """Requests that are not finished; zero where vLLM's object does not tell."""
+    def num_requests(self) -> int | None:
+        """Requests that are not finished; None where vLLM's object does not tell."""
         processor = getattr(self.client, "output_processor", None)
-        return 0 if processor is None else int(processor.get_num_unfinished_requests())
+        return None if processor is None else int(processor.get_num_unfinished_requests())
 
     async def wake_up(self, tags: Sequence[str]) -> None:
         """Map memory with these tags again, in every replica; vLLM lets its scheduler go on once nothing sleeps any more."""
