@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 from safetensors.torch import save_file
 from tests.support.engine_process import TOKEN, EngineProcess, values_of
@@ -203,6 +204,27 @@ def test_a_push_says_what_it_is_doing_and_keeps_it_off_the_report(engine: Engine
         assert any(line.startswith(phase) for line in said), (phase, pushed.stderr)
     assert any(line == "transferring, 1 of 1 workers" for line in said)
     assert run_here("push", tmp_path, "--to", engine.url, "--quiet").stderr == ""
+
+
+def test_a_tensor_without_a_place_is_told_in_options(engine: EngineProcess, tmp_path: Path) -> None:
+    save_file({**values_of(2), "v_head.weight": torch.randn(3)}, tmp_path / "model.safetensors")
+    pushed = run_here("push", tmp_path, "--to", engine.url, "--quiet")
+    assert pushed.exit_code == 1
+    assert "--unused 'v_head.*'" in pushed.stderr
+    assert "unused=" not in pushed.stderr
+    again = run_here("push", tmp_path, "--to", engine.url, "--quiet", "--unused", "v_head.*")
+    assert "1 tensors were left out: v_head.weight" in again.stdout, again.stderr
+    mistyped = run_here("push", tmp_path, "--to", engine.url, "--quiet", "--unused", "head.*")
+    assert "--unused 'head.*' matches none" in mistyped.stderr
+
+
+def test_a_push_of_values_that_are_none_is_refused(engine: EngineProcess, tmp_path: Path) -> None:
+    values = values_of(2)
+    values["layers.0.scale"][3] = float("nan")
+    save_file(values, tmp_path / "model.safetensors")
+    pushed = run_here("push", tmp_path, "--to", engine.url, "--check-finite", "--json")
+    assert pushed.exit_code == 1
+    assert "layers.0.scale (1)" in told(pushed)["error"]["message"]
 
 
 def test_a_step_that_takes_long_is_said_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,8 @@ def in_options(error: WeightcastError) -> str:
 
 def _patterns(found: re.Match[str]) -> str:
     try:
-        patterns = [str(pattern) for pattern in ast.literal_eval(found[1])]
+        given = ast.literal_eval(found[1])
+        patterns = [given] if isinstance(given, str) else [str(pattern) for pattern in given]
     except (ValueError, SyntaxError):
         return found[0]
     return " ".join(f"--unused {shlex.quote(pattern)}" for pattern in patterns)
@@ -44,6 +45,7 @@ def _prefixes(found: re.Match[str]) -> str:
 
 _SAID: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"""\bunused=(\[(?:'[^']*'|"[^"]*"|[^\]'"])*\])""", _patterns),
+    (r"""\bunused=('[^']*'|"[^"]*")""", _patterns),
     (r"""\brename=(\{(?:'[^']*'|"[^"]*"|[^}'"])*\})""", _prefixes),
     (r"\bwith takeover(=True)?\b|\btakeover=True\b", "with --takeover"),
     (r"\bmode=?\s?\"?(in_place|staged)\"?", r"--mode \1"),
