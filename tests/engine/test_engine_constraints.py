@@ -109,7 +109,7 @@ async def test_penalties_are_those_of_a_direct_computation(serve: Start, rng: ra
             altered = max(altered, abs(float(expected[each] - torch.log_softmax(row, dim=-1)[each])))
         if params.temperature == 0:
             assert token == int(expected.argmax())
-    assert altered > 0.1
+    assert altered > 1e-3  # well above what is taken for equal
 
 
 async def test_a_bias_forbids_and_forces(serve: Start, rng: random.Random) -> None:
