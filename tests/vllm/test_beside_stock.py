@@ -122,6 +122,18 @@ def test_the_stock_routes_carry_a_round(served: Served, model: Path, fresh: Fres
         assert served.answers(PROMPTS) == fresh.answers(model, weights, PROMPTS)
 
 
+def test_a_client_that_died_with_an_update_open_holds_nobody_up(served: Served, model: Path, fresh: FreshLoads) -> None:
+    weights = random_state_dict(model)
+    with Publisher(random_state_dict(model), [StockRoutes(served)]) as died:
+        died.publish()
+        assert served.post("/start_weight_update").status_code == 200
+        assert served.post("/start_weight_update").status_code == 424, "nobody finishes the update"
+        with Publisher(weights, [StockRoutes(served)], takeover=True) as publisher:
+            report = publisher.publish()
+            assert served.version == report.version
+    assert served.answers(PROMPTS) == fresh.answers(model, weights, PROMPTS)
+
+
 def test_the_stock_routes_survive_wrong_calls(served: Served, model: Path) -> None:
     with Publisher(random_state_dict(model), [served.url], token=served.token) as publisher:
         publisher.publish()

@@ -22,6 +22,7 @@ import vllm
 from weightcast.commit.worker_outcome import WorkerOutcome
 from weightcast.digest.versions import INITIAL_VERSION
 from weightcast.engines.vllm import api
+from weightcast.engines.vllm.left_open import close_when_joined
 from weightcast.engines.vllm.model import VllmModel
 from weightcast.engines.vllm.parallelism import worker_rank
 from weightcast.engines.vllm.versions import check_version
@@ -56,6 +57,7 @@ class VllmBackend(VllmEngine):  # type: ignore[misc]
         self._held = False
         install_call()
         hear_sleep()
+        close_when_joined(lambda engine: isinstance(engine, VllmBackend))
 
     # -- vLLM's contract
 
