@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import itertools
 import json
 import random
 import re
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -37,10 +39,22 @@ async def serve(build: Any) -> AsyncIterator[Start]:
 
 async def across_an_update(llm: AsyncLLM, prompt: list[int], params: SamplingParams, noise: Any) -> RequestOutput:
     """The request's output when the weights change after some of its tokens and everything is computed anew."""
-    output = None
+    core, asked, steps = llm.engine.core, threading.Event(), itertools.count(1)
+    step, output = core.step, None
+
+    def hold_after_eight() -> None:
+        """However slow this machine is, the request is not over before the pause is asked for."""
+        step()
+        if next(steps) == 8:
+            assert asked.wait(60)
+
+    core.step = hold_after_eight  # type: ignore[method-assign]
     async for output in llm.generate(prompt, params):
         if output.outputs[0].weight_versions[-1].version == "default" and len(output.outputs[0].token_ids) > 5:
-            await llm.pause_generation("keep")
+            pausing = asyncio.create_task(llm.pause_generation("keep"))
+            await asyncio.sleep(0)  # the order is in the engine's queue
+            asked.set()
+            await pausing
             await llm.run_between_steps(lambda: noise(llm.engine.model))
             await llm.update_weight_version("new")
             await llm.resume_generation()

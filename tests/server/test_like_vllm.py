@@ -115,7 +115,7 @@ async def test_echo_with_logprobs(
     assert values[1:] == pytest.approx(expected.tolist(), abs=1e-4)
     for name, value, top in zip(tokens[1:], values[1:], tops[1:], strict=True):
         assert top[name] == value or name == "\ufffd"  # so many tokens are parts of a character
-        assert 2 <= len(top) <= 3
+        assert 2 - ("\ufffd" in top) <= len(top) <= 3  # and several of them have one name
 
 
 async def test_echo_of_several_prompts_and_answers(client: openai.AsyncOpenAI) -> None:

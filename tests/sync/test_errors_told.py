@@ -224,7 +224,7 @@ def test_an_answer_that_stays_lost_is_told_as_that_when_time_runs_out() -> None:
 
     attempt: Any = object.__new__(Round)
     attempt._epoch, attempt._round, attempt._proof = 1, 1, SimpleNamespace(version="1-ab")
-    attempt._pause, attempt._clear_cache, attempt._deadline = "keep", True, Deadline(5)
+    attempt._settings, attempt._deadline = SimpleNamespace(pause="keep", clear_cache=True), Deadline(5)
     client: Any = SimpleNamespace(commit=commit, name="a")
     engine = EngineLink(client)
     with pytest.raises(AnswerLost, match="the connection broke") as caught:

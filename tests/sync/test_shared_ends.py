@@ -41,7 +41,7 @@ class Blocked(TrainerEnd):
             raise StateError("nobody ended it")
         raise TransportError("the end was aborted")
 
-    def send(self, deadline: Deadline) -> int:
+    def send(self, deadline: Deadline, part: int = 0) -> int:
         self.connect(deadline)
         return 0
 
