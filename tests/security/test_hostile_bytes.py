@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import socket
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from tests.support.forked import run_forked
 
 from weightcast import Publisher
 from weightcast.deadline import Deadline
@@ -57,5 +56,5 @@ def play(kind: str) -> None:
 @pytest.mark.parametrize("kind", NONSENSE)
 def test_nonsense_on_a_data_connection_ends_no_trainer(kind: str) -> None:
     code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_hostile_bytes as t; t.play({kind!r})"
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False)
-    assert (ended.returncode, ended.stdout.strip()) == (0, "went on"), ended.stderr[-3000:]
+    status, printed = run_forked(code, environment=os.environ, timeout_s=100)
+    assert (status, printed.splitlines()[-1]) == (0, "went on"), printed[-3000:]
