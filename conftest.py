@@ -20,8 +20,10 @@ ranks.PRELOAD += [
 ]  # fmt: skip
 
 FIRST = [
-    "tests/examples/test_examples.py", "tests/faults/test_matrix.py", "tests/faults/test_soak.py", "tests/sync/test_several_ranks.py",
-    "tests/vllm/test_parallel.py", "tests/vllm/test_experts.py", "tests/vllm/test_served.py", "tests/vllm/test_beside_stock.py",
+    "tests/examples/test_examples.py", "tests/faults/test_matrix.py", "tests/demo/test_demo_commands.py", "tests/faults/test_soak.py",
+    "tests/sync/test_published_values.py", "tests/server/test_serve_command.py", "tests/sync/test_several_ranks.py",
+    "tests/vllm/test_parallel.py", "tests/vllm/test_experts.py", "tests/vllm/test_beside_stock.py", "tests/vllm/test_served.py",
+    "tests/vllm/test_models.py",
 ]  # fmt: skip
 """The files that take longest. Where several files run at once, what starts last decides when all have ended."""
 
