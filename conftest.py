@@ -20,7 +20,8 @@ ranks.PRELOAD += [
 ]  # fmt: skip
 
 FIRST = [
-    "tests/examples/test_examples.py", "tests/faults/test_matrix.py", "tests/demo/test_demo_commands.py", "tests/faults/test_soak.py",
+    "tests/documents/test_readme.py", "tests/documents/test_tutorial.py", "tests/examples/test_examples.py",
+    "tests/faults/test_matrix.py", "tests/documents/test_deployment.py", "tests/demo/test_demo_commands.py", "tests/faults/test_soak.py",
     "tests/sync/test_published_values.py", "tests/server/test_serve_command.py", "tests/sync/test_several_ranks.py",
     "tests/vllm/test_parallel.py", "tests/vllm/test_experts.py", "tests/vllm/test_beside_stock.py", "tests/vllm/test_served.py",
     "tests/vllm/test_models.py",
