@@ -23,6 +23,7 @@ from weightcast.errors import (
     PeerLost,
     RoundFailed,
     ShadowError,
+    WakeFailed,
     WeightcastError,
 )
 from weightcast.receiver.session import Session
@@ -89,7 +90,7 @@ def test_every_error_says_what_to_do_and_a_better_hint_counts_first(kind: type[W
     assert kind("it broke").hint
     better = kind("it broke", hint="Do this")
     assert better.hint == "Do this"
-    assert str(better) == "it broke. Do this"
+    assert str(better) == f"it broke{' [phase wake]' if kind is WakeFailed else ''}. Do this"
     if kind is not RoundFailed:
         again = ErrorForm(kind=kind.__name__, message="it broke", hint="Do this").error()
         assert type(again) is kind

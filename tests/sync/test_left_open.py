@@ -35,7 +35,7 @@ def engine() -> Iterator[LocalEngine]:
 def test_a_trainer_that_joins_closes_what_a_dead_client_left_open(engine: LocalEngine, takeover: bool) -> None:
     with Publisher(fresh(), engines=[engine], timeout_s=10) as publisher:
         publisher.publish()
-    engine.workers[0].start_weight_update()
+        engine.workers[0].start_weight_update()
     weights = fresh()
     with Publisher(weights, engines=[engine], timeout_s=10, takeover=takeover) as publisher:
         assert publisher.publish().digests_match
