@@ -23,7 +23,7 @@ from weightcast.trainer.clients import HttpEngineClient
 
 @pytest.mark.acceptance
 @pytest.mark.timeout(300)
-def test_the_blocks_run_as_pasted(tmp_path: Path, needs_own_network: None) -> None:
+def test_the_blocks_run_as_pasted(tmp_path: Path) -> None:
     printed = run_blocks(blocks_of(ROOT / "docs" / "deployment.md"), tmp_path, timeout_s=280)
     assert "committed 1-" in printed
 

@@ -15,7 +15,7 @@ COMMITTED = re.compile(r"committed (\d+)-[0-9a-f]{12} on 1/1 engines")
 @pytest.mark.acceptance
 @pytest.mark.timeout(540)
 @pytest.mark.skipif(find_spec("trl") is None, reason="TRL is not installed: pip install 'weightcast[trl]'")
-def test_the_blocks_run_as_pasted(tmp_path: Path, needs_own_network: None) -> None:
+def test_the_blocks_run_as_pasted(tmp_path: Path) -> None:
     printed = run_blocks([block for block in blocks_of(README) if block.mark is None], tmp_path, timeout_s=500)
     # 30 rounds of the first loop, a push, one after each of TRL's three steps (the round before them is not printed), one by two ranks.
     versions = [int(number) for number in COMMITTED.findall(printed)]

@@ -9,7 +9,7 @@ from tests.documents.blocks import ROOT, blocks_of, run_blocks
 
 @pytest.mark.acceptance
 @pytest.mark.timeout(540)
-def test_the_blocks_run_as_pasted(tmp_path: Path, needs_own_network: None) -> None:
+def test_the_blocks_run_as_pasted(tmp_path: Path) -> None:
     blocks = blocks_of(ROOT / "docs" / "tutorial.md")
     assert not [block.place for block in blocks if block.mark], "every block of the tutorial is run"
     printed = run_blocks(blocks, tmp_path, timeout_s=500)

@@ -3,11 +3,9 @@
 import re
 from pathlib import Path
 
-import pytest
-from tests.documents.blocks import ROOT, blocks_of, obstacle, run_blocks
+from tests.documents.blocks import ROOT, blocks_of, run_blocks
 
 
-@pytest.mark.skipif(obstacle() is not None, reason=str(obstacle()))
 def test_the_blocks_run_as_pasted(tmp_path: Path) -> None:
     blocks = [block for block in blocks_of(ROOT / "README.md") if block.mark == "vllm"]
     printed = run_blocks(blocks, tmp_path, timeout_s=280)

@@ -40,7 +40,7 @@ class VersionSpan:
 
 @dataclass(slots=True, kw_only=True)
 class CompletionOutput:
-    """One of a request's n outputs so far. Cumulative: every output object holds all tokens and text until now."""
+    """One of a request's n outputs. Every output object holds all tokens and text that were made until now."""
 
     index: int
     text: str = ""
@@ -55,7 +55,7 @@ class CompletionOutput:
 
 @dataclass(slots=True, kw_only=True)
 class RequestOutput:
-    """The state of one request: its prompt and n outputs; ``finished`` when all of them are."""
+    """The state of one request: its prompt and n outputs. ``finished`` is true when all outputs are finished."""
 
     request_id: str
     prompt: str | None
@@ -98,7 +98,7 @@ class EngineStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LiveDigests:
-    """Digests of what was live at one moment, by checkpoint tensor; tensors that the model does not use are left out."""
+    """Digests of the values that were live at one moment, by checkpoint tensor. Tensors that the model does not use are left out."""
 
     weight_version: str
     tensors: Mapping[str, TensorDigest]
@@ -109,7 +109,7 @@ class DigestsTensors(Protocol):
     """An engine that knows where checkpoint tensors lie in its live weights. Optional beside InferenceEngine."""
 
     async def tensor_digests(self, manifest: Manifest) -> LiveDigests:
-        """Digest the live values of each tensor where they lie. PlanMismatch when it is not this model's checkpoint."""
+        """Digest the live values of each tensor where they lie. PlanMismatch when the tensors are another model's."""
         ...
 
 
@@ -170,7 +170,7 @@ class InferenceEngine(Protocol):
     async def get_weight_version(self) -> str: ...
 
     async def update_weight_version(self, new_version: str) -> None:
-        """Set the label of what is live; touches no weight."""
+        """Set the version that outputs carry. No weight is touched."""
         ...
 
     async def checksums(self) -> dict[str, str]:
@@ -180,5 +180,5 @@ class InferenceEngine(Protocol):
     async def status(self) -> EngineStatus: ...
 
     async def shutdown(self) -> None:
-        """End all requests and the engine; idempotent."""
+        """End all requests and the engine. A second call does nothing."""
         ...

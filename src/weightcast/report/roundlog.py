@@ -19,11 +19,11 @@ _SAFELY = os.O_CLOEXEC | os.O_NOFOLLOW
 
 
 class RoundLog:
-    """Appends one line per report to ``path``.
+    """Appends one line for each report to the file ``path``, which only its owner may read.
 
-    The file is for its owner only. A full disk, a missing right, a link in the log's place or a vanished folder is logged once as a warning; later reports are still tried, so the
-    log goes on when there is room again. A line is written whole: what a failed write, or a process that died, left behind is
-    cut off.
+    A full disk, a missing right, a link in the log's place or a vanished folder is told once as a warning. Later reports are still tried,
+    so the log goes on when there is room again. A line is written whole: the rest of a line that a failed write, or a process that
+    died, left behind is cut off.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -32,7 +32,7 @@ class RoundLog:
         self._mended = False
 
     def append(self, report: Report) -> bool:
-        """Write one report; False when it could not be written. Raises nothing for the file's sake."""
+        """Write one report and return True, or False when the file could not be written. A file that cannot be written raises nothing."""
         line = report.to_json().encode() + b"\n"
         try:
             self._write(line)
@@ -45,7 +45,7 @@ class RoundLog:
         return True
 
     def last_number(self) -> int:
-        """The highest version number of the latest reports; 0 when there are none. Lines that are no reports are passed over."""
+        """Return the highest version number of the latest reports, or 0 when there are none. Lines that are no reports are skipped."""
         return max((report.number for report in latest_rounds(self.path)), default=0)
 
     def _mend(self) -> None:
@@ -90,7 +90,7 @@ def latest_rounds(path: str | Path) -> list[Report]:
 
 
 def read_rounds(path: str | Path) -> Iterator[Report]:
-    """The reports of a RoundLog's file in order; raises InvalidInput with the line number of one that is not a report."""
+    """Return the reports of a RoundLog's file in order. InvalidInput names the number of a line that is not a report."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():

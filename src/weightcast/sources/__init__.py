@@ -28,9 +28,14 @@ SourceLike = Source | nn.Module | Mapping[str, torch.Tensor] | str | Path | Stre
 def make_source(
     source: SourceLike, *, dtype: torch.dtype | None = None, rename: Rename | None = None, keeps: bool = True
 ) -> Source:
-    """A Source for what a user has; ``dtype`` casts floating-point tensors on the way, of modules, state dicts and streams only:
-    a checkpoint's files are published as they are, and a Source has decided already. ``rename`` gives checkpoint tensors other names (see renaming).
-    Of a stream ``keeps`` False keeps nothing: another rank sends it."""
+    """Make a Source of a module, a mapping of names to tensors, a checkpoint folder, a stream or a Source.
+
+    Args:
+        dtype: the type in which floating-point tensors are published, for modules, state dicts and streams. A checkpoint's files are
+            published as they are, and a Source has its type already.
+        rename: other names for checkpoint tensors (see renaming).
+        keeps: False for a stream that another rank sends; the source then keeps no values.
+    """
     if dtype is not None and isinstance(source, Source | str | Path):
         raise InvalidInput(
             f"dtype has no effect on a {'Source' if isinstance(source, Source) else 'checkpoint folder'}",

@@ -1,8 +1,8 @@
-"""Run ranks as processes: their values come back, their exceptions are raised here with the rank, none outlives the call.
+"""Run ranks as processes. Their values come back, their exceptions are raised here with the rank, and no rank outlives the call.
 
-Children have one OpenMP thread each, which sleeps while it waits, as many ranks share few cores. They are forked from a server that
-has imported torch, with the environment that their caller has. Where there is a GPU they are spawned: what the server imports may
-ask for the GPU, and no child of that process could use it.
+Each child has one OpenMP thread, which sleeps while it waits, because many ranks share few cores. Children are forked from a server that
+has imported torch, with the environment of their caller. On a machine with a GPU children are spawned: a module that the server imports
+may ask for the GPU, and then no child of the server could use the GPU.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ class RankFailed(RuntimeError):
 
 
 def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 60.0) -> list[Any]:
-    """Run ``fn(rank, world_size, *args)`` in ``world_size`` processes; returns their values in order of rank.
+    """Run ``fn(rank, world_size, *args)`` in ``world_size`` processes, and return their values in order of rank.
 
-    ``fn`` is a module-level function. The first failure ends all ranks and is raised as RankFailed; a rank that is still
-    running after ``timeout_s`` is DeadlineExceeded.
+    ``fn`` is a module-level function. The first failure ends all ranks and is raised as RankFailed. A rank that still runs after
+    ``timeout_s`` is DeadlineExceeded.
     """
     deadline = Deadline(timeout_s)
     with contextlib.ExitStack() as stack:
@@ -65,10 +65,10 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: fl
 
 
 class Peer:
-    """An object in a process of its own; its methods are called by name, one at a time.
+    """An object in a process of its own. The object's methods are called by name, one at a time.
 
-    ``factory`` is a module-level class or function without arguments. Use it as a context manager: the process is killed on
-    leaving, whatever it is doing.
+    ``factory`` is a module-level class or function without arguments that makes the object. Use a Peer as a context manager: leaving the
+    context kills the process, whatever the process does.
     """
 
     def __init__(self, factory: Callable[[], Any], rank: int = 1) -> None:
@@ -76,11 +76,11 @@ class Peer:
         self.pid = self._process.pid
 
     def start(self, method: str, *args: Any) -> None:
-        """Call a method and do not wait; ``result`` gives what it returns."""
+        """Call a method without waiting. ``result`` returns the method's value."""
         self._process.channel.send((method, args))
 
     def result(self, timeout_s: float = 30.0) -> Any:
-        """The value of the last call; RankFailed when it raised or the process died."""
+        """Return the value of the last call. RankFailed when the call raised or the process died."""
         return self._process.receive(Deadline(timeout_s))
 
     def call(self, method: str, *args: Any, timeout_s: float = 30.0) -> Any:
@@ -89,11 +89,11 @@ class Peer:
         return self.result(timeout_s)
 
     def freeze(self) -> None:
-        """Stop the process where it is (SIGSTOP), as a machine that hangs would."""
+        """Stop the process with SIGSTOP, as if its machine hung."""
         os.kill(self.pid, signal.SIGSTOP)
 
     def kill(self) -> None:
-        """End it with SIGKILL and wait until it is gone."""
+        """End the process with SIGKILL and wait until the process is gone."""
         self._process.end()
 
     def __enter__(self) -> Peer:

@@ -19,9 +19,9 @@ class EngineConfig:
     """Arguments of LLM and AsyncLLM; names follow vLLM where vLLM has one. Validates itself.
 
     ``model`` is a folder or hub name, or a transformers PreTrainedModel, of which the engine makes its own copy.
-    None means that the engine chooses: ``device`` is the first GPU, or else the CPU; ``max_model_len`` is what the model's positions
-    allow (2048 where they allow anything); ``kv_cache_tokens`` is what a quarter of the free memory (half of it on a GPU) holds,
-    at most twice ``max_num_seqs * max_model_len``. With ``num_threads`` None torch's setting stays.
+    None means that the engine chooses: ``device`` is the first GPU, or else the CPU; ``max_model_len`` is the length that the model's
+    positions allow (2048 where they allow any length); ``kv_cache_tokens`` is the number of tokens that a quarter of the free memory
+    (half of it on a GPU) holds, and at most twice ``max_num_seqs * max_model_len``. With ``num_threads`` None torch's setting stays.
     """
 
     model: Any

@@ -20,10 +20,10 @@ _LIVENESS_CHECK_S = 1.0
 
 
 class LLM:
-    """A model that generates in this process and takes new weights while it does. Takes EngineConfig's arguments.
+    """A model that generates in this process and takes new weights between two forward passes. Takes the arguments of EngineConfig.
 
-    Use it as a context manager, or call ``shutdown``; a forgotten one ends with the interpreter. Calls may come from
-    several threads: one may pause and update while another is inside ``generate``.
+    Use an LLM as a context manager, or call ``shutdown``; otherwise the LLM ends with the interpreter. Several threads may call an LLM:
+    one thread may pause and update while another is inside ``generate``.
     """
 
     def __init__(self, model: Any, **arguments: Any) -> None:
@@ -47,7 +47,7 @@ class LLM:
         return self.engine.max_model_len
 
     def get_tokenizer(self) -> Any:
-        """The transformers tokenizer, or None."""
+        """Return the transformers tokenizer, or None."""
         return self.engine.text.tokenizer
 
     def generate(
@@ -60,9 +60,9 @@ class LLM:
     ) -> list[RequestOutput]:
         """Finish all prompts and return their outputs in order.
 
-        ``prompts``: a text, a list of token ids, ``{"prompt": ...}``, ``{"prompt_token_ids": ...}``, or a list of
-        those. ``sampling_params``: one for all or one each. ``use_tqdm`` is accepted and ignored. Raises EngineError
-        when the engine ended a request with an error, DeadlineExceeded (after aborting) when time is up.
+        ``prompts`` is a text, a list of token ids, ``{"prompt": ...}``, ``{"prompt_token_ids": ...}``, or a list of these.
+        ``sampling_params`` is one object for all prompts, or one for each. ``use_tqdm`` is accepted and ignored. Raises EngineError when
+        the engine ended a request with an error, and DeadlineExceeded, after aborting the requests, when the time is up.
         """
         items = _prompt_list(prompts)
         return self._generate(items, _params_list(sampling_params, len(items)), Deadline(timeout_s))
@@ -76,7 +76,7 @@ class LLM:
         timeout_s: float = 86400.0,
         **template: Any,
     ) -> list[RequestOutput]:
-        """Like ``generate``, for one conversation or a list of them; ``template`` goes to the chat template."""
+        """Do what ``generate`` does, for one conversation or a list of conversations. ``template`` is passed to the chat template."""
         several = bool(messages) and not isinstance(messages[0], Mapping)
         conversations = messages if several else [messages]
         prompts = [{"prompt_token_ids": self.engine.text.chat(each, **template)} for each in conversations]
@@ -91,7 +91,7 @@ class LLM:
         return self._wait(self.engine.run_between_steps(command))
 
     def pause_generation(self, mode: PauseMode = "abort", clear_cache: bool = True) -> None:
-        """Stop stepping; see InferenceEngine."""
+        """Stop the engine's steps, as ``InferenceEngine.pause_generation`` says."""
         deadline = Deadline(self._timeout_s)
         still = self._wait(self.engine.pause(mode, clear_cache), deadline)
         self._wait(still, deadline)
@@ -117,7 +117,7 @@ class LLM:
         self._wait(self.engine.update(update_info))
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """End the round; outputs carry the new version from here on."""
+        """End the round. Outputs carry the new version from here on."""
         self._wait(self.engine.finish_update(weight_version))
 
     def shutdown_weight_transfer_engine(self) -> None:
@@ -130,21 +130,21 @@ class LLM:
         return self.engine.weight_version
 
     def update_weight_version(self, new_version: str) -> None:
-        """Set the label of what is live; touches no weight."""
+        """Set the version that outputs carry. No weight is touched."""
         self._wait(self.engine.set_version(new_version))
 
     def checksums(self) -> dict[str, str]:
         return self._wait(self.engine.checksums())
 
     def tensor_digests(self, manifest: Manifest) -> LiveDigests:
-        """What lies in the live weights of each tensor of a checkpoint; see DigestsTensors."""
+        """Digest the live values of each tensor of a checkpoint, as ``DigestsTensors`` says."""
         return self._wait(self.engine.tensor_digests(manifest))
 
     def status(self) -> EngineStatus:
         return self.engine.status()
 
     def shutdown(self) -> None:
-        """End all requests and the engine; idempotent."""
+        """End all requests and the engine. A second call does nothing."""
         self.engine.shutdown()
 
     def _generate(

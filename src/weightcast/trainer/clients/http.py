@@ -1,9 +1,9 @@
 """HttpEngineClient: an engine behind its own HTTP server.
 
-Four properties are load-bearing. Every call opens a fresh connection: a kept one may be closed by the server between
-rounds, and then a POST cannot be told from one that was carried out. No call is retried here; one whose answer was lost is
-AnswerLost. Every call has one deadline, that of the round, over all its waits, and the server is told it. An error body is
-read: its type names the weightcast error that is raised here.
+Four properties are load-bearing. Every call opens a fresh connection: the server may close a kept connection between rounds, and
+then nobody can tell whether a POST was carried out. No call is retried here; a call whose answer was lost is AnswerLost. Every call has
+one deadline, that of the round, over all its waits, and the call tells the server that deadline. The type in an error's body names
+the weightcast error that is raised here.
 """
 
 from __future__ import annotations
@@ -84,11 +84,11 @@ class HttpEngineClient(EngineClient):
         return status
 
     def checksums(self, deadline: Deadline) -> Mapping[str, Any]:
-        """The status with its details, digests of all live tensors among them; needs the token."""
+        """Return the status with its details, which include the digests of all live tensors. Needs the token."""
         return self._call("GET", "/weightcast/status?checksums=true", deadline)
 
     def tensor_digests(self, manifest: Manifest, deadline: Deadline) -> Mapping[str, Any]:
-        """What lies in the live weights of each tensor of a checkpoint; Unsupported where the engine does not know."""
+        """Return the digest of the live values of each tensor of a checkpoint. Unsupported when the engine does not know where they lie."""
         return self._call("POST", "/weightcast/digests", deadline, {"tensors": manifest.tensors})
 
     def wake(self, tags: Sequence[str], deadline: Deadline) -> tuple[str, ...]:

@@ -19,8 +19,7 @@ _numbers = itertools.count()
 
 
 class SyncEngine(Protocol):
-    """What weight sync needs of an engine object, by vLLM's names, and whether its weights are clean; weightcast's embedded LLM
-    has it."""
+    """The methods of an engine object that weight sync calls, under vLLM's names. weightcast's embedded ``LLM`` has them."""
 
     def get_world_size(self) -> int: ...
     def init_weight_transfer_engine(self, init_info: Any, /) -> None: ...
@@ -35,9 +34,9 @@ class SyncEngine(Protocol):
 
 
 class InProcessEngineClient(EngineClient):
-    """Drives an LLM object, from a thread of the client's own: an engine that hangs must not take the trainer with it.
+    """Calls an LLM object on a thread of the client's own, so that an engine that hangs does not block the trainer.
 
-    A pause has a second thread: where it takes too long, the first one takes it back.
+    A pause runs on a second thread: when the pause takes too long, the first thread takes it back.
     """
 
     kind = "in-process"

@@ -1,4 +1,4 @@
-"""Making clients: the EngineClient for what a user gives as an engine, and which of them are one engine."""
+"""Making clients: an EngineClient for each engine that a user gives, and the search for clients of one engine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from weightcast.trainer.clients.vllm import AsyncVllmClient, OfflineEngine, Vllm
 
 
 def make_client(engine: str | EngineClient | SyncEngine | OfflineEngine, *, token: str | None = None) -> EngineClient:
-    """A client for a URL, an engine object or a client. An asynchronous engine is given on its running event loop."""
+    """Make a client for a URL or an engine object; return a client as it is. Call this on the running event loop of an asynchronous
+    engine."""
     if isinstance(engine, EngineClient):
         return engine
     if isinstance(engine, str):
@@ -37,7 +38,7 @@ def make_client(engine: str | EngineClient | SyncEngine | OfflineEngine, *, toke
 
 
 def make_clients(engines: Iterable[Any], *, token: str | None = None) -> list[EngineClient]:
-    """A client for each of a user's engines; InvalidInput where two of them are one."""
+    """Make a client for each of a user's engines. InvalidInput when two of them are one engine."""
     clients = [make_client(engine, token=token) for engine in engines]
     if same := twins(clients):
         for client in clients:
@@ -47,7 +48,7 @@ def make_clients(engines: Iterable[Any], *, token: str | None = None) -> list[En
 
 
 def twins(clients: Sequence[EngineClient]) -> tuple[str, str] | None:
-    """The names of two clients of one engine, as far as it can be told here: they have the same name, or the same object."""
+    """Return the names of two clients that have the same name or the same engine object; None when there are none."""
     for number, client in enumerate(clients):
         for other in clients[:number]:
             same = client.target is not None and (client.target is other.target or client.target == other.target)

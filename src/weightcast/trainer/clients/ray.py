@@ -1,7 +1,7 @@
 """RayEngineClient: an engine object that lives in a Ray actor. The actor's class takes ``PublishedTo`` as a base.
 
-The actor carries out an EngineClient's calls on its own engine, one after another with its other calls. Errors come back as
-records: Ray would wrap an exception, and what it is called could not be told from the outside.
+The actor carries out an EngineClient's calls on its own engine, one after the other with the actor's other calls. Errors come back as
+records, because Ray would wrap an exception and hide its class.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _numbers = itertools.count()
 
 
 class RayEngineClient(EngineClient):
-    """Calls an actor whose class is a ``PublishedTo``. A call waits for the actor's calls before it, within its deadline."""
+    """Calls an actor whose class is a ``PublishedTo``. A call waits, within its deadline, for the calls that the actor got before."""
 
     kind = "ray"
 

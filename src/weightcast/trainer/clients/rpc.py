@@ -1,7 +1,7 @@
 """RpcEngineClient: an engine whose workers are reached by one remote call (vLLM's collective_rpc) and never raise.
 
-An engine whose weights are of no version, or of several, is held, and its workers keep in mind that weightcast held it: the next
-update that succeeds lets it go on, whoever publishes it. The order of things is commit.machine's.
+An engine whose weights are of no version, or of several, is held: it computes nothing. Its workers remember that weightcast held the
+engine, and the next update that succeeds lets the engine go on, whichever trainer publishes it. ``commit.machine`` has the order of steps.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from weightcast.trainer.clients.orders import round_order, way_back
 
 
 class RpcEngineClient(EngineClient):
-    """Subclasses say how to call, pause and resume, and give ``name`` before anything is called."""
+    """A client over one remote call to all workers. Subclasses implement call, pause and resume, and set ``name`` before any call."""
 
     pause_forgets = True
     """``pause`` with ``clear_cache`` drops keys and values, or raises."""
@@ -53,30 +53,31 @@ class RpcEngineClient(EngineClient):
 
     @abstractmethod
     def call_workers(self, action: str, payload: Mapping[str, Any], deadline: Deadline) -> list[Any]:
-        """``weightcast_call(action, payload)`` in each worker; the workers' answers."""
+        """Call ``weightcast_call(action, payload)`` in each worker and return the workers' answers."""
 
     @abstractmethod
     def is_paused(self, deadline: Deadline) -> bool: ...
 
     @abstractmethod
     def pause(self, mode: str, clear_cache: bool, deadline: Deadline) -> None:
-        """Stop stepping, and with ``clear_cache`` forget keys and values; nothing where calls and steps never overlap."""
+        """Stop the engine's steps, and with ``clear_cache`` forget keys and values. A client whose calls and steps never overlap does
+        nothing."""
 
     @abstractmethod
     def hold(self, reason: str, deadline: Deadline) -> None:
-        """See to it that nothing is computed until ``resume``; idempotent."""
+        """Make sure that the engine computes nothing until ``resume``. A second call does nothing."""
 
     @abstractmethod
     def resume(self, deadline: Deadline) -> None:
-        """Undo ``pause`` and ``hold``; idempotent."""
+        """Undo ``pause`` and ``hold``. A second call does nothing."""
 
     @abstractmethod
     def forget_cache(self, deadline: Deadline) -> None:
-        """Drop cached keys and values, those of requests in flight, too; EngineError when the engine keeps them."""
+        """Drop cached keys and values, also those of requests in flight. EngineError when the engine keeps them."""
 
     @abstractmethod
     def name_version(self, version: str, deadline: Deadline) -> None:
-        """Label what the engine's outputs are made with."""
+        """Set the version that the engine's outputs carry."""
 
     def wake_up(self, tags: Sequence[str], deadline: Deadline) -> None:
         """vLLM's ``wake_up``. Unsupported unless the engine can sleep."""
@@ -87,7 +88,7 @@ class RpcEngineClient(EngineClient):
         return
 
     def may_sleep(self) -> bool:
-        """Whether the engine may be asleep. Where that is not known its workers refuse by themselves."""
+        """Say whether the engine may be asleep. When the client does not know, the workers of a sleeping engine refuse by themselves."""
         return False
 
     def init(self, init_info: Mapping[str, Any], deadline: Deadline) -> None:
@@ -122,7 +123,7 @@ class RpcEngineClient(EngineClient):
             self._orders.close()
 
     def ask(self, action: str, payload: Mapping[str, Any], deadline: Deadline) -> list[WorkerOutcome]:
-        """``call_workers``, read. Unsupported unless every worker answers."""
+        """Call all workers and decode their answers. Unsupported unless every worker answers."""
         outcomes = outcomes_from(self.call_workers(action, dict(payload), deadline))
         require_all(outcomes, self.num_workers(deadline))
         return outcomes

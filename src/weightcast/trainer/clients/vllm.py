@@ -47,11 +47,11 @@ class OfflineEngine(Protocol):
 
 
 class VllmClient(RpcEngineClient):
-    """A ``vllm.LLM`` of this process. It has no requests in flight while it is called; held, it takes none.
+    """Calls a ``vllm.LLM`` of this process. The LLM has no requests in flight while the client calls it, and takes none while it is held.
 
-    Calls are carried out by a thread of the client's own, so that workers that hang do not take the trainer with them. Only where
-    the one worker runs in this very process the caller's thread does the work: it is the one whose streams the model runs on, and
-    there is nobody to wait for but the trainer, whose messages have deadlines of their own.
+    A thread of the client's own carries out calls, so that workers that hang do not block the trainer. When the only worker runs in this
+    very process, the caller's thread carries out calls: the model runs on the streams of that thread, and the worker waits only for
+    the trainer, whose messages have deadlines of their own.
     """
 
     kind = "vllm"
@@ -86,7 +86,7 @@ class VllmClient(RpcEngineClient):
         return self._engine.refuses
 
     def pause(self, mode: str, clear_cache: bool, deadline: Deadline) -> None:
-        """Nothing: no step comes in between its calls."""
+        """Do nothing: no step runs between calls of an LLM."""
 
     def hold(self, reason: str, deadline: Deadline) -> None:
         self._engine.refuse(reason)
@@ -117,7 +117,7 @@ class VllmClient(RpcEngineClient):
 
 
 class AsyncVllmClient(EngineClient):
-    """A ``vllm.AsyncLLM`` whose event loop runs on another thread than the Publisher's."""
+    """Calls a ``vllm.AsyncLLM`` whose event loop runs on another thread than the Publisher's calls."""
 
     kind = "vllm"
     host = "127.0.0.1"

@@ -1,6 +1,7 @@
 """VllmDevClient: a vLLM server without weightcast's routes, through its development routes.
 
-They have no token: whoever reaches the server can use them. vLLM serves them with VLLM_SERVER_DEV_MODE=1 only.
+The development routes have no token: everybody who reaches the server can use them. vLLM serves the routes with
+VLLM_SERVER_DEV_MODE=1 only.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class VllmDevClient(RpcEngineClient):
         wire.wait_until_there(self._endpoint, "/get_world_size?include_dp=true", deadline)
 
     def world_size(self, deadline: Deadline) -> int:
-        """All workers. Unsupported for several replicas: vLLM passes on the first one's answers only."""
+        """Return the number of all workers. Unsupported for several replicas: vLLM passes on the answers of the first replica only."""
         size = int(self._call("GET", "/get_world_size", deadline, {"include_dp": "true"})["world_size"])
         alone = int(self._call("GET", "/get_world_size", deadline, {"include_dp": "false"})["world_size"])
         if size != alone:
@@ -79,7 +80,7 @@ class VllmDevClient(RpcEngineClient):
             raise EngineError("vLLM keeps keys and values that former weights computed", engine=self.name)
 
     def name_version(self, version: str, deadline: Deadline) -> None:
-        """vLLM 0.26 has no label to set; there the receiver's own version is all there is."""
+        """Set the version that outputs carry. vLLM 0.26 has no such label; there only the receiver knows its version."""
         self._call("POST", "/update_weight_version", deadline, body={"new_version": version}, may_be_absent=True)
 
     def _call(
