@@ -17,6 +17,10 @@ def test_rlhf_async_replaces_weights_in_flight() -> None:
     assert "] default, [" in printed
 
 
+def test_streams_of_merged_adapters() -> None:
+    assert learnt(run_example("streams.py", timeout_s=90)) > 0.1
+
+
 def test_rlhf_http() -> None:
     assert learnt(run_example("rlhf_http.py", timeout_s=90)) > 0.1
 

@@ -67,7 +67,7 @@ class StreamSource:
         self._make = make
         self._metadata = metadata
         self.window_nbytes = window_nbytes
-        self._device = None if device is None else torch.device(device)
+        self._device = None if device is None else _with_index(torch.device(device))
 
     @property
     def is_given(self) -> bool:
@@ -239,6 +239,11 @@ def _form_told(told: Any) -> Form:
             f"metadata has name, dtype and shape for each tensor, not {told!r} ({error})", field="metadata"
         ) from None
     return form
+
+
+def _with_index(device: torch.device) -> torch.device:
+    """The device by number: the current GPU may be another one by the time that windows are filled."""
+    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
 
 
 def _device_in_use() -> torch.device:
