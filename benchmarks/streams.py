@@ -1,7 +1,7 @@
 """What does a round over a stream cost against the same bytes from a module, and how much memory does the trainer take for it?
 
 Two publishers in one process, one of a module and one of a stream of the same tensors, each with an engine in a process of its own;
-their rounds alternate, so that both see the same load. Producing a tensor of the stream costs nothing here. For the memory a model is
+their rounds alternate, so that both see the same load. The trainer's processor time says what a busy machine hides. Producing a tensor of the stream costs nothing here. For the memory a model is
 produced tensor by tensor in one buffer, and the trainer's anonymous and shared memory is read every few milliseconds.
 
     python benchmarks/streams.py [--mib 256] [--rounds 7] [--memory-mib 1024] [--window-mib 64] [--json FILE]
@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import statistics
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -58,6 +59,7 @@ def measure(count: int, nbytes: int, rounds: int, transport: str, window_nbytes:
         name: torch.nn.Parameter(value) for name, value in tensors_of(count, nbytes).items()
     }
     seconds: dict[str, list[float]] = {"module": [], "stream": []}
+    busy: dict[str, list[float]] = {"module": [], "stream": []}
     with ExitStack() as stack:
         sources = {
             "module": module_of(names),
@@ -78,15 +80,17 @@ def measure(count: int, nbytes: int, rounds: int, transport: str, window_nbytes:
             with torch.no_grad():
                 torch._foreach_add_(list(names.values()), 0.01)
             for way, publisher in publishers.items():
+                start = time.process_time()
                 report = publisher.publish()
                 assert report.digests_match
                 if number > 1:
                     seconds[way].append(report.total_s)
+                    busy[way].append(time.process_time() - start)
     found = {way: statistics.median(values) for way, values in seconds.items()}
     ratios = [s / m for s, m in zip(seconds["stream"], seconds["module"], strict=True)]
-    return {"tensors": count, "nbytes": nbytes, "transport": transport, "window_nbytes": window_nbytes, **found} | {
-        "ratio": statistics.median(ratios)
-    }
+    cpu = {f"{way}_trainer_cpu_s": statistics.median(values) for way, values in busy.items()}
+    row = {"tensors": count, "nbytes": nbytes, "transport": transport, "window_nbytes": window_nbytes}
+    return {**row, **found, **cpu, "ratio": statistics.median(ratios)}
 
 
 def resident_nbytes() -> int:
@@ -157,14 +161,24 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     rows = []
     table = Table(title=f"{options.mib} MiB of bf16, medians of {options.rounds} alternating rounds, milliseconds")
-    for column in ("transport", "tensors", "window MiB", "module", "stream", "stream/module"):
+    for column in (
+        "transport",
+        "tensors",
+        "window MiB",
+        "module",
+        "stream",
+        "stream/module",
+        "trainer's CPU, module",
+        "stream",
+    ):
         table.add_column(column, justify="right")
     for transport in options.transports:
         for count in options.counts:
             for window in options.window_mib:
                 row = measure(count, options.mib * 2**20, options.rounds, transport, window * 2**20, options.threads)
                 rows.append(row)
-                times = f"{row['module'] * 1e3:.1f}", f"{row['stream'] * 1e3:.1f}", f"{row['ratio']:.2f}"
+                times = [f"{row['module'] * 1e3:.1f}", f"{row['stream'] * 1e3:.1f}", f"{row['ratio']:.2f}"]
+                times += [f"{row[f'{way}_trainer_cpu_s'] * 1e3:.1f}" for way in ("module", "stream")]
                 table.add_row(transport, f"{count:,}", str(window), *times)
     console = Console(width=120)
     console.print(table)

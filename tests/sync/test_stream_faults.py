@@ -10,7 +10,10 @@ import pytest
 import torch
 
 from weightcast import Publisher, StreamSource
+from weightcast.content.expected import expected_digest, whole_copies
+from weightcast.deadline import Deadline
 from weightcast.errors import PlanMismatch, RoundFailed, StateError
+from weightcast.sources import make_source
 from weightcast.testing.local_engine import DictModel, LocalEngine
 from weightcast.transports.shm import ShmWorkerEnd
 
@@ -229,3 +232,21 @@ def test_tensors_that_an_engine_keeps_as_one_are_compared_as_they_come(request: 
     run.values[NAMES[-1]] = run.values[NAMES[0]]
     run.publisher.publish()
     assert engine.models[0].holds(run.values)
+
+
+def test_windows_of_a_large_stream_are_digested_by_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A window alone is too small for kernels to be loaded; torch would take three times as long for all of them."""
+    pytest.importorskip("numba")
+    values = {f"layer.{number}": torch.randn(512, 512) for number in range(20)}
+    whole = make_source(values)
+    whole.refresh()
+    source = make_source(StreamSource(lambda: values.items(), window_nbytes=4 * 2**20))
+    digests = [
+        expected_digest(made.manifest, whole_copies(made.manifest, made.layout), made.memory, is_streamed=is_streamed)
+        for made, is_streamed in ((source, True), (whole, False))
+    ]
+    monkeypatch.setattr("weightcast.cpu.digest.digest_words", lambda *_: pytest.fail("torch digested a window"))
+    total, deadline = digests[0].start(source.memory), Deadline(TIMEOUT_S)
+    for window in source.pour(lambda window: None, deadline, to_the_end=False):
+        digests[0].take(window, source.memory, lambda: None)
+    assert total() == digests[1].of(whole.memory)

@@ -18,7 +18,7 @@ from weightcast.layout import Layout, Placement, contiguous_strides
 from weightcast.layout.memory import Memory
 from weightcast.manifest import Manifest, align
 from weightcast.manifest.dtypes import itemsize_of
-from weightcast.plan import Copy, Plan, parts_of, split
+from weightcast.plan import Copy, Plan, nbytes_of, parts_of, split
 from weightcast.plan.replay import Boxes
 
 SCRATCH_NBYTES = 2**28
@@ -37,16 +37,15 @@ class _Begun(NamedTuple):
 class ExpectedDigest:
     """The digest of the source's values in the regions and dtypes of some copies."""
 
-    def __init__(
-        self, manifest: Manifest, copies: Sequence[Copy], memory: Memory, *, keeps_scratch: bool = True
-    ) -> None:
-        """``keeps_scratch``: what casts need beside the values is allocated once, and not for each use."""
+    def __init__(self, manifest: Manifest, copies: Sequence[Copy], memory: Memory, *, part_of_nbytes: int = 0) -> None:
+        """``part_of_nbytes``: this is a window of a stream of so many bytes. What casts need beside the values is allocated for each
+        use then, and otherwise once."""
         self._copies = copies
         held = tuple(_source_side(copy) for copy in copies if copy.is_plain)
         layout = Layout(placements=held, storage_nbytes=tuple(s.numel() for s in memory.storages))
-        self._plain = LayoutDigest(manifest, layout, gaps_are_zero=memory.is_arena)
+        self._plain = LayoutDigest(manifest, layout, gaps_are_zero=memory.is_arena, part_of_nbytes=part_of_nbytes)
         casts = [copy for copy in copies if copy.nbytes and not copy.is_plain]
-        self._casts = _Casts(manifest, casts, keeps_scratch=keeps_scratch)
+        self._casts = _Casts(manifest, casts, part_of_nbytes=part_of_nbytes)
 
         # Here, when a Publisher connects, and not in its first round.
         self._plain.warm_up(memory)
@@ -103,7 +102,7 @@ class StreamedDigest(ExpectedDigest):
     def __init__(self, manifest: Manifest, copies: Sequence[Copy], memory: Memory) -> None:
         super().__init__(manifest, (), memory)
         self._windows = {
-            window: ExpectedDigest(manifest, some, memory, keeps_scratch=False)
+            window: ExpectedDigest(manifest, some, memory, part_of_nbytes=nbytes_of(copies))
             for window, some in parts_of(copies).items()
             if some
         }
@@ -128,12 +127,16 @@ def expected_digest(manifest: Manifest, copies: Sequence[Copy], memory: Memory, 
 class _Casts:
     """Copies that cast, in batches that fit a scratch storage."""
 
-    def __init__(self, manifest: Manifest, copies: Sequence[Copy], *, keeps_scratch: bool = True) -> None:
-        self._keeps_scratch = keeps_scratch
+    def __init__(self, manifest: Manifest, copies: Sequence[Copy], *, part_of_nbytes: int = 0) -> None:
+        self._keeps_scratch = not part_of_nbytes
         self._batches = list(_batches(copies))
         self._nbytes = max((end for _, end in self._batches), default=0)
         self._digests = [
-            LayoutDigest(manifest, Layout(placements=tuple(map(_scratch_side, batch)), storage_nbytes=(end,)))
+            LayoutDigest(
+                manifest,
+                Layout(placements=tuple(map(_scratch_side, batch)), storage_nbytes=(end,)),
+                part_of_nbytes=part_of_nbytes,
+            )
             for batch, end in self._batches
         ]
         self._compiled: tuple[int, Memory, list[Boxes]] | None = None

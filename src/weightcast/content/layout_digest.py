@@ -43,7 +43,11 @@ class LayoutDigest:
     the whole tensors of an arena. Placements whose dtype is not the manifest's are counted at the positions of their own element size.
     """
 
-    def __init__(self, manifest: Manifest, layout: Layout, *, gaps_are_zero: bool = False) -> None:
+    def __init__(
+        self, manifest: Manifest, layout: Layout, *, gaps_are_zero: bool = False, part_of_nbytes: int = 0
+    ) -> None:
+        """``part_of_nbytes``: bytes of all that is digested by turns with this, as the windows of a stream are."""
+        self._part_of_nbytes = part_of_nbytes
         self._manifest = manifest
         self._strided: list[Placement] = []
         runs: list[DigestRun] = []
@@ -98,7 +102,7 @@ class LayoutDigest:
 
         boxes = [box_of(placement, self._manifest) for placement in self._strided]
         if memory.gpu is None and not any(storage.is_cuda for storage in memory.storages):
-            return CpuDigest(self.runs, boxes, memory)
+            return CpuDigest(self.runs, boxes, memory, self._part_of_nbytes)
         from weightcast.cuda.digest import RunDigest
 
         return RunDigest(self.runs, memory.storages, boxes, memory.gpu)

@@ -45,11 +45,16 @@ _INTEGERS = {1: "uint8", 2: "int16", 4: "int32", 8: "int64"}
 
 
 class CpuDigest:
-    """The digest of runs and boxes of a memory, compiled once; it keeps the memory alive."""
+    """The digest of runs and boxes of a memory, compiled once; it keeps the memory alive.
 
-    def __init__(self, runs: Sequence[DigestRun], boxes: Sequence[StridedBox], memory: Memory) -> None:
+    ``part_of_nbytes``: what is digested by turns with this, whose sum says whether kernels are worth loading.
+    """
+
+    def __init__(
+        self, runs: Sequence[DigestRun], boxes: Sequence[StridedBox], memory: Memory, part_of_nbytes: int = 0
+    ) -> None:
         self._memory = memory
-        nbytes = sum(run.nbytes for run in runs) + sum(box.nbytes for box in boxes)
+        nbytes = max(sum(run.nbytes for run in runs) + sum(box.nbytes for box in boxes), part_of_nbytes)
         self._kernels = kernels_for(nbytes + len(runs) * RUN_NBYTES)
         self._addresses = [storage.data_ptr() for storage in memory.storages]
         self._runs = list(runs)
