@@ -111,6 +111,7 @@ class WindowedSource(Source):
         if stream is None and self._stream.is_given:
             raise StateError("there is no stream to read", hint="Give it to the call: publish(stream)")
         self._given, self._modes = stream, modes
+        self._disagreed = None  # the next pass may be as the first one was
 
     def _new_pass(self) -> Pass:
         modes = self._modes or Modes()
