@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -230,7 +231,16 @@ def test_a_commit_that_can_not_be_taken_back_is_named_and_repaired(weights: Tens
     with publisher(weights, engines) as trainer:
         first = trainer.publish()
         engines["a"].refuse("rollback", "status")
-        engines["b"].refuse("commit")
+
+        def refuse_after_a(phase: str) -> None:
+            """Both are ordered to commit at once; a is not called off because b said no before a began."""
+            if phase == "commit":
+                end = time.monotonic() + 10
+                while engines["a"].workers[0].weight_version == first.version and time.monotonic() < end:
+                    time.sleep(0.005)
+                raise EngineError("no commit today")
+
+        engines["b"].before = refuse_after_a
         step(weights)
         with pytest.raises(RoundFailed) as caught:
             trainer.publish()
