@@ -246,7 +246,7 @@ def test_push_and_verify_under_other_names(tmp_path: Path) -> None:
     with served(llm) as url:
         refused = weightcast("push", tmp_path, "--to", url)
         assert refused.exit_code == 1
-        assert "rename={'base_model.model.': ''}" in refused.output
+        assert "--rename base_model.model.=" in refused.output
         option = ("--rename", "base_model.model.=")
         assert weightcast("push", tmp_path, "--to", url, *option).exit_code == 0
         live = dict(llm.engine.model.named_parameters())
