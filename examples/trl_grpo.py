@@ -17,7 +17,7 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 import httpx
 from datasets import Dataset
 from policy import NUM_TOKENS, PROMPTS, build, reward
-from rlhf_http import serve
+from rlhf_http import START_TIMEOUT_S, serve
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
@@ -34,6 +34,7 @@ class Publish(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self._publisher = Publisher(model, [self._url], token=self._token)
+        self._publisher.connect(wait_s=START_TIMEOUT_S)
         self._publisher.publish()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 
 import weightcast.errors as errors
 from weightcast.commit.worker_outcome import WorkerOutcome
-from weightcast.errors import ErrorForm, InvalidInput, LoadError, PeerLost, RoundFailed, ShadowError, WeightcastError
+from weightcast.errors import (
+    ErrorForm,
+    InvalidInput,
+    LoadError,
+    PeerLost,
+    RoundFailed,
+    ShadowError,
+    WakeFailed,
+    WeightcastError,
+)
 from weightcast.facts import Facts
 from weightcast.messages import PROTOCOL, Bye, Failed, decode, encode
 from weightcast.quoted import TEXT_CHARACTERS, TRACE_CHARACTERS, quoted, quoted_json, quoted_lines
@@ -32,7 +41,8 @@ def test_each_error_is_raised_on_the_other_side_as_it_was(kind: type[WeightcastE
     heard = travelled(ErrorForm.of(error)).error()
     assert type(heard) is kind
     assert str(heard) == str(error)
-    assert (heard.engine, heard.worker, heard.phase, heard.round) == ("e", 3, "commit", 7)
+    assert (heard.engine, heard.worker, heard.phase, heard.round) == ("e", 3, error.phase, 7)
+    assert error.phase == ("wake" if kind is WakeFailed else "commit")
 
 
 def test_the_field_of_a_bad_value_travels() -> None:

@@ -169,7 +169,7 @@ async def test_giving_up_on_a_waiting_pause(serve: Any) -> None:
     await _until(llm, lambda status: status.num_running == 1)
     pausing = asyncio.create_task(llm.pause_generation("wait"))
     await asyncio.sleep(0)
-    await llm.status()  # the engine takes commands in order, so the pause has begun
+    await llm.run_between_steps(lambda: None)  # the engine takes commands in order, so the pause has begun
     pausing.cancel()
     with pytest.raises(asyncio.CancelledError):
         await pausing

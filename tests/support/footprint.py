@@ -22,14 +22,16 @@ class Footprint:
         gc.collect()
         with open("/proc/self/maps") as maps:
             segments = sum("memfd:weightcast" in line for line in maps)
-        with open("/proc/self/statm") as statm:
-            pages = int(statm.read().split()[1])
+        with open("/proc/self/status") as status:
+            fields = dict(line.split(":", 1) for line in status)
+        # Without pages of files: those of libraries come in when their code first runs.
+        resident_nbytes = 1024 * sum(int(fields[name].split()[0]) for name in ("RssAnon", "RssShmem"))
         # The folder's own descriptor, open while it is listed, does not count.
         return cls(
             len(os.listdir("/proc/self/fd")) - 1,
             len(os.listdir("/proc/self/task")),
             segments,
-            pages * os.sysconf("SC_PAGE_SIZE"),
+            resident_nbytes,
         )
 
     def least(self, other: Footprint) -> Footprint:

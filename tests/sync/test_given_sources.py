@@ -132,7 +132,7 @@ def test_engines_that_are_no_list_are_told_so(engines: Any) -> None:
 
 @pytest.mark.parametrize("engine", [3, torch.nn.Linear(2, 2)], ids=["int", "module"])
 def test_what_is_no_engine_is_refused_before_anything_is_called(engine: Any) -> None:
-    with pytest.raises(InvalidInput, match=f"a {type(engine).__name__} is no engine") as caught:
+    with pytest.raises(InvalidInput, match=f"is no engine, but of type {type(engine).__name__}") as caught:
         Publisher(WEIGHTS, [engine])
     assert caught.value.field == "engines"
 

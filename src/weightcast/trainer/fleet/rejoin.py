@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -22,13 +23,15 @@ class _Attempt:
 
 
 class Rejoiner:
-    """At most one attempt per engine runs at a time. Not thread-safe: one caller."""
+    """At most one attempt per engine runs at a time. Not thread-safe but for ``close``: one caller."""
 
     def __init__(self, admit: Callable[[EngineLink, Deadline], None]) -> None:
         self._admit = admit
         self._pool = ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="weightcast-join")
         self._attempts: dict[str, _Attempt] = {}
         self._sluggish: set[str] = set()
+        self._closing = threading.Lock()
+        self._closed = False
 
     def attempt(
         self, engines: Iterable[EngineLink], deadline: Deadline, patience: Deadline | None = None
@@ -49,8 +52,11 @@ class Rejoiner:
             if before is not None:
                 self._outcome(engine)  # how that one ended is no answer to this call
             own = deadline.part()  # called off alone
-            made = _Attempt(self._pool.submit(self._admit, engine, own), own)
-            self._attempts[engine.name] = made
+            with self._closing:  # an attempt that runs is one that ``close`` finds
+                if self._closed:
+                    continue
+                made = _Attempt(self._pool.submit(self._admit, engine, own), own)
+                self._attempts[engine.name] = made
             if patience is None or engine.name not in self._sluggish:
                 waiting.append(made.future)
         wait(waiting, patience.remaining_s() if patience is not None else deadline.remaining_s() + GRACE_S)
@@ -88,7 +94,9 @@ class Rejoiner:
 
     def close(self) -> None:
         """End all attempts; idempotent."""
-        for attempt in self._attempts.values():
-            attempt.deadline.cancel()
-        self._attempts.clear()
+        with self._closing:
+            self._closed = True
+            for attempt in self._attempts.values():
+                attempt.deadline.cancel()
+            self._attempts.clear()
         self._pool.shutdown(wait=True, cancel_futures=True)
