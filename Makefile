@@ -16,7 +16,8 @@ SOAK_ARGS ?=
 FUZZ_ARGS ?=
 PYTEST_ARGS ?=
 JOBS ?= 3
-VLLM_JOBS ?= 2
+# A server with two workers keeps both cores of a small machine busy: files run one after the other.
+VLLM_JOBS ?= 0
 
 # Threads that spin while they wait take the cores from the other processes of a test or a demo.
 export OMP_WAIT_POLICY := PASSIVE

@@ -32,7 +32,7 @@ def info(address: str, key: str, ticket: str = "t", **more: Any) -> dict[str, An
 def silent() -> Iterator[dict[str, Any]]:
     """Where somebody listens and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as server:
-        yield info(f"tcp://127.0.0.1:{server.getsockname()[1]}", zmq.curve_keypair()[0].decode())
+        yield info(f"tcp://127.0.0.1:{server.getsockname()[1]}", zmq.curve_keypair()[0].decode(), timeout_s=6.0)
 
 
 @pytest.fixture

@@ -13,8 +13,11 @@ from weightcast.facts import Facts
 from weightcast.messages import AnyMessage, Hello, Refused, Welcome
 
 GREETING_TIMEOUT_S = 5.0
-"""A trainer that just asked an engine to join answers in milliseconds. Who joins without having waited beside the engine waits
-on its thread."""
+"""A trainer that just asked an engine to join answers in milliseconds. ``welcome`` waits no longer: its caller may be the thread that
+runs the engine."""
+PATIENCE_S, PATIENCE_SHARE = 15.0, 0.5
+"""How long a wait beside the engine may take, in seconds and as a share of the trainer's deadline: where all cores are busy a
+handshake takes seconds."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -35,7 +38,9 @@ class Greeting:
 
     def __init__(self, info: JoinInfo, identity: Identity) -> None:
         self.info, self.identity = info, identity
-        self._limit = Deadline(min(info.timeout_s, GREETING_TIMEOUT_S))
+        self._limit = Deadline(
+            max(min(info.timeout_s, GREETING_TIMEOUT_S), min(PATIENCE_S, PATIENCE_SHARE * info.timeout_s))
+        )
         self._changed = threading.Condition()
         self._heard: list[AnyMessage | str] = []
         """Messages, and the reason of a loss, that nobody has taken yet."""
@@ -61,19 +66,21 @@ class Greeting:
         with self._changed:
             return bool(self._heard) or self._limit.passed
 
-    def wait(self) -> None:
-        """Return when ``is_over``: after GREETING_TIMEOUT_S at the latest."""
+    def wait(self, at_most_s: float | None = None) -> None:
+        """Return when ``is_over``, or after ``at_most_s`` seconds."""
+        limit = self._limit if at_most_s is None else Deadline(min(at_most_s, self._limit.limit_s()))
         with self._changed:
-            while not self._heard and not self._limit.passed:
-                self._changed.wait(self._limit.limit_s())
+            while not self._heard and not limit.passed:
+                self._changed.wait(limit.limit_s())
 
     def welcome(self) -> Welcome:
-        """The trainer's answer, waited for. Raises the error that it refused with, PeerLost when it is gone, or DeadlineExceeded."""
-        self.wait()
+        """The trainer's answer, waited for, for GREETING_TIMEOUT_S at the most. Raises the error that it refused with, PeerLost when it is gone, or DeadlineExceeded."""
+        self.wait(GREETING_TIMEOUT_S)
         with self._changed:
             if not self._heard:
+                waited_s = self._limit.timeout_s - self._limit.remaining_s()
                 raise DeadlineExceeded(
-                    f"the trainer at {self.info.address} did not answer in {self._limit.timeout_s:g} s",
+                    f"the trainer at {self.info.address} did not answer in {waited_s:.0f} s",
                     phase="join",
                     hint="Check that this host reaches that address and that the public key is the trainer's",
                 )
