@@ -7,15 +7,13 @@ from types import ModuleType
 
 from weightcast.content.layout_digest import LayoutDigest
 from weightcast.cpu.runs import Pieces, is_on_words
-from weightcast.digest.formula import SLICE_NBYTES
+from weightcast.digest.formula import MASK, SLICE_NBYTES
 from weightcast.digest.regions import run_of
 from weightcast.layout import Layout
 from weightcast.layout.memory import Memory
 from weightcast.manifest import Manifest
 from weightcast.plan import Copy, as_run, landing_of, shared_landings, slices
 from weightcast.plan.replay import Replay
-
-_MASK = 2**64 - 1
 
 
 class ProvenReplay:
@@ -57,4 +55,4 @@ class ProvenReplay:
             replay.run()
         if self._rest is not None:
             total += self._rest.of(self._memories[1], check)
-        return total & _MASK
+        return total & MASK

@@ -16,7 +16,7 @@ import triton.language as tl
 from weightcast.content.layout_digest import LayoutDigest
 from weightcast.cuda.digest import _block_weight
 from weightcast.cuda.runs import CopyRuns, Launch, TileTable
-from weightcast.digest.formula import BLOCK_WORDS, WORD_NBYTES, word_weights
+from weightcast.digest.formula import BLOCK_WORDS, MASK, WORD_NBYTES, word_weights
 from weightcast.digest.regions import run_of
 from weightcast.layout import Layout, Placement
 from weightcast.layout.memory import Memory
@@ -27,8 +27,6 @@ from weightcast.plan.replay import Boxes
 TILE_BLOCKS = 1
 CHUNK_WORDS = 2048
 NUM_WARPS = 8
-
-_MASK = 2**64 - 1
 
 
 class ProvenReplay:
@@ -91,7 +89,7 @@ class ProvenReplay:
     def total(self) -> int:
         """The digest of all destinations as they were written, unsigned; waits for the GPU."""
         rest = self._rest.of(self._memories[1]) if self._rest is not None else 0
-        return (self._fused.total() + rest) & _MASK
+        return (self._fused.total() + rest) & MASK
 
 
 class _ProvenRuns:
@@ -125,7 +123,7 @@ class _ProvenRuns:
         self._total = self._partials.sum()
 
     def total(self) -> int:
-        return int(self._total) & _MASK
+        return int(self._total) & MASK
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -19,6 +19,7 @@ from weightcast.cpu import kernels_for
 from weightcast.digest.formula import (
     BLOCK_WORDS,
     FOLD,
+    MASK,
     SLICE_NBYTES,
     WORD_NBYTES,
     block_weights,
@@ -40,7 +41,6 @@ TORCH_PART_NBYTES = 2**18
 """Bytes of a box that are digested at a time; torch's part stays in the cache."""
 MIN_ROW_NBYTES = 512
 """Entries of the kernels' table for shorter rows would take memory that is no small part of what they stand for."""
-_MASK = 2**64 - 1
 _INTEGERS = {1: "uint8", 2: "int16", 4: "int32", 8: "int64"}
 
 
@@ -74,7 +74,7 @@ class CpuDigest:
                 total += digest_by(digest_words, data[start : start + SLICE_NBYTES], run.position + start)
         if self._boxes:
             total += self._by_torch(check) if self._kernels is None else self._by_kernel(self._kernels, check)
-        return total & _MASK
+        return total & MASK
 
     def _compile(self, kernels: ModuleType) -> Pieces:
         """What kernels can read where it lies, in long runs; all else stays in ``_runs`` and ``_boxes``."""

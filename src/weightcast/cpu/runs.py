@@ -9,10 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from weightcast.digest.formula import SLICE_NBYTES, WORD_NBYTES, word_weights
+from weightcast.digest.formula import MASK, SLICE_NBYTES, WORD_NBYTES, word_weights
 
 PIECE_NBYTES = 2**20
-_MASK = 2**64 - 1
 Table = tuple[npt.NDArray[np.int64], ...]
 """Ranges as columns."""
 
@@ -54,7 +53,7 @@ class Pieces:
                 else:
                     total += sum(pool.map(lambda part: self._part(int(part[0]), int(part[-1]) + 1), parts))
                 start = end
-        return total & _MASK
+        return total & MASK
 
     def _part(self, start: int, end: int) -> int:
         return int(self._kernel(*(column[start:end] for column in self._columns), self._weights))

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from weightcast.cuda.runs import INTERPRETED as _INTERPRETED
 from weightcast.cuda.runs import Launch, TileTable
-from weightcast.digest.formula import BLOCK_WORDS, WORD_NBYTES, word_weights
+from weightcast.digest.formula import BLOCK_WORDS, MASK, WORD_NBYTES, word_weights
 from weightcast.digest.regions import StridedBox
 from weightcast.errors import Unsupported
 from weightcast.layout import geometry as geo
@@ -30,8 +30,6 @@ ELEMENTS_PER_PROGRAM = 16 * 1024
 ELEMENT_CHUNK = 512
 MIN_ROW_NBYTES = 512
 """Shorter rows of a strided box are digested element by element."""
-
-_MASK = 2**64 - 1
 
 
 class RunLike(Protocol):
@@ -89,7 +87,7 @@ class RunDigest:
     def start(self) -> Callable[[], int]:
         """Queue the work on each GPU's current stream; what is returned waits for it and gives ``total``."""
         started = [part.start() for _, part in self._parts]
-        return lambda: sum(wait() for wait in started) & _MASK
+        return lambda: sum(wait() for wait in started) & MASK
 
     def warm_up(self) -> None:
         """Compile and load what a digest needs, without reading what is digested."""
@@ -171,7 +169,7 @@ class AddressDigest:
         """Queue the work on the current stream; what is returned waits for it and gives ``total``."""
         self._launch()
         total = self._partials.sum()
-        return lambda: int(total) & _MASK
+        return lambda: int(total) & MASK
 
     def each(self) -> list[int]:
         """Of every run, then of every box, in the order given; waits for the GPU."""
@@ -183,7 +181,7 @@ class AddressDigest:
             part = self._partials[at : at + group.tiles.num_tiles]
             sums.index_add_(0, group.numbers[group.tiles.tile_runs], part)
             at += group.tiles.num_tiles
-        return [value & _MASK for value in sums.tolist()]
+        return [value & MASK for value in sums.tolist()]
 
     def _launch(self) -> None:
         for launch in self._launches:
