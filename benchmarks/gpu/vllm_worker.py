@@ -28,7 +28,7 @@ class BenchWorker:
     def bench_layout(self) -> dict[str, int]:
         """How many tensors go direct and how many through the loader, after a publish."""
         worker: Any = self
-        layout = worker.weight_transfer_engine._engine.receiver._session.layout
+        layout = worker.weight_transfer_engine.calls.engine.receiver._session.layout
         return {
             "direct": len({p.region.name for p in layout.placements} - set(layout.through_loader)),
             "through_loader": len(layout.through_loader),
@@ -37,5 +37,5 @@ class BenchWorker:
     def bench_sums(self) -> dict[str, str]:
         """Checksums of the live parameters."""
         worker: Any = self
-        engine = worker.weight_transfer_engine._engine
+        engine = worker.weight_transfer_engine.calls.engine
         return dict(engine.checksums())

@@ -57,6 +57,22 @@ def test_a_commit(results: dict[Step, Any], steps: list[Step]) -> None:
     assert answer.version == "7-x"
 
 
+@pytest.mark.parametrize("clear_cache", [True, False])
+@pytest.mark.parametrize(
+    ("pause", "standing", "pauses"),
+    [("keep", {}, False), ("none", {}, False), ("wait", {}, True), ("keep", {"paused": True, "held": True}, True)],
+)
+def test_an_engine_that_changes_in_one_step_is_paused_only_where_somebody_waits(
+    pause: Any, standing: dict[str, bool], pauses: bool, clear_cache: bool
+) -> None:
+    """It clears its cache in the step of the change, so FORGET is not asked for either."""
+    order = RoundOrder(action="commit", epoch=1, round=7, version="7-x", pause=pause, clear_cache=clear_cache)
+    alone = Standing(**{"paused": False, **standing}, in_one_step=True)
+    asked, answer = play(Orders(), order, {Step.STANDING: alone})
+    assert asked == [*LOOK, *([Step.PAUSE] if pauses else []), Step.APPLY, Step.NAME, *(LEAVE if pauses else [])]
+    assert isinstance(answer, RoundAnswer)
+
+
 FORGETS_LATER = {Step.STANDING: Standing(paused=False, pause_forgets=False)}
 CHANGE = [Step.PAUSE, Step.APPLY]
 

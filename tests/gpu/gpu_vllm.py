@@ -86,7 +86,7 @@ def answers(llm: Any) -> list[list[int]]:
 def through_loader(llm: Any) -> tuple[str, ...]:
     """Tensors without a direct landing, of an engine in this process."""
     worker = llm.llm_engine.model_executor.driver_worker.worker
-    return tuple(worker.weight_transfer_engine._engine.receiver._session.layout.through_loader)
+    return tuple(worker.weight_transfer_engine.calls.engine.receiver._session.layout.through_loader)
 
 
 def free_port() -> int:

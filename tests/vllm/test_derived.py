@@ -13,6 +13,7 @@ from torch import nn
 from weightcast import Publisher
 from weightcast.engines.stock.reach import Alias, aliases, reachable
 from weightcast.engines.vllm import twin
+from weightcast.engines.vllm.api import HELPERS
 from weightcast.errors import ShadowError, Unsupported, WeightcastError
 from weightcast.testing.models import build_tiny_model, random_state_dict, save_checkpoint
 
@@ -33,10 +34,10 @@ class Mixer(nn.Module):
 
 def test_views_of_weights_are_found_wherever_they_are_kept() -> None:
     model = nn.ModuleDict({"mixer": Mixer()})
-    found = {alias.place: alias for alias in aliases(model)}
+    found = {alias.place: alias for alias in aliases(model, HELPERS)}
     assert set(found) == {"mixer.lower", "mixer.turned", "mixer.rows[0]", "mixer.named[row]"}
     other = torch.rand(6, 4)
-    tensors = reachable(model)
+    tensors = reachable(model, HELPERS)
     with torch.no_grad():
         model.get_parameter("mixer.conv.weight").copy_(other)
     for alias in found.values():
@@ -55,7 +56,9 @@ def test_state_space_models_equal_a_fresh_load(tmp_path: Path, arch: str, mode: 
     kept = []
 
     def look(llm: Any) -> None:
-        kept.append(next(t.clone() for place, t in reachable(model_of(llm)).items() if place.endswith("conv_weights")))
+        kept.append(
+            next(t.clone() for place, t in reachable(model_of(llm), HELPERS).items() if place.endswith("conv_weights"))
+        )
 
     pushed_and_fresh(path, mode=mode, check=look)
     assert not torch.equal(kept[0], kept[1]), "what the mixer computes with is what was pushed"
@@ -159,7 +162,7 @@ def test_a_parameter_that_the_loader_registers_is_landed_in(tmp_path: Path) -> N
             fill(weights, values)
             publisher.publish()
             assert torch.equal(model_of(llm).lm_head.bias[: len(values["lm_head.bias"])], values["lm_head.bias"])
-            assert worker_of(llm).weight_transfer_engine._engine.receiver._session.layout.through_loader == ()
+            assert worker_of(llm).weight_transfer_engine.calls.engine.receiver._session.layout.through_loader == ()
             seen.append((save_checkpoint(tmp_path / f"{len(seen)}", values, like=path), offline.answers(llm)))
     for folder, got in seen:
         with offline.engine(folder) as llm:

@@ -95,7 +95,7 @@ def test_tied_embeddings_that_go_through_the_loader(tmp_path: Path, monkeypatch:
     path = build(tmp_path / "m", "qwen3_tied")
 
     def goes_through(llm: Any) -> None:
-        engine = worker_of(llm).weight_transfer_engine._engine
+        engine = worker_of(llm).weight_transfer_engine.calls.engine
         assert engine.receiver._session.layout.through_loader == (name,)
 
     pushed_and_fresh(path, check=goes_through)
@@ -118,7 +118,7 @@ def test_float32_masters_land_in_the_engines_own_types(tmp_path: Path, arch: str
                 for name, value in random_state_dict(path).items():
                     masters[name] = value.float() * (1 + torch.rand_like(value, dtype=torch.float32) / 100)
                 assert publisher.publish().digests_match
-                engine = worker_of(llm).weight_transfer_engine._engine
+                engine = worker_of(llm).weight_transfer_engine.calls.engine
                 through = engine.receiver._session.layout.through_loader
                 assert all(".experts." in name for name in through), "packed ones only, as in the engine's own type"
                 published = {n: (v if dtype is None else v.to(dtype)).bfloat16() for n, v in masters.items()}

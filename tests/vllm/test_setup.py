@@ -11,9 +11,10 @@ from vllm.config.speculative import SpeculativeConfig
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
 import vllm
+from weightcast.engines.stock.refused import Refused, setting_of
 from weightcast.engines.vllm import plugin
-from weightcast.engines.vllm.parallelism import REFUSED, Refused, setting_of, worker_rank
-from weightcast.engines.vllm.versions import check_version
+from weightcast.engines.vllm.parallelism import REFUSED, worker_rank
+from weightcast.engines.vllm.versions import SUPPORTED, check_version
 from weightcast.errors import Unsupported
 
 
@@ -61,7 +62,7 @@ def set_to(vllm_config: Any, setting: str, value: Any) -> None:
 @pytest.mark.parametrize("refused", REFUSED, ids=lambda refused: refused.setting)
 def test_what_nobody_mapped_is_refused_by_name(refused: Refused) -> None:
     real = config()
-    assert setting_of(real, refused.setting) == refused.harmless
+    assert setting_of(real, refused.setting, SUPPORTED) == refused.harmless
     harmful: Any = {int: 2, bool: True}.get(type(refused.harmless), object())
     set_to(real, refused.setting, harmful)
     with pytest.raises(Unsupported, match=re.escape(refused.setting)) as caught:
@@ -71,7 +72,7 @@ def test_what_nobody_mapped_is_refused_by_name(refused: Refused) -> None:
 
 def test_a_setting_that_vllm_does_not_have_is_refused_by_name() -> None:
     with pytest.raises(Unsupported, match=r"parallel_config\.colour"):
-        setting_of(config(), "parallel_config.colour")
+        setting_of(config(), "parallel_config.colour", SUPPORTED)
 
 
 @pytest.mark.parametrize(

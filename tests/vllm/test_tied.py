@@ -47,7 +47,7 @@ def test_a_head_that_is_the_embedding(tmp_path: Path, how: str, through: bool, m
             for number in range(2):
                 fill(weights, fresh(path, equal=True))
                 publisher.publish()
-                names = worker_of(llm).weight_transfer_engine._engine.receiver._session.layout.through_loader
+                names = worker_of(llm).weight_transfer_engine.calls.engine.receiver._session.layout.through_loader
                 assert (EMBEDDING in names) is through
                 folder = save_checkpoint(tmp_path / f"push-{number}", weights, like=path)
                 seen.append((folder, offline.answers(llm)))

@@ -71,7 +71,7 @@ def test_a_dirty_engine_takes_no_request_until_it_is_healed(model: Path, monkeyp
             raise RuntimeError("no memory left")
 
         with monkeypatch.context() as patch:
-            patch.setattr(worker.weight_transfer_engine._engine.model, "refresh", stumble)
+            patch.setattr(worker.weight_transfer_engine.calls.engine.model, "refresh", stumble)
             with pytest.raises(RoundFailed, match="no memory left") as caught:
                 publisher.publish()
         assert len(caught.value.dirty) == 1
@@ -190,8 +190,8 @@ def test_a_worker_that_sleeps_touches_nothing_and_leaves(model: Path, monkeypatc
         for level in (1, 2):
             version = publisher.publish().version
             before = offline.answers(llm)
-            backend.before_sleep(level)
-            assert not backend._engine.receiver.has_session
+            backend.calls.before_sleep(loses=level >= 2)
+            assert not backend.calls.engine.receiver.has_session
             for data in memory.values():
                 data.is_asleep = True
             assert status() == (*((version, False) if level == 1 else ("none", True)), ("kv_cache", "weights"))
@@ -225,7 +225,7 @@ def test_one_call_wakes_publishes_releases_and_lets_vllm_go_on(model: Path, monk
         core = llm.llm_engine.engine_core.engine_core
 
         def sleep(level: int = 1) -> None:
-            worker.weight_transfer_engine.before_sleep(level)
+            worker.weight_transfer_engine.calls.before_sleep(loses=level >= 2)
             for data in memory.values():
                 data.is_asleep = True
 
@@ -242,7 +242,7 @@ def test_one_call_wakes_publishes_releases_and_lets_vllm_go_on(model: Path, monk
             nonlocal released
             released += 1
             assert core.is_scheduler_paused()
-            assert not worker.weight_transfer_engine._engine.receiver.has_session
+            assert not worker.weight_transfer_engine.calls.engine.receiver.has_session
             assert [data.is_asleep for data in memory.values()] == [False, True]
 
         seen = [offline.answers(llm)]

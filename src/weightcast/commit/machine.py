@@ -143,9 +143,11 @@ class _Round:
         """Returns whether cached keys and values are forgotten with that."""
         order, standing = self._order, self._standing
         # Without a pause a step could come in between the change and the cleaning of caches, or between two workers' changes.
-        needed = order.clear_cache or standing.must_pause or (standing.paused and not self._is_theirs)
-        if order.pause == "none" and not needed:
-            return False
+        clears_late = order.clear_cache and not standing.in_one_step
+        needed = clears_late or standing.must_pause or (standing.paused and not self._is_theirs)
+        spared = ("none", "keep") if standing.in_one_step else ("none",)
+        if order.pause in spared and not needed:
+            return standing.in_one_step
         mode = "keep" if order.pause == "none" else order.pause
         self._orders.owes = not self._is_theirs
         yield Do(
@@ -154,7 +156,7 @@ class _Round:
             what=f"pausing (mode {mode})",
             hint="Nothing was changed. Mode wait takes as long as the longest request; keep takes one step",
         )
-        return order.clear_cache and standing.pause_forgets
+        return order.clear_cache and (standing.pause_forgets or standing.in_one_step)
 
     def _change(self, forgotten: bool) -> Generator[Do, Any, None]:
         order = self._order

@@ -60,6 +60,8 @@ class Standing:
     """The order needs a pause whatever it says: between two workers' commits no step may come in."""
     pause_forgets: bool = True
     """A pause that is told to clear the cache does so, or raises."""
+    in_one_step: bool = False
+    """The change comes between two steps in all workers and clears the cache itself where the order says so: mode keep needs no pause."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,1 +1,1 @@
-"""What adapters of stock inference engines share, whatever the engine: nothing here knows vLLM."""
+"""What adapters of stock inference engines share: the front of a server, a worker whose calls never raise, and checks of its model."""

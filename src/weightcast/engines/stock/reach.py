@@ -1,7 +1,8 @@
 """Everything that a model's forward pass can read: parameters, buffers, and tensors that modules keep as plain attributes.
 
 Plain attributes are neither saved nor loaded by torch, and no reload knows of them: a view of a parameter that was taken when the
-model was built, or a copy of one that was made once, stays what it was.
+model was built, or a copy of one that was made once, stays what it was. ``helpers`` is how the names of an engine's own modules begin,
+such as ``vllm.``: objects of classes from there are looked into as well, since attention and quantisation keep kernels in such.
 """
 
 from __future__ import annotations
@@ -16,8 +17,6 @@ import torch
 from torch import nn
 
 _OWN_DICTS = frozenset({"_parameters", "_buffers", "_modules"})
-_HELPERS = "vllm."
-"""Objects of classes from here are looked into as well: attention and quantisation keep their kernels in such."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,17 +35,17 @@ class Alias:
         return parameter.detach().as_strided(self.sizes, self.strides, int(parameter.storage_offset()) + self.offset)
 
 
-def reachable(model: nn.Module) -> dict[str, torch.Tensor]:
+def reachable(model: nn.Module, helpers: str) -> dict[str, torch.Tensor]:
     """Tensors by the place that they are kept at, such as ``layers.0.mixer.conv_weights`` or ``attn.impl.sinks``."""
-    return {place: value for place, value in _places(model) if isinstance(value, torch.Tensor)}
+    return {place: value for place, value in _places(model, helpers) if isinstance(value, torch.Tensor)}
 
 
-def reachable_numbers(model: nn.Module) -> dict[str, float]:
+def reachable_numbers(model: nn.Module, helpers: str) -> dict[str, float]:
     """Floating-point numbers by the place that they are kept at: scales that were read from a tensor once."""
-    return {place: value for place, value in _places(model) if isinstance(value, float)}
+    return {place: value for place, value in _places(model, helpers) if isinstance(value, float)}
 
 
-def aliases(model: nn.Module) -> list[Alias]:
+def aliases(model: nn.Module, helpers: str) -> list[Alias]:
     """The views of parameters that the model keeps beside them; ask right after it was built."""
     owners: dict[int, tuple[str, str, torch.Tensor]] = {}
     parameters = set()
@@ -56,7 +55,7 @@ def aliases(model: nn.Module) -> list[Alias]:
                 parameters.add(id(parameter))
                 owners.setdefault(parameter.untyped_storage()._cdata, (name, own, parameter))
     found = []
-    for place, tensor in reachable(model).items():
+    for place, tensor in reachable(model, helpers).items():
         owner = owners.get(tensor.untyped_storage()._cdata)
         if owner is None or id(tensor) in parameters or tensor.dtype != owner[2].dtype or not tensor.numel():
             continue
@@ -65,7 +64,7 @@ def aliases(model: nn.Module) -> list[Alias]:
     return found
 
 
-def _places(model: nn.Module) -> Iterator[tuple[str, Any]]:
+def _places(model: nn.Module, helpers: str) -> Iterator[tuple[str, Any]]:
     for name, layer in model.named_modules():
         prefix = f"{name}." if name else ""
         for own, tensor in (*layer._parameters.items(), *layer._buffers.items()):
@@ -73,7 +72,7 @@ def _places(model: nn.Module) -> Iterator[tuple[str, Any]]:
         for own, value in layer.__dict__.items():
             if own not in _OWN_DICTS:
                 yield from _inside(prefix + own, value)
-                if _is_helper(value):
+                if _is_helper(value, helpers):
                     for inner, part in vars(value).items():
                         yield from _inside(f"{prefix}{own}.{inner}", part)
 
@@ -100,6 +99,6 @@ def _content(cell: Any) -> Any:
         return None
 
 
-def _is_helper(value: Any) -> bool:
+def _is_helper(value: Any, helpers: str) -> bool:
     kind = type(value)
-    return kind.__module__.startswith(_HELPERS) and not isinstance(value, nn.Module) and hasattr(value, "__dict__")
+    return kind.__module__.startswith(helpers) and not isinstance(value, nn.Module) and hasattr(value, "__dict__")

@@ -1,4 +1,4 @@
-"""Checks a record against vLLM's own loader: what the loader writes must be what the landings would have brought.
+"""Checks a record against the engine's own loader: what the loader writes must be what the landings would have brought.
 
 The loader runs once more, on stand-ins, with tensors whose bytes differ from place to place. Only what this worker lands is
 filled in: the rest of a tensor that is sliced over workers is reserved and never touched.

@@ -10,7 +10,7 @@ import copy
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,8 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from weightcast.engines.stock.layers import own_tensors
+from weightcast.engines.vllm.versions import SUPPORTED
 from weightcast.errors import Unsupported
 
 try:
@@ -36,10 +38,10 @@ try:
     from vllm.model_executor.model_loader.utils import initialize_model, process_weights_after_loading
     from vllm.utils.torch_utils import set_default_torch_dtype
 except ImportError as error:
-    raise Unsupported(
-        f"this vLLM has no layerwise reload: {error}", hint="weightcast works with vLLM 0.26 to 0.33"
-    ) from error
+    raise Unsupported(f"this vLLM has no layerwise reload: {error}", hint=SUPPORTED.hint) from error
 
+HELPERS = "vllm."
+"""How the names of vLLM's modules begin (see engines.stock.reach)."""
 RELOAD_LOGGER = "vllm.model_executor.model_loader.reload.layerwise"
 
 
@@ -83,6 +85,11 @@ def quant_method(layer: nn.Module) -> Any:
 def has_defaults(layer: nn.Module) -> bool:
     """Whether a checkpoint may leave out what the layer registers: the scales of a quantised key and value cache."""
     return isinstance(quant_method(layer), BaseKVCacheMethod)
+
+
+def padding_nbytes(tensor: torch.Tensor) -> int:
+    """Bytes that no checkpoint fills, as the layer that made the parameter declared them."""
+    return int(tensor.numel() - getattr(tensor, "weight_loader_numel", tensor.numel())) * tensor.itemsize
 
 
 def keeps_load_format(method: Any) -> bool:
@@ -193,16 +200,6 @@ def refuses(error: Exception, name: str) -> bool:
         return True  # a fused layer without a bias, say, takes something else for the parameter
     found = re.search(r"no module or parameter named '([^']+)'", str(error))
     return found is not None and found[1].split(".")[-1] in name.split(".")
-
-
-def own_tensors(layer: nn.Module) -> Mapping[str, torch.Tensor]:
-    """Parameters and buffers that the layer itself registers."""
-    return {
-        name: tensor
-        for group in (layer._parameters, layer._buffers)
-        for name, tensor in group.items()
-        if tensor is not None
-    }
 
 
 def build_twin(

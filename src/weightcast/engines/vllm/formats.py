@@ -9,29 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
+from weightcast.engines.stock.layers import LayerTensors, own_tensors
 from weightcast.engines.vllm import api
-
-
-@dataclass(slots=True)
-class LayerTensors:
-    """A layer's own tensors in load format: live ones, or stand-ins for them."""
-
-    name: str
-    layer: nn.Module
-    landable: bool
-    required: dict[str, torch.Tensor] = field(default_factory=dict)
-    """Parameters that a checkpoint has to fill."""
-    optional: dict[str, torch.Tensor] = field(default_factory=dict)
-    """Buffers, and scales that have a default."""
-
-    @property
-    def tensors(self) -> list[torch.Tensor]:
-        return [*self.required.values(), *self.optional.values()]
 
 
 def classify(model: nn.Module, device: torch.device) -> dict[str, bool]:
@@ -40,7 +23,7 @@ def classify(model: nn.Module, device: torch.device) -> dict[str, bool]:
     landable = {
         name: name not in derived and _is_landable(layer, device)
         for name, layer in model.named_modules()
-        if api.load_format(layer) or api.own_tensors(layer)
+        if api.load_format(layer) or own_tensors(layer)
     }
     _spread_over_shared(model, landable)
     return landable
@@ -76,7 +59,7 @@ def _is_landable(layer: nn.Module, device: torch.device) -> bool:
 
 
 def _looks_as_built(layer: nn.Module) -> bool:
-    live = api.own_tensors(layer)
+    live = own_tensors(layer)
     return all(
         name in live
         and (live[name].shape, live[name].dtype, live[name].stride()) == (meta.shape, meta.dtype, meta.stride())
@@ -132,7 +115,7 @@ def _prepare(
     stand_ins: dict[int, torch.Tensor],
     saved: list[tuple[nn.Module, dict[str, nn.Parameter | None], dict[str, torch.Tensor | None]]],
 ) -> LayerTensors:
-    built, live = api.load_format(layer), api.own_tensors(layer)
+    built, live = api.load_format(layer), own_tensors(layer)
     tensors = dict(live)
     saved.append((layer, dict(layer._parameters), dict(layer._buffers)))
     if not as_it_is:

@@ -18,8 +18,8 @@ import msgspec
 import torch
 from torch import nn
 
+from weightcast.engines.stock.layers import LayerTensors, own_tensors
 from weightcast.engines.vllm import api
-from weightcast.engines.vllm.formats import LayerTensors
 from weightcast.errors import StateError
 from weightcast.layout import Placement, is_padded
 from weightcast.layout.memory import Memory, bytes_of
@@ -106,7 +106,7 @@ class Mirror:
             for attribute, value in stand_in.__dict__.items()
             if attribute not in _OWN_DICTS and (attribute not in known or known[attribute] is not value)
         }
-        tensors = api.own_tensors(stand_in)
+        tensors = own_tensors(stand_in)
         return Kernels(data={own: tensors[own].data for own in views if own in tensors}, attributes=attributes)
 
     def forget(self) -> None:
@@ -151,7 +151,7 @@ def _stand_in(layer: nn.Module, views: Mapping[str, torch.Tensor]) -> nn.Module:
 def _exchange(layer: nn.Module, kernels: Kernels) -> Kernels:
     """Give the layer these kernels and return those it had."""
     before = Kernels()
-    tensors = api.own_tensors(layer)
+    tensors = own_tensors(layer)
     method = api.quant_method(layer)
     in_place = method is None or api.keeps_load_format(method)
     for own, data in kernels.data.items():

@@ -16,29 +16,36 @@ import torch
 from torch import nn
 
 from weightcast.commit.worker_outcome import WEIGHTS
-from weightcast.content.layout_digest import digest_tensor
 from weightcast.content.live_tensors import LiveTensor, live_tensors
+from weightcast.engines.stock.layers import (
+    LayerTensors,
+    check_complete,
+    checksums_of,
+    kept_once,
+    live_memory,
+    names_through_loader,
+    shown,
+    storages_of,
+)
 from weightcast.engines.stock.reach import Alias, reachable
 from weightcast.engines.stock.record_check import names_that_differ
+from weightcast.engines.stock.worker import StockModel
 from weightcast.engines.vllm import api
 from weightcast.engines.vllm.derived import Kept, kept_by_layer, renewed_by_reload
-from weightcast.engines.vllm.formats import LayerTensors, classify, in_load_format, tied_embeddings
+from weightcast.engines.vllm.formats import classify, in_load_format, tied_embeddings
 from weightcast.engines.vllm.mirror import Mirror, Slots, landings_in, plan_mirror
 from weightcast.engines.vllm.twin import Findings, Original, findings_of
-from weightcast.errors import LoadError, PlanMismatch, ShadowError, Unsupported, WeightcastError
+from weightcast.errors import LoadError, ShadowError, Unsupported, WeightcastError
 from weightcast.layout import Layout, Placement
-from weightcast.layout.memory import Memory, bytes_of
+from weightcast.layout.memory import Memory
 from weightcast.manifest import Manifest
-from weightcast.manifest.names import renaming_hint
 from weightcast.receiver.base import LiveModel
 from weightcast.record import Recording, record_layout
 
 logger = logging.getLogger(__name__)
 
-SHOWN = 6
 
-
-class VllmModel(LiveModel):
+class VllmModel(StockModel):
     """A worker's model as vLLM built and loaded it. Call it on the worker's thread, between two steps; ``derive`` from any.
 
     On CPU, ``memory`` is the mirror that layers take their weights from, on other devices the weights themselves.
@@ -57,7 +64,7 @@ class VllmModel(LiveModel):
         self.relocatable = device.type == "cpu"
         self._vllm_config = vllm_config
         self._landable = classify(model, device)
-        self._weights = Memory([]) if self.relocatable else _live_memory(model, self._landable)
+        self._weights = Memory([]) if self.relocatable else live_memory(model, self._landable)
         self._form: Slots | None = None
         self._kept: dict[str, list[Kept]] = {}
         self._mirror = Mirror({}, {}, Memory([]))
@@ -106,10 +113,10 @@ class VllmModel(LiveModel):
         known = self._layouts.get(manifest.digest)
         if known is not None:
             return known
-        places = reachable(self.model)
+        places = reachable(self.model, api.HELPERS)
         with self._landed(manifest) as (layers, numbers, recording, through, landings):
             self._kept = kept_by_layer(self._aliases(manifest, recording, through), places)
-            through -= _kept_once(recording, through)
+            through -= kept_once(recording, through)
             if self.relocatable:
                 landings = self._mirror_of(layers, numbers, landings, manifest)
         layout = Layout(
@@ -143,8 +150,8 @@ class VllmModel(LiveModel):
         the loader, and the landings of all others; on CPU in stand-ins for the layers' tensors."""
         distrusted = self._distrusted(manifest)
         with self._recorded(manifest, live=not self.relocatable) as (layers, numbers, _, recording):
-            _check_complete(layers, numbers, recording)
-            through = _through_loader(layers, numbers, recording, distrusted)
+            check_complete(layers, numbers, recording, api.padding_nbytes)
+            through = names_through_loader(layers, numbers, recording, distrusted)
             landings = [p for p in recording.layout.placements if p.region.name not in through]
             yield layers, numbers, recording, through, landings
 
@@ -159,7 +166,7 @@ class VllmModel(LiveModel):
             api.keeping_parameters(self.model),
         ):
             stand_ins = [t for layer in layers if not (live and layer.landable) for t in layer.tensors]
-            memory = Memory([*(self._weights.storages if live else ()), *_storages(stand_ins)])
+            memory = Memory([*(self._weights.storages if live else ()), *storages_of(stand_ins)])
             recording = record_layout(self._load, manifest, memory, self.device, api.refuses)
             numbers = {storage.data_ptr(): number for number, storage in enumerate(memory.storages)}
             yield layers, numbers, memory, recording
@@ -174,7 +181,7 @@ class VllmModel(LiveModel):
                 self._checked[form] = names_that_differ(self._load, manifest, memory, recording)
         if found := self._checked[form]:
             logger.warning("%d tensors go through vLLM's loader: it writes them in a way of its own: %s",
-                           len(found), _shown(sorted(found)))  # fmt: skip
+                           len(found), shown(sorted(found)))  # fmt: skip
         return self._checked[form]
 
     def _aliases(self, manifest: Manifest, recording: Recording, through: set[str]) -> list[Alias]:
@@ -203,7 +210,7 @@ class VllmModel(LiveModel):
         if found.stale:
             raise Unsupported(
                 f"after an update {len(found.stale)} tensors of this model would differ from those of a fresh load: "
-                f"{_shown(found.stale)}",
+                f"{shown(found.stale)}",
                 hint="Restart the engine with each checkpoint, or serve the model with weightcast's own engine",
             )
         return found.aliases
@@ -249,113 +256,10 @@ class VllmModel(LiveModel):
 
         Layers that vLLM keeps in packed form outside of their parameters have none before the first sync.
         """
-        found = {}
-        for name, layer in self.model.named_modules():
-            tensors = {**api.own_tensors(layer), **self._mirror.views(name)}
-            for own, tensor in tensors.items():
-                if tensor.numel() and tensor.device.type != "meta" and own not in layer._non_persistent_buffers_set:
-                    found[f"{name}.{own}" if name else own] = f"{digest_tensor(tensor.detach()):016x}"
-        return found
+        return checksums_of(self.model, self._mirror.views)
 
     def _load(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         self.model.load_weights(tensors)  # type: ignore[operator]
-
-
-def _live_memory(model: nn.Module, landable: dict[str, bool]) -> Memory:
-    layers = dict(model.named_modules())
-    return Memory(_storages(t for name, lands in landable.items() if lands for t in _parameters_of(layers[name])))
-
-
-def _parameters_of(layer: nn.Module) -> list[torch.Tensor]:
-    """What a loader may fill: parameters, and buffers that have a weight loader or belong to the checkpoint."""
-    persistent = [t for n, t in layer._buffers.items() if t is not None and n not in layer._non_persistent_buffers_set]
-    return [*(t for t in layer._parameters.values() if t is not None), *persistent]
-
-
-def _storages(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-    storages: dict[int, torch.Tensor] = {}
-    for tensor in tensors:
-        flat = bytes_of(tensor.detach())
-        if flat.numel():
-            storages.setdefault(flat.data_ptr(), flat)
-    return list(storages.values())
-
-
-def _numbers_of(layer: LayerTensors, numbers: dict[int, int]) -> set[int]:
-    pointers = (bytes_of(tensor.detach()).data_ptr() for tensor in layer.tensors if tensor.numel())
-    return {numbers[pointer] for pointer in pointers if pointer in numbers}
-
-
-def _through_loader(
-    layers: Sequence[LayerTensors], numbers: dict[int, int], recording: Recording, distrusted: set[str]
-) -> set[str]:
-    """Names that touch a layer which is not landable, and the names of every layer that those touch in turn."""
-    through = set(recording.reasons) | distrusted
-    if recording.foreign_writes:
-        # The loader also writes values of its own making, which no landing would bring.
-        return {placement.region.name for placement in recording.layout.placements} | through
-    names_in: dict[int, set[str]] = {}
-    for placement in recording.layout.placements:
-        names_in.setdefault(placement.storage, set()).add(placement.region.name)
-    blocked = [
-        (layer.landable, set().union(*(names_in.get(n, set()) for n in _numbers_of(layer, numbers))))
-        for layer in layers
-    ]
-    grown = True
-    while grown:
-        before = len(through)
-        for lands, names in blocked:
-            if not lands or names & through:
-                through |= names
-        grown = len(through) > before
-    return through
-
-
-def _kept_once(recording: Recording, through: set[str]) -> set[str]:
-    """Names that the loader would write where it writes others: given both, it would be left to chance which one is live. Without a
-    place of their own their values are compared by the trainer."""
-    return {later for earlier, later in recording.overlaps if earlier in through and later in through}
-
-
-def _check_complete(layers: Sequence[LayerTensors], numbers: dict[int, int], recording: Recording) -> None:
-    """Raise PlanMismatch for parameters that the manifest fills in part or not at all."""
-    holes = recording.unwritten()
-    written: dict[int, list[Placement]] = {}
-    for placement in recording.layout.placements:
-        written.setdefault(placement.storage, []).append(placement)
-    missing = []
-    for layer in layers:
-        for own, tensor in layer.required.items():
-            number = numbers.get(bytes_of(tensor.detach()).data_ptr()) if tensor.numel() else None
-            if number is None:
-                continue
-            lost = _missing_nbytes(tensor, holes.get(number, []))
-            if lost > _padding_nbytes(tensor):
-                filled = sorted({placement.region.name for placement in written.get(number, [])})
-                name = f"{layer.name}.{own}" if layer.name else own
-                missing.append(f"{name} ({'only ' + _shown(filled) if filled else 'nothing'} of it)")
-    if missing:
-        wanted = [name.split(" (")[0] for name in missing]
-        raise PlanMismatch(
-            f"the manifest does not fill {len(missing)} parameters of the engine's model: {_shown(missing)}",
-            hint=renaming_hint(recording.unused, wanted)
-            or "Publish the whole model, of the architecture that the engine serves",
-        )
-
-
-def _missing_nbytes(tensor: torch.Tensor, holes: list[tuple[int, int]]) -> int:
-    start = int(tensor.storage_offset()) * tensor.itemsize
-    end = start + tensor.numel() * tensor.itemsize
-    return sum(max(0, min(high, end) - max(low, start)) for low, high in holes)
-
-
-def _padding_nbytes(tensor: torch.Tensor) -> int:
-    """Bytes that no checkpoint fills, as the layer that made the parameter declared them."""
-    return int(tensor.numel() - getattr(tensor, "weight_loader_numel", tensor.numel())) * tensor.itemsize
-
-
-def _shown(names: Sequence[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
 @contextmanager

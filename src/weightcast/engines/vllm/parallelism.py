@@ -6,25 +6,15 @@ their own.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
+from weightcast.engines.stock.refused import Refused, refuse, setting_of
+from weightcast.engines.vllm.versions import SUPPORTED
 from weightcast.errors import Unsupported
 from weightcast.weight_transfer.base import WorkerRank
 
 WEIGHTLESS_DRAFTS = frozenset({"ngram", "ngram_gpu", "suffix"})
 """Methods of speculation that propose tokens without a model of their own."""
-
-
-@dataclass(frozen=True, slots=True)
-class Refused:
-    """A setting of vLLM's configuration that weights cannot be transferred with, unless it has its harmless value."""
-
-    setting: str
-    """Where it is, from the VllmConfig on."""
-    harmless: Any
-    what: str
-    hint: str
 
 
 REFUSED = (
@@ -62,11 +52,7 @@ REFUSED = (
 
 def worker_rank(vllm_config: Any) -> WorkerRank:
     """``data_parallel_index * (tp * pp) + rank within the replica``; raises Unsupported for a set-up nobody mapped."""
-    for refused in REFUSED:
-        if setting_of(vllm_config, refused.setting) != refused.harmless:
-            raise Unsupported(
-                f"{refused.what} not supported with weight transfer ({refused.setting})", hint=refused.hint
-            )
+    refuse(vllm_config, REFUSED, SUPPORTED)
     _refuse_draft_model(vllm_config)
     parallel = vllm_config.parallel_config
     rank = parallel.data_parallel_index * parallel.world_size + parallel.rank
@@ -74,22 +60,8 @@ def worker_rank(vllm_config: Any) -> WorkerRank:
     return WorkerRank(rank=rank, world_size=max(parallel.world_size_across_dp, rank + 1))
 
 
-def setting_of(vllm_config: Any, setting: str) -> Any:
-    """The value of a setting by its dotted name. Unsupported where vLLM has no such setting: what it became is not known."""
-    value = vllm_config
-    for name in setting.split("."):
-        try:
-            value = getattr(value, name)
-        except AttributeError:
-            raise Unsupported(
-                f"this vLLM has no setting {setting}, so weightcast cannot tell whether it may transfer weights",
-                hint="weightcast works with vLLM 0.26 to 0.33",
-            ) from None
-    return value
-
-
 def _refuse_draft_model(vllm_config: Any) -> None:
-    speculation = setting_of(vllm_config, "speculative_config")
+    speculation = setting_of(vllm_config, "speculative_config", SUPPORTED)
     if speculation is not None and speculation.method not in WEIGHTLESS_DRAFTS:
         raise Unsupported(
             f"a speculative draft model ({speculation.method}) would keep its old weights, which is not supported with "

@@ -175,7 +175,7 @@ def _published(
     adopt: Callable[[nn.Module, Any, list[Alias]], LiveModel],
 ) -> tuple[list[Alias], dict[str, object]]:
     twin, config = original.twin()
-    found = aliases(twin)
+    found = aliases(twin, api.HELPERS)
     api.load_anew(twin, config, original.device, values.items(values.uniform))
     live = adopt(twin, config, found)
     publish(live, live.layout(manifest), values)
@@ -215,8 +215,8 @@ def publish(live: LiveModel, layout: Layout, make: Callable[[str], torch.Tensor]
 
 def _contents(model: nn.Module, config: Any, device: torch.device) -> dict[str, object]:
     """What the model computes with, by place: digests of tensors, numbers, and what packed layers answer."""
-    found: dict[str, object] = dict(reachable_numbers(model))
-    for place, tensor in reachable(model).items():
+    found: dict[str, object] = dict(reachable_numbers(model, api.HELPERS))
+    for place, tensor in reachable(model, api.HELPERS).items():
         form = (tuple(tensor.shape), tensor.dtype)
         readable = not tensor.is_meta and tensor.layout is torch.strided
         found[place] = (form, digest_tensor(tensor) if readable and tensor.numel() else 0)

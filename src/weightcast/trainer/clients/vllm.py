@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 from weightcast.commit.joining import join, joining
 from weightcast.commit.order import RoundAnswer, RoundOrder
 from weightcast.commit.shells import AsyncCommitter
+from weightcast.commit.stock import GONE_HINT, StockPort
 from weightcast.commit.worker_outcome import WorkerOutcome, first_error
 from weightcast.deadline import Deadline
 from weightcast.errors import EngineError, WeightcastError
@@ -29,8 +30,6 @@ from weightcast.vllm_protocol.eras import (
     require_sleep_mode,
     served_engine,
 )
-from weightcast.vllm_protocol.eras.base import GONE_HINT
-from weightcast.vllm_protocol.eras.port import ServedPort
 
 T = TypeVar("T")
 
@@ -123,7 +122,7 @@ class AsyncVllmClient(EngineClient):
     host = "127.0.0.1"
 
     def __init__(self, engine: Any, loop: asyncio.AbstractEventLoop) -> None:
-        self._port, self.target = ServedPort(served_engine(engine)), engine
+        self._port, self.target = StockPort(served_engine(engine)), engine
         self.name = f"vllm-async-{next(_numbers)}"
         self._calls = LoopCalls(loop, self.name)
         self._committer = AsyncCommitter(self._port)

@@ -9,6 +9,7 @@ from collections.abc import (
 )
 from typing import Any
 
+from weightcast.commit.stock import StockEngine
 from weightcast.errors import (
     EngineError,
     StateError,
@@ -19,11 +20,12 @@ CALL = "weightcast_call"
 """The workers' method that ``collective_rpc`` reaches the backend by."""
 
 BACKEND = "weightcast"
-GONE_HINT = "Restart the engine, then publish again"
 
 
-class ServedEngine(ABC):
+class ServedEngine(StockEngine):
     """An EngineClient: ``AsyncLLM``, or what a server gives its plug-ins. Its coroutines are for the engine's event loop."""
+
+    product = "vLLM"
 
     def __init__(self, client: Any) -> None:
         self.client = client
@@ -37,14 +39,28 @@ class ServedEngine(ABC):
     async def in_each_replica(self, method: str, *arguments: Any) -> list[Any]:
         """Call a utility of every data-parallel replica's core; the answers in the replicas' order."""
 
-    @abstractmethod
-    async def set_label(self, version: str) -> None:
-        """Name the version that outputs carry; nothing where vLLM's outputs carry none."""
-
     @property
     def config(self) -> Any:
         """The VllmConfig."""
         return self.client.vllm_config
+
+    @property
+    def model_name(self) -> str:
+        return str(self.config.model_config.model)
+
+    @property
+    def kv_capacity_tokens(self) -> int | None:
+        cache = self.config.cache_config
+        return None if cache.num_gpu_blocks is None else int(cache.num_gpu_blocks * cache.block_size)
+
+    def require_backend(self) -> None:
+        require_backend(self.config)
+
+    def may_sleep(self) -> bool:
+        return may_sleep(self.config)
+
+    def require_sleep(self) -> None:
+        require_sleep_mode(self.config)
 
     def world_size(self, include_dp: bool = True) -> int:
         parallel = self.config.parallel_config
@@ -80,9 +96,8 @@ class ServedEngine(ABC):
             return ""
         return f"vLLM's engine is dead: {getattr(self.client, 'dead_error', 'a process of it ended')}"
 
-    async def forget_cache(self, running_too: bool = True) -> None:
-        """Drop cached keys and values, those of running requests as well, which recompute them; EngineError when refused."""
-        if not await self.client.reset_prefix_cache(reset_running_requests=running_too):
+    async def forget_cache(self) -> None:
+        if not await self.client.reset_prefix_cache(reset_running_requests=True):
             raise EngineError(NOT_FORGOTTEN, hint="Publish again when fewer requests are in flight")
 
     def num_requests(self) -> int | None:
