@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from importlib.metadata import version
 from pathlib import Path
 
@@ -236,6 +237,28 @@ def test_half_of_a_model_is_neither_pushed_nor_called_equal(more: dict[str, obje
 
         report = json.loads(weightcast("push", whole, "--to", url, "--unused", pattern, "--json").stdout)
         assert set(report["unused"]) == set(wanted) - set(before)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
+def test_verify_finds_merged_adapters_in_the_checkpoint_that_peft_makes(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    folder, truth = build_tiny_model(tmp_path / "m", "qwen3_moe", "float32", seed=4), tmp_path / "truth"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    config = LoraConfig(target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"], init_lora_weights=False)
+    adapted = get_peft_model(model, config)
+    learning = torch.optim.AdamW((value for value in adapted.parameters() if value.requires_grad), lr=0.02)
+    with served(AsyncLLM(folder, num_threads=1)) as url, Publisher(adapted, [url], timeout_s=30) as publisher:
+        for _ in range(2):
+            tokens = torch.randint(3, 60, (2, 8))
+            adapted(input_ids=tokens, labels=tokens).loss.backward()
+            learning.step()
+            publisher.publish()
+            deepcopy(adapted).merge_and_unload().save_pretrained(truth)
+            verified = weightcast("verify", url, "--checkpoint", truth)
+            assert verified.exit_code == 0, verified.output
+            assert "not compared" not in verified.output
+        assert weightcast("verify", url, "--checkpoint", folder).exit_code == 1
 
 
 def test_push_and_verify_under_other_names(tmp_path: Path) -> None:

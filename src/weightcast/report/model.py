@@ -85,7 +85,7 @@ class Report:
 
     ``non_finite`` counts published values that are NaN or infinite, by tensor; None where nobody counted them (``check_finite``).
     ``unused`` lists the published tensors for which an engine has no place and that the user named as unused. These tensors are part
-    of the digest.
+    of the digest. ``own_nbytes`` is the memory of the publishing process that held published values beside the user's own tensors.
     """
 
     version: str
@@ -101,6 +101,7 @@ class Report:
     engines: tuple[EngineReport, ...] = ()
     unused: tuple[str, ...] = ()
     non_finite: dict[str, int] | None = None
+    own_nbytes: int = 0
 
     def __post_init__(self) -> None:
         if self.nbytes < 0 or not self.total_s >= 0:

@@ -1,4 +1,4 @@
-"""Sources: a module, a state dict, the shards of either on one rank of several, a safetensors checkpoint."""
+"""Sources: a module, also with adapters of PEFT, a state dict, the shards of either on one rank of several, a safetensors checkpoint."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from torch import nn
 
 from weightcast.errors import InvalidInput
 from weightcast.sources.absent import refuse_absent
+from weightcast.sources.adapters import refuse_unmerged
 from weightcast.sources.base import Source
 from weightcast.sources.conversions import checkpoint_tensors, read_module
+from weightcast.sources.merged import MergedSource, merged_twin
 from weightcast.sources.module import ModuleSource
 from weightcast.sources.renaming import Rename
 from weightcast.sources.safetensors import SafetensorsSource
@@ -47,11 +49,14 @@ def make_source(
             raise InvalidInput("rename has no effect on a Source", field="rename", hint="Rename what it is made of")
         return source
     if isinstance(source, nn.Module):
+        if (twin := merged_twin(source)) is not None:
+            return MergedSource(twin, make_source(twin.module, dtype=dtype, rename=rename))
         content = read_module(source).renamed(rename)
         if any(map(is_distributed, content.tensors.values())):
             return ShardedSource(content, dtype=dtype, module=source)
         return ModuleSource(source, dtype=dtype, names=content)
     if isinstance(source, Mapping):
+        refuse_unmerged(source)
         tensors = read_through(source, rename)
         made = _mapping_source(tensors, dtype)
         if isinstance(tensors, ReadThrough):
@@ -77,6 +82,7 @@ def _mapping_source(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | No
 
 
 __all__ = [
+    "MergedSource",
     "ModuleSource",
     "Rename",
     "SafetensorsSource",

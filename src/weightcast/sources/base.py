@@ -34,6 +34,11 @@ class Source(ABC):
     is_copied = False
     """Whether the user's tensors lie elsewhere, so that ``refresh`` copies their values into ``memory``."""
 
+    @property
+    def own_nbytes(self) -> int:
+        """The bytes of memory that hold published values beside the user's own tensors."""
+        return 0
+
     def consolidate(self) -> None:
         """Lay all storages side by side in one arena. A source that cannot move its tensors does nothing."""
         return

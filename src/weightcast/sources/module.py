@@ -100,6 +100,10 @@ class ModuleSource(Source):
         """The module's names of what lies in these storages of the user's."""
         return self._tree.names_of(value for number in numbers for value in self._tenants.of(number))
 
+    @property
+    def own_nbytes(self) -> int:
+        return sum(storage.numel() for storage in self._tenants.staying.values())
+
     def consolidate(self) -> None:
         if self._starts is not None:
             return

@@ -75,6 +75,10 @@ class ShardedSource(Source):
         self.layout = Layout(placements=tuple(placements), storage_nbytes=(end,))
         self.rebind(Memory([torch.zeros(end, dtype=torch.uint8, device=self.device)], is_arena=True))
 
+    @property
+    def own_nbytes(self) -> int:
+        return sum(self.layout.storage_nbytes) if self.is_copied else 0
+
     def rebind(self, memory: Memory) -> None:
         if tuple(s.numel() for s in memory.storages) != self.layout.storage_nbytes:
             raise InvalidInput("the new memory has other storages than the old one")

@@ -39,6 +39,10 @@ class StateDictSource(Source):
         arena = torch.zeros(self.layout.storage_nbytes[0], dtype=torch.uint8, device=self.device)
         self.rebind(Memory([arena], is_arena=True))
 
+    @property
+    def own_nbytes(self) -> int:
+        return sum(self.layout.storage_nbytes)
+
     def rebind(self, memory: Memory) -> None:
         self.memory = memory
         self._views = [

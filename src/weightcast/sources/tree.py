@@ -19,6 +19,28 @@ _NAMED = 3
 _dtype = operator.attrgetter("dtype")
 
 
+class Entries:
+    """Which children, parameters and buffers a module and its parts have, compared without a loop in Python."""
+
+    def __init__(self, module: nn.Module) -> None:
+        modules = list(module.modules())
+        found: list[dict[str, Any]] = [
+            d for module in modules for d in (module._modules, module._parameters, module._buffers)
+        ]
+        self._empty, self._filled = [d for d in found if not d], [d for d in found if d]
+        self._sizes = list(map(len, self._filled))
+        self._then = list(self._current())
+
+    def _current(self) -> Iterator[Any]:
+        return chain.from_iterable(map(dict.values, self._filled))
+
+    def are_as_remembered(self) -> bool:
+        """Whether all of them are the very objects that they were."""
+        if any(self._empty) or list(map(len, self._filled)) != self._sizes:
+            return False
+        return all(map(operator.is_, self._current(), self._then))
+
+
 class Tree:
     """Where a module keeps children, parameters and buffers. A layer or a tensor that was replaced leaves the published one behind,
     with old values; a round waits for the check, so a module that is as it was is told without a loop in Python.
@@ -30,7 +52,7 @@ class Tree:
         self._then = dict(_tensors_of(module))
         self._published = {name: value for name, value in self._then.items() if id(value) in wanted}
         self._is_all = all(id(value) in wanted or not local_of(value).numel() for value in self._then.values())
-        self._remember()
+        self._entries = Entries(module)
 
     def names_of(self, values: Iterable[torch.Tensor]) -> list[str]:
         """The module's own names of tensors, the first of each."""
@@ -44,26 +66,9 @@ class Tree:
 
         FSDP puts gathered plain tensors in the place of shards for as long as it computes; the shards stay what they are.
         """
-        if not self._is_as_remembered():
+        if not self._entries.are_as_remembered():
             self._name_the_change()
-            self._remember()
-
-    def _remember(self) -> None:
-        modules = list(self._module.modules())
-        found: list[dict[str, Any]] = [
-            d for module in modules for d in (module._modules, module._parameters, module._buffers)
-        ]
-        self._empty, self._filled = [d for d in found if not d], [d for d in found if d]
-        self._sizes = list(map(len, self._filled))
-        self._entries = list(self._current_entries())
-
-    def _current_entries(self) -> Iterator[Any]:
-        return chain.from_iterable(map(dict.values, self._filled))
-
-    def _is_as_remembered(self) -> bool:
-        if any(self._empty) or list(map(len, self._filled)) != self._sizes:
-            return False
-        return all(map(operator.is_, self._current_entries(), self._entries))
+            self._entries = Entries(self._module)
 
     def _name_the_change(self) -> None:
         now = dict(_tensors_of(self._module))

@@ -75,6 +75,10 @@ class WindowedSource(Source):
         self._waits: dict[torch.device, DeviceWait] = {}
         self.rebind(Memory([slots[window % SLOTS] for window in range(len(self.layout.storage_nbytes))]))
 
+    @property
+    def own_nbytes(self) -> int:
+        return sum(self._slots)
+
     def rebind(self, memory: Memory) -> None:
         self.memory = memory
         self._views = {

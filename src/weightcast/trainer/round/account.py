@@ -45,6 +45,7 @@ class Account:
         digest: int,
         outcome: ReportOutcome = "committed",
         non_finite: Mapping[str, int] | None = None,
+        own_nbytes: int = 0,
     ) -> Report:
         """What the round did, engine by engine."""
         hexadecimal = f"{digest:016x}"
@@ -65,6 +66,7 @@ class Account:
             engines=engines,
             unused=_joined(engine.places.unused for engine in fleet if engine in self._outcomes),
             non_finite=None if non_finite is None else dict(non_finite),
+            own_nbytes=own_nbytes,
         )
 
     def _engine(self, engine: EngineLink, digest: str) -> EngineReport:

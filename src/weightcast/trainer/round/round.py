@@ -161,6 +161,7 @@ class Round:
                 digest=self._proof.content,
                 outcome="committed" if self._is_committed else "aborted",
                 non_finite=self._brief.non_finite,
+                own_nbytes=self._source.own_nbytes,
             )
         return self._report
 
