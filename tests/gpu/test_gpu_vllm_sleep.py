@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import torch
-from gpu_vllm import DIMENSIONS, answers, engine, tiny_model, vllm_server
+from card import TOLERANCE, change, in_use, large_model, module_of, until_in_use_is_below
+from gpu_vllm import answers, engine, tiny_model, vllm_server
 from tests.support.verified import comparison
 
 from weightcast import Publisher
 from weightcast.errors import RoundFailed, StateError
-from weightcast.testing.models import build_tiny_model, random_state_dict, save_checkpoint
+from weightcast.testing.models import random_state_dict, save_checkpoint
 
 pytest.importorskip("vllm", reason="needs vLLM")
 pytest.importorskip("triton", reason="needs a CUDA build of torch")
@@ -27,7 +27,6 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 
-TOLERANCE = 50 << 20
 SLEEPY = {"enable_sleep_mode": True}
 
 
@@ -38,11 +37,6 @@ def on_gpu(path: Path) -> dict[str, torch.Tensor]:
 def refill(weights: dict[str, torch.Tensor], path: Path) -> None:
     for name, tensor in random_state_dict(path).items():
         weights[name].copy_(tensor)
-
-
-def in_use() -> int:
-    free, total = torch.cuda.mem_get_info()
-    return total - free
 
 
 def served(llm: Any) -> dict[str, Any]:
@@ -95,11 +89,7 @@ def test_rounds_around_a_sleep(tmp_path: Path, mode: str, level: int) -> None:
 
 @pytest.mark.parametrize("mode", ["in_place", "staged"])
 def test_no_memory_stays_in_its_sleep(tmp_path: Path, mode: str) -> None:
-    """A model of about 500 MB in bf16: a shadow that stayed would be seen."""
-    from transformers import AutoModelForCausalLM
-
-    sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 4}
-    large = build_tiny_model(tmp_path / "m", "qwen3", "bfloat16", **{**DIMENSIONS, **sizes})
+    large = large_model(tmp_path / "m")
     with engine(large, **SLEEPY) as llm:
         answers(llm)
         llm.sleep(level=2)
@@ -107,9 +97,7 @@ def test_no_memory_stays_in_its_sleep(tmp_path: Path, mode: str) -> None:
         asleep = in_use()
         llm.wake_up()
         llm.collective_rpc("reload_weights")
-        module = AutoModelForCausalLM.from_pretrained(large, dtype=torch.bfloat16).cuda()
-        nbytes = sum(parameter.nbytes for parameter in module.parameters())
-        assert nbytes > 4 * TOLERANCE
+        module, nbytes = module_of(large)
         torch.cuda.empty_cache()
         awake = in_use()
         with Publisher(module, [llm], timeout_s=120, mode=mode) as publisher:
@@ -123,37 +111,6 @@ def test_no_memory_stays_in_its_sleep(tmp_path: Path, mode: str) -> None:
             publisher.publish()
             llm.wake_up(["kv_cache"])
             answers(llm)
-
-
-def large_model(folder: Path) -> Path:
-    """About 500 MB in bf16: a copy of it that stayed would be seen."""
-    sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 4}
-    return build_tiny_model(folder, "qwen3", "bfloat16", **{**DIMENSIONS, **sizes})
-
-
-def module_of(path: Path) -> tuple[Any, int]:
-    """The model on the GPU, and its bytes."""
-    from transformers import AutoModelForCausalLM
-
-    module = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).cuda()
-    nbytes = sum(parameter.nbytes for parameter in module.parameters())
-    assert nbytes > 4 * TOLERANCE
-    return module, nbytes
-
-
-@torch.no_grad()
-def change(module: Any) -> dict[str, torch.Tensor]:
-    """Fresh values, and a copy of them on the host."""
-    for parameter in module.parameters():
-        parameter.copy_(torch.randn(parameter.shape, device=parameter.device) * 0.02)
-    return {name: value.detach().cpu().clone() for name, value in module.state_dict().items()}
-
-
-def until_in_use_is_below(nbytes: int) -> None:
-    end = time.monotonic() + 20
-    while in_use() >= nbytes and time.monotonic() < end:
-        time.sleep(0.05)
-    assert in_use() < nbytes, f"{in_use() - nbytes} bytes too many stay in use"
 
 
 @pytest.mark.parametrize("mode", ["in_place", "staged"])
