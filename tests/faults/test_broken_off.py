@@ -17,6 +17,7 @@ from weightcast.receiver import session as sessions
 from weightcast.receiver.session import Session
 from weightcast.testing.local_engine import DictModel, LocalEngine
 from weightcast.transports.cuda_ipc import CudaIpcOffer, CudaIpcWorkerEnd
+from weightcast.transports.gpu_exports import MappingOffer
 from weightcast.transports.guard import EndGuard
 from weightcast.transports.shm import ShmWorkerEnd
 from weightcast.transports.tcp import TcpWorkerEnd
@@ -117,9 +118,8 @@ def test_a_transport_that_cannot_tell_counts_as_torn(engine: LocalEngine, monkey
 
 
 def test_an_end_of_gpu_memory_that_is_not_connected_has_written_nothing() -> None:
-    offer = CudaIpcOffer(
-        process="", segments=(), spans=(), is_arena=True, address="127.0.0.1", port=1, secret=b""
-    )  # fmt: skip
+    mapping = MappingOffer(process="", segments=(), spans=(), is_arena=True)
+    offer = CudaIpcOffer(mapping=mapping, address="127.0.0.1", port=1, secret=b"")
     end = CudaIpcWorkerEnd((), offer)
     assert end.has_written
     with pytest.raises(StateError, match="before connect"):

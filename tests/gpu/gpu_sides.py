@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from pathlib import Path
 
 import torch
 
@@ -42,7 +43,7 @@ class GpuWorkerSide(WorkerSide):
 
     def mapped(self) -> list[int]:
         """Where the trainer's allocations are mapped in this process; of a pair over cuda_ipc."""
-        return list(self.end._mapping._opened)  # type: ignore[attr-defined]
+        return list(self.end._pull._reached._opened)  # type: ignore[attr-defined]
 
     def allocation_nbytes(self, address: int) -> int:
         """How large the GPU allocation is that starts at an address of this process; 0 where there is none."""
@@ -51,6 +52,10 @@ class GpuWorkerSide(WorkerSide):
         except TransportError:
             return 0
         return nbytes if start == address else 0
+
+    def mapped_arenas(self) -> int:
+        """How many mappings this process has of shared arenas of weights."""
+        return sum("memfd:weightcast" in line for line in Path("/proc/self/maps").read_text().splitlines())
 
     def multiply(self, seed: int) -> float:
         """Something that needs a GPU in order: the error of a matrix product against the CPU's."""

@@ -143,10 +143,35 @@ class TestCudaIpc(GpuSuite):
             assert worker.read() == [values]
             worker.close()
 
-    def test_expandable_segments_are_refused_by_name(self) -> None:
+    @pytest.mark.parametrize("name", ["strided", "dtypes", "bulk"])
+    def test_memory_of_expandable_segments_is_mapped(self, worker: Peer, name: str) -> None:
+        """Small storages share pages, a large one has many; what a worker has mapped goes with the pair, and with a killed worker."""
+        seed = random.SystemRandom().getrandbits(32)
+        case = bulk_case(256 * 2**20) if name == "bulk" else CASES[name](random.Random(seed))
+        generator = torch.Generator().manual_seed(seed)
         with environment("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"), Peer(GpuTrainerSide) as trainer:
+            for peer in (worker, None):
+                with contextlib.nullcontext(peer) if peer else Peer(GpuWorkerSide) as receiver:
+                    assert receiver is not None
+                    connect(self.transport, trainer, receiver, case)
+                    for _ in range(3):
+                        values, canary = case.new_values(generator), case.new_canary(generator)
+                        receiver.call("fill", 0, [storage.numpy().tobytes() for storage in canary])
+                        trainer.call("write", [storage.numpy().tobytes() for storage in values])
+                        trainer.call("send")
+                        receiver.call("receive")
+                        assert receiver.call("read") == case.expected(values, canary), f"{seed=}"
+                    if peer is None:
+                        receiver.kill()
+                    else:
+                        receiver.call("close")
+                before, after = trainer.call("let_go")
+                assert after <= before - (256 * 2**20 if name == "bulk" else 0)
+
+    def test_cuda_malloc_async_is_refused_by_name(self) -> None:
+        with environment("PYTORCH_CUDA_ALLOC_CONF", "backend:cudaMallocAsync"), Peer(GpuTrainerSide) as trainer:
             case = bulk_case(NBYTES)
-            with pytest.raises(RankFailed, match="expandable segments") as caught:
+            with pytest.raises(RankFailed, match="cudaMallocAsync") as caught:
                 trainer.call("open", self.transport, "cuda", case.copies, case.src_nbytes, 2**20)
             assert caught.value.kind == "Unsupported"
 

@@ -25,6 +25,7 @@ from weightcast.report.page import Page, write_page
 from weightcast.server import ServerConfig
 from weightcast.testing.models import build_tiny_model
 from weightcast.transports.cuda_ipc import CudaIpcOffer
+from weightcast.transports.gpu_exports import MappingOffer
 from weightcast.transports.nccl import NcclOffer
 from weightcast.transports.tcp import TcpOffer
 from weightcast.weight_transfer.weightcast import WeightcastInitInfo
@@ -126,7 +127,7 @@ def test_records_that_carry_a_secret_do_not_show_it() -> None:
         Hello(ticket=secret, engine="e", facts=facts, **hello),
         TcpOffer(bucket_nbytes=256, lanes=1, plan="p", identity=secret.encode(), **place),
         NcclOffer(unique_id=secret.encode(), rank=0, world_size=1, bucket_nbytes=1, cuts=(), **place),
-        CudaIpcOffer(process="p", segments=(), spans=(), is_arena=True, **place),
+        CudaIpcOffer(mapping=MappingOffer(process="p", segments=(), spans=(), is_arena=True), **place),
         ServerConfig(token=secret, api_key=secret),
         coordinator._tickets[0],
     ]

@@ -158,9 +158,9 @@ class Faults:
             one_more()
             return run(replay)
 
-        def unloaded(unloading: Unloading) -> None:
+        def unloaded(unloading: Unloading, deadline: Deadline) -> None:
             one_more()
-            unload(unloading)
+            unload(unloading, deadline)
 
         Session.receive = received  # type: ignore[method-assign, assignment]
         Replay.run = copied  # type: ignore[method-assign, assignment]

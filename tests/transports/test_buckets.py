@@ -16,8 +16,15 @@ from weightcast.layout.memory import Memory
 from weightcast.manifest import Manifest, TensorSpec
 from weightcast.manifest.dtypes import dtype_of, itemsize_of
 from weightcast.plan import compile_plan
+from weightcast.plan.replay import Replay
 from weightcast.testing.transport_cases import CASES
-from weightcast.transports.buckets import new_buffers, packer, schedule, unpacker
+from weightcast.transports.buckets import Bucket, into_bucket, out_of_bucket, schedule
+
+
+def through(bucket: Bucket, src: Memory, buffer: Memory, dst: Memory) -> None:
+    """Pack a bucket's pieces, then unpack them."""
+    Replay([into_bucket(piece) for piece in bucket.pieces], src, buffer).run()
+    Replay([out_of_bucket(piece) for piece in bucket.pieces], buffer, dst).run()
 
 
 @settings(max_examples=60, deadline=None)
@@ -80,8 +87,7 @@ def test_the_narrower_of_published_and_landing_type_travels(
     assert bucket.nbytes == numel * itemsize_of(travels)
     values = torch.randn(numel).to(dtype_of(held))
     buffer, target = (torch.zeros(numel * 4, dtype=torch.uint8) for _ in range(2))
-    packer(bucket, Memory([values.view(torch.uint8)]), buffer).run()
-    unpacker(bucket, buffer, Memory([target])).run()
+    through(bucket, Memory([values.view(torch.uint8)]), Memory([buffer]), Memory([target]))
     expected = values.to(dtype_of(published)).to(dtype_of(landing))
     assert torch.equal(target[: expected.nbytes].view(expected.dtype), expected)
 
@@ -95,10 +101,9 @@ def test_packed_and_unpacked_equals_the_oracle(name: str) -> None:
     expected = case.expected(values, canary)
     src, dst = Memory(values), Memory(canary)
     buckets = schedule(case.copies, 1024)
-    (buffer,) = new_buffers(buckets, 1)
+    buffer = Memory([torch.empty(1024, dtype=torch.uint8)])
     for bucket in buckets:
-        packer(bucket, src, buffer).run()
-        unpacker(bucket, buffer, dst).run()
+        through(bucket, src, buffer, dst)
     assert [storage.numpy().tobytes() for storage in dst.storages] == expected, f"seed {seed}"
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from weightcast.errors import InvalidInput, Unsupported
-from weightcast.transports import Facts, TransportRegistry, cuda_ipc, local_facts
+from weightcast.transports import Facts, TransportRegistry, cuda_ipc, gpu_exports, local_facts
 from weightcast.transports.registry import ENTRY_POINT_GROUP, registry
 from weightcast.transports.tcp import TcpTransport
 
@@ -63,15 +63,17 @@ def test_a_failed_import_is_remembered_with_its_reason() -> None:
 
 def test_what_is_for_another_kind_of_memory_goes_without_saying() -> None:
     found = _with_entry_points(
-        cuda_ipc="no_such_library:T", shm="no_such_library:S", tcp="weightcast.transports.tcp:TcpTransport"
+        cuda_ipc="no_such_library:T",
+        shm="no_such_library:S",
+        shm_cuda="no_such_library:C",
+        tcp="weightcast.transports.tcp:TcpTransport",
     )
-    found.register("carrier", _Anywhere)
-    _, why = found.choose(_facts(), _facts())
-    assert why == "tcp (shm: ModuleNotFoundError: No module named 'no_such_library')"
-    here = ("cuda_ipc", "shm", "tcp", "carrier")
-    gpu = _facts(device="cuda", gpu="GPU-a", transports=here)
-    _, why = found.choose(gpu, gpu)
-    assert why == "carrier (cuda_ipc: ModuleNotFoundError: No module named 'no_such_library')"
+    here = ("cuda_ipc", "shm", "shm_cuda", "tcp")
+    cpu, gpu = _facts(transports=here), _facts(device="cuda", gpu="GPU-a", transports=here)
+    lacks = "ModuleNotFoundError: No module named 'no_such_library'"
+    for trainer, worker, name in ((cpu, cpu, "shm"), (gpu, gpu, "cuda_ipc"), (cpu, gpu, "shm_cuda")):
+        assert found.choose(trainer, worker)[1] == f"tcp ({name}: {lacks})"
+    assert found.choose(gpu, cpu)[1] == "tcp (first choice)"
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
@@ -132,27 +134,29 @@ def test_why_a_transport_cannot_be_had_is_told_in_its_own_words() -> None:
 def test_no_common_transport_says_why_for_each() -> None:
     found = _with_entry_points(tcp="weightcast.transports.tcp:TcpTransport")
     found.register("nccl", _Picky)
-    with pytest.raises(Unsupported, match=r"nccl: no GPU in sight; tcp: the trainer's weights are on cuda.*doctor"):
-        found.choose(_facts(device="cuda"), _facts(device="cuda"))
+    with pytest.raises(Unsupported, match=r"nccl: no GPU in sight; tcp: the trainer's weights are on mps.*doctor"):
+        found.choose(_facts(device="mps"), _facts(device="cuda"))
 
 
-@pytest.mark.parametrize(
-    ("trainer", "worker", "why", "advice"),
-    [
-        ("cpu", "cuda", "the source is in CPU memory and the engine on a GPU", "push --device cuda"),
-        ("cuda", "cpu", "the source is on a GPU and the engine in CPU memory", "Run the engine on a GPU"),
-    ],
-)
-def test_two_kinds_of_memory_are_named_with_what_to_do(trainer: str, worker: str, why: str, advice: str) -> None:
+def test_host_memory_goes_to_a_gpu_by_that_gpu_and_everything_else_between_kinds_of_memory_in_buckets() -> None:
     found = _with_entry_points(
-        tcp="weightcast.transports.tcp:TcpTransport", shm="weightcast.transports.shm:ShmTransport"
+        tcp="weightcast.transports.tcp:TcpTransport",
+        shm="weightcast.transports.shm:ShmTransport",
+        shm_cuda="weightcast.transports.shm_cuda:ShmCudaTransport",
     )
-    with pytest.raises(Unsupported, match=f"because {why}: shm: .*; tcp: .*weights are on cuda") as caught:
-        found.choose(_facts(device=trainer), _facts(device=worker))
-    assert advice in (caught.value.hint or "")
-    with pytest.raises(Unsupported, match="'tcp' was asked for") as caught:
-        found.choose(_facts(device=trainer), _facts(device=worker), "tcp")
-    assert advice in (caught.value.hint or "")
+    here = ("shm", "shm_cuda", "tcp")
+    cpu, gpu = _facts(transports=here), _facts(device="cuda", gpu="GPU-a", transports=here)
+    elsewhere = msgspec.structs.replace(gpu, host="i")
+    assert found.choose(cpu, gpu)[1] == "shm_cuda (first choice)"
+    assert found.choose(cpu, elsewhere)[1] == "tcp (shm_cuda: other host, container or user)"
+    assert found.choose(gpu, cpu)[1] == "tcp (first choice)"
+    assert found.choose(cpu, cpu)[1] == "shm (first choice)"
+    files = msgspec.structs.replace(cpu, folders=("/models/a",))
+    assert "the engine opens no files in /models/a" in found.choose(files, gpu)[1]
+    assert found.choose(files, msgspec.structs.replace(gpu, roots=("/models",)))[0].name == "shm_cuda"
+    for trainer, worker in ((cpu, cpu), (gpu, cpu), (gpu, gpu)):
+        with pytest.raises(Unsupported, match="from host memory to a GPU"):
+            found.choose(trainer, worker, "shm_cuda")
 
 
 def test_local_facts_describe_this_process() -> None:
@@ -166,7 +170,7 @@ def test_local_facts_describe_this_process() -> None:
 
 def test_cuda_ipc_is_passed_over_where_the_trainers_gpu_cannot_be_mapped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(cuda_ipc, "visible_gpus", lambda: ("GPU-a", "GPU-b"))
+    monkeypatch.setattr(gpu_exports, "visible_gpus", lambda: ("GPU-a", "GPU-b"))
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda ours, theirs: (ours, theirs) == (1, 0))
     found = TransportRegistry(points=[])
     found.register("cuda_ipc", cuda_ipc.CudaIpcTransport)
@@ -180,7 +184,7 @@ def test_cuda_ipc_is_passed_over_where_the_trainers_gpu_cannot_be_mapped(monkeyp
     assert found.choose(gpu("GPU-a"), both)[0].name == "cuda_ipc"
     for trainer, worker, reason in (
         (gpu("GPU-a"), apart, "the worker cannot see the trainer's GPU GPU-a"),
-        (gpu("GPU-b", mappable=False), both, "expandable segments"),
+        (gpu("GPU-b", mappable=False), both, "backend:cudaMallocAsync"),
         (gpu("GPU-b"), gpu("GPU-a", visible_gpus=("GPU-a", "GPU-b")), "GPU GPU-a cannot reach the memory of GPU GPU-b"),
     ):
         transport, why = found.choose(trainer, worker)
@@ -195,11 +199,10 @@ def test_cuda_ipc_is_passed_over_where_the_trainers_gpu_cannot_be_mapped(monkeyp
     ("variables", "mappable"),
     [
         ({}, True),
-        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:128, expandable_segments:True"}, False),
-        ({"PYTORCH_ALLOC_CONF": "expandable_segments:True"}, False),
-        ({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False"}, True),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:128, backend:cudaMallocAsync"}, False),
+        ({"PYTORCH_ALLOC_CONF": "expandable_segments:True"}, True),
         ({"PYTORCH_ALLOC_CONF": "backend:cudaMallocAsync"}, False),
-        ({"PYTORCH_ALLOC_CONF": "backend:native", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}, True),
+        ({"PYTORCH_ALLOC_CONF": "backend:native", "PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync"}, True),
     ],
 )
 def test_facts_of_a_gpu_say_which_others_are_visible_and_whether_its_memory_can_be_mapped(

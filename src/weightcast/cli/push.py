@@ -57,7 +57,8 @@ def command(
     transport: Annotated[str, typer.Option(help="auto, or the name of a transport (see weightcast doctor).")] = "auto",
     mode: Annotated[Mode, typer.Option(help="Shadow and swap, straight into live weights, or what fits.")] = Mode.auto,
     device: Annotated[
-        str, typer.Option(help="Where the checkpoint is published from: cuda for engines on GPUs (it has to fit).")
+        str,
+        typer.Option(help="Where the checkpoint is published from. cuda: it is copied to a GPU first (it has to fit)."),
     ] = "cpu",
     pause: Annotated[Pause, typer.Option(help="Requests in flight: freeze, finish, end, or leave alone.")] = Pause.keep,
     unused: UnusedOption = None,

@@ -89,14 +89,21 @@ def try_transport(name: str, *, nbytes: int = 16 * 2**20, timeout_s: float = 60.
 
 
 def devices_for(transport: Transport) -> tuple[torch.device, torch.device]:
-    """Where trainer and worker hold their weights: on GPUs (two, where there are two) if the transport moves no CPU memory."""
-    here = local_facts("cpu", "127.0.0.1")
-    if (
-        transport.refusal(here, msgspec.structs.replace(here, pid=here.pid + 1)) is None
-        or not torch.cuda.is_available()
-    ):
-        return torch.device("cpu"), torch.device("cpu")
-    return torch.device("cuda", 0), torch.device("cuda", torch.cuda.device_count() - 1)
+    """Where trainer and worker hold their weights: in the host's memory if the transport moves that, else on GPUs (two, where there are
+    two), or the worker's alone."""
+    cpu = torch.device("cpu")
+    pairs = [(cpu, cpu)]
+    if torch.cuda.is_available():
+        first, last = torch.device("cuda", 0), torch.device("cuda", torch.cuda.device_count() - 1)
+        pairs += [(cpu, last), (first, last)]
+    for ours, theirs in pairs:
+        worker = local_facts(theirs, "127.0.0.1")
+        if (
+            transport.refusal(local_facts(ours, "127.0.0.1"), msgspec.structs.replace(worker, pid=worker.pid + 1))
+            is None
+        ):
+            return ours, theirs
+    return pairs[-1]
 
 
 def _sha256(data: torch.Tensor) -> str:

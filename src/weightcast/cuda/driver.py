@@ -1,4 +1,4 @@
-"""The few calls of the CUDA driver that torch does not offer: memory handles for other processes, as plain bytes.
+"""The few calls of the CUDA driver that torch does not offer: memory handles for other processes, and locked host memory.
 
 Load-bearing: a handle names a whole allocation (for torch: a segment of its caching allocator), so addresses travel as
 handle plus offset; a process cannot open its own handles; opening a handle again adds to a count and gives the same address.
@@ -18,6 +18,7 @@ from weightcast.errors import TransportError, Unsupported
 HANDLE_NBYTES = 64
 _IS_LEGACY_IPC_CAPABLE = 10
 _LAZY_ENABLE_PEER_ACCESS = 1
+_PORTABLE_MAPPED_READ_ONLY = 0x01 | 0x02 | 0x08
 
 
 class _Handle(ctypes.Structure):
@@ -40,6 +41,9 @@ def _driver() -> ctypes.CDLL:
     library.cuIpcGetMemHandle.argtypes = [ctypes.POINTER(_Handle), pointer]
     library.cuIpcOpenMemHandle_v2.argtypes = [ctypes.POINTER(pointer), _Handle, ctypes.c_uint]
     library.cuIpcCloseMemHandle.argtypes = [pointer]
+    library.cuMemHostRegister_v2.argtypes = [pointer, size, ctypes.c_uint]
+    library.cuMemHostUnregister.argtypes = [pointer]
+    library.cuMemHostGetDevicePointer_v2.argtypes = [ctypes.POINTER(pointer), pointer, ctypes.c_uint]
     return library
 
 
@@ -81,20 +85,19 @@ def allocation_of(address: int, device: torch.device) -> tuple[int, int]:
     return base.value, nbytes.value
 
 
-def export_allocation(address: int, device: torch.device) -> bytes:
-    """The handle of the allocation at ``address``, its start; Unsupported when its kind has none."""
+def has_handle(address: int, device: torch.device) -> bool:
+    """Whether the allocation that an address lies in is of a kind that has a handle: expandable segments and cudaMallocAsync give none."""
     capable = ctypes.c_int()
-    handle = _Handle()
     with _context(device) as driver:
         pointer = ctypes.addressof(capable)
         _check(driver.cuPointerGetAttribute(pointer, _IS_LEGACY_IPC_CAPABLE, address), "cannot look at GPU memory")
-        if not capable.value:
-            raise Unsupported(
-                "the trainer's weights lie in GPU memory that other processes cannot map (expandable segments or "
-                "cudaMallocAsync)",
-                hint="Start the trainer without expandable_segments:True and backend:cudaMallocAsync in "
-                "PYTORCH_CUDA_ALLOC_CONF, or use the nccl transport",
-            )
+    return bool(capable.value)
+
+
+def export_allocation(address: int, device: torch.device) -> bytes:
+    """The handle of the allocation at ``address``, its start."""
+    handle = _Handle()
+    with _context(device) as driver:
         _check(driver.cuIpcGetMemHandle(ctypes.byref(handle), address), "cannot export GPU memory")
     return bytes(handle)
 
@@ -116,7 +119,30 @@ def close_allocation(address: int, device: torch.device) -> None:
         _check(driver.cuIpcCloseMemHandle(address), "cannot unmap the trainer's GPU memory")
 
 
+def register_host(address: int, nbytes: int, device: torch.device) -> None:
+    """Lock pages of this process in the host's memory, which may be mapped for reading only, so that the GPU reads them itself at the
+    same address. Undo it before the pages are unmapped.
+
+    TransportError where the system or the GPU does not allow it.
+    """
+    seen = ctypes.c_uint64()
+    with _context(device) as driver:
+        code = driver.cuMemHostRegister_v2(address, nbytes, _PORTABLE_MAPPED_READ_ONLY)
+        _check(code, f"cannot register {nbytes} bytes of host memory with CUDA")
+        code = driver.cuMemHostGetDevicePointer_v2(ctypes.byref(seen), address, 0)
+        if code or seen.value != address:
+            driver.cuMemHostUnregister(address)
+            _check(code, "registered host memory has no address on the GPU")
+            raise TransportError("the GPU sees registered host memory at another address")
+
+
+def unregister_host(address: int, device: torch.device) -> None:
+    """Undo one ``register_host``; no work that uses the memory may be queued any more."""
+    with _context(device) as driver:
+        _check(driver.cuMemHostUnregister(address), "cannot unregister host memory")
+
+
 def bytes_at(address: int, nbytes: int, device: torch.device) -> torch.Tensor:
-    """GPU memory at an address as a flat uint8 tensor of ``device``. It does not own the memory."""
+    """GPU memory, or locked memory of the host, at an address as a flat uint8 tensor of ``device``. It does not own the memory."""
     storage = torch._C._construct_storage_from_data_pointer(address, device, nbytes)
     return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)

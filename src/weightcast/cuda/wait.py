@@ -72,44 +72,41 @@ def wait_stream(device: torch.device, deadline: Deadline, what: str) -> None:
     wait_queued(torch.cuda.current_stream(device), deadline, what)
 
 
-def wait_device(device: torch.device, deadline: Deadline, what: str, check: Callable[[], None]) -> None:
-    """Return when all work queued on the device by this process is done, whatever its stream.
-
-    CUDA has no such wait with a limit, so a thread of its own waits; it is left behind when the deadline passes first.
-    """
-    failures: list[RuntimeError] = []
-    thread = threading.Thread(target=_synchronize, args=(device, failures), name="weightcast-sync", daemon=True)
-    thread.start()
-    while thread.is_alive():
-        deadline.check(what)
-        check()
-        thread.join(0.05)
-    if failures:
-        raise TransportError(f"{what} failed on the GPU: {failures[0]}") from failures[0]
-
-
 class DeviceWait:
-    """``wait_device`` for who waits hundreds of times in a round: one thread stays for all of them. Not thread-safe."""
+    """The wait for all work of a device. CUDA has no such wait with a limit, so a thread waits: one for all waits of this object, left
+    behind where a deadline passes first. Not thread-safe."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._orders: queue.SimpleQueue[bool] | None = None
 
-    def wait(self, deadline: Deadline, what: str) -> None:
-        """Return when all work queued on the device by this process is done; raises as ``wait_device`` does."""
+    def wait(self, deadline: Deadline, what: str, check: Callable[[], None] = lambda: None) -> None:
+        """Return when all work queued on the device by this process is done, whatever its stream. ``check`` is called while waiting and
+        may raise to end the wait.
+
+        Raises DeadlineExceeded, or TransportError when the work failed.
+        """
         if self._orders is None:
             self._orders, self._answers = queue.SimpleQueue(), queue.SimpleQueue[RuntimeError | None]()
             arguments = (self._device, self._orders, self._answers)
-            threading.Thread(target=_synchronize_again, args=arguments, name="weightcast-sync", daemon=True).start()
+            self._thread = threading.Thread(
+                target=_synchronize_again, args=arguments, name="weightcast-sync", daemon=True
+            )
+            self._thread.start()
         self._orders.put(True)
         while True:
             try:
                 failure = self._answers.get(timeout=min(0.05, deadline.limit_s()))
                 break
             except queue.Empty:
-                if deadline.passed:
-                    self.close()  # the thread is left behind
-                deadline.check(what)
+                try:
+                    deadline.check(what)
+                    check()
+                except BaseException:
+                    # The thread is left behind, with the answer that it still owes.
+                    self._orders.put(False)
+                    self._orders = None
+                    raise
         if failure is not None:
             raise TransportError(f"{what} failed on the GPU: {failure}") from failure
 
@@ -118,6 +115,7 @@ class DeviceWait:
         if self._orders is not None:
             self._orders.put(False)
             self._orders = None
+            self._thread.join()
 
 
 def _synchronize_again(

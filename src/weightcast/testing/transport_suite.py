@@ -5,7 +5,7 @@ One line gives a transport the suite (the name is a registered one or "module:Cl
     class TestMine(TransportSuite):
         transport = "mine"
 
-``device`` is where both sides' weights lie. Tests run the worker, the trainer or both in processes of their own; one side is
+``device`` is where both sides' weights lie, ``worker_device`` where the worker's do if that is another one. Tests run the worker, the trainer or both in processes of their own; one side is
 in the test's own process where that can be. Bytes are random and compared exactly.
 """
 
@@ -39,6 +39,8 @@ class TransportSuite:
 
     transport: str = ""
     device: str = "cpu"
+    worker_device: str = ""
+    """Where the worker's weights lie, if not where the trainer's do."""
     bucket_sizes: tuple[int, ...] = (256, 8192, 2**20)
     """Tried one by one; a pull transport needs one only."""
 
@@ -64,6 +66,10 @@ class TransportSuite:
     def trainer(self) -> Iterator[Peer]:
         with Peer(TrainerSide, rank=0) as peer:
             yield peer
+
+    @property
+    def workers_device(self) -> str:
+        return self.worker_device or self.device
 
     @property
     def pulls(self) -> bool:
@@ -114,7 +120,7 @@ class TransportSuite:
         trainer = TrainerSide()
         offer = trainer.open(self.transport, self.device, case.copies, case.src_nbytes, bucket_nbytes)
         try:
-            worker.call("open", self.transport, self.device, offer, case.copies)
+            worker.call("open", self.transport, self.workers_device, offer, case.copies)
             worker.start("connect")
             trainer.connect()
             worker.result()
@@ -131,7 +137,7 @@ class TransportSuite:
         trainer = TrainerSide()
         offer = trainer.open(self.transport, self.device, case.copies, case.src_nbytes, SMALL_BUCKET_NBYTES)
         worker = WorkerSide()
-        worker.open(self.transport, self.device, offer, case.copies)
+        worker.open(self.transport, self.workers_device, offer, case.copies)
         try:
             for side in (trainer, worker):
                 with _within(0.3 + PROMPTLY_S), pytest.raises(DeadlineExceeded):
@@ -159,7 +165,7 @@ class TransportSuite:
         self._skip_pull("connect does not need the peer to run")
         case = bulk_case(1024)
         offer = trainer.call("open", self.transport, self.device, case.copies, case.src_nbytes, SMALL_BUCKET_NBYTES)
-        worker.call("open", self.transport, self.device, offer, case.copies)
+        worker.call("open", self.transport, self.workers_device, offer, case.copies)
         trainer.freeze()
         with _within(0.5 + PROMPTLY_S):
             assert _failure(worker, "connect", 0.5) == "DeadlineExceeded"
@@ -178,7 +184,7 @@ class TransportSuite:
         case = bulk_case(1024)
         offer = trainer.call("open", self.transport, self.device, case.copies, case.src_nbytes, SMALL_BUCKET_NBYTES)
         trainer.kill()
-        shared_worker.call("open", self.transport, self.device, offer, case.copies)
+        shared_worker.call("open", self.transport, self.workers_device, offer, case.copies)
         with _within(PROMPTLY_S):
             assert _failure(shared_worker, "connect", 10.0) == "PeerLost"
         assert _failure(shared_worker, "connect", 10.0) == "TransportError"
@@ -209,7 +215,7 @@ class TransportSuite:
         values = random.randbytes(BULK_NBYTES)
         trainer.call("write", [values])
         worker = WorkerSide()
-        worker.open(self.transport, self.device, offer, case.copies)
+        worker.open(self.transport, self.workers_device, offer, case.copies)
         worker.make(0, case.dst_nbytes)
         try:
             trainer.start("connect")
@@ -312,7 +318,7 @@ class TransportSuite:
     def _cycle(self, trainer: Peer, worker: Peer, case: TransportCase) -> None:
         """Both sides in processes of their own, connected, one round done."""
         offer = trainer.call("open", self.transport, self.device, case.copies, case.src_nbytes, SMALL_BUCKET_NBYTES)
-        worker.call("open", self.transport, self.device, offer, case.copies)
+        worker.call("open", self.transport, self.workers_device, offer, case.copies)
         worker.call("make", 0, case.dst_nbytes)
         worker.start("connect")
         trainer.call("connect")
@@ -346,7 +352,7 @@ class TransportSuite:
         trainer = TrainerSide()
         offer = trainer.open(self.transport, self.device, case.copies, case.src_nbytes, SMALL_BUCKET_NBYTES)
         try:
-            worker.call("open", self.transport, self.device, offer, case.copies)
+            worker.call("open", self.transport, self.workers_device, offer, case.copies)
             worker.call("make", 0, case.dst_nbytes)
             worker.start("connect")
             trainer.connect()

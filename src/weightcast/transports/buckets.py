@@ -7,18 +7,15 @@ another one, on the receiving side.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import msgspec
-import torch
 
 from weightcast.errors import InvalidInput
 from weightcast.layout import contiguous_strides
-from weightcast.layout.memory import Memory
 from weightcast.manifest import ALIGNMENT, align
 from weightcast.manifest.dtypes import itemsize_of
 from weightcast.plan import Copy, split
-from weightcast.plan.replay import Replay
 
 
 class Piece(msgspec.Struct, frozen=True, kw_only=True):
@@ -81,24 +78,6 @@ def _travels_as(copy: Copy) -> str:
     end: then it is the narrower of the holding's type and the destination's."""
     published = copy.via or copy.src_dtype
     return published if itemsize_of(published) < itemsize_of(copy.dst_dtype) else copy.dst_dtype
-
-
-def packer(bucket: Bucket, memory: Memory, buffer: torch.Tensor) -> Replay:
-    """Compiled copies from ``memory`` into ``buffer``, a flat uint8 tensor of at least ``bucket.nbytes``."""
-    copies = [into_bucket(piece) for piece in bucket.pieces]
-    return Replay(copies, memory, Memory([buffer]))
-
-
-def unpacker(bucket: Bucket, buffer: torch.Tensor, memory: Memory) -> Replay:
-    """Compiled copies from ``buffer`` to their destinations in ``memory``."""
-    copies = [out_of_bucket(piece) for piece in bucket.pieces]
-    return Replay(copies, Memory([buffer]), memory)
-
-
-def new_buffers(buckets: Sequence[Bucket], count: int, device: torch.device | str = "cpu") -> list[torch.Tensor]:
-    """``count`` buffers (fewer when there are fewer buckets), each as large as the largest bucket."""
-    nbytes = max((bucket.nbytes for bucket in buckets), default=0)
-    return [torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(min(count, len(buckets)))]
 
 
 def into_bucket(piece: Piece) -> Copy:

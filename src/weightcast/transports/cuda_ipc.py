@@ -8,73 +8,34 @@ replays the plan on a stream of its own. ``send`` waits for the trainer's GPU, w
 from __future__ import annotations
 
 import contextlib
-import logging
-import os
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import msgspec
 import torch
 
-from weightcast.cuda import driver
-from weightcast.cuda.wait import new_event, new_stream, wait_device, wait_event, wait_queued
+from weightcast.cuda.wait import DeviceWait
 from weightcast.deadline import Deadline
-from weightcast.errors import (
-    InvalidInput,
-    NotShared,
-    PeerLost,
-    ProtocolError,
-    StateError,
-    TransportError,
-    Unsupported,
-    WeightcastError,
-)
+from weightcast.errors import InvalidInput, NotShared, PeerLost, ProtocolError, StateError, TransportError, Unsupported
 from weightcast.layout.memory import Memory
 from weightcast.manifest import Manifest
 from weightcast.plan import Copy, nbytes_of, parts_of
 from weightcast.transports.base import DEFAULT_BUCKET_NBYTES, Facts, TrainerEnd, Transport, WorkerEnd
-from weightcast.transports.facts import gpu_uuid, visible_gpus
+from weightcast.transports.gpu_exports import Exports, Mapping, MappingOffer, check_exports, index_of, process_identity
+from weightcast.transports.gpu_pull import GpuPull
 from weightcast.transports.guard import EndGuard
 from weightcast.transports.pairlink import PairLink
-from weightcast.transports.recent import Recent
 from weightcast.transports.rendezvous import Listener
 from weightcast.untrusted.known import known
 from weightcast.untrusted.secret import repr_without
 
-if TYPE_CHECKING:
-    from weightcast.content.proven_on_gpu import ProvenReplay
-    from weightcast.cuda.replay import CudaReplay
-
-logger = logging.getLogger(__name__)
-
-DRAIN_S = 5.0
-"""How long closing waits for copies that are still running."""
-
-
-class _Segment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One allocation of the trainer. ``address`` is where the trainer itself sees it."""
-
-    handle: bytes
-    address: int
-    nbytes: int
-    gpu: str
-
-
-class _Span(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One storage of the trainer; ``segment`` is -1 for a storage that no copy reads."""
-
-    segment: int
-    offset: int
-    nbytes: int
+WARM_UP_S = 60.0
+"""Of reaching memory anew for another GPU than ``connect`` found; ``connect`` has done it as a rule."""
 
 
 class CudaIpcOffer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Where the trainer's storages can be mapped from, and where it listens. ``process`` tells the exporter itself."""
+    """Where the trainer's storages can be mapped from, and where it listens."""
 
-    process: str
-    segments: tuple[_Segment, ...]
-    spans: tuple[_Span, ...]
-    is_arena: bool
+    mapping: MappingOffer
     address: str
     port: int
     secret: bytes
@@ -99,14 +60,12 @@ class CudaIpcTransport(Transport):
             if facts.device != "cuda":
                 return f"the {side}'s weights are on {facts.device}, cuda_ipc moves GPU memory"
         if not trainer.mappable:
-            return (
-                "the trainer's allocator (expandable segments or cudaMallocAsync) gives memory that nobody else can map"
-            )
+            return "the trainer's allocator (backend:cudaMallocAsync) gives memory that nobody else can map"
         if trainer.gpu == worker.gpu:
             return None
         if trainer.gpu not in worker.visible_gpus:
             return f"the worker cannot see the trainer's GPU {trainer.gpu} (widen CUDA_VISIBLE_DEVICES of the engine)"
-        theirs, ours = _index_of(trainer.gpu), _index_of(worker.gpu)
+        theirs, ours = index_of(trainer.gpu), index_of(worker.gpu)
         if theirs is not None and ours is not None and not torch.cuda.can_device_access_peer(ours, theirs):
             return f"GPU {worker.gpu} cannot reach the memory of GPU {trainer.gpu}"
         return None
@@ -130,53 +89,8 @@ class CudaIpcTransport(Transport):
             decoded = msgspec.msgpack.decode(offer, type=known(CudaIpcOffer))
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise ProtocolError(f"malformed cuda_ipc offer: {error}") from None
-        _check_offer(decoded, copies)
+        check_exports(decoded.mapping.segments, decoded.mapping.spans, copies)
         return CudaIpcWorkerEnd(copies, decoded)
-
-
-def process_identity() -> str:
-    """Differs between any two processes of a host, containers included."""
-    namespace = os.stat("/proc/self/ns/pid").st_ino
-    return f"{namespace}:{os.getpid()}"
-
-
-def _index_of(uuid: str) -> int | None:
-    """The number of a GPU here, None when it is not visible to this process."""
-    uuids = visible_gpus()
-    return uuids.index(uuid) if uuid in uuids else None
-
-
-def _check_offer(offer: CudaIpcOffer, copies: Sequence[Copy]) -> None:
-    for span in offer.spans:
-        if span.segment >= len(offer.segments) or span.offset < 0 or span.nbytes < 0:
-            raise ProtocolError("cuda_ipc offer: a storage lies outside of all allocations")
-        if span.segment >= 0 and span.offset + span.nbytes > offer.segments[span.segment].nbytes:
-            raise ProtocolError("cuda_ipc offer: a storage reaches past its allocation")
-    for segment in offer.segments:
-        if len(segment.handle) != driver.HANDLE_NBYTES:
-            raise ProtocolError(f"cuda_ipc offer: a handle of {len(segment.handle)} bytes")
-    used = {copy.src_storage for copy in copies if copy.nbytes}
-    if any(number >= len(offer.spans) or offer.spans[number].segment < 0 for number in used):
-        raise ProtocolError("cuda_ipc offer: it lacks a storage of the plan")
-
-
-def _export(copies: Sequence[Copy], memory: Memory) -> tuple[tuple[_Segment, ...], tuple[_Span, ...]]:
-    used = {copy.src_storage for copy in copies if copy.nbytes}
-    segments: dict[int, _Segment] = {}
-    numbers: dict[int, int] = {}
-    spans = []
-    for number, storage in enumerate(memory.storages):
-        if number not in used:
-            spans.append(_Span(segment=-1, offset=0, nbytes=storage.numel()))
-            continue
-        start, nbytes = driver.allocation_of(storage.data_ptr(), storage.device)
-        if start not in segments:
-            handle = driver.export_allocation(start, storage.device)
-            numbers[start] = len(segments)
-            segments[start] = _Segment(handle=handle, address=start, nbytes=nbytes, gpu=gpu_uuid(storage.device))
-        offset = storage.data_ptr() - start
-        spans.append(_Span(segment=numbers[start], offset=offset, nbytes=storage.numel()))
-    return tuple(segments.values()), tuple(spans)
 
 
 class _Pair:
@@ -222,14 +136,17 @@ class CudaIpcTrainerEnd(TrainerEnd):
         self._pair = _Pair("the trainer's end of a cuda_ipc pair")
         self._memory = memory
         self._nbytes = {part: nbytes_of(some) for part, some in parts_of(copies).items()}
-        self._devices = list(dict.fromkeys(memory.storages[copy.src_storage].device for copy in copies))
-        segments, spans = _export(copies, memory)
+        devices = dict.fromkeys(memory.storages[copy.src_storage].device for copy in copies)
+        self._waits = [DeviceWait(device) for device in devices]
+        self._exports = Exports(copies, memory)
         self._listener = Listener(address, self._pair.guard)
         self._offer = CudaIpcOffer(
-            process=process_identity(),
-            segments=segments,
-            spans=spans,
-            is_arena=memory.is_arena,
+            mapping=MappingOffer(
+                process=process_identity(),
+                segments=self._exports.segments,
+                spans=self._exports.spans,
+                is_arena=memory.is_arena,
+            ),
             address=address,
             port=self._listener.port,
             secret=self._listener.secret,
@@ -248,8 +165,8 @@ class CudaIpcTrainerEnd(TrainerEnd):
     def send(self, deadline: Deadline, part: int = 0) -> int:
         with self._pair.use("send", deadline):
             self._pair.check()
-            for device in self._devices:
-                wait_device(device, deadline, "the work on the trainer's GPU", self._pair.guard.check)
+            for wait in self._waits:
+                wait.wait(deadline, "the work on the trainer's GPU", self._pair.guard.check)
             return self._nbytes[part]
 
     def abort(self) -> None:
@@ -258,70 +175,10 @@ class CudaIpcTrainerEnd(TrainerEnd):
     def close(self) -> None:
         self._pair.close()
         self._listener.close()
+        for wait in self._waits:
+            wait.close()
+        self._exports.close()
         self._memory = Memory([])
-
-
-class _Mapping:
-    """The trainer's storages as memory of one GPU of this process; ``close`` unmaps them."""
-
-    def __init__(self, offer: CudaIpcOffer, device: torch.device) -> None:
-        self.device = device
-        self._opened: list[int] = []
-        same_process = offer.process == process_identity()
-        starts = []
-        try:
-            for segment in offer.segments:
-                _refuse_unreachable(segment.gpu, device)
-                if same_process:
-                    starts.append(segment.address)
-                else:
-                    starts.append(driver.open_allocation(segment.handle, device))
-                    self._opened.append(starts[-1])
-        except BaseException:
-            self.close()
-            raise
-        nothing = torch.empty(0, dtype=torch.uint8, device=device)
-        storages = [
-            nothing
-            if span.segment < 0 or not span.nbytes
-            else driver.bytes_at(starts[span.segment] + span.offset, span.nbytes, device)
-            for span in offer.spans
-        ]
-        self.memory = Memory(storages, is_arena=offer.is_arena)
-
-    def close(self) -> None:
-        while self._opened:
-            # After a failed kernel nothing can be unmapped any more; the process has lost its GPU then.
-            with contextlib.suppress(TransportError):
-                driver.close_allocation(self._opened.pop(), self.device)
-
-
-def _new_replay(copies: Sequence[Copy], src: Memory, dst: Memory, device: torch.device) -> CudaReplay:
-    # Triton comes with torch for CUDA only; without a GPU this module still has to say what it lacks.
-    from weightcast.cuda.replay import CudaReplay
-
-    return CudaReplay(copies, src, dst, device)
-
-
-def _new_proven(
-    copies: Sequence[Copy], src: Memory, dst: Memory, manifest: Manifest, device: torch.device
-) -> ProvenReplay:
-    from weightcast.content.proven_on_gpu import ProvenReplay
-
-    return ProvenReplay(copies, src, dst, manifest, device)
-
-
-def _refuse_unreachable(uuid: str, device: torch.device) -> None:
-    if uuid == gpu_uuid(device):
-        return
-    index = _index_of(uuid)
-    if index is None:
-        raise Unsupported(
-            f"the trainer's GPU {uuid} is not visible to this worker",
-            hint="Widen CUDA_VISIBLE_DEVICES of the engine, or use the nccl transport",
-        )
-    if not torch.cuda.can_device_access_peer(device.index, index):
-        raise Unsupported(f"GPU {device.index} cannot reach the memory of GPU {index}", hint="Use the nccl transport")
 
 
 class CudaIpcWorkerEnd(WorkerEnd):
@@ -329,14 +186,9 @@ class CudaIpcWorkerEnd(WorkerEnd):
 
     def __init__(self, copies: Sequence[Copy], offer: CudaIpcOffer) -> None:
         self._pair = _Pair("the worker's end of a cuda_ipc pair")
-        self._copies = tuple(copies)
-        self._parts = parts_of(copies)
         self._offer = offer
-        self._mapping: _Mapping | None = None
-        self._stream: torch.cuda.Stream | None = None
-        self._replays: Recent[CudaReplay] = Recent(parts=len(self._parts))
-        self._proven: Recent[ProvenReplay] = Recent(parts=len(self._parts))
-        self._devices: Recent[torch.device] = Recent()
+        what = "the copy out of the trainer's GPU memory"
+        self._pull = GpuPull(copies, lambda device, _: Mapping(offer.mapping, device), self._pair.guard.check, what)
 
     def connect(self, deadline: Deadline) -> None:
         """Map the memory for the current GPU; ``receive`` maps it anew if its memory lies on another."""
@@ -345,7 +197,7 @@ class CudaIpcWorkerEnd(WorkerEnd):
             link = PairLink.dial_to(offer.address, offer.port, offer.secret, deadline, self._pair.guard)
             self._pair.hold(link)
             try:
-                self._map(torch.device("cuda", torch.cuda.current_device()))
+                self._pull.connect(deadline)
             except TransportError as error:
                 if isinstance(error, PeerLost):
                     raise
@@ -358,18 +210,17 @@ class CudaIpcWorkerEnd(WorkerEnd):
         TransportError when the end is dead, PeerLost when the trainer is, StateError before ``connect``.
         """
         self._pair.guard.check()
-        mapping = self._mapped_for(memory)
-        for part in self._parts:
-            if memory.gpu is not None:
-                self._replay_for(memory, mapping, part).warm_up()
-            else:
-                self._proven_for(memory, mapping, manifest, part).warm_up()
+        self._pair.check()
+        self._pull.warm_up(memory, manifest, Deadline(WARM_UP_S))
 
     def receive(self, memory: Memory, deadline: Deadline, part: int = 0) -> int:
         self.has_written = False
         with self._pair.use("receive", deadline):
-            mapping = self._mapped_for(memory)
-            nbytes = self._run(self._replay_for(memory, mapping, part), mapping, deadline)
+            self._pair.check()
+            try:
+                nbytes = self._pull.receive(memory, deadline, part)
+            finally:
+                self.has_written = self._pull.has_written
             # Bytes of a process that died meanwhile may be anybody's.
             self._pair.check()
             return nbytes
@@ -378,79 +229,19 @@ class CudaIpcWorkerEnd(WorkerEnd):
         self, memory: Memory, manifest: Manifest, deadline: Deadline, part: int = 0
     ) -> tuple[int, int | None]:
         """A trainer that dies while its bytes are copied is no failure: the digest says whether they are the right ones."""
+        if memory.gpu is not None:
+            return self.receive(memory, deadline, part), None
         self.has_written = False
         with self._pair.use("receive", deadline):
-            mapping = self._mapped_for(memory)
-            if memory.gpu is not None:
-                # What was written to the host's memory is read back over the bus; the digest does that better alone.
-                return self.receive(memory, deadline, part), None
-            replay = self._proven_for(memory, mapping, manifest, part)
-            nbytes = self._run(replay, mapping, deadline)
-            with torch.cuda.stream(self._stream):
-                return nbytes, replay.total()
-
-    def _replay_for(self, memory: Memory, mapping: _Mapping, part: int) -> CudaReplay:
-        copies = self._parts[part]
-        return self._replays.get(
-            (memory.number, part), lambda: _new_replay(copies, mapping.memory, memory, mapping.device)
-        )
-
-    def _proven_for(self, memory: Memory, mapping: _Mapping, manifest: Manifest, part: int) -> ProvenReplay:
-        copies = self._parts[part]
-        return self._proven.get(
-            (memory.number, part), lambda: _new_proven(copies, mapping.memory, memory, manifest, mapping.device)
-        )
-
-    def _run(self, replay: CudaReplay | ProvenReplay, mapping: _Mapping, deadline: Deadline) -> int:
-        """Queue the copies and wait for them."""
-        stream = self._stream
-        assert stream is not None
-        stream.wait_stream(torch.cuda.current_stream(mapping.device))
-        done = new_event()
-        self.has_written = True
-        with torch.cuda.stream(stream):
-            nbytes = replay.run()
-            done.record(stream)
-        wait_event(done, deadline, "the copy out of the trainer's GPU memory", self._pair.guard.check)
-        return nbytes
+            self._pair.check()
+            try:
+                return self._pull.receive_proven(memory, manifest, deadline, part)
+            finally:
+                self.has_written = self._pull.has_written
 
     def abort(self) -> None:
         self._pair.guard.abort()
 
     def close(self) -> None:
         self._pair.close()
-        self._unmap()
-
-    def _mapped_for(self, memory: Memory) -> _Mapping:
-        """The trainer's memory for the GPU that ``memory`` lies on; raises unless both processes live."""
-        self._pair.check()
-        return self._map(self._devices.get(memory.number, lambda: self._device_of(memory)))
-
-    def _device_of(self, memory: Memory) -> torch.device:
-        if memory.gpu is not None:
-            return memory.gpu
-        devices = {memory.storages[number].device for number in {copy.dst_storage for copy in self._copies}}
-        if len(devices) > 1 or any(device.type != "cuda" for device in devices):
-            raise InvalidInput(f"cuda_ipc receives into the memory of one GPU, not {sorted(map(str, devices))}")
-        return devices.pop() if devices else torch.device("cuda", torch.cuda.current_device())
-
-    def _map(self, device: torch.device) -> _Mapping:
-        if self._mapping is None or self._stream is None or self._mapping.device != device:
-            self._unmap()
-            self._mapping, self._stream = _Mapping(self._offer, device), new_stream(device)
-        return self._mapping
-
-    def _unmap(self) -> None:
-        mapping, stream = self._mapping, self._stream
-        self._mapping = self._stream = None
-        if mapping is None or stream is None:
-            return
-        try:
-            # Copies of an aborted round may still be running; memory under a running copy must stay mapped.
-            wait_queued(stream, Deadline(DRAIN_S), "the last copy")
-        except (WeightcastError, RuntimeError) as error:
-            logger.warning("the trainer's GPU memory stays mapped: %s", error)
-        else:
-            mapping.close()
-        self._replays.clear()
-        self._proven.clear()
+        self._pull.close()

@@ -90,9 +90,9 @@ def visible_gpus() -> tuple[str, ...]:
 
 
 def memory_is_mappable() -> bool:
-    """Whether torch gets GPU memory in a way that has handles for other processes, as the environment says.
+    """Whether torch gets GPU memory in a way that other processes can map, as the environment says: all but cudaMallocAsync.
 
     A program may also choose its allocator itself; that shows when its memory is exported.
     """
     settings = next((os.environ[name] for name in _ALLOCATOR_VARIABLES if os.environ.get(name)), "")
-    return not {"expandable_segments:True", "backend:cudaMallocAsync"} & set(settings.replace(" ", "").split(","))
+    return "backend:cudaMallocAsync" not in settings.replace(" ", "").split(",")

@@ -13,10 +13,11 @@ from weightcast.untrusted.plugins import entry_points_of, refusal
 
 ENTRY_POINT_GROUP = "weightcast.transports"
 
-PREFERENCE = ("cuda_ipc", "shm", "nccl", "tcp")
+PREFERENCE = ("cuda_ipc", "shm", "shm_cuda", "nccl", "tcp")
 """Best first; others come after these, in alphabetical order."""
-MEMORY = {"cuda_ipc": "cuda", "nccl": "cuda", "shm": "cpu", "tcp": "cpu", "tls": "cpu"}
-"""The kind of memory that a transport is for. That it was not taken between sides of another kind is no news."""
+FROM_TO = {"cuda_ipc": ("cuda", "cuda"), "nccl": ("cuda", "cuda"), "shm": ("cpu", "cpu"), "shm_cuda": ("cpu", "cuda")}
+"""The kinds of memory that a transport goes between, trainer's first, where it goes between these only. That it was not taken between
+others is no news."""
 
 
 NOTHING: Mapping[str, str] = MappingProxyType({})
@@ -79,7 +80,7 @@ class TransportRegistry:
             if reason is not None:
                 raise Unsupported(
                     f"transport {wanted!r} was asked for and cannot be used: {reason}",
-                    hint=_between(trainer, worker)[1] or 'transport="auto" takes one that can be used',
+                    hint='transport="auto" takes one that can be used',
                 )
             return transport, f"{wanted} (asked for)"
         passed_over: dict[str, str] = {}
@@ -87,13 +88,12 @@ class TransportRegistry:
             reason = unusable.get(name) or self._obstacle(name, trainer, worker)
             if reason is None:
                 kinds = (trainer.device, worker.device)
-                why = _told({n: said for n, said in passed_over.items() if MEMORY.get(n, kinds[0]) in kinds})
+                why = _told({n: said for n, said in passed_over.items() if FROM_TO.get(n, kinds) == kinds})
                 return self.get(name), f"{name} ({why})" if why else f"{name} (first choice)"
             passed_over[name] = reason
-        why, hint = _between(trainer, worker)
         raise Unsupported(
-            f"no transport between trainer {trainer.pid} and worker {worker.pid}{why}: {_told(passed_over)}",
-            hint=hint or "`weightcast doctor` on both machines lists what works there",
+            f"no transport between trainer {trainer.pid} and worker {worker.pid}: {_told(passed_over)}",
+            hint="`weightcast doctor` on both machines lists what works there",
         )
 
     def _obstacle(self, name: str, trainer: Facts, worker: Facts) -> str | None:
@@ -129,23 +129,6 @@ class TransportRegistry:
 
 def _told(passed_over: Mapping[str, str]) -> str:
     return "; ".join(f"{name}: {reason}" for name, reason in passed_over.items())
-
-
-def _between(trainer: Facts, worker: Facts) -> tuple[str, str | None]:
-    """What is to be said of sides whose weights lie in different kinds of memory, and what to do."""
-    match trainer.device, worker.device:
-        case "cpu", "cuda":
-            return (
-                ", because the source is in CPU memory and the engine on a GPU",
-                "Move the module or the tensors to a GPU before they are published (`weightcast push --device cuda`), or run "
-                "the engine on the CPU",
-            )
-        case "cuda", "cpu":
-            return (
-                ", because the source is on a GPU and the engine in CPU memory",
-                "Run the engine on a GPU, or publish a copy of the tensors in CPU memory",
-            )
-    return "", None
 
 
 def _rank(name: str) -> int:

@@ -135,7 +135,7 @@ class ShmTransport(Transport):
             decoded = msgspec.msgpack.decode(offer, type=known(ShmOffer))
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise ProtocolError(f"malformed shm offer: {error}") from None
-        _check_offer(decoded, copies)
+        check_offer(decoded, copies)
         return ShmWorkerEnd(copies, decoded)
 
 
@@ -188,7 +188,7 @@ class ShmWorkerEnd(WorkerEnd):
         with self._guard.use("connect", deadline):
             arena = self._offer.arena
             storage = torch.empty(0, dtype=torch.uint8, device="cpu") if arena is None else map_arena(arena)
-            gaps_are_zero = self._offer.gaps_are_zero or _fill_their_storages(self._copies, self._offer.spans)
+            gaps_are_zero = self._offer.gaps_are_zero or storages_are_filled(self._copies, self._offer.spans)
             self._source = Memory([storage], is_arena=gaps_are_zero)
             for span in self._offer.spans:
                 self._files.append(None if span.file is None else OpenFile(span.file))
@@ -267,7 +267,7 @@ class ShmWorkerEnd(WorkerEnd):
         assert kernels is not None
 
         def compiled() -> ProvenReplay:
-            copies = [_in_arena(copy, self._offer.spans) for copy in self._parts[part]]
+            copies = [in_arena(copy, self._offer.spans) for copy in self._parts[part]]
             return ProvenReplay(copies, source, memory, manifest, kernels)
 
         return self._proven.get((memory.number, part), compiled)
@@ -277,9 +277,9 @@ class ShmWorkerEnd(WorkerEnd):
 
     def _compiled(self, source: Memory, memory: Memory, copies: Sequence[Copy]) -> list[_Step]:
         spans = self._offer.spans
-        in_arena = [_in_arena(copy, spans) for copy in copies if spans[copy.src_storage].file is None]
+        direct = [in_arena(copy, spans) for copy in copies if spans[copy.src_storage].file is None]
         in_files = [copy for copy in copies if spans[copy.src_storage].file is not None]
-        steps: list[_Step] = [Replay(part, source, memory) for part in slices(in_arena, SLICE_NBYTES)]
+        steps: list[_Step] = [Replay(part, source, memory) for part in slices(direct, SLICE_NBYTES)]
         return steps + list(compile_reads(in_files, self._files, memory, SLICE_NBYTES))
 
 
@@ -287,7 +287,7 @@ def _file_ref(file: FileSpan, storage: torch.Tensor) -> FileRef:
     return file_ref(file.path, file.offset, storage.numel())
 
 
-def _check_offer(offer: ShmOffer, copies: Iterable[Copy]) -> None:
+def check_offer(offer: ShmOffer, copies: Iterable[Copy]) -> None:
     """Raise ProtocolError where a copy would read outside of what is offered."""
     limit = 0 if offer.arena is None else offer.arena.nbytes
     for number, span in enumerate(offer.spans):
@@ -306,13 +306,13 @@ def _end_nbytes(copy: Copy) -> int:
     return (copy.src_offset + last + 1) * itemsize_of(copy.src_dtype)
 
 
-def _in_arena(copy: Copy, spans: Sequence[_Span]) -> Copy:
+def in_arena(copy: Copy, spans: Sequence[_Span]) -> Copy:
     """The copy with its source counted from the start of the arena: storages that lie side by side can then be merged."""
     base = spans[copy.src_storage].offset // itemsize_of(copy.src_dtype)
     return msgspec.structs.replace(copy, src_storage=0, src_offset=base + copy.src_offset)
 
 
-def _fill_their_storages(copies: Iterable[Copy], spans: Sequence[_Span]) -> bool:
+def storages_are_filled(copies: Iterable[Copy], spans: Sequence[_Span]) -> bool:
     """True when no storage has bytes that no copy reads: then all gaps between copies are the arena's own zeros."""
     runs = [as_run(copy) for copy in copies]
     filled = [0] * len(spans)

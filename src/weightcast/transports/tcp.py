@@ -1,4 +1,4 @@
-"""tcp: buckets over authenticated TCP connections between two processes, for CPU memory on any hosts.
+"""tcp: buckets over authenticated TCP connections between two processes on any hosts, for weights in whatever memory on either side.
 
 Load-bearing properties:
 
@@ -7,7 +7,8 @@ Load-bearing properties:
 - Several connections, the *lanes*, take buckets in turn, each driven by a thread of its own on either side: one packs (or
   unpacks) while another is on the wire.
 - Values that are contiguous and need no cast are sent straight from the source's memory and received straight into their place;
-  others are packed into a lane's buffer. Which way a side goes is its own business: the bytes on the wire are the same.
+  others are packed into a lane's buffer, as is all that lies on a GPU, by that GPU: the buffer is page-locked then. Which way a side
+  goes is its own business: the bytes on the wire are the same.
 - A bucket travels behind its number in the life of the pair and its size, so that two sides that lost step notice it.
 - Unless the trainer asked for TLS, nothing on the wire is encrypted or protected against somebody who sits on the path.
 
@@ -23,16 +24,17 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated
 
 import msgspec
-import torch
 
+from weightcast.cuda.wait import DeviceWait
 from weightcast.deadline import Deadline
 from weightcast.errors import InvalidInput, PlanMismatch, ProtocolError, TransportError
 from weightcast.layout.memory import Memory
 from weightcast.plan import Copy, nbytes_of, parts_of, plan_digest
 from weightcast.transports.base import Facts, TrainerEnd, Transport, WorkerEnd
-from weightcast.transports.buckets import Bucket, check_bucket_nbytes, new_buffers, schedule
+from weightcast.transports.buckets import check_bucket_nbytes, schedule
 from weightcast.transports.connection import Connection
 from weightcast.transports.guard import EndGuard
+from weightcast.transports.movers import Mover, mover_for
 from weightcast.transports.recent import Recent
 from weightcast.transports.rendezvous import SECRET_NBYTES, Listener, dial
 from weightcast.transports.spans import Loading, Unloading
@@ -61,7 +63,7 @@ class TcpOffer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class TcpTransport(Transport):
-    """CPU memory over TCP; pushes."""
+    """Any memory over TCP; pushes."""
 
     name = "tcp"
     pulls = False
@@ -69,8 +71,8 @@ class TcpTransport(Transport):
 
     def refusal(self, trainer: Facts, worker: Facts) -> str | None:
         for side, facts in (("trainer", trainer), ("worker", worker)):
-            if facts.device != "cpu":
-                return f"the {side}'s weights are on {facts.device}, {self.name} moves CPU memory"
+            if facts.device not in ("cpu", "cuda"):
+                return f"the {side}'s weights are on {facts.device}, {self.name} moves memory of CPUs and CUDA GPUs"
         return None
 
     def identity(self) -> bytes:
@@ -189,11 +191,14 @@ class TcpTrainerEnd(TrainerEnd):
         self._lanes = _Lanes("the trainer's end of a tcp pair")
         self._parts = _Parts(copies, bucket_nbytes)
         lanes = max(1, min(LANES, self._parts.most))
-        buffers = _Buffers(self._parts.buckets, lanes)
+        mover = mover_for(memory, copies, self._lanes.guard.check, is_source=True)
+        buffers = mover.buffers(self._parts.buckets, lanes)
         self._loadings = {
-            part: [Loading(bucket, memory, buffers.of(i)) for i, bucket in enumerate(buckets)]
+            part: [Loading(bucket, memory, buffers[i % len(buffers)], mover) for i, bucket in enumerate(buckets)]
             for part, (buckets, _) in self._parts.of.items()
         }
+        devices = {memory.storages[copy.src_storage].device for copy in copies}
+        self._waits = [DeviceWait(device) for device in devices if device.type == "cuda"]
         self._listener = Listener(address, self._lanes.guard)
         self._offer = TcpOffer(
             address=address,
@@ -217,10 +222,12 @@ class TcpTrainerEnd(TrainerEnd):
     def send(self, deadline: Deadline, part: int = 0) -> int:
         with self._lanes.guard.use("send", deadline):
             (buckets, nbytes), loadings = self._parts.of[part], self._loadings[part]
+            for wait in self._waits:
+                wait.wait(deadline, "the work on the trainer's GPU", self._lanes.guard.check)
 
             def work(bucket: int, number: int, connection: Connection) -> None:
                 loading = loadings[bucket]
-                loading.run()
+                loading.run(deadline)
                 header = _HEADER.pack(number, buckets[bucket].nbytes)
                 connection.send([header, *loading.spans], deadline, "sending over tcp")
 
@@ -233,6 +240,8 @@ class TcpTrainerEnd(TrainerEnd):
     def close(self) -> None:
         self._lanes.close()
         self._listener.close()
+        for wait in self._waits:
+            wait.close()
         self._loadings = {}
 
 
@@ -243,8 +252,8 @@ class TcpWorkerEnd(WorkerEnd):
         self._lanes = _Lanes("the worker's end of a tcp pair")
         self._offer = offer
         self._parts = _Parts(copies, offer.bucket_nbytes)
-        self._buffers = _Buffers(self._parts.buckets, offer.lanes)
-        self._unloadings: Recent[list[Unloading]] = Recent(parts=len(self._parts.of))
+        self._copies = tuple(copies)
+        self._sides: Recent[_Side] = Recent()
         self.has_written = False
 
     def connect(self, deadline: Deadline) -> None:
@@ -258,7 +267,9 @@ class TcpWorkerEnd(WorkerEnd):
         with self._lanes.guard.use("receive", deadline):
             self.has_written = False
             buckets, nbytes = self._parts.of[part]
-            unloadings = self._unloadings.get((memory.number, part), lambda: self._compile(buckets, memory))
+            side = self._sides.get(memory.number, lambda: self._side_of(memory))
+            side.mover.begin()
+            unloadings = side.unloadings(part)
 
             def work(bucket: int, number: int, connection: Connection) -> None:
                 what, unloading = "receiving over tcp", unloadings[bucket]
@@ -267,7 +278,7 @@ class TcpWorkerEnd(WorkerEnd):
                     raise ProtocolError(f"bucket {header[0]} of {header[1]} bytes came where bucket {number} was due")
                 self.has_written = True
                 connection.receive(unloading.spans, deadline, what)
-                unloading.run()
+                unloading.run(deadline)
 
             self._lanes.run(len(buckets), work)
             return nbytes
@@ -277,10 +288,30 @@ class TcpWorkerEnd(WorkerEnd):
 
     def close(self) -> None:
         self._lanes.close()
-        self._unloadings.clear()
+        self._sides.clear()
 
-    def _compile(self, buckets: Sequence[Bucket], memory: Memory) -> list[Unloading]:
-        return [Unloading(bucket, self._buffers.of(i), memory) for i, bucket in enumerate(buckets)]
+    def _side_of(self, memory: Memory) -> _Side:
+        mover = mover_for(memory, self._copies, self._lanes.guard.check, is_source=False)
+        return _Side(self._parts, memory, mover, self._offer.lanes)
+
+
+class _Side:
+    """How buckets get into one memory of the worker's. Buffers that nothing is packed into are never touched."""
+
+    def __init__(self, parts: _Parts, memory: Memory, mover: Mover, lanes: int) -> None:
+        self._parts, self._memory, self.mover = parts, memory, mover
+        self._buffers = mover.buffers(parts.buckets, lanes)
+        self._unloadings: dict[int, list[Unloading]] = {}
+
+    def unloadings(self, part: int) -> list[Unloading]:
+        """Those of a part's buckets, compiled once."""
+        if part not in self._unloadings:
+            buffers, mover = self._buffers, self.mover
+            self._unloadings[part] = [
+                Unloading(bucket, buffers[i % len(buffers)], self._memory, mover)
+                for i, bucket in enumerate(self._parts.of[part][0])
+            ]
+        return self._unloadings[part]
 
 
 class _Parts:
@@ -290,16 +321,6 @@ class _Parts:
         self.of = {part: (schedule(some, bucket_nbytes), nbytes_of(some)) for part, some in parts_of(copies).items()}
         self.buckets = [bucket for buckets, _ in self.of.values() for bucket in buckets]
         self.most = max(len(buckets) for buckets, _ in self.of.values())
-
-
-class _Buffers:
-    """One buffer a lane, as large as the largest bucket; memory that nothing is packed into is never touched."""
-
-    def __init__(self, buckets: Sequence[Bucket], lanes: int) -> None:
-        self._buffers = new_buffers(buckets, lanes)
-
-    def of(self, bucket: int) -> torch.Tensor:
-        return self._buffers[bucket % len(self._buffers)]
 
 
 def _digest(copies: Sequence[Copy]) -> str:
