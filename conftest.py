@@ -1,9 +1,12 @@
 """For all tests: suites in weightcast.testing report failed asserts like tests do. It must happen before any test imports them."""
 
 import gc
+import os
 import signal
+from collections.abc import Iterator
 
 import pytest
+from tests.support.warm import Warm, obstacle
 
 from weightcast.testing import ranks
 
@@ -38,3 +41,12 @@ def pytest_collection_finish() -> None:
     """What all those modules made stays; tests that look for garbage need not look there."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
+    """A process whose forks are commands of Python without the seconds of importing. CI plays every test: there it has to work."""
+    if why := obstacle():
+        (pytest.fail if "CI" in os.environ else pytest.skip)(why)
+    with Warm(tmp_path_factory.mktemp("warm")) as process:
+        yield process

@@ -15,6 +15,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from tests.documents.blocks import ROOT, blocks_of, run_blocks
+from tests.support.warm import Warm
 
 from weightcast.deadline import Deadline
 from weightcast.errors import WeightcastError
@@ -23,8 +24,8 @@ from weightcast.trainer.clients import HttpEngineClient
 
 @pytest.mark.acceptance
 @pytest.mark.timeout(300)
-def test_the_blocks_run_as_pasted(tmp_path: Path) -> None:
-    printed = run_blocks(blocks_of(ROOT / "docs" / "deployment.md"), tmp_path, timeout_s=280)
+def test_the_blocks_run_as_pasted(warm: Warm, tmp_path: Path) -> None:
+    printed = run_blocks(blocks_of(ROOT / "docs" / "deployment.md"), warm, tmp_path, timeout_s=280)
     assert "committed 1-" in printed
 
 
