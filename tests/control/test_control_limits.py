@@ -9,12 +9,15 @@ import socket
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
+import zmq
 
 from weightcast.control import ControlLink, Coordinator, JoinInfo
 from weightcast.control.coordinator import FRAME_NBYTES, MOST_MESSAGES, Member
 from weightcast.control.pieces import PIECE_NBYTES, Joiner
+from weightcast.control.strangers import Strangers
 from weightcast.deadline import Deadline
 from weightcast.errors import PeerLost
 from weightcast.facts import Facts
@@ -160,6 +163,61 @@ def test_peers_without_a_key_cannot_fill_the_memory(coordinator: Coordinator) ->
             assert sent_until_refused(peer) < 32 * 2**20
     grown_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert grown_kib < 32 * 1024
+
+
+def test_who_has_the_key_and_no_ticket_is_disconnected_in_time_and_a_member_is_not() -> None:
+    """One stranger says nothing, one hello with a ticket that is none; the member says hello late, and says no more."""
+    coordinator = Coordinator(admission_s=1.0)
+    ended: dict[str, str] = {}
+    links: dict[str, ControlLink] = {}
+    try:
+        tickets = {"silent": "", "refused": "no ticket", "member": coordinator.issue_ticket("e", 1)}
+        for name, ticket in tickets.items():
+            info = JoinInfo(
+                address=f"tcp://127.0.0.1:{coordinator.port}",
+                public_key=coordinator.public_key,
+                ticket=ticket,
+                engine="e",
+            )
+            links[name] = ControlLink(info, lambda message: None, partial(ended.__setitem__, name))
+        time.sleep(0.3)
+        for name in ("refused", "member"):
+            links[name].send(_hello(tickets[name]))
+        (member,) = coordinator.wait_members("e", 1, Deadline(10))
+        limit = Deadline(20)
+        while len(ended) < 2:
+            limit.check("hearing that both strangers are disconnected")
+            time.sleep(0.02)
+        assert set(ended) == {"silent", "refused"}
+        assert all("connection closed" in reason for reason in ended.values())
+        links["member"].send(landings(1))
+        coordinator.take(member, Landings, Deadline(10), phase="test")
+        assert member.lost is None
+    finally:
+        for link in links.values():
+            link.close()
+        coordinator.close()
+
+
+def test_a_descriptor_that_is_another_connection_by_now_is_left_alone() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        strangers = Strangers(admission_s=0.0)
+        accepted, others = [], []
+        for _ in range(2):
+            others.append(socket.create_connection(server.getsockname()))
+            accepted.append(server.accept()[0])
+        first, second = accepted
+        number = first.fileno()
+        strangers.note(zmq.EVENT_ACCEPTED, number)
+        os.dup2(second.fileno(), number)
+        assert strangers.close_late() == 1
+        second.sendall(b"here")
+        assert others[1].recv(4) == b"here"
+        strangers.note(zmq.EVENT_ACCEPTED, second.fileno())
+        strangers.close_late()
+        assert others[1].recv(1) == b""
+        for connection in accepted + others:
+            connection.close()
 
 
 def test_failed_messages_of_a_lost_member_are_not_heard(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import logging
 import random
 from pathlib import Path
@@ -35,6 +37,16 @@ def test_negative_times_and_unknown_outcomes_are_refused() -> None:
         Phase(name="x", start_s=float("nan"), seconds=1.0)
     with pytest.raises(InvalidInput, match="outcome"):
         Report(version="", number=0, epoch=0, round=0, digest="", mode="", nbytes=0, total_s=0, outcome="fine")  # type: ignore[arg-type]
+
+
+def test_a_log_of_former_versions_has_no_time_and_one_of_no_clock_is_refused() -> None:
+    report = make_report(random.Random(13))
+    told = json.loads(report.to_json())
+    assert told.pop("at") == report.at
+    assert Report.from_json(json.dumps(told)).at is None
+    for at in (-1.0, 1e300, float("inf")):
+        with pytest.raises(InvalidInput, match="no time since 1970"):
+            dataclasses.replace(report, at=at)
 
 
 def test_digests_match_only_when_every_engine_has_the_published_one() -> None:

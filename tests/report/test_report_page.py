@@ -102,6 +102,7 @@ def test_the_command_makes_a_page_of_a_log(tmp_path: Path) -> None:
     assert made.exit_code == 0, made.output
     document = document_in((tmp_path / "page.html").read_text(encoding="utf-8"))
     assert [told["version"] for told in document["engines"][0]["rounds"]] == [report.version for report in reports]
+    assert [told["at"] for told in document["engines"][0]["rounds"]] == [report.at for report in reports]
     assert document["charts"][0]["series"]["publish"] == [report.total_s * 1e3 for report in reports]
     (tmp_path / "empty").touch()
     (tmp_path / "broken").write_text("{")

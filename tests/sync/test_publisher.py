@@ -73,8 +73,10 @@ def test_every_byte_arrives(
         publisher.connect()
         for number in (1, 2, 3):
             randomise(policy)
+            before = time.time()
             report = publisher.publish()
             assert report.number == number
+            assert before <= (report.at or 0) <= time.time()
             assert report.digests_match
             assert report.mode == mode
             assert {w.transport for e in report.engines for w in e.workers} == {transport}

@@ -13,6 +13,7 @@ import zmq
 
 from weightcast.control.pieces import PIECE_NBYTES, Joiner, TooLong, cut
 from weightcast.control.pump import Pump, heartbeat_every, new_context, set_options
+from weightcast.control.strangers import ADMISSION_S, EVENTS, Strangers
 from weightcast.deadline import Deadline
 from weightcast.errors import (
     AuthError,
@@ -104,9 +105,10 @@ class _Ticket:
 class Coordinator:
     """Binds a port, admits members by ticket and keeps what they say. Calls are thread-safe and end by their deadline."""
 
-    def __init__(self, host: str = "127.0.0.1", *, silence_s: float = 5.0) -> None:
+    def __init__(self, host: str = "127.0.0.1", *, silence_s: float = 5.0, admission_s: float = ADMISSION_S) -> None:
         self.silence_s = silence_s
         """For so long a member may be silent, and the trainer for a member."""
+        self._strangers = Strangers(admission_s)
         self._members: dict[bytes, Member] = {}
         self._tickets: list[_Ticket] = []
         self._changed = threading.Condition()
@@ -136,6 +138,8 @@ class Coordinator:
             "weightcast-coordinator",
             tick_s=heartbeat_every(silence_s),
             on_unsent=self._unsent,
+            on_event=self._strangers.note,
+            events=EVENTS,
         )
         self._closed = False
         self._seldom = Seldom(logger)
@@ -300,8 +304,8 @@ class Coordinator:
 
     # -- on the I/O thread
 
-    def _frames(self, parts: list[bytes]) -> None:
-        identity, piece = parts[0], parts[-1]
+    def _frames(self, parts: list[zmq.Frame]) -> None:
+        identity, piece = parts[0].bytes, parts[-1].bytes
         member = self._members.get(identity)
         if member is not None and member.lost is not None:
             return
@@ -316,7 +320,7 @@ class Coordinator:
             return
         if member is None:
             if message is not None:
-                self._first(identity, message)
+                self._first(identity, message, int(parts[-1].get(zmq.SRCFD)))
             return
         if isinstance(message, Bye):
             self._lose(member, f"it left: {message.reason}")
@@ -343,7 +347,7 @@ class Coordinator:
             member.lose(reason)
             self._changed.notify_all()
 
-    def _first(self, identity: bytes, message: AnyMessage) -> None:
+    def _first(self, identity: bytes, message: AnyMessage, descriptor: int) -> None:
         if not isinstance(message, Hello):
             if not isinstance(message, Bye):
                 self._seldom.warn(
@@ -360,6 +364,8 @@ class Coordinator:
                 return
             self._members[identity] = member
             self._changed.notify_all()
+        self._pump.hear_events()  # this connection's beginning among them, so that it does not count afterwards
+        self._strangers.admit(descriptor)
         if self._welcome is not None:
             self.send(member, self._welcome(member))
 
@@ -371,5 +377,8 @@ class Coordinator:
                 self._changed.notify_all()
 
     def _tick(self) -> None:
+        closed = self._strangers.close_late()
+        if closed:
+            self._seldom.warn("control channel: closed connections of peers that were not admitted", about=str(closed))
         for member in self.members():
             self.send(member, Heartbeat())

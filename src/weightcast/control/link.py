@@ -75,6 +75,7 @@ class ControlLink:
         self._on_message = on_message
         self._on_lost = on_lost
         self._limit = Deadline(info.timeout_s)
+        self._silence_s = info.silence_s
         self._is_answered = False
         self._ended = False
         self.settled = False
@@ -100,9 +101,7 @@ class ControlLink:
             self._tick,
             "weightcast-control",
             tick_s=HEARTBEAT_S,
-            on_disconnect=lambda: self._lose(
-                f"the trainer's connection closed, or it was silent for {info.silence_s:g} s"
-            ),
+            on_event=self._disconnected,
         )
         self._pump.start()
 
@@ -118,12 +117,12 @@ class ControlLink:
             self.send(Bye(reason=reason, settled=True))
         self._pump.close()
 
-    def _frames(self, parts: list[bytes]) -> None:
+    def _frames(self, parts: list[zmq.Frame]) -> None:
         self._is_answered = True
         if self._ended:
             return
         try:
-            frame = self._joiner.add(parts[-1], MAX_FRAME_NBYTES)
+            frame = self._joiner.add(parts[-1].bytes, MAX_FRAME_NBYTES)
             if frame is None:
                 return
             message = decode(frame)
@@ -139,6 +138,11 @@ class ControlLink:
             self._lose(f"the trainer left: {message.reason}")
             return
         self._on_message(message)
+
+    def _disconnected(self, event: int, descriptor: int) -> None:
+        while not self._pump.receive_all():  # what the trainer said before it left counts
+            pass
+        self._lose(f"the trainer's connection closed, or it was silent for {self._silence_s:g} s")
 
     def _tick(self) -> None:
         if not self._is_answered and self._limit.passed:

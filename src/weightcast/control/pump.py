@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 
 import zmq
+from zmq.utils.monitor import parse_monitor_message
 
 from weightcast.control.pieces import MESSAGE_NBYTES
 from weightcast.errors import TransportError
@@ -76,8 +77,8 @@ def new_context() -> zmq.Context[zmq.Socket[bytes]]:
 class Pump:
     """Runs ``on_frames(parts)`` for what arrives and ``on_tick()`` every ``tick_s``, both on its own thread.
 
-    ``on_unsent(parts)`` is called for a message whose receiver is gone, ``on_disconnect()`` when the peer's connection closed, after
-    all that the peer said before. ``send`` may be called from any thread and returns at once. The pump owns the context and the
+    ``on_unsent(parts)`` is called for a message whose receiver is gone, ``on_event(event, descriptor)`` for each of ``events`` that
+    ZeroMQ tells of a connection. ``send`` may be called from any thread and returns at once. The pump owns the context and the
     socket: both are freed when its thread ends.
     """
 
@@ -85,13 +86,14 @@ class Pump:
         self,
         context: zmq.Context[zmq.Socket[bytes]],
         socket: zmq.Socket[bytes],
-        on_frames: Callable[[list[bytes]], None],
+        on_frames: Callable[[list[zmq.Frame]], None],
         on_tick: Callable[[], None],
         name: str,
         *,
         tick_s: float,
         on_unsent: Callable[[list[bytes]], None] | None = None,
-        on_disconnect: Callable[[], None] | None = None,
+        on_event: Callable[[int, int], None] | None = None,
+        events: int = zmq.EVENT_DISCONNECTED,
     ) -> None:
         self._context = context
         self._socket = socket
@@ -99,7 +101,7 @@ class Pump:
         self._on_tick = on_tick
         self._tick_s = tick_s
         self._on_unsent = on_unsent
-        self._on_disconnect = on_disconnect
+        self._on_event = on_event
         self._outgoing: queue.SimpleQueue[list[bytes] | threading.Event | None] = queue.SimpleQueue()
         address = f"inproc://wake-{secrets.token_hex(8)}"
         self._wake_reader: zmq.Socket[bytes] = context.socket(zmq.PAIR)
@@ -111,8 +113,8 @@ class Pump:
         )  # the garbage collector may close a dropped publisher while this thread has it
         self._closed = False
         self._monitor: zmq.Socket[bytes] | None = None
-        if on_disconnect is not None:
-            self._monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        if on_event is not None:
+            self._monitor = socket.get_monitor_socket(events)
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
@@ -163,9 +165,9 @@ class Pump:
                 if self._wake_reader in ready and not self._flush():
                     return
                 if self._socket in ready:
-                    self._receive_all()
+                    self.receive_all()
                 if self._monitor is not None and self._monitor in ready:
-                    self._hear_monitor()
+                    self.hear_events()
                 now = time.monotonic()
                 if now >= last_tick + self._tick_s:
                     last_tick = now
@@ -184,24 +186,24 @@ class Pump:
             self._wake_writer.close()
         self._context.term()
 
-    def _receive_all(self) -> bool:
-        """Hand over what has arrived; False when there is more of it."""
+    def receive_all(self) -> bool:
+        """Hand over what has arrived; False when there is more of it. On the I/O thread."""
         for _ in range(64):
             try:
-                parts = self._socket.recv_multipart(zmq.NOBLOCK)
+                parts = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 return True
             self._guarded(lambda parts=parts: self._on_frames(parts))  # type: ignore[misc]
         return False
 
-    def _hear_monitor(self) -> None:
+    def hear_events(self) -> None:
+        """Hand over the events of connections so far; on the I/O thread, for a handler that has to know them."""
         assert self._monitor is not None
-        assert self._on_disconnect is not None
+        assert self._on_event is not None
         with contextlib.suppress(zmq.Again):
             while True:
-                self._monitor.recv_multipart(zmq.NOBLOCK)
-                self._receive_all()  # what the peer said before it left counts
-                self._guarded(self._on_disconnect)
+                told = parse_monitor_message(self._monitor.recv_multipart(zmq.NOBLOCK))
+                self._guarded(lambda told=told: self._on_event(told["event"], told["value"]))  # type: ignore[misc]
 
     @staticmethod
     def _guarded(handle: Callable[[], None]) -> None:

@@ -1,6 +1,6 @@
 """Report: what one ``publish()`` did, as a record that travels as JSON (one object per line in a RoundLog).
 
-Times are seconds on the publisher's monotonic clock, counted from the start of the ``publish()`` call.
+Times are seconds on the publisher's monotonic clock, counted from the start of the ``publish()`` call; ``Report.at`` says when that was.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from weightcast.errors import InvalidInput
 from weightcast.untrusted.known import known
 
 Outcome = Literal["committed", "aborted"]
+MOST_AT = 1e11
+"""Seconds since 1970 that a clock may show."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +85,7 @@ class EngineReport:
 class Report:
     """The record of one round. ``nbytes`` is the sum over all workers; ``digest`` is the hex digest of the published weights.
 
+    ``at`` is when ``publish()`` was called, in seconds since 1970 on the clock of the publisher's host; None in logs of former versions.
     ``non_finite`` counts published values that are NaN or infinite, by tensor; None where nobody counted them (``check_finite``).
     ``unused`` lists the published tensors for which an engine has no place and that the user named as unused. These tensors are part
     of the digest. ``own_nbytes`` is the memory of the publishing process that held published values beside the user's own tensors.
@@ -102,10 +105,13 @@ class Report:
     unused: tuple[str, ...] = ()
     non_finite: dict[str, int] | None = None
     own_nbytes: int = 0
+    at: float | None = None
 
     def __post_init__(self) -> None:
         if self.nbytes < 0 or not self.total_s >= 0:
             raise InvalidInput(f"report of {self.version}: negative bytes or seconds", field="total_s")
+        if self.at is not None and not 0 <= self.at <= MOST_AT:
+            raise InvalidInput(f"report of {self.version}: {self.at} is no time since 1970", field="at")
         if self.outcome not in ("committed", "aborted"):
             raise InvalidInput(f"outcome is committed or aborted, not {self.outcome!r}", field="outcome")
         object.__setattr__(self, "phases", tuple(self.phases))

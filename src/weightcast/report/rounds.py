@@ -60,6 +60,7 @@ def round_of(report: Report) -> PageRound:
         version=report.version,
         seconds=report.total_s,
         phases=report.phases,
+        at=report.at,
         error=quoted("; ".join([report.outcome, *errors]), TEXT_CHARACTERS) if failed else None,
         proven=report.digests_match,
         digest=report.digest,

@@ -12,6 +12,7 @@ import msgspec
 
 from weightcast.deadline import Seconds
 from weightcast.quoted import NAME_CHARACTERS, quote_fields, quoted
+from weightcast.report.model import MOST_AT
 from weightcast.untrusted.known import known
 
 MAX_ENGINES = 64
@@ -54,7 +55,7 @@ class WatchedRound(msgspec.Struct, frozen=True, kw_only=True):
     version: str
     seconds: Seconds
     phases: tuple[WatchedPhase, ...] = ()
-    at: Annotated[float, msgspec.Meta(ge=0, le=1e11)] | None = None
+    at: Annotated[float, msgspec.Meta(ge=0, le=MOST_AT)] | None = None
     error: str | None = None
 
     def __post_init__(self) -> None:

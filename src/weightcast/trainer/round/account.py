@@ -67,6 +67,7 @@ class Account:
             unused=_joined(engine.places.unused for engine in fleet if engine in self._outcomes),
             non_finite=None if non_finite is None else dict(non_finite),
             own_nbytes=own_nbytes,
+            at=timeline.at,
         )
 
     def _engine(self, engine: EngineLink, digest: str) -> EngineReport:

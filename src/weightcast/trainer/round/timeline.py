@@ -16,6 +16,8 @@ class Timeline:
     def __init__(self, progress: Progress | None = None) -> None:
         self._progress = progress if progress is not None else Progress(None)
         self._start = time.perf_counter()
+        self.at = time.time()
+        """When that was, in seconds since 1970."""
         self._phases: list[Phase] = []
 
     @contextmanager
