@@ -16,8 +16,10 @@ import openai
 import pytest
 import torch
 
+from weightcast.engines.base import Logprob
 from weightcast.engines.embedded import AsyncLLM
 from weightcast.server import create_app
+from weightcast.server.logprobs import completion_logprobs
 from weightcast.testing.models import build_tiny_model
 from weightcast.testing.tokenizer import build_tokenizer
 
@@ -116,6 +118,39 @@ async def test_echo_with_logprobs(
     for name, value, top in zip(tokens[1:], values[1:], tops[1:], strict=True):
         assert top[name] == value or name == "\ufffd"  # so many tokens are parts of a character
         assert 2 - ("\ufffd" in top) <= len(top) <= 3  # and several of them have one name
+
+
+async def test_an_evaluation_as_lm_eval_asks_it(http: httpx.AsyncClient, folder: Path) -> None:
+    """The bodies that local-completions of lm-eval 0.4 sends, and its way to read the answers."""
+    tokenizer = build_tokenizer()
+    contexts = [tokenizer.encode(text) for text in ("the rest of", "a tale")]
+    eos = tokenizer.eos_token or "<eos>"
+    asked = {"model": "policy", "max_tokens": 3, "temperature": 0, "stop": ["\n\n", eos], "seed": 1234}
+    made = (await http.post("/v1/completions", json={**asked, "prompt": contexts, "return_token_ids": True})).json()
+    best = [choice["token_ids"] for choice in sorted(made["choices"], key=lambda choice: choice["index"])]
+    assert all(0 < len(tokens) <= 3 for tokens in best)
+    other = [[*tokens[:-1], (tokens[-1] + 1) % len(tokenizer)] for tokens in best]
+    prompts = [context + end for ends in (best, other) for context, end in zip(contexts, ends, strict=True)]
+    asked = {"model": "policy", "temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234, "echo": True}
+    told = (await http.post("/v1/completions", json={**asked, "prompt": prompts})).json()
+    greedy = []
+    for choice, prompt in zip(sorted(told["choices"], key=lambda choice: choice["index"]), prompts, strict=True):
+        start = len(contexts[choice["index"] % 2])
+        values, tops = (choice["logprobs"][name][start:-1] for name in ("token_logprobs", "top_logprobs"))
+        assert len(values) == len(prompt) - start
+        assert values == pytest.approx(reference_logprobs(folder, prompt)[start - 1 :].tolist(), abs=1e-4)
+        greedy.append(all(value == max(top.values()) for value, top in zip(values, tops, strict=True)))
+    assert greedy == [True, True, False, False]
+
+
+def test_the_likeliest_of_tokens_with_one_name_is_the_one_that_is_shown() -> None:
+    ranked = [(7, -0.5, "\ufffd"), (8, -1.5, "\ufffd"), (9, -2.5, "a")]
+    entry = {
+        token: Logprob(logprob=value, rank=rank, decoded_token=text)
+        for rank, (token, value, text) in enumerate(ranked, start=1)
+    }
+    told = completion_logprobs([7], [entry], 3, 0, False, str)
+    assert (told["token_logprobs"], told["top_logprobs"]) == ([-0.5], [{"\ufffd": -0.5, "a": -2.5}])
 
 
 async def test_echo_of_several_prompts_and_answers(client: openai.AsyncOpenAI) -> None:

@@ -47,7 +47,7 @@ def completion_logprobs(
         sampled = entry[token_id]
         values.append(_finite(sampled.logprob))
         shown = {token_id: sampled, **_likeliest(entry, num_top)}
-        tops.append({token_name(key, lp.decoded_token, as_ids): _finite(lp.logprob) for key, lp in shown.items()})
+        tops.append(_by_name(shown, as_ids))
     return {"text_offset": offsets, "token_logprobs": values, "tokens": names, "top_logprobs": tops}
 
 
@@ -81,6 +81,15 @@ def text_length(token_ids: Sequence[int], logprobs: Entries, text_of: Callable[[
         len(text_of(token_id) if entry is None else entry[token_id].decoded_token)
         for token_id, entry in zip(token_ids, logprobs, strict=True)
     )
+
+
+def _by_name(entry: Mapping[int, Logprob], as_ids: bool) -> dict[str, float]:
+    """Parts of characters have one name: the likeliest of them has the place, so that no token is likelier than all that are shown."""
+    found: dict[str, float] = {}
+    for key, logprob in entry.items():
+        name = token_name(key, logprob.decoded_token, as_ids)
+        found[name] = max(_finite(logprob.logprob), found.get(name, IMPOSSIBLE))
+    return found
 
 
 def _likeliest(entry: Mapping[int, Logprob], num_top: int) -> dict[int, Logprob]:
