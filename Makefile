@@ -23,7 +23,7 @@ VLLM_JOBS ?= 0
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-vllm test-vllm test-gpu bench-gpu test lint type pytest matrix chaos soak fuzz demo demo-smollm bench docs site dist clean
+.PHONY: help setup setup-vllm test-vllm setup-frameworks test-frameworks test-gpu bench-gpu test lint type pytest matrix chaos soak fuzz demo demo-smollm bench docs site dist clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -104,6 +104,27 @@ $(VLLM_STAMP): tests/vllm/requirements.txt tests/vllm/shim/pyproject.toml pyproj
 test-vllm: $(VLLM_STAMP) ## weightcast inside stock vLLM, on CPU, VLLM_JOBS files at once; VLLM_TEST_ARGS="-k name"
 	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest tests/vllm -m vllm -n $(VLLM_JOBS) --dist loadfile --no-loadscope-reorder \
 		$(VLLM_TEST_ARGS)
+
+# RL frameworks have an environment of their own as well: their pins differ from ours, and some go in without their dependencies.
+FRAMES_VENV := .venv-frameworks
+FRAMES_BIN := $(FRAMES_VENV)/bin
+FRAMES_STAMP := $(FRAMES_VENV)/.installed
+FRAMES_TEST_ARGS ?=
+
+setup-frameworks: $(FRAMES_STAMP) ## create .venv-frameworks: TRL and others beside weightcast
+
+$(FRAMES_STAMP): tests/frameworks/requirements.txt tests/frameworks/alone.txt pyproject.toml
+	@test -n "$(PYTHON)" || { echo "weightcast needs Python 3.11, 3.12 or 3.13 on the path (or make PYTHON=...)" >&2; exit 1; }
+	test -x $(FRAMES_BIN)/python || $(PYTHON) -m venv $(FRAMES_VENV)
+	$(FRAMES_BIN)/python -c 'import torch' 2>/dev/null || $(FRAMES_BIN)/python -m pip install -q --no-compile $(TORCH)
+	$(FRAMES_BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $(FRAMES_VENV)/held.txt
+	$(FRAMES_BIN)/python -m pip install -q --no-compile -c $(FRAMES_VENV)/held.txt -r tests/frameworks/requirements.txt
+	$(FRAMES_BIN)/python -m pip install -q --no-compile --no-deps --ignore-requires-python -r tests/frameworks/alone.txt
+	$(FRAMES_BIN)/python -m pip install -q --no-compile --no-deps -e .
+	touch $@
+
+test-frameworks: $(FRAMES_STAMP) ## trainers of released RL frameworks, on CPU; FRAMES_TEST_ARGS="-k name"
+	OMP_NUM_THREADS=1 $(FRAMES_BIN)/python -m pytest tests/frameworks -m frameworks $(FRAMES_TEST_ARGS)
 
 test-gpu: $(STAMP) ## tests that need a CUDA GPU (those of vLLM where it is installed); PYTEST_ARGS="-k name"
 	$(BIN)/python -c 'import nccl.core' 2>/dev/null || $(BIN)/python -m pip install -q --no-compile -c $(VENV)/held.txt -e '.[nccl]'

@@ -1,4 +1,4 @@
-"""TRL's GRPOTrainer with rollouts from a served engine: two functions connect them, nothing in TRL changes.
+"""TRL's GRPOTrainer with rollouts from a served engine: a callback publishes, and rollouts come from the server's OpenAI routes.
 
 python examples/trl_grpo.py [--engine embedded|vllm] [--steps 8]
 """
@@ -18,32 +18,12 @@ import httpx
 from datasets import Dataset
 from policy import NUM_TOKENS, PROMPTS, build, reward
 from rlhf_http import START_TIMEOUT_S, serve
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
-from weightcast import Publisher
+from weightcast.integrations.trl import PublishCallback
 
 GROUP = 8
-
-
-class Publish(TrainerCallback):
-    """Brings the server to the trainer's weights before the first rollout and after every optimizer step."""
-
-    def __init__(self, url: str, token: str) -> None:
-        self._url, self._token = url, token
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self._publisher = Publisher(model, [self._url], token=self._token)
-        self._publisher.connect(wait_s=START_TIMEOUT_S)
-        self._publisher.publish()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        report = self._publisher.publish()
-        assert report.digests_match, report
-        print(f"step {state.global_step}: {report}")
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._publisher.close()
 
 
 class Rollouts:
@@ -109,7 +89,7 @@ def main() -> None:
                 reward_funcs=rewards,
                 train_dataset=Dataset.from_dict({"prompt": prompts}),
                 rollout_func=Rollouts(url),
-                callbacks=[Publish(url, token)],
+                callbacks=[PublishCallback([url], token=token, wait_s=START_TIMEOUT_S)],
             )
             trainer.train()
         seen = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]

@@ -1,0 +1,36 @@
+"""Trainers of released frameworks on a CPU, beside one served engine. Without them (make test-frameworks has them) nothing here can run."""
+
+import os
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+os.environ |= {"TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+HERE = Path(__file__).parent
+HAS_FRAMEWORKS = find_spec("verl") is not None  # the environment of other tests may have some of the frameworks
+
+if HAS_FRAMEWORKS:
+    from tests.frameworks.served import Served
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Served]":
+    """A tiny model behind ``weightcast serve``."""
+    from tests.frameworks.served import served_policy
+
+    with served_policy(tmp_path_factory.mktemp("served")) as found:
+        yield found
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.frameworks)
+            item.add_marker(pytest.mark.filterwarnings("default"))
+            item.add_marker(pytest.mark.timeout(240))
+
+
+collect_ignore_glob = [] if HAS_FRAMEWORKS else ["test_*.py"]

@@ -1,0 +1,124 @@
+"""TRL's trainers, each by one line of weightcast's: after every step the server serves what the trainer would save."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.frameworks.served import Served
+from tests.frameworks.trl_runs import STEPS, After, grpo, rollouts
+
+from weightcast.errors import StateError, Unsupported
+from weightcast.integrations.trl import PublishCallback, use_in_server_mode
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _no_versions_yet(served: Served) -> None:
+    served.versions.clear()
+
+
+@pytest.fixture
+def server_mode(served: Served) -> Iterator[dict[str, Any]]:
+    """TRL's config of server mode; what weightcast replaced is put back."""
+    from trl.generation import vllm_client, vllm_generation
+
+    kept = [(module, name, getattr(module, name)) for module in (vllm_client, vllm_generation) for name in PLACES]
+    yield {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": served.url}
+    for module, name, value in kept:
+        setattr(module, name, value)
+
+
+PLACES = ("VLLMClient", "is_vllm_available")
+
+
+def test_the_callback_publishes_before_the_first_step_and_after_each(served: Served, tmp_path: Path) -> None:
+    publish = PublishCallback([served.url], token=served.token)
+    callbacks = [publish, After(served.holds_model)]
+    grpo(served, tmp_path, callbacks=callbacks, rollout_func=rollouts(served)).train()
+    assert len(served.versions) == len(set(served.versions)) == STEPS + 1
+    with pytest.raises(StateError, match="while its trainer trains"):
+        _ = publish.publisher
+
+
+def test_server_mode_generates_with_what_it_published(
+    served: Served, tmp_path: Path, server_mode: dict[str, Any]
+) -> None:
+    use_in_server_mode(token=served.token)
+    trainer = grpo(served, tmp_path, callbacks=[], **server_mode)
+    _verify_each_sync(trainer, served)
+    trainer.train()
+    trainer.vllm_generation.vllm_client.close_communicator()
+    assert len(served.versions) == len(set(served.versions)) == STEPS
+    # On-policy and exact: what the engine sampled has the probabilities that the trainer computes.
+    ratios = [entry for entry in trainer.state.log_history if "sampling/importance_sampling_ratio/mean" in entry]
+    assert len(ratios) == STEPS
+    for entry in ratios:
+        assert entry["sampling/importance_sampling_ratio/min"] == pytest.approx(1.0, abs=1e-3)
+        assert entry["sampling/sampling_logp_difference/max"] < 1e-3
+
+
+def test_server_mode_publishes_merged_adapters(served: Served, tmp_path: Path, server_mode: dict[str, Any]) -> None:
+    from peft import LoraConfig
+
+    use_in_server_mode(token=served.token)
+    adapter = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    trainer = grpo(served, tmp_path, callbacks=[], peft_config=adapter, **server_mode)
+    _verify_each_sync(trainer, served)
+    trainer.train()
+    trainer.vllm_generation.vllm_client.close_communicator()
+    assert len(set(served.versions)) == STEPS
+
+
+def test_another_trl_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    from trl.generation import vllm_client, vllm_generation
+
+    with monkeypatch.context() as patched:
+        patched.delattr(vllm_client.VLLMClient, "update_named_params")
+        with pytest.raises(Unsupported, match=r"trl 1\.\d+.* has no .*VLLMClient\.update_named_params") as caught:
+            use_in_server_mode()
+        assert caught.value.hint == "pip install 'trl>=1.16'"
+    monkeypatch.delattr(vllm_generation, "VLLMClient")
+    with pytest.raises(Unsupported, match=r"has no trl\.generation\.vllm_generation:VLLMClient"):
+        use_in_server_mode()
+
+
+def test_two_processes_publish_together(served: Served, tmp_path: Path) -> None:
+    script = Path(__file__).with_name("trl_two_ranks.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    ran = subprocess.run(
+        [*command, served.url, served.token, str(served.model), str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr[-6000:]
+    assert f"versions {STEPS + 1} {STEPS + 2}" in ran.stdout
+
+
+def _verify_each_sync(trainer: Any, served: Served) -> None:
+    """Behind each of TRL's syncs, compare what is live with the trainer's model, saved as it is: merged, where it has adapters."""
+    generation = trainer.vllm_generation
+    sync = generation.sync_weights
+
+    def synced() -> None:
+        model = copy.deepcopy(trainer.model)
+        if hasattr(model, "merge_and_unload"):
+            model = model.merge_and_unload()
+        before = {name: value.clone() for name, value in trainer.model.named_parameters() if value.requires_grad}
+        sync()
+        served.holds_model(model)
+        for name, value in trainer.model.named_parameters():
+            assert name not in before or torch.equal(value, before[name]), name
+
+    generation.sync_weights = synced
