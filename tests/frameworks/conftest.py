@@ -20,7 +20,9 @@ if HAS_FRAMEWORKS:
 def served(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Served]":
     """A tiny model behind ``weightcast serve``."""
     from tests.frameworks.served import served_policy
+    from tests.support.processes import start_fork_server
 
+    start_fork_server("tests.frameworks.trl_ranks")
     with served_policy(tmp_path_factory.mktemp("served")) as found:
         yield found
 

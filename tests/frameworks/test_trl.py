@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from tests.frameworks.served import Served
+from tests.frameworks.trl_ranks import train_both_ways
 from tests.frameworks.trl_runs import STEPS, After, grpo, rollouts
+from tests.support.ports import HeldPort
 
 from weightcast.errors import StateError, Unsupported
 from weightcast.integrations.trl import PublishCallback, use_in_server_mode
-
-ROOT = Path(__file__).parents[2]
+from weightcast.testing.ranks import run_ranks
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +49,16 @@ def test_the_callback_publishes_before_the_first_step_and_after_each(served: Ser
         _ = publish.publisher
 
 
+def test_the_callback_publishes_merged_adapters(served: Served, tmp_path: Path) -> None:
+    adapter = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    callbacks = [
+        PublishCallback([served.url], token=served.token),
+        After(lambda model: served.holds_model(copy.deepcopy(model).merge_and_unload())),
+    ]
+    grpo(served, tmp_path, callbacks=callbacks, rollout_func=rollouts(served), peft_config=adapter).train()
+    assert len(set(served.versions)) == STEPS + 1
+
+
 def test_server_mode_generates_with_what_it_published(
     served: Served, tmp_path: Path, server_mode: dict[str, Any]
 ) -> None:
@@ -67,8 +77,6 @@ def test_server_mode_generates_with_what_it_published(
 
 
 def test_server_mode_publishes_merged_adapters(served: Served, tmp_path: Path, server_mode: dict[str, Any]) -> None:
-    from peft import LoraConfig
-
     use_in_server_mode(token=served.token)
     adapter = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     trainer = grpo(served, tmp_path, callbacks=[], peft_config=adapter, **server_mode)
@@ -92,18 +100,11 @@ def test_another_trl_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_two_processes_publish_together(served: Served, tmp_path: Path) -> None:
-    script = Path(__file__).with_name("trl_two_ranks.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    ran = subprocess.run(
-        [*command, served.url, served.token, str(served.model), str(tmp_path)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stderr[-6000:]
-    assert f"versions {STEPS + 1} {STEPS + 2}" in ran.stdout
+    with closing(HeldPort()) as port:
+        number = port.number
+    first, second = run_ranks(train_both_ways, 2, served, tmp_path, number, timeout_s=200)
+    assert first == (STEPS + 1, 1)
+    assert second == (0, 0)
 
 
 def _verify_each_sync(trainer: Any, served: Served) -> None:
