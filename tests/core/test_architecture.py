@@ -50,7 +50,7 @@ MAY_IMPORT = {
     "trainer.clients": "lazy quoted unix_urls errors deadline manifest untrusted commit vllm_protocol.eras",
     "trainer.ranks": "errors deadline facts manifest layout untrusted messages digest plan cuda content control transports report sources",
     "trainer.fleet": "commit quoted errors deadline logs facts manifest layout messages digest plan record content control transports report sources trainer.progress trainer.settings trainer.clients trainer.ranks",
-    "trainer.round": "errors deadline logs manifest layout messages digest content control report trainer.progress trainer.clients trainer.ranks trainer.fleet",
+    "trainer.round": "errors deadline logs manifest layout messages digest content control report trainer.progress trainer.settings trainer.clients trainer.ranks trainer.fleet",
     "trainer": "errors deadline logs manifest digest content control transports report sources trainer.settings trainer.clients trainer.ranks trainer.fleet trainer.round",
     "engines": "errors manifest content",
     "server": "lazy quoted unix_urls errors deadline manifest untrusted report commit engines",

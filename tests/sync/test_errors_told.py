@@ -33,7 +33,7 @@ from weightcast.trainer.clients import wire
 from weightcast.trainer.clients.base import CommitOrder, CommitReply
 from weightcast.trainer.clients.http import HttpEngineClient
 from weightcast.trainer.fleet.link import EngineLink
-from weightcast.trainer.round.round import Round
+from weightcast.trainer.round.commits import Commits
 
 CLASSES = [
     kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, WeightcastError)
@@ -223,13 +223,14 @@ def test_an_answer_that_stays_lost_is_told_as_that_when_time_runs_out() -> None:
     def commit(order: CommitOrder, deadline: Deadline) -> CommitReply:
         raise next(answers)
 
-    attempt: Any = object.__new__(Round)
-    attempt._epoch, attempt._round, attempt._proof = 1, 1, SimpleNamespace(version="1-ab")
-    attempt._settings, attempt._deadline = SimpleNamespace(pause="keep", clear_cache=True), Deadline(5)
+    settings: Any = SimpleNamespace(pause="keep", clear_cache=True)
+    delivery: Any = SimpleNamespace(epoch=1, round=1, deadline=Deadline(5))
+    some: Any = SimpleNamespace(version="1-ab")
+    commits = Commits(settings, some, delivery, some, some, some)
     client: Any = SimpleNamespace(commit=commit, name="a")
     engine = EngineLink(client)
     with pytest.raises(AnswerLost, match="the connection broke") as caught:
-        attempt._order(engine, cast(Any, SimpleNamespace(may_be_committed=True)))
+        commits._order(engine, cast(Any, SimpleNamespace(may_be_committed=True)))
     assert isinstance(caught.value, PeerLost)
 
 

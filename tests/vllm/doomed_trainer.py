@@ -8,6 +8,7 @@ from typing import Any
 from weightcast import Publisher
 from weightcast.messages import Staged
 from weightcast.testing.models import random_state_dict
+from weightcast.trainer.round.delivery import Delivery
 from weightcast.trainer.round.round import Round
 from weightcast.transports.connection import Connection
 
@@ -25,14 +26,14 @@ def die_waiting(moment: str) -> None:
     if moment == "commit":
         Round._commit = die  # type: ignore[method-assign, assignment]
     elif moment == "transfer":
-        take = Round._take
+        take = Delivery.take
 
-        def waiting(round: Round, engine: Any, worker: Any, kind: Any, *more: Any) -> Any:
+        def waiting(delivery: Delivery, engine: Any, worker: Any, kind: Any, *more: Any) -> Any:
             if kind is Staged:
                 die()
-            return take(round, engine, worker, kind, *more)
+            return take(delivery, engine, worker, kind, *more)
 
-        Round._take = waiting  # type: ignore[method-assign]
+        Delivery.take = waiting  # type: ignore[method-assign]
     else:
         send, sent = Connection.send, [0]
 

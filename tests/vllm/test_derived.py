@@ -89,7 +89,7 @@ def test_a_round_that_fails_leaves_what_was_derived(tmp_path: Path, monkeypatch:
 
 
 def test_what_nobody_renews_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def none(model: nn.Module) -> list[Alias]:
+    def none(model: nn.Module, helpers: str) -> list[Alias]:
         return []
 
     monkeypatch.setattr(twin, "aliases", none)

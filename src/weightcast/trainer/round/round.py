@@ -2,9 +2,11 @@
 
     begin     staged workers are told to receive; pulled bytes are made visible first. The source's digest is started, and what
               the source checks last is checked while a GPU computes it
-    transfer  bytes travel while engines serve n; meanwhile the source is digested. A stream is read here, window by window (see reading)
+    transfer  bytes travel while engines serve n (see delivery); meanwhile the source is digested. A stream is read here, window by
+              window (see streaming)
     verify    every staged worker's digest must be the source's
-    commit    engines make n+1 live between two steps; in-place engines receive now. For them a stream is read a second time
+    commit    engines make n+1 live between two steps (see commits); in-place engines receive now. For them a stream is read a
+              second time
     (failure) whoever has not committed is told to abort; staged engines that may have are rolled back
 
 The thread that calls does whatever nobody else could do meanwhile: a fleet of one engine needs no other thread, whose start
@@ -16,11 +18,10 @@ the waits for all others and the round; with "live" the engine is dropped from i
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -28,44 +29,30 @@ import torch
 
 from weightcast.deadline import Deadline
 from weightcast.errors import (
-    AnswerLost,
     DeadlineExceeded,
-    GroupBroken,
     InvalidInput,
-    PeerLost,
     StateError,
-    TransportError,
     Unsupported,
     WeightcastError,
 )
-from weightcast.messages import Abort, Begin, Committed, Filled, Message, Read, Staged, Verified
-from weightcast.report.model import Phase, Report
-from weightcast.trainer.clients.base import CommitOrder, CommitReply
+from weightcast.messages import Staged
+from weightcast.report.model import Report
 from weightcast.trainer.fleet.fleet import Fleet
 from weightcast.trainer.fleet.link import EngineLink, WorkerLink
-from weightcast.trainer.fleet.round_book import Cancelled, EngineProgress, RoundBook
+from weightcast.trainer.fleet.round_book import Cancelled, RoundBook
 from weightcast.trainer.round.account import Account
+from weightcast.trainer.round.commits import Commits
+from weightcast.trainer.round.delivery import Delivery, Pair
 from weightcast.trainer.round.proof import RoundProof
-from weightcast.trainer.round.reading import Reading
+from weightcast.trainer.round.streaming import Streaming
 from weightcast.trainer.round.timeline import Timeline
 from weightcast.trainer.round.undo import WayBack
-from weightcast.trainer.round.windows import WindowTurns
-
-logger = logging.getLogger(__name__)
 
 UNDO_S = 1.0
 """What taking back may last beyond the round's deadline."""
 LIVE_TRANSFER_SHARE = 0.6
 """Share of the time left that a transfer may take where stragglers are dropped: the others still have to commit."""
 UNDO_AT_LEAST_S = 0.3
-REPEAT_AFTER_S = 0.2
-IN_PLACE_TWICE = (
-    "an iterator that was given to publish() can be read once, and engines without a staged copy need it twice"
-)
-STAGED_HINT = (
-    "Give the Publisher the function that makes the iterator\n"
-    "Or let the engine have a staged copy: mode='staged', or more free memory on its device"
-)
 DIGEST_HINT = "Give publish() more time; the extra 'fast' digests several times as fast on a CPU"
 
 
@@ -92,21 +79,20 @@ class Round:
 
     def __init__(self, fleet: Fleet, engines: list[EngineLink], brief: Brief) -> None:
         self._fleet, self._engines, self._brief = fleet, engines, brief
-        self._source, self._coordinator, self._settings = fleet.source, fleet.coordinator, fleet.settings
-        self._number, self._round, self._epoch = brief.number, brief.round, fleet.epoch
-        self._deadline, self._timeline = brief.deadline, brief.timeline
+        self._source, self._settings, self._timeline = fleet.source, fleet.settings, brief.timeline
+        self._deadline = self._transfer_deadline = brief.deadline
         self._refusal: WeightcastError | None = None
-        self._transfer_deadline = brief.deadline
-        self._outcomes = RoundBook(engines, self._settings.require, self._epoch, self._round)
-        self._turns = WindowTurns()
-        self._account = Account(self._outcomes, brief.absent, number=self._number, epoch=self._epoch, round=self._round)
+        self._is_committed = False
+        self._report: Report | None = None
+        self._outcomes = RoundBook(engines, self._settings.require, fleet.epoch, brief.round)
+        self._account = Account(self._outcomes, brief.absent, number=brief.number, epoch=fleet.epoch, round=brief.round)
         self._ties = {engine.name: fleet.ties.doubtful(engine) for engine in engines}
         compared = {tie: fleet.ties.digests(tie, brief.deadline) for ties in self._ties.values() for tie in ties}
         self._proof = RoundProof(
-            fleet.content(brief.deadline), fleet.expected, fleet.ranks.manifest, self._number, compared
+            fleet.content(brief.deadline), fleet.expected, fleet.ranks.manifest, brief.number, compared
         )
-        self._is_committed = False
-        self._report: Report | None = None
+        self._delivery = Delivery(fleet, self._outcomes, brief.round, brief.deadline)
+        self._streaming = Streaming(fleet, self._outcomes, self._delivery)
 
     @property
     def was_seen(self) -> bool:
@@ -121,7 +107,7 @@ class Round:
 
     def _run(self) -> Report:
         workers = [(engine, worker) for engine in self._engines for worker in engine.workers]
-        self._coordinator.clear_inboxes(worker.member for _, worker in workers)
+        self._fleet.coordinator.clear_inboxes(worker.member for _, worker in workers)
         try:
             with ThreadPoolExecutor(2 * max(1, len(workers)) + 1, thread_name_prefix="weightcast-round") as pool:
                 self._transfer(pool, workers)
@@ -157,7 +143,7 @@ class Round:
             self._report = self._account.report(
                 self._fleet.engines,
                 self._timeline,
-                version=self._proof.version or str(self._number),
+                version=self._proof.version or str(self._brief.number),
                 digest=self._proof.content,
                 outcome="committed" if self._is_committed else "aborted",
                 non_finite=self._brief.non_finite,
@@ -167,36 +153,34 @@ class Round:
 
     def _undo(self, engines: list[EngineLink]) -> None:
         if engines:
-            way_back = WayBack(self._outcomes, self._coordinator, epoch=self._epoch, round=self._round)
+            way_back = WayBack(
+                self._outcomes, self._fleet.coordinator, epoch=self._fleet.epoch, round=self._brief.round
+            )
             with self._timeline.phase("undo"):
                 # Counted from the round's deadline, whatever was needed to end its transfers.
                 way_back.take(engines, Deadline(max(self._deadline.at + UNDO_S - time.monotonic(), UNDO_AT_LEAST_S)))
 
     # -- phases
 
-    def _transfer(self, pool: ThreadPoolExecutor, workers: list[tuple[EngineLink, WorkerLink]]) -> None:
+    def _transfer(self, pool: ThreadPoolExecutor, workers: list[Pair]) -> None:
         if self._settings.require == "live":
             self._transfer_deadline = self._deadline.part(LIVE_TRANSFER_SHARE)
         staged = [(engine, worker) for engine, worker in workers if not worker.in_place]
         in_place = [(engine, worker) for engine, worker in workers if worker.in_place]
         if self._source.layout.is_streamed:
-            self._transfer_stream(pool, workers)
+            self._transfer_stream(pool, workers, staged)
             return
         with self._timeline.phase("begin"):
             # Before the digest: making bytes visible waits for the trainer's GPU, which would have to digest first.
-            self._show(staged)
-            self._tell_begin(staged)
-            keys = {worker.digest_key for _, worker in workers}
-            self._proof.start(keys, self._source.memory, self._check_digesting)
-            self._tell_begin(in_place)
-            try:
+            self._delivery.show(staged)
+            self._delivery.begin(staged)
+            self._start_proof(workers)
+            self._delivery.begin(in_place)
+            with self._refusing(WeightcastError):
                 self._brief.check()
-            except WeightcastError as error:
-                self._refusal = error
-                raise
-            self._show(in_place)
+            self._delivery.show(in_place)
         with self._timeline.phase("transfer"):
-            self._turns.fill(0)
+            self._delivery.turns.fill(0)
             only = staged[0] if len(staged) == 1 and staged[0][1].pulls else None
             futures = [] if only else [pool.submit(self._stage, engine, worker) for engine, worker in staged]
             if staged:
@@ -206,125 +190,36 @@ class Round:
             for future in futures:
                 future.result()
 
-    def _transfer_stream(self, pool: ThreadPoolExecutor, workers: list[tuple[EngineLink, WorkerLink]]) -> None:
+    def _transfer_stream(self, pool: ThreadPoolExecutor, workers: list[Pair], staged: list[Pair]) -> None:
         """Stage what the stream yields, and digest it. In-place engines read the stream once more, in their commit."""
-        staged = [(engine, worker) for engine, worker in workers if not worker.in_place]
         with self._timeline.phase("begin"):
-            if self._source.is_spent and len(staged) < len(workers):
-                self._refusal = Unsupported(IN_PLACE_TWICE, hint=STAGED_HINT)
-                raise self._refusal
-            self._tell_begin(workers)
-            self._proof.start({worker.digest_key for _, worker in workers}, self._source.memory, self._check_digesting)
+            with self._refusing(Unsupported):
+                self._streaming.check(workers)
+            self._delivery.begin(workers)
+            self._start_proof(workers)
         with self._timeline.phase("transfer"):
-            reading = self._new_reading(staged)
+            reading = self._streaming.reading(staged)
             futures = [pool.submit(self._stage, engine, worker) for engine, worker in staged]
-            try:
-                reading.run(
-                    self._show_window,
-                    lambda window: self._proof.take(window, self._source.memory, self._check_digesting),
-                )
-            except Cancelled:
-                pass  # an engine failed, whose outcome says why
-            except BaseException as error:
-                if isinstance(error, StateError | InvalidInput | Unsupported):
-                    self._refusal = error
-                self._outcomes.fail()
-                reading.turns.wake()
-                raise
+            with self._refusing(StateError, InvalidInput, Unsupported):
+                self._streaming.read(reading, self._take_window)
             for future in futures:
                 future.result()
             self._proof.compute()
 
-    def _new_reading(self, workers: list[tuple[EngineLink, WorkerLink]]) -> Reading:
-        reading = Reading(self._fleet, self._outcomes, workers, self._deadline)
-        self._turns = reading.turns
-        return reading
-
-    def _show_window(self, workers: Sequence[tuple[EngineLink, WorkerLink]], window: int) -> None:
-        """A window is filled: have workers read it."""
-        self._show(workers, window)
-        for _, worker in workers:
-            if worker.pulls:
-                self._tell(worker, Filled(epoch=self._epoch, round=self._round, window=window))
-
-    def _show(self, workers: Sequence[tuple[EngineLink, WorkerLink]], part: int = 0) -> None:
-        """Make the values of a part visible to those who pull them."""
-        for engine, worker in workers:
-            if worker.pulls:
-                self._outcomes.guard(engine, "begin", partial(self._show_one, engine, worker, part))
-
-    def _show_one(self, engine: EngineLink, worker: WorkerLink, part: int) -> None:
+    @contextmanager
+    def _refusing(self, *kinds: type[WeightcastError]) -> Iterator[None]:
+        """An error of these kinds ends the round and is raised as it is: it says what is wrong with what is published."""
         try:
-            self._send_bytes(worker, self._deadline, part)
-        except TransportError as error:
-            self._ask_why(engine, worker, error, Committed if worker.in_place else Staged, "begin")
+            yield
+        except kinds as error:
+            self._refusal = error
+            raise
 
-    def _tell_begin(self, workers: list[tuple[EngineLink, WorkerLink]]) -> None:
-        for engine, worker in workers:
-            worker.at = (self._epoch, self._round)
-            timeout_s = self._deadline.limit_s()
-            self._tell(worker, Begin(epoch=self._epoch, round=self._round, base=engine.base, timeout_s=timeout_s))
+    def _start_proof(self, workers: list[Pair]) -> None:
+        self._proof.start({worker.digest_key for _, worker in workers}, self._source.memory, self._check_digesting)
 
-    def _stage(self, engine: EngineLink, worker: WorkerLink) -> None:
-        """Send (if it is pushed) and wait until the worker has all bytes and their digest."""
-
-        def work() -> None:
-            for part in worker.parts:
-                self._give(engine, worker, part, Staged, "transfer", self._transfer_deadline)
-            staged = self._take(engine, worker, Staged, "transfer", self._transfer_deadline)
-            assert isinstance(staged, Staged)
-            progress = self._outcomes.progress(worker)
-            progress.nbytes, progress.seconds, progress.digest = staged.nbytes, staged.transfer_s, staged.digest
-            self._tell_progress()
-
-        try:
-            self._outcomes.guard(engine, "transfer", work, worker)
-        finally:
-            self._turns.leave(worker.member.key)
-
-    def _tell_progress(self) -> None:
-        """Say how many workers have all bytes."""
-        if self._fleet.progress.is_heard:
-            workers = [worker for engine in self._engines for worker in engine.workers if not worker.in_place]
-            done = sum(bool(self._outcomes.progress(worker).digest) for worker in workers)
-            self._fleet.progress("transfer", done=done, total=len(workers))
-
-    def _give(
-        self, engine: EngineLink, worker: WorkerLink, part: int, kind: type[Message], phase: str, deadline: Deadline
-    ) -> None:
-        """Have the worker get one part; its memory may be overwritten then, if the part is a window of a stream. ``kind`` is what the
-        worker says when it has all of them."""
-        self._turns.wait_filled(part, deadline, partial(self._over, engine))
-        if not worker.pulls:
-            try:
-                self._send_bytes(worker, deadline, part)
-            except TransportError as error:
-                self._ask_why(engine, worker, error, kind, phase)
-        elif self._source.layout.is_streamed:
-            self._take(
-                engine, worker, Read, phase, deadline, matches=lambda told: getattr(told, "window", part) == part
-            )
-        self._turns.release(worker.member.key, part)
-
-    def _over(self, engine: EngineLink) -> WeightcastError | None:
-        return Cancelled("the round failed elsewhere") if self._outcomes.is_over(engine) else None
-
-    def _ask_why(
-        self, engine: EngineLink, worker: WorkerLink, error: WeightcastError, kind: type[Message], phase: str
-    ) -> None:
-        """Raise what the worker itself says about a broken connection, or the error when it says nothing."""
-        if self._outcomes.is_over(engine) or isinstance(error, GroupBroken):
-            raise Cancelled("the round failed elsewhere")
-        lost = self._fleet.ranks.lost(phase)
-        if lost is not None:
-            raise lost
-        brief = self._deadline.part(at_most_s=UNDO_S)
-        with contextlib.suppress(TimeoutError, Cancelled):
-            self._take(engine, worker, kind, phase, brief)
-        named = worker.named(error)
-        if named is error:
-            raise error
-        raise named from error
+    def _take_window(self, window: int) -> None:
+        self._proof.take(window, self._source.memory, self._check_digesting)
 
     def _check_digesting(self) -> None:
         if self._outcomes.failed:
@@ -334,193 +229,44 @@ class Round:
                 f"the source was not digested within {self._deadline.timeout_s:g} s", phase="verify", hint=DIGEST_HINT
             )
 
-    def _verify(self, workers: list[tuple[EngineLink, WorkerLink]]) -> None:
+    def _stage(self, engine: EngineLink, worker: WorkerLink) -> None:
+        """Send (if the worker is pushed to) and wait until the worker has all bytes and their digest."""
+
+        def work() -> None:
+            self._delivery.give(engine, worker, Staged, "transfer", self._transfer_deadline)
+            staged = self._delivery.take(engine, worker, Staged, "transfer", self._transfer_deadline)
+            assert isinstance(staged, Staged)
+            progress = self._outcomes.progress(worker)
+            progress.nbytes, progress.seconds, progress.digest = staged.nbytes, staged.transfer_s, staged.digest
+            self._tell_progress()
+
+        try:
+            self._outcomes.guard(engine, "transfer", work, worker)
+        finally:
+            self._delivery.leave(worker)
+
+    def _tell_progress(self) -> None:
+        """Say how many workers have all bytes."""
+        if self._fleet.progress.is_heard:
+            workers = [worker for engine in self._engines for worker in engine.workers if not worker.in_place]
+            done = sum(bool(self._outcomes.progress(worker).digest) for worker in workers)
+            self._fleet.progress("transfer", done=done, total=len(workers))
+
+    def _verify(self, workers: list[Pair]) -> None:
         with self._timeline.phase("verify"):
             self._proof.settle()
             for engine in self._engines:
                 self._outcomes.guard(engine, "verify", partial(self._proof.check_ties, self._ties[engine.name]))
             for engine, worker in workers:
                 if not worker.in_place:
-                    self._outcomes.guard(engine, "verify", partial(self._check, worker, "staged"), worker)
+                    self._outcomes.guard(engine, "verify", partial(self._check, worker), worker)
 
-    def _check(self, worker: WorkerLink, what: str) -> None:
+    def _check(self, worker: WorkerLink) -> None:
         digest = self._outcomes.progress(worker).digest
         assert digest is not None
-        self._proof.check(worker.digest_key, digest, what)
+        self._proof.check(worker.digest_key, digest, "staged")
 
     def _commit(self, pool: ThreadPoolExecutor) -> None:
+        commits = Commits(self._settings, self._outcomes, self._delivery, self._streaming, self._proof, self._timeline)
         with self._timeline.phase("commit"):
-            # In-place first: they may still fail, and staged engines can then simply stay at n.
-            groups = [[e for e in self._engines if e.in_place == in_place] for in_place in (True, False)]
-            if self._settings.require == "live":
-                groups = [self._engines]
-            for group in groups:
-                reading = self._in_place_reading(group)
-                if len(group) == 1 and not reading and not self._outcomes.failed:
-                    self._commit_engine(pool, group[0])
-                elif not self._outcomes.failed:
-                    futures = [pool.submit(self._commit_engine, pool, engine) for engine in group]
-                    if reading:
-                        self._read_in_place(reading, [engine for engine in group if engine.in_place])
-                    for future in futures:
-                        future.result()
-
-    def _in_place_reading(self, engines: list[EngineLink]) -> Reading | None:
-        """Of a stream, for those of the engines that write it where it goes live; None where there is none."""
-        if not self._source.layout.is_streamed:
-            return None
-        present = [engine for engine in engines if engine.in_place and not self._outcomes.is_over(engine)]
-        workers = [(engine, worker) for engine in present for worker in engine.workers if worker.in_place]
-        return self._new_reading(workers) if workers else None
-
-    def _read_in_place(self, reading: Reading, engines: list[EngineLink]) -> None:
-        """Read the stream once more, while these engines stand still and write it. Where it fails they are dirty, and say so."""
-        try:
-            reading.run(self._show_window, lambda window: None)
-        except Cancelled:
-            pass  # an engine failed, whose outcome says why
-        except BaseException as error:
-            for engine in engines:
-                told = error if isinstance(error, WeightcastError) else None
-                text = f"the stream failed when it was read for the commit: {told.message if told else error!r}"
-                self._outcomes.note(engine, StateError(text, engine=engine.name, phase="commit", round=self._round))
-                self._end_commit(engine)
-            reading.turns.wake()
-            if not isinstance(error, Exception):
-                raise
-
-    def _end_commit(self, engine: EngineLink) -> None:
-        """Have an engine's commit wait for no more bytes."""
-        abort = Abort(epoch=self._epoch, round=self._round, reason="the stream failed")
-        for worker in engine.workers:
-            self._tell(worker, abort)
-            if worker.end is not None and worker.in_place and not worker.pulls:
-                worker.end.abort()
-
-    def _commit_engine(self, pool: ThreadPoolExecutor, engine: EngineLink) -> None:
-        outcome = self._outcomes.of(engine)
-
-        def work() -> None:
-            for worker in engine.workers:
-                self._tell(worker, self._approval(worker))
-            outcome.may_be_committed = True
-            start = self._timeline.elapsed_s()
-            is_streamed = self._source.layout.is_streamed
-            fed = [worker for worker in engine.workers if worker.in_place and (is_streamed or not worker.pulls)]
-            feeding = [pool.submit(self._feed, engine, worker) for worker in fed]
-            try:
-                reply = self._order(engine, outcome)
-            except WeightcastError as error:
-                where = {"engine": engine.name, "worker": engine.suspect(), "phase": "commit", "round": self._round}
-                self._outcomes.note(engine, error.at(**where))  # type: ignore[arg-type]
-                for worker in fed:
-                    if worker.end is not None and not worker.pulls:
-                        worker.end.abort()
-                raise
-            for future in feeding:
-                future.result()
-            for name, seconds in reply.phases.items():
-                outcome.phases.append(Phase(name=name, start_s=start, seconds=seconds))
-                start += seconds
-            for worker in engine.workers:
-                self._confirm(engine, worker)
-            outcome.committed = outcome.error is None
-
-        try:
-            self._outcomes.guard(engine, "commit", work)
-        finally:
-            for worker in engine.workers:
-                self._turns.leave(worker.member.key)
-
-    def _feed(self, engine: EngineLink, worker: WorkerLink) -> None:
-        """Give an in-place worker what it cannot fetch by itself while its engine's commit runs."""
-
-        def work() -> None:
-            for part in worker.parts:
-                self._give(engine, worker, part, Committed, "commit", self._deadline)
-
-        try:
-            self._outcomes.guard(engine, "commit", work, worker)
-        finally:
-            self._turns.leave(worker.member.key)
-
-    def _order(self, engine: EngineLink, outcome: EngineProgress) -> CommitReply:
-        """Have the engine commit. A lost answer is no lost commit: the order is repeated, as the round's number makes that
-        harmless, until the engine answers or a worker is gone."""
-        order = CommitOrder(
-            epoch=self._epoch,
-            round=self._round,
-            version=self._proof.version,
-            pause=self._settings.pause,
-            clear_cache=self._settings.clear_cache,
-        )
-        first, lost = True, None
-        while True:
-            try:
-                with engine.while_there(self._deadline) as waiting:
-                    return engine.client.commit(order, waiting)
-            except DeadlineExceeded as error:
-                if lost is not None:
-                    raise lost from error  # that is what happened; the repetition only ran out of time
-                raise
-            except AnswerLost as error:
-                lost = error
-                logger.info("%s: the answer to the commit was lost: %s", engine.name, str(error))
-                if engine.lost() or self._deadline.remaining_s() <= REPEAT_AFTER_S:
-                    raise
-            except PeerLost as error:
-                if first and not error.reached:
-                    outcome.may_be_committed = False  # nobody listens: the order never arrived
-                raise
-            first = False
-            time.sleep(REPEAT_AFTER_S)
-
-    def _approval(self, worker: WorkerLink) -> Verified:
-        return Verified(
-            epoch=self._epoch,
-            round=self._round,
-            version=self._proof.version,
-            content=f"{self._proof.content:016x}",
-            digest=self._proof.expected[worker.digest_key],
-        )
-
-    def _confirm(self, engine: EngineLink, worker: WorkerLink) -> None:
-        """The live bytes' own digest, taken by the worker after it went live."""
-        done = self._take(engine, worker, Committed, "commit", self._deadline, cancellable=False)
-        assert isinstance(done, Committed)
-        progress = self._outcomes.progress(worker)
-        progress.digest = done.digest
-        if worker.in_place:
-            progress.nbytes, progress.seconds = done.nbytes, done.transfer_s
-        self._check(worker, "live")
-
-    # -- pieces
-
-    def _send_bytes(self, worker: WorkerLink, deadline: Deadline, part: int = 0) -> None:
-        if worker.end is not None:
-            worker.end.send(deadline, part)
-
-    def _tell(self, worker: WorkerLink, message: Message) -> None:
-        self._coordinator.send(worker.member, message)
-
-    def _take(
-        self,
-        engine: EngineLink,
-        worker: WorkerLink,
-        kind: type[Message],
-        phase: str,
-        deadline: Deadline,
-        *,
-        cancellable: bool = True,
-        matches: Callable[[Message], bool] = lambda _: True,
-    ) -> Message:
-        def is_this_round(message: Message) -> bool:
-            at = (getattr(message, "epoch", 0), getattr(message, "round", 0))
-            return at == (self._epoch, self._round) and matches(message)
-
-        def cancelled() -> WeightcastError | None:
-            return self._over(engine) if cancellable else None
-
-        return self._coordinator.take(
-            worker.member, kind, deadline, phase=phase, matches=is_this_round, cancelled=cancelled
-        )
+            commits.run(pool, self._engines, self._source.layout.is_streamed)
