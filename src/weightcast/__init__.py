@@ -35,6 +35,7 @@ from weightcast.errors import (
     Unsupported,
     WakeFailed,
     WeightcastError,
+    WeightsMoved,
 )
 from weightcast.lazy import lazy_names
 
@@ -58,6 +59,7 @@ __all__ = [
     "InvalidInput",
     "StateError",
     "BaseMismatch",
+    "WeightsMoved",
     "PromptTooLong",
     "AuthError",
     "Unsupported",

@@ -4,7 +4,8 @@
     ├── InvalidInput          bad value from a caller; nothing changed                    (HTTP 422)
     │   └── PromptTooLong     a prompt leaves no room for an answer                       (HTTP 400)
     ├── StateError            the call is fine, the moment is not                         (HTTP 409)
-    │   └── BaseMismatch      a round builds on other weights than the worker serves
+    │   ├── BaseMismatch      a round builds on other weights than the worker serves
+    │   └── WeightsMoved      the trainer's tensors lie elsewhere than they did, in the same form
     ├── AuthError             missing or wrong token, ticket or key                       (HTTP 401)
     ├── Unsupported           a case nobody handles, with what to do instead              (HTTP 422)
     ├── ProtocolError         a message that is malformed, unknown or of another version
@@ -128,6 +129,12 @@ class BaseMismatch(StateError):
     """A worker serves other weights than the trainer believes, as after a roll-back that the trainer did not order."""
 
     default_hint = "Call publish() again: the engine is asked first what it serves"
+
+
+class WeightsMoved(StateError):
+    """The tensors of a source lie elsewhere than when the source was made, in the same form. ``publish()`` takes them up by itself."""
+
+    default_hint = "Call connect() to have the tensors taken up where they are"
 
 
 class AuthError(WeightcastError):
@@ -365,6 +372,7 @@ _BY_NAME = {
         PromptTooLong,
         StateError,
         BaseMismatch,
+        WeightsMoved,
         AuthError,
         Unsupported,
         ProtocolError,

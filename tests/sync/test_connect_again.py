@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -84,16 +85,18 @@ def wrapped(module: nn.Sequential) -> None:
 CHANGES: dict[str, tuple[Callable[[nn.Sequential], object], str]] = {
     "half": (lambda module: module.half(), "'0.weight', '0.bias', '1.weight' and 2 more"),
     "double": (lambda module: module.double(), "'0.weight'"),
-    "there and back": (lambda module: module.half().float(), "'0.weight'"),
-    "new data": (new_data, "'0.weight'"),
-    "one new data": (one_new_data, "'2.weight'"),
     "assigned": (assigned, "'steps' of the module was replaced"),
     "layer": (layer, "'0.weight' of the module was replaced"),
     "same layer": (same_layer, "'0.weight' of the module was replaced"),
     "tied": (tied, "'1.bias' of the module was replaced"),
-    "swapped": (swapped, "'2.weight'"),
     "wrapped": (wrapped, "'0.weight' is gone"),
-    "shared": (lambda module: module.share_memory(), "'0.weight'"),
+}
+MOVES: dict[str, Callable[[nn.Sequential], object]] = {
+    "there and back": lambda module: module.half().float(),
+    "new data": new_data,
+    "one new data": one_new_data,
+    "swapped": swapped,
+    "shared": lambda module: module.share_memory(),
 }
 
 
@@ -127,6 +130,42 @@ def test_a_module_that_is_another_one_is_published_after_connect(
         publisher.publish()
         kept = state(module)
     assert all(torch.equal(value, kept[key]) for key, value in module.state_dict().items())
+
+
+@pytest.mark.parametrize("mode", ["staged", "in_place"])
+@pytest.mark.parametrize("transport", ["shm", "tcp"])
+@pytest.mark.parametrize("name", MOVES)
+def test_a_module_whose_tensors_move_every_step_is_published_by_the_same_connection(
+    transport: str, mode: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Engines are set up anew with each move, and join once."""
+    engine, other = (LocalEngine(each, [DictModel(state(policy()))], mode=mode) for each in "ab")
+    inits: list[str] = []
+    init = LocalEngine.init
+
+    def counted(made: LocalEngine, *given: Any) -> None:
+        inits.append(made.name)
+        init(made, *given)
+
+    monkeypatch.setattr(LocalEngine, "init", counted)
+    module = policy()
+    try:
+        with Publisher(module, [engine, other], transport=transport, timeout_s=30) as publisher:
+            for number in range(1, 5):
+                randomise(module)
+                if number != 3:  # in one round they lie still
+                    MOVES[name](module)
+                expected = state(module)
+                report = publisher.publish()
+                assert (report.number, report.digests_match) == (number, True)
+                assert engine.models[0].holds(expected)
+                assert other.models[0].holds(expected)
+                assert all(torch.equal(value, expected[key]) for key, value in module.state_dict().items())
+            assert sorted(inits) == ["a", "b"]
+        assert all(torch.equal(value, expected[key]) for key, value in module.state_dict().items())
+    finally:
+        engine.stop()
+        other.stop()
 
 
 def test_what_changed_before_the_first_round_is_published_and_not_undone(engine: LocalEngine) -> None:
@@ -295,17 +334,18 @@ def renew_on_ranks(rank: int, size: int, folder: str) -> list[str]:
                             versions.append(publisher.publish().version)
                             tensors = whole()
                             assert all(engine.models[0].holds(tensors) for engine in engines)
-            # Only what rank 1 holds lies elsewhere.
+            # Shards that lie elsewhere, on one rank or on both, are taken up where they are.
             with Publisher(model, engines, process_group=dist.group.WORLD, transport="tcp", timeout_s=30) as publisher:
                 publisher.publish()
-                if rank == 1:
-                    model.double().float()
-                with pytest.raises(WeightcastError, match=r"since connect\(\)"):
-                    publisher.publish()
-                publisher.connect()
-                versions.append(publisher.publish().version)
-                tensors = whole()
-                assert all(engine.models[0].holds(tensors) for engine in engines)
+                for moving in ({1}, {0, 1}, {0}):
+                    if rank in moving:
+                        model.double().float()
+                    with torch.no_grad():
+                        for parameter in model.parameters():
+                            parameter.to_local().copy_(torch.randn(parameter.to_local().shape))
+                    versions.append(publisher.publish().version)
+                    tensors = whole()
+                    assert all(engine.models[0].holds(tensors) for engine in engines)
         finally:
             for engine in engines:
                 engine.stop()
@@ -331,4 +371,4 @@ def test_a_layer_that_came_and_went_beside_a_refused_connect_is_told(engine: Loc
 def test_every_rank_looks_at_its_part_anew(tmp_path: Path) -> None:
     told = run_ranks(renew_on_ranks, 2, str(tmp_path))
     assert told[0] == told[1]
-    assert len(set(told[0])) == 9
+    assert len(set(told[0])) == 11

@@ -99,8 +99,8 @@ def test_training_goes_on_after_the_parameters_moved(policy: Policy, engines: di
     optimizer.step()
 
 
-def move(policy: Policy) -> None:
-    policy.norm.weight.data = torch.randn(20)
+def half(policy: Policy) -> None:
+    policy.norm.weight.data = torch.randn(20).half()
 
 
 def replace(policy: Policy) -> None:
@@ -112,7 +112,7 @@ def replace(policy: Policy) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (move, "parameters of the module were moved since connect"),
+        (half, "parameters of the module were moved since connect"),
         (replace, r"'layers.1.weight' of the module was replaced by another tensor since connect"),
     ],
 )

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -14,9 +15,10 @@ from torch import distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from weightcast.errors import InvalidInput, StateError, Unsupported
+from weightcast.errors import InvalidInput, StateError, Unsupported, WeightsMoved
 from weightcast.sources import ModuleSource, SafetensorsSource, ShardedSource, Source, StateDictSource, make_source
 from weightcast.sources.base import wait_for_stream
+from weightcast.sources.shards import local_of
 
 
 @pytest.fixture(scope="module")
@@ -171,20 +173,68 @@ def test_a_plain_module_that_moved_is_refused() -> None:
         source.refresh()
 
 
-def test_only_memory_that_was_given_back_is_refused_before_it_is_read() -> None:
+def test_memory_that_was_left_or_given_back_is_refused_before_it_is_read() -> None:
     module = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
     source = make_source(module)
     source.fill()
     kept = module[1].weight.data
     module[1].weight.data = torch.randn(2, 5)
-    source.fill()
-    with pytest.raises(StateError, match="moved since connect"):
-        source.check()
+    for look in (source.fill, source.check):
+        with pytest.raises(WeightsMoved, match="moved since connect"):
+            look()
     module[1].weight.data = kept
     source.check()
     kept.untyped_storage().resize_(0)
     with pytest.raises(StateError, match="moved since connect"):
         source.fill()
+
+
+@pytest.mark.parametrize("is_sharded", [False, True])
+def test_tensors_that_moved_are_followed_in_the_same_layout(mesh: DeviceMesh, is_sharded: bool) -> None:
+    """Not where they are other ones, or one of them changed its form."""
+    module = sharded_module(mesh) if is_sharded else nn.Linear(4, 4)
+    source = make_source(module)
+    layout = source.layout
+    for _ in range(3):
+        module.double().float()
+        with torch.no_grad():
+            for value in module.parameters():
+                local_of(value).copy_(torch.randn(local_of(value).shape))
+        with pytest.raises(WeightsMoved):
+            source.refresh()
+        assert source.follow()
+        assert source.layout is layout
+        source.refresh()
+        found = published(source)
+        assert all(torch.equal(found[name], local_of(value)) for name, value in module.named_parameters())
+    module.double()
+    assert not _follows(source)
+    module.float()
+    module.bias = nn.Parameter(torch.randn(4))
+    with pytest.raises(StateError, match="'bias' of the module was replaced"):
+        source.follow()
+
+
+def test_what_is_let_go_of_is_free_and_followed_afterwards() -> None:
+    module, values = nn.Linear(4, 4), np.ones((4, 4), dtype=np.float32)
+    module.weight.data = torch.from_numpy(values)
+    source, watched = make_source(module), weakref.ref(values)
+    source.refresh()
+    del values
+    assert source.let_go()
+    assert watched() is not None
+    module.weight.data = torch.randn(4, 4)
+    assert watched() is None
+    assert source.follow()
+    source.refresh()
+    assert torch.equal(published(source)["weight"], module.weight)
+
+
+def _follows(source: Source) -> bool:
+    try:
+        return source.follow()
+    except StateError:
+        return False
 
 
 @pytest.mark.parametrize("is_sharded", [False, True])

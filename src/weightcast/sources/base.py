@@ -93,6 +93,15 @@ class Source(ABC):
         """Read a stream to its end and keep nothing; StateError where the source is none."""
         raise StateError("this rank publishes no stream", hint="Give every rank the same kind of source")
 
+    def follow(self) -> bool:
+        """Take up the user's tensors where they lie now, in a new ``memory`` of the same layout; quickly, as nothing is looked at but where
+        they lie. False where that cannot be: the source has to be made anew. Raises StateError as ``refresh`` does."""
+        return False
+
+    def let_go(self) -> bool:
+        """Refer to nothing of the user's memory until ``follow``. False where that cannot be: the source has to be closed."""
+        return False
+
     def check_form(self) -> None:  # noqa: B027 - a source may have nothing of the user's that can change its form
         """Raise StateError, as ``refresh`` does, when the user's tensors are no longer those that were there at connect. Writes nothing."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 
-from weightcast.errors import StateError
+from weightcast.errors import StateError, WeightsMoved
 from weightcast.layout.memory import Memory
 from weightcast.sources.base import Source
 from weightcast.transports.registry import registry
@@ -26,12 +26,16 @@ class Holder:
         Raises what making it raises, or StateError where the user gave the source itself; then the former one stays.
         """
         if self._is_let_go:
-            self.source = self._make()
+            if not self._follow_whatever_came():
+                self.source.close()
+                self.source = self._make()
             self._is_let_go = False
             return True
         try:
             self.source.check_form()
         except StateError as error:
+            if isinstance(error, WeightsMoved) and self._follow():
+                return True
             former, made = self.source, self._make()
             if made is former:
                 error.hint = "Give Publisher the module or mapping itself, of which it makes a source anew; or make a new Publisher"
@@ -41,6 +45,20 @@ class Holder:
             self.source = made if made.layout.is_streamed else self._make()
             return True
         return False
+
+    def _follow(self) -> bool:
+        """Have the source take up tensors of the user's that lie elsewhere."""
+        if not self.source.follow():
+            return False
+        self._release_adopted()  # what was made of the former memory
+        return True
+
+    def _follow_whatever_came(self) -> bool:
+        """``_follow`` of a source that was let go of: tensors may be other ones meanwhile."""
+        try:
+            return self._follow()
+        except StateError:
+            return False
 
     def adopt(self, transports: Collection[str]) -> bool:
         """Have these transports, too; True when the source's memory moved (its layout may have changed with it).
@@ -66,12 +84,18 @@ class Holder:
         """Refer to nothing of the user's memory, and have nothing beside it, until ``renew``. A stream keeps its windows, and the user's own
         source stays as it is."""
         if self._lets_go:
-            self.release()
+            if self.source.let_go():
+                self._release_adopted()
+            else:
+                self.release()
             self._is_let_go = True
 
     def release(self) -> None:
         """Close the source and give up what transports made of its memory; idempotent."""
         self.source.close()
+        self._release_adopted()
+
+    def _release_adopted(self) -> None:
         for name, memory in self._adopted.items():
             registry().get(name).release(memory)
         self._adopted.clear()

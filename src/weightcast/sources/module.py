@@ -11,7 +11,7 @@ from torch import nn
 
 from weightcast.errors import InvalidInput, StateError, Unsupported
 from weightcast.layout import Layout, Placement, is_padded
-from weightcast.layout.memory import Memory
+from weightcast.layout.memory import Memory, bytes_of
 from weightcast.manifest import Manifest, TensorSpec, align
 from weightcast.manifest.dtypes import dtype_of, name_of
 from weightcast.sources.base import Source, device_of, wait_for_stream
@@ -59,6 +59,7 @@ class ModuleSource(Source):
         bound = self._find_bound(numbers)
         self._refuse_strangers(tensors, numbers, {number for _, number in bound})
         self._values = [value for value, _ in bound]
+        self._offsets = list(map(torch.Tensor.storage_offset, self._values))
         self._tenants = Tenants(self._values, [number for _, number in bound])
         self._tree = Tree(module, self._values)
         self._starts: list[int] | None = None
@@ -175,6 +176,8 @@ class ModuleSource(Source):
         # This source keeps the storages alive, whatever became of the parameters; but one that was resized to nothing gave its
         # memory back.
         self._check_sizes()
+        if self._places.have_moved():
+            self.check()
         self._tenants.copy()
         wait_for_stream(self.device)
 
@@ -185,6 +188,31 @@ class ModuleSource(Source):
     def check_form(self) -> None:
         self._check_sizes()
         self.check()
+
+    def follow(self) -> bool:
+        """Where tensors that shared storages still do, as they did, and no arena has them: into that they have to move anew."""
+        self._tree.check()
+        sizes = self.layout.storage_nbytes
+        if self._starts is not None or any(not self._tenants.of(number) for number in range(len(sizes))):
+            return False
+        storages = [bytes_of(self._tenants.of(number)[0].detach()) for number in range(len(sizes))]
+        is_as_before = (
+            tuple(storage.numel() for storage in storages) == sizes
+            and all(storage.device == self.device for storage in storages)
+            and list(map(torch.Tensor.storage_offset, self._values)) == self._offsets
+            and all(self._tenants.share_storage(number) for number in range(len(sizes)))
+        )
+        if is_as_before:
+            self._places.check_form()
+            self.memory = Memory(storages)
+            self._note_places()
+        return is_as_before
+
+    def let_go(self) -> bool:
+        if self._starts is not None:
+            return False
+        self.memory, self._read, self._untyped, self._sizes = Memory(()), [], [], []
+        return True
 
     def _check_sizes(self) -> None:
         now = self._current_sizes()

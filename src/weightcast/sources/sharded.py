@@ -10,7 +10,7 @@ from torch import nn
 
 from weightcast.errors import InvalidInput
 from weightcast.layout import Layout, Placement, Region, contiguous_strides
-from weightcast.layout.memory import Memory
+from weightcast.layout.memory import Memory, bytes_of
 from weightcast.manifest import Manifest, TensorSpec, align
 from weightcast.manifest.dtypes import name_of
 from weightcast.sources.base import Source, device_of, wait_for_stream
@@ -98,6 +98,24 @@ class ShardedSource(Source):
     def check_form(self) -> None:
         self._current()
 
+    def follow(self) -> bool:
+        """Of a module whose tensors are read where they lie."""
+        if self._owners is None or self.is_copied:
+            return False
+        storages = self._owners.storages(self.device)
+        if storages is None:
+            return False
+        self._owners.follow()
+        self.memory = Memory(storages)
+        self._own = self.memory.storages
+        return True
+
+    def let_go(self) -> bool:
+        if self._owners is None or self.is_copied:
+            return False
+        self.memory, self._own = Memory(()), ()
+        return True
+
     def _current(self) -> list[torch.Tensor]:
         """The values that this rank holds now."""
         if self._owners is not None:
@@ -114,28 +132,62 @@ class ShardedSource(Source):
         wait_for_stream(self.device)
 
 
+_Form = tuple[torch.dtype, torch.Size, tuple[int, ...], int | torch.SymInt]
+
+
 class _Owners:
     """The module's own parameters and buffers in a memory. A state dict shows aliases of them, which stay where they are when
     ``.to()`` or FSDP moves the parameters."""
 
     def __init__(self, module: nn.Module, memory: Memory) -> None:
-        starts = {storage.untyped_storage().data_ptr() for storage in memory.storages if storage.numel()}
         self._plain: list[torch.Tensor] = []
         self._sharded: list[torch.Tensor] = []
+        numbers = {
+            storage.untyped_storage().data_ptr(): number
+            for number, storage in enumerate(memory.storages)
+            if storage.numel()
+        }
+        self._nbytes = [storage.numel() for storage in memory.storages]
         for value in [*module.parameters(), *module.buffers()]:
             local = local_of(value)
-            if local.numel() and local.untyped_storage().data_ptr() in starts:
+            if local.numel() and local.untyped_storage().data_ptr() in numbers:
                 (self._sharded if is_distributed(value) else self._plain).append(value)
         owned = [*self._plain, *self._sharded]
         self._tree = Tree(module, owned)
         self._names = self._tree.names_of(owned)
-        self._addresses = self._current_addresses()
+        self._numbers = [numbers[value.untyped_storage().data_ptr()] for value in self._locals()]
+        self._addresses, self._forms = self._current_addresses(), self._current_forms()
+
+    def _locals(self) -> list[torch.Tensor]:
+        return [*self._plain, *map(shard_of, self._sharded)]
 
     def _current_addresses(self) -> list[int]:
-        return list(map(torch.Tensor.data_ptr, [*self._plain, *map(shard_of, self._sharded)]))
+        return list(map(torch.Tensor.data_ptr, self._locals()))
+
+    def _current_forms(self) -> list[_Form]:
+        return [(value.dtype, value.shape, value.stride(), value.storage_offset()) for value in self._locals()]
+
+    def storages(self, device: torch.device) -> list[torch.Tensor] | None:
+        """The storages where they are now; None where they are not as before: on the device, as large, and as much shared."""
+        found: dict[int, torch.Tensor] = {}
+        self._tree.check()
+        if self._current_forms() != self._forms:
+            return None
+        for number, value in zip(self._numbers, self._locals(), strict=True):
+            flat = bytes_of(value.detach())
+            if flat.data_ptr() != found.setdefault(number, flat).data_ptr():
+                return None
+        empty = torch.empty(0, dtype=torch.uint8, device=device)
+        storages = [found.get(number, empty) for number in range(len(self._nbytes))]
+        is_as_before = [storage.numel() for storage in storages] == self._nbytes
+        return storages if is_as_before and all(storage.device == device for storage in storages) else None
+
+    def follow(self) -> None:
+        """Where they are now is what later checks compare with."""
+        self._addresses = self._current_addresses()
 
     def check(self) -> None:
-        """Raise StateError when one of them was moved or replaced.
+        """Raise WeightsMoved when one of them was moved, StateError when it was replaced or has another form.
 
         FSDP puts gathered plain tensors in the place of shards for as long as it computes; the shards stay what they are.
         """
@@ -143,7 +195,8 @@ class _Owners:
         now = self._current_addresses()
         if now != self._addresses:
             pairs = zip(self._names, now, self._addresses, strict=True)
-            raise moved_error([name for name, address, then in pairs if address != then])
+            names = [name for name, address, then in pairs if address != then]
+            raise moved_error(names, keeps_form=self._current_forms() == self._forms)
 
 
 def _is_held(part: Part) -> bool:

@@ -31,6 +31,10 @@ class Tenants:
         """The module's tensors in a storage."""
         return self._groups.get(number, ())
 
+    def share_storage(self, number: int) -> bool:
+        """Whether the module's tensors that were in one storage still are."""
+        return len({value.untyped_storage().data_ptr() for value in self._groups[number]}) == 1
+
     def move_into(self, arena: torch.Tensor, starts: Sequence[int], *, references: int) -> None:
         """Continue in an arena that holds the same bytes, storage i from byte ``starts[i]`` on.
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from weightcast.errors import StateError
+from weightcast.errors import StateError, WeightsMoved
 from weightcast.sources.shards import is_distributed, local_of
 
 AGAIN_HINT = "Call connect() to publish the module as it is now"
@@ -104,20 +104,31 @@ class Places:
     def _current_strides(self) -> list[tuple[int, ...]]:
         return list(map(torch.Tensor.stride, self._strided))
 
+    def check_form(self) -> None:
+        """Raise StateError that names a tensor whose element type, size or strides are other ones, wherever the tensor lies."""
+        if self._current()[1:] != self._then[1:] or self._current_strides() != self._strides:
+            self.check()
+
+    def have_moved(self) -> bool:
+        """Whether a tensor lies elsewhere. This is the quick half of ``check``."""
+        return list(map(torch.Tensor.data_ptr, self._values)) != self._then[0]
+
     def check(self) -> None:
-        """Raise StateError that names what does not lie where it lay."""
+        """Raise WeightsMoved that names what does not lie where it lay, or StateError where its form is another one, too."""
         now, strides = self._current(), self._current_strides()
         if now != self._then:
             pairs = zip(zip(*self._then, strict=True), zip(*now, strict=True), strict=True)
-            raise moved_error([name for name, (then, value) in zip(self._names, pairs, strict=True) if then != value])
+            names = [name for name, (then, value) in zip(self._names, pairs, strict=True) if then != value]
+            raise moved_error(names, keeps_form=now[1:] == self._then[1:] and strides == self._strides)
         if strides != self._strides:
             turned = map(operator.ne, self._strides, strides)
             raise moved_error(list(compress(self._strided_names, turned)))
 
 
-def moved_error(names: Sequence[str]) -> StateError:
+def moved_error(names: Sequence[str], *, keeps_form: bool = False) -> StateError:
     """The error about parameters that were moved, or changed form."""
-    return StateError(f"parameters of the module were moved since connect(): {named(names)}", hint=AGAIN_HINT)
+    kind = WeightsMoved if keeps_form else StateError
+    return kind(f"parameters of the module were moved since connect(): {named(names)}", hint=AGAIN_HINT)
 
 
 def named(names: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ from weightcast.control.coordinator import Coordinator
 from weightcast.control.link import JoinInfo
 from weightcast.deadline import Deadline
 from weightcast.digest.versions import version_name, version_number
-from weightcast.errors import BaseMismatch, RoundFailed, StateError, Unsupported, WeightcastError
+from weightcast.errors import BaseMismatch, RoundFailed, StateError, Unsupported, WeightcastError, WeightsMoved
 from weightcast.manifest.dtypes import name_of
 from weightcast.manifest.names import shown
 from weightcast.report.model import Report
@@ -244,7 +244,7 @@ class FirstRank:
         elif self._colocated.has_let_go:
             self._renew_where_let_go(deadline)
         elif any(engine.broken for engine in self._fleet.engines):
-            self._source.check_form()  # or an engine is told of a form that the source has no more
+            self._follow(self._source.check_form, deadline)  # or an engine is told of what the source has no more
         timeline = Timeline(self._fleet.progress)
         asleep: dict[str, WeightcastError] = {}
         if waking is not None:
@@ -253,22 +253,13 @@ class FirstRank:
         asked = {engine.name for engine in self._fleet.engines if engine.version == UNKNOWN}
         with timeline.phase("gather"):
             absent = asleep | self._bring_up(asleep, deadline)
-            if self._presence.is_too_little(absent):
-                self.records.keep_unconnected(absent)
-                raise (
-                    not_connected(self._fleet, self.next_number(), absent)
-                    if self._was_connected
-                    else join_error(absent)
-                )
+            self._refuse_too_little(absent)
             self._note_connected()
-            check = _nothing
-            if self._source.layout.is_streamed:
-                pass  # the round reads it
-            elif self._ranks.alone:
-                self._source.fill()
-                check = self._source.check
-            else:
-                self._ranks.refresh(deadline)
+            if self._follow(lambda: self._gather(deadline), deadline):
+                absent = asleep | self._bring_up(asleep, deadline)
+                self._refuse_too_little(absent)
+                self._gather(deadline)
+            check = self._source.check if self._ranks.alone and not self._source.layout.is_streamed else _nothing
         engines = [engine for engine in self._fleet.engines if engine.name not in absent]
         counted = self._non_finite(deadline, timeline) if self._settings.check_finite else None
         try:
@@ -283,6 +274,33 @@ class FirstRank:
         return self._round(
             engines, self.next_number(), deadline, Timeline(self._fleet.progress), absent, check, counted
         )
+
+    def _follow(self, look: Callable[[], None], deadline: Deadline) -> bool:
+        """``look`` at the source; where its tensors have moved, take them up where they are. Whether that was so: engines then have to be
+        set up again, and keep their place in the fleet."""
+        try:
+            look()
+        except WeightsMoved:
+            self._renew(deadline)
+            return True
+        return False
+
+    def _gather(self, deadline: Deadline) -> None:
+        """Have all ranks hold the values to publish; a stream is read by the round."""
+        if self._source.layout.is_streamed:
+            return
+        if self._ranks.alone:
+            self._source.fill()
+        else:
+            self._ranks.refresh(deadline)
+
+    def _refuse_too_little(self, absent: dict[str, WeightcastError]) -> None:
+        """Raise where the fleet cannot go on without engines that are absent."""
+        if self._presence.is_too_little(absent):
+            self.records.keep_unconnected(absent)
+            if self._was_connected:
+                raise not_connected(self._fleet, self.next_number(), absent)
+            raise join_error(absent)
 
     def _non_finite(self, deadline: Deadline, timeline: Timeline) -> dict[str, int]:
         """How many published values are NaN or infinite, by tensor; a StateError where such values are refused."""
