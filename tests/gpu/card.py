@@ -48,9 +48,10 @@ def in_use(card: int = 0) -> int:
 
 
 def until_in_use_is_below(*nbytes: int, cards: Sequence[int] = (0,)) -> None:
-    """Wait until each card has less in use than its number says."""
+    """Wait until each card has less in use than its number says, beside what torch keeps in this process."""
     end = time.monotonic() + RETURNED_WITHIN_S
     while True:
+        torch.cuda.empty_cache()
         too_many = [in_use(card) - most for card, most in zip(cards, nbytes, strict=True)]
         if all(more < 0 for more in too_many):
             return
