@@ -15,7 +15,6 @@ from peft import (
     IA3Config,
     LoHaConfig,
     LoKrConfig,
-    LoraConfig,
     OFTConfig,
     PeftConfig,
     PromptTuningConfig,
@@ -23,7 +22,8 @@ from peft import (
     get_peft_model,
     inject_adapter_in_model,
 )
-from tiny_modules import ARCHS, COMMON, new_model, saved
+from tiny_adapters import LINEAR, base, learn, lora, merged, scatter
+from tiny_modules import new_model, saved
 from torch import nn
 
 from weightcast import Publisher
@@ -31,41 +31,10 @@ from weightcast.errors import StateError, Unsupported
 from weightcast.sources import MergedSource, Source, make_source
 from weightcast.testing.local_engine import DictModel, LocalEngine
 
-ARCHS.update(qwen3={"head_dim": 8}, gpt2={}, qwen3_tied={"head_dim": 8})
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning:peft"),
 ]
-LINEAR = ["q_proj", "v_proj", "down_proj"]
-
-
-def base(arch: str = "qwen3", dtype: torch.dtype = torch.float32) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    if arch == "gpt2":
-        config = AutoConfig.for_model("gpt2", vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64)
-    else:
-        tied = {"tie_word_embeddings": arch.endswith("_tied")}
-        config = AutoConfig.for_model(arch.removesuffix("_tied"), **{**COMMON, **ARCHS[arch], **tied})
-    return AutoModelForCausalLM.from_config(config).to(dtype)
-
-
-def lora(**options: Any) -> LoraConfig:
-    return LoraConfig(**{"r": 4, "lora_alpha": 7, "target_modules": LINEAR, **options})
-
-
-@torch.no_grad()
-def scatter(model: nn.Module) -> None:
-    """Fresh random values for everything that floats, as an optimizer would leave them in place."""
-    for value in dict.fromkeys([*model.parameters(), *model.buffers()]):
-        if value.is_floating_point():
-            value.copy_(torch.randn(value.shape) / 3)
-
-
-def merged(model: Any) -> dict[str, torch.Tensor]:
-    """What PEFT itself makes of a copy, under the names that a checkpoint has, tied ones under each."""
-    whole = copy.deepcopy(model).merge_and_unload()
-    return {name: value.detach().clone() for name, value in whole.state_dict().items()}
 
 
 def published(source: Source) -> dict[str, torch.Tensor]:
@@ -178,14 +147,6 @@ def test_adapters_of_fused_experts_are_published_as_the_checkpoint(arch: str, tm
 
 def served(engine: LocalEngine) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in engine.models[0].parameters().items()}
-
-
-def learn(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """One real step on random tokens."""
-    tokens = torch.randint(64, (2, 8))
-    optimizer.zero_grad()
-    model(input_ids=tokens, labels=tokens).loss.backward()
-    optimizer.step()
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ from weightcast.errors import StateError, Unsupported, WeightcastError
 
 MERGE_HINT = "Publish what merge_and_unload() returns, or the state dict of it, where PEFT can merge this kind"
 _CONTAINERS = (dict, list, set)
+Seen = Callable[[nn.Module, str, nn.Parameter], nn.Parameter]
+"""A parameter as merging is to see it, by the module that has it and its name there."""
 
 
 def _kind(module: str, name: str) -> Any:
@@ -138,14 +140,31 @@ def _layers(adapter: Any) -> list[Any]:
     return layers
 
 
+def is_elementwise(adapter: nn.Module) -> bool:
+    """Whether a merged weight is a sum of the base weight and what does not depend on base weights."""
+    kinds = [_kind("peft.tuners.lora.layer", name) for name in ("Linear", "Embedding", "ParamWrapper")]
+    known = tuple(kind for kind in kinds if kind is not None)
+    return all(isinstance(layer, known) and not layer.lora_variant for layer in _layers(adapter))
+
+
+def said_of(adapter: nn.Module) -> str:
+    """What decides how an adapter is merged; ranks that merge together have to agree in it."""
+    said: list[Any] = []
+    for layer in _layers(adapter):
+        scaling = getattr(layer, "scaling", None)
+        said.append((type(layer), layer.disable_adapters, layer.merged_adapters, layer.active_adapters, scaling))
+    return repr(said)
+
+
 @torch.no_grad()
-def merge(adapter: nn.Module, name: str, values: Mapping[str, torch.Tensor]) -> None:
+def merge(adapter: nn.Module, name: str, values: Mapping[str, torch.Tensor], seen: Seen) -> None:
     """Make of base weights, which lie in ``values`` by their names in the base layer, the weights that the adapter computes with now.
 
-    Adapters that were merged are in the base weights; adapters that are disabled or not active are left out.
+    Adapters that were merged are in the base weights; adapters that are disabled or not active are left out. ``seen`` gives the
+    parameters of the adapter.
     """
     held = {key: nn.Parameter(value, requires_grad=False) for key, value in values.items()}
-    alike = likeness(adapter, base_of(adapter), held)
+    alike = likeness(adapter, base_of(adapter), held, seen)
     try:
         with torch.autocast(next(iter(values.values())).device.type, enabled=False):
             for layer in _layers(alike):
@@ -167,15 +186,18 @@ def merge(adapter: nn.Module, name: str, values: Mapping[str, torch.Tensor]) -> 
             value.copy_(made)
 
 
-def likeness(module: nn.Module, base: nn.Module, held: Mapping[str, nn.Parameter]) -> nn.Module:
-    """A module with the same tensors and attributes, in which ``base`` has the parameters ``held``. What is set in it, or put into a
-    dict or list of it, is not seen by the module."""
+def likeness(module: nn.Module, base: nn.Module, held: Mapping[str, nn.Parameter], seen: Seen) -> nn.Module:
+    """A module with the same attributes, in which ``base`` has the parameters ``held``, and other parts those that ``seen`` gives.
+    What is set in it, or put into a dict or list of it, is not seen by the module."""
     alike = bare(module)
     if module is base:
         alike.__dict__["_parameters"] = {**module._parameters, **held}
-    else:
-        parts = module._modules.items()
-        alike.__dict__["_modules"] = {key: None if part is None else likeness(part, base, held) for key, part in parts}
+        return alike
+    values, parts = module._parameters.items(), module._modules.items()
+    alike.__dict__["_parameters"] = {key: None if value is None else seen(module, key, value) for key, value in values}
+    alike.__dict__["_modules"] = {
+        key: None if part is None else likeness(part, base, held, seen) for key, part in parts
+    }
     return alike
 
 

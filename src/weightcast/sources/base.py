@@ -31,6 +31,8 @@ class Source(ABC):
     device: torch.device
     dtype: torch.dtype | None = None
     """The type in which floating-point tensors are published; None: each tensor is published in its own type."""
+    deadline: Deadline | None = None
+    """That of the call that runs, for sources that wait for other ranks in ``fill`` and ``refresh``."""
     is_copied = False
     """Whether the user's tensors lie elsewhere, so that ``refresh`` copies their values into ``memory``."""
 

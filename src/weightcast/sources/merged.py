@@ -10,18 +10,36 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
 
-from weightcast.errors import StateError
+from weightcast.deadline import Deadline
+from weightcast.errors import StateError, WeightcastError
+from weightcast.layout import contiguous_strides
 from weightcast.layout.memory import Memory
 from weightcast.sources.absent import refuse_absent
-from weightcast.sources.adapters import bare, base_of, has_adapters, inside, is_adapter, is_chooser, merge, targets_of
+from weightcast.sources.adapters import (
+    bare,
+    base_of,
+    has_adapters,
+    inside,
+    is_adapter,
+    is_chooser,
+    is_elementwise,
+    merge,
+    said_of,
+    targets_of,
+)
 from weightcast.sources.base import Source, wait_for_stream
+from weightcast.sources.gathered import ALIKE_HINT, OTHERS_DIFFER, all_agree, whole_of
+from weightcast.sources.shards import is_distributed, local_of, part_of
 from weightcast.sources.tree import AGAIN_HINT, Entries, moved_error
 from weightcast.sources.wrappers import unwrapped
+
+GATHER_S = 60.0
+"""How long ranks wait for each other where no call's deadline is known."""
 
 
 class _Place(NamedTuple):
@@ -38,9 +56,12 @@ class Twin:
 
     def __init__(self, given: nn.Module) -> None:
         refuse_absent(dict(given.named_parameters()))
+        if any(kind.__name__ == "FSDPModule" for part in given.modules() for kind in type(part).__mro__):
+            given.state_dict()  # shards are in their places then, and not what was gathered of them
         self._given = given
         self._entries = Entries(given)
-        self._places = list(_places(given))
+        self._shards = _shards(given)
+        self._places = self._current_places()
         self._choosers = [part for part in given.modules() if is_chooser(part)]
         self._choices = self._current_choices()
         self._own: dict[int, nn.Parameter] = {}
@@ -50,13 +71,12 @@ class Twin:
             for value in place.targets.values():
                 self._note(value)
         self._kinds = self._current_kinds()
-        self.nbytes = sum(value.numel() * value.element_size() for value in self._own.values())
+        self.nbytes = sum(local_of(value).numel() * value.element_size() for value in self._own.values())
         self.module = self._made(given, "", {})
 
     def _note(self, value: nn.Parameter) -> None:
         if id(value) not in self._own:
-            empty = torch.empty(value.shape, dtype=value.dtype, device=value.device)
-            self._own[id(value)] = nn.Parameter(empty, requires_grad=False)
+            self._own[id(value)] = nn.Parameter(_empty_like(value), requires_grad=False)
             self._theirs.append(value)
 
     def _made(self, module: nn.Module, name: str, known: dict[int, nn.Module]) -> nn.Module:
@@ -82,6 +102,26 @@ class Twin:
     def _current_choices(self) -> list[nn.Module]:
         return [inside(part, "") for part in self._choosers]
 
+    @property
+    def shard(self) -> torch.Tensor | None:
+        """Any of the shards that merging gathers, where ranks merge together."""
+        return next(filter(is_distributed, self._theirs), None)
+
+    def said(self) -> bytes:
+        """What ranks that merge together have to agree in."""
+        told = [(p.name, said_of(p.adapter)) for p in self._places if p.adapter is not None]
+        return repr(told).encode()
+
+    def _current_places(self) -> list[_Place]:
+        """The places, with shards where FSDP has put what was gathered of them for as long as it computes."""
+        return [
+            place._replace(targets={key: self._shard(place.module, key, value) for key, value in place.targets.items()})
+            for place in _places(self._given)
+        ]
+
+    def _shard(self, module: nn.Module, key: str, value: nn.Parameter) -> nn.Parameter:
+        return value if is_distributed(value) else self._shards.get((id(module), key), value)
+
     def _current_kinds(self) -> list[tuple[torch.dtype, torch.Size, torch.device]]:
         return [(value.dtype, value.shape, value.device) for value in self._theirs]
 
@@ -95,7 +135,9 @@ class Twin:
             )
         if self._entries.are_as_remembered() and all(map(operator.is_, self._current_choices(), self._choices)):
             return
-        for then, now in _pairs(self._places, list(_places(self._given))):
+        self._shards |= _shards(self._given)
+        places = self._current_places()
+        for then, now in _pairs(self._places, places):
             if now is None or then is None or now.name != then.name or now.module is not then.module:
                 name = (then or now).name  # type: ignore[union-attr]
                 raise StateError(f"another module computes at {name!r} than at connect()", hint=AGAIN_HINT)
@@ -105,20 +147,29 @@ class Twin:
             for key, value in now.targets.items():
                 if then.targets.get(key) is not value:
                     raise StateError(f"{_join(then.name, key)!r} was replaced since connect()", hint=AGAIN_HINT)
-        self._places = list(_places(self._given))
+        self._places = places
         self._choosers = [part for part in self._given.modules() if is_chooser(part)]
         self._choices = self._current_choices()
         self._entries = Entries(self._given)
 
     @torch.no_grad()
-    def merge(self) -> None:
-        """Have our parameters hold what the adapters compute with now."""
+    def merge(self, deadline: Deadline) -> None:
+        """Have our parameters hold what the adapters compute with now. Collective where there is a ``shard``."""
         if self._own:
-            torch._foreach_copy_(tuple(self._own.values()), tuple(self._theirs))
+            torch._foreach_copy_(tuple(map(local_of, self._own.values())), tuple(map(local_of, self._theirs)))
+
+        def seen(module: nn.Module, key: str, value: nn.Parameter) -> nn.Parameter:
+            value = self._shard(module, key, value)
+            return nn.Parameter(whole_of(value, deadline), requires_grad=False) if is_distributed(value) else value
+
         for place in self._places:
             if place.adapter is not None:
-                weights = {key: self._own[id(value)].detach() for key, value in place.targets.items()}
-                merge(place.adapter, place.name, weights)
+                ours = {key: self._own[id(value)].detach() for key, value in place.targets.items()}
+                weights = {key: _whole(value, place.adapter, deadline) for key, value in ours.items()}
+                merge(place.adapter, place.name, weights, seen)
+                for key, value in ours.items():
+                    if is_distributed(value):
+                        local_of(value).copy_(_box(value, weights[key]))
 
 
 class MergedSource(Source):
@@ -152,10 +203,28 @@ class MergedSource(Source):
         self.check()
 
     def fill(self) -> None:
-        self._twin.check()
-        self._twin.merge()
+        deadline = self.deadline or Deadline(GATHER_S)
+        if self._twin.shard is None:
+            self._twin.check()
+        else:
+            self._agree(self._twin.shard, deadline)
+        self._twin.merge(deadline)
         self._inner.fill()
         wait_for_stream(self.device)
+
+    def _agree(self, shard: torch.Tensor, deadline: Deadline) -> None:
+        """Raise StateError on all ranks where one of them cannot merge with the others."""
+        failure, said = None, None
+        try:
+            self._twin.check()
+            said = self._twin.said()
+        except WeightcastError as error:
+            failure = error
+        agreed = all_agree(shard, said, deadline)
+        if failure is not None:
+            raise failure
+        if not agreed:
+            raise StateError(OTHERS_DIFFER, hint=ALIKE_HINT)
 
     def check(self) -> None:
         self._twin.check()
@@ -168,6 +237,50 @@ class MergedSource(Source):
     def close(self) -> None:
         self._inner.close()
         super().close()
+
+
+def _shards(module: nn.Module) -> dict[tuple[int, str], nn.Parameter]:
+    """DTensors by the module that has them, and their names there."""
+    return {
+        (id(part), key): value
+        for part in module.modules()
+        for key, value in part._parameters.items()
+        if value is not None and is_distributed(value)
+    }
+
+
+def _empty_like(value: torch.Tensor) -> torch.Tensor:
+    """Memory for a tensor, or for this rank's part of one."""
+    if not is_distributed(value):
+        return torch.empty(value.shape, dtype=value.dtype, device=value.device)
+    from torch.distributed.tensor import DTensor
+
+    local, given = local_of(value), cast("DTensor", value)
+    empty = torch.empty(local.shape, dtype=local.dtype, device=local.device)
+    strides = contiguous_strides(tuple(value.shape))
+    return DTensor.from_local(
+        empty, given.device_mesh, given.placements, run_check=False, shape=value.shape, stride=strides
+    )
+
+
+def _whole(value: torch.Tensor, adapter: nn.Module, deadline: Deadline) -> torch.Tensor:
+    """A base weight as merging needs it: values of other ranks are gathered where the merged ones depend on them."""
+    if not is_distributed(value):
+        return value
+    if not is_elementwise(adapter):
+        return whole_of(value, deadline)
+    local = local_of(value)
+    whole = torch.zeros(value.shape, dtype=value.dtype, device=local.device)
+    _box(value, whole).copy_(local)
+    return whole
+
+
+def _box(value: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+    """Where this rank's part of a tensor lies in the whole."""
+    part = part_of("", value)
+    for dim, (start, size) in enumerate(zip(part.offsets, part.values.shape, strict=True)):
+        whole = whole.narrow(dim, min(start, whole.shape[dim]), size)
+    return whole
 
 
 def merged_twin(module: nn.Module) -> Twin | None:

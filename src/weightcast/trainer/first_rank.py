@@ -290,6 +290,7 @@ class FirstRank:
         if self._source.layout.is_streamed:
             return
         if self._ranks.alone:
+            self._source.deadline = deadline
             self._source.fill()
         else:
             self._ranks.refresh(deadline)

@@ -27,6 +27,7 @@ from weightcast.messages import Failed, Offer, RankAnswer, RankOrder
 from weightcast.plan import Plan
 from weightcast.report.model import Report
 from weightcast.sources.base import Source
+from weightcast.sources.gathered import OTHERS_DIFFER
 from weightcast.sources.holder import Holder
 from weightcast.trainer.ranks.coverage import check_complete
 from weightcast.trainer.ranks.orders import (
@@ -302,10 +303,23 @@ class Ranks:
 
     def refresh(self, deadline: Deadline) -> None:
         """Have all ranks, this one too, hold the values to publish now."""
-        posted = {rank: self.post(member, Refresh()) for rank, member in self._members.items()}
-        self._source.refresh()
+        order = Refresh(timeout_s=deadline.limit_s())
+        posted = {rank: self.post(member, order) for rank, member in self._members.items()}
+        failure: WeightcastError | None = None
+        try:
+            self._source.deadline = deadline
+            self._source.refresh()
+        except WeightcastError as error:
+            failure = error
         for rank, number in posted.items():
-            self.hear(rank, number, deadline, phase="gather")
+            try:
+                self.hear(rank, number, deadline, phase="gather")
+            except WeightcastError as error:
+                # What keeps a rank from going on is told rather than that others could not go on without it.
+                if failure is None or failure.message == OTHERS_DIFFER:
+                    failure = error
+        if failure is not None:
+            raise failure
 
     def exhaust(self) -> Callable[[Deadline], None]:
         """Have all other ranks read their streams to the end, beside this one; the call that is returned waits for them."""

@@ -89,6 +89,8 @@ class Send(Order, frozen=True, kw_only=True, tag="send"):
 class Refresh(Order, frozen=True, kw_only=True, tag="refresh"):
     """Make your memory hold the values to publish now."""
 
+    timeout_s: float
+
 
 class Exhaust(Order, frozen=True, kw_only=True, tag="exhaust"):
     """Read the stream that you publish to its end and keep nothing: rank 0 reads its own, and gathers with you."""

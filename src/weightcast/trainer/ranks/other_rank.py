@@ -285,6 +285,7 @@ class OtherRank:
             case Pair():
                 return Answer(offers=self._open(order))
             case Refresh():
+                self._source.deadline = Deadline(order.timeout_s)
                 self._source.refresh()
             case Exhaust():
                 self._source.exhaust()
