@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,33 +22,19 @@ from peft import (
     get_peft_model,
     inject_adapter_in_model,
 )
-from tiny_adapters import LINEAR, base, learn, lora, merged, scatter
+from tiny_adapters import LINEAR, assert_same, base, learn, lora, merged, published, scatter
 from tiny_modules import new_model, saved
 from torch import nn
 
 from weightcast import Publisher
 from weightcast.errors import StateError, Unsupported
-from weightcast.sources import MergedSource, Source, make_source
+from weightcast.sources import MergedSource, make_source
 from weightcast.testing.local_engine import DictModel, LocalEngine
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning:peft"),
 ]
-
-
-def published(source: Source) -> dict[str, torch.Tensor]:
-    memory = source.memory
-    return {
-        p.region.name: memory.view(p.storage, p.dtype, p.offset, p.region.sizes, p.strides).clone()
-        for p in source.layout.placements
-    }
-
-
-def assert_same(found: Mapping[str, torch.Tensor], truth: Mapping[str, torch.Tensor]) -> None:
-    assert found.keys() == truth.keys()
-    different = [name for name, value in truth.items() if not torch.equal(found[name], value)]
-    assert not different
 
 
 class Untouched:

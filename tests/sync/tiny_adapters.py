@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from peft import LoraConfig
 from tiny_modules import ARCHS, COMMON
 from torch import nn
+
+from weightcast.sources import Source
 
 ARCHS.update(qwen3={"head_dim": 8}, gpt2={}, qwen3_tied={"head_dim": 8})
 LINEAR = ["q_proj", "v_proj", "down_proj"]
@@ -49,3 +52,18 @@ def learn(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad()
     model(input_ids=tokens, labels=tokens).loss.backward()
     optimizer.step()
+
+
+def published(source: Source) -> dict[str, torch.Tensor]:
+    """What a source has in its memory, tensor by tensor."""
+    memory = source.memory
+    return {
+        p.region.name: memory.view(p.storage, p.dtype, p.offset, p.region.sizes, p.strides).clone()
+        for p in source.layout.placements
+    }
+
+
+def assert_same(found: Mapping[str, torch.Tensor], truth: Mapping[str, torch.Tensor]) -> None:
+    assert found.keys() == truth.keys()
+    different = [name for name, value in truth.items() if not torch.equal(found[name], value)]
+    assert not different

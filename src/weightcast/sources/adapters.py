@@ -15,8 +15,11 @@ import torch
 from torch import nn
 
 from weightcast.errors import StateError, Unsupported, WeightcastError
+from weightcast.sources.quantised import is_quantised, refuse_unknown
 
 MERGE_HINT = "Publish what merge_and_unload() returns, or the state dict of it, where PEFT can merge this kind"
+_PLAIN_FORMS = ("peft.tuners.lora.bnb", "peft.tuners.lora.layer")
+"""Where the layers are that merge into weights which are not quantised as their plain kind does."""
 _CONTAINERS = (dict, list, set)
 Seen = Callable[[nn.Module, str, nn.Parameter], nn.Parameter]
 """A parameter as merging is to see it, by the module that has it and its name there."""
@@ -121,8 +124,13 @@ def targets_of(adapter: Any, name: str) -> dict[str, nn.Parameter]:
         wanted = {layer.parameter_name for layer in _layers(adapter)}
         parameters = {key: parameters[key] for key in parameters if key in wanted}
     targets = {key: value for key, value in parameters.items() if value is not None}
+    is_packed = is_quantised(base_of(adapter))
+    if is_packed and type(adapter).__module__ not in _PLAIN_FORMS:
+        raise Unsupported(f"{name!r} is a {type(adapter).__name__} of PEFT around a quantised layer", hint=MERGE_HINT)
     for key, value in targets.items():
-        if not value.is_floating_point() or value.layout is not torch.strided or value.element_size() < 2:
+        if is_packed and key == "weight":
+            refuse_unknown(base_of(adapter), name)
+        elif not value.is_floating_point() or value.layout is not torch.strided or value.element_size() < 2:
             raise Unsupported(
                 f"{name}.{key} is quantised ({type(value).__name__}, {value.dtype}), and is not dequantised here",
                 hint=MERGE_HINT,
@@ -189,7 +197,7 @@ def merge(adapter: nn.Module, name: str, values: Mapping[str, torch.Tensor], see
 def likeness(module: nn.Module, base: nn.Module, held: Mapping[str, nn.Parameter], seen: Seen) -> nn.Module:
     """A module with the same attributes, in which ``base`` has the parameters ``held``, and other parts those that ``seen`` gives.
     What is set in it, or put into a dict or list of it, is not seen by the module."""
-    alike = bare(module)
+    alike = bare(module, _plain_kind(module))
     if module is base:
         alike.__dict__["_parameters"] = {**module._parameters, **held}
         return alike
@@ -201,9 +209,18 @@ def likeness(module: nn.Module, base: nn.Module, held: Mapping[str, nn.Parameter
     return alike
 
 
-def bare(module: nn.Module) -> nn.Module:
-    """A module of the same class with the same parts and attributes, and dicts and lists of its own."""
-    alike: nn.Module = object.__new__(type(module))
+def _plain_kind(module: nn.Module) -> type[nn.Module]:
+    """The class of a module, or of what it would be around weights that are not quantised."""
+    if is_quantised(module):
+        return nn.Linear
+    if type(module).__module__ == "peft.tuners.lora.bnb":
+        return _kind("peft.tuners.lora.layer", "Linear")  # type: ignore[no-any-return]
+    return type(module)
+
+
+def bare(module: nn.Module, kind: type[nn.Module] | None = None) -> nn.Module:
+    """A module of the same class, or of another, with the same parts and attributes, and dicts and lists of its own."""
+    alike: nn.Module = object.__new__(kind or type(module))
     for key, value in module.__dict__.items():
         alike.__dict__[key] = copy.copy(value) if type(value) in _CONTAINERS else value
     return alike

@@ -3,14 +3,15 @@
 twin       a tree of modules as merge_and_unload() would return it: modules without adapters are the user's own, base layers of
            adapters have parameters of ours, and what lies between a root and these is made anew
 inner      any source of a module, of the twin
-a round    base weights are copied into our parameters, and each adapter is merged into them (see adapters)
+    a round    base weights are copied into our parameters, and each adapter is merged into them (see adapters); where adapted layers are
+               sharded, all ranks gather what merging needs (see gathered)
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -34,6 +35,7 @@ from weightcast.sources.adapters import (
 )
 from weightcast.sources.base import Source, wait_for_stream
 from weightcast.sources.gathered import ALIKE_HINT, OTHERS_DIFFER, all_agree, whole_of
+from weightcast.sources.quantised import dequantised, is_quantised, refuse_unknown
 from weightcast.sources.shards import is_distributed, local_of, part_of
 from weightcast.sources.tree import AGAIN_HINT, Entries, moved_error
 from weightcast.sources.wrappers import unwrapped
@@ -67,17 +69,23 @@ class Twin:
         self._own: dict[int, nn.Parameter] = {}
         """Our parameters, by the id of the user's."""
         self._theirs: list[nn.Parameter] = []
+        self._packed: dict[int, nn.Module] = {}
+        """Layers whose weights are quantised, by the ids of these."""
         for place in self._places:
-            for value in place.targets.values():
-                self._note(value)
+            for key, value in place.targets.items():
+                self._note(place.module, key, value)
         self._kinds = self._current_kinds()
         self.nbytes = sum(local_of(value).numel() * value.element_size() for value in self._own.values())
         self.module = self._made(given, "", {})
 
-    def _note(self, value: nn.Parameter) -> None:
+    def _note(self, module: nn.Module, key: str, value: nn.Parameter) -> None:
         if id(value) not in self._own:
-            self._own[id(value)] = nn.Parameter(_empty_like(value), requires_grad=False)
+            is_packed = key == "weight" and is_quantised(module)
+            empty = torch.empty_like(dequantised(module)) if is_packed else _empty_like(value)
+            self._own[id(value)] = nn.Parameter(empty, requires_grad=False)
             self._theirs.append(value)
+            if is_packed:
+                self._packed[id(value)] = module
 
     def _made(self, module: nn.Module, name: str, known: dict[int, nn.Module]) -> nn.Module:
         """What stands in the twin for a module of the user's; the module itself where nothing inside of it differs."""
@@ -92,7 +100,7 @@ class Twin:
             known[id(module)] = module
             is_ours = any(ours[key] is not value for key, value in module._parameters.items())
             if is_ours or any(parts[key] is not part for key, part in module._modules.items()):
-                known[id(module)] = alike = bare(module)
+                known[id(module)] = alike = bare(module, nn.Linear if is_quantised(module) else None)
                 # Where the user's own dict stays, what is put there is seen here.
                 alike.__dict__["_parameters"] = ours if is_ours else module._parameters
                 alike.__dict__["_buffers"] = module._buffers
@@ -122,8 +130,9 @@ class Twin:
     def _shard(self, module: nn.Module, key: str, value: nn.Parameter) -> nn.Parameter:
         return value if is_distributed(value) else self._shards.get((id(module), key), value)
 
-    def _current_kinds(self) -> list[tuple[torch.dtype, torch.Size, torch.device]]:
-        return [(value.dtype, value.shape, value.device) for value in self._theirs]
+    def _current_kinds(self) -> list[tuple[torch.dtype, torch.device, torch.Size | None]]:
+        # bitsandbytes packs a weight anew for the processor that first computes with the weight.
+        return [(v.dtype, v.device, None if id(v) in self._packed else v.shape) for v in self._theirs]
 
     def check(self) -> None:
         """Raise StateError that names a module in whose place another one computes now. Other adapters in the same places, and other
@@ -155,8 +164,12 @@ class Twin:
     @torch.no_grad()
     def merge(self, deadline: Deadline) -> None:
         """Have our parameters hold what the adapters compute with now. Collective where there is a ``shard``."""
-        if self._own:
-            torch._foreach_copy_(tuple(map(local_of, self._own.values())), tuple(map(local_of, self._theirs)))
+        plain = [value for value in self._theirs if id(value) not in self._packed]
+        if plain:
+            ours = tuple(local_of(self._own[id(value)]) for value in plain)
+            torch._foreach_copy_(ours, tuple(map(local_of, plain)))
+        for number, module in self._packed.items():
+            self._own[number].copy_(dequantised(module))
 
         def seen(module: nn.Module, key: str, value: nn.Parameter) -> nn.Parameter:
             value = self._shard(module, key, value)
@@ -164,10 +177,10 @@ class Twin:
 
         for place in self._places:
             if place.adapter is not None:
-                ours = {key: self._own[id(value)].detach() for key, value in place.targets.items()}
-                weights = {key: _whole(value, place.adapter, deadline) for key, value in ours.items()}
+                held = {key: self._own[id(value)].detach() for key, value in place.targets.items()}
+                weights = {key: _whole(value, place.adapter, deadline) for key, value in held.items()}
                 merge(place.adapter, place.name, weights, seen)
-                for key, value in ours.items():
+                for key, value in held.items():
                     if is_distributed(value):
                         local_of(value).copy_(_box(value, weights[key]))
 
@@ -300,12 +313,22 @@ def _places(module: nn.Module) -> Iterator[_Place]:
         if id(base) in seen:
             return
         seen.add(id(base))
-        yield _Place(name, base, adapter, {} if adapter is None else targets_of(adapter, name))
+        yield _Place(name, base, adapter, _targets(base, adapter, name))
         for key, part in base._modules.items():
             if part is not None:
                 yield from walk(part, _join(name, key))
 
     yield from walk(module, "")
+
+
+def _targets(base: Any, adapter: nn.Module | None, name: str) -> dict[str, nn.Parameter]:
+    """The parameters of a place that are published from memory of ours."""
+    if adapter is not None:
+        return targets_of(adapter, name)
+    if is_quantised(base):
+        refuse_unknown(base, name)
+        return {"weight": base.weight}
+    return {}
 
 
 def _pairs(then: list[_Place], now: list[_Place]) -> Iterator[tuple[_Place | None, _Place | None]]:
