@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from tiny_modules import new_model, saved
 from torch import nn
 
 from weightcast import Publisher
-from weightcast.errors import StateError, Unsupported
+from weightcast.errors import StateError, Unsupported, WeightsMoved
 from weightcast.sources import MergedSource, make_source
 from weightcast.testing.local_engine import DictModel, LocalEngine
 
@@ -315,6 +316,32 @@ def test_the_state_dict_of_an_adapted_module_is_refused_with_a_way_that_works() 
         make_source(model.state_dict())
     assert "Give the PEFT model itself" in str(caught.value)
     make_source(model)
+
+
+def test_tensors_that_lie_elsewhere_are_taken_up_without_another_source() -> None:
+    model = get_peft_model(base(), lora(modules_to_save=["lm_head"]))
+    source = make_source(model)
+    scatter(model)
+    for value in model.parameters():
+        value.data = value.data.clone()
+    with pytest.raises(WeightsMoved):
+        source.refresh()
+    assert source.follow()
+    source.refresh()
+    assert_same(published(source), merged(model))
+
+
+def test_a_closed_source_has_no_memory_of_its_own() -> None:
+    model = get_peft_model(base(), lora())
+    source = make_source(model)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    place = next(p for p in source.layout.placements if p.region.name == name)
+    merged_weight = weakref.ref(source.memory.storages[place.storage].untyped_storage())
+    source.refresh()
+    assert merged_weight() is not None
+    source.close()
+    assert merged_weight() is None
+    assert not source.follow()
 
 
 def test_nothing_of_a_source_is_left_in_the_module() -> None:

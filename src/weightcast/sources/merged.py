@@ -130,17 +130,30 @@ class Twin:
     def _shard(self, module: nn.Module, key: str, value: nn.Parameter) -> nn.Parameter:
         return value if is_distributed(value) else self._shards.get((id(module), key), value)
 
-    def _current_kinds(self) -> list[tuple[torch.dtype, torch.device, torch.Size | None]]:
+    def lies_where_it_did(self) -> bool:
+        """Whether base weights are on the device where ours are."""
+        return bool(self._own) and self._current_kinds() == self._kinds
+
+    @torch.no_grad()
+    def close(self) -> None:
+        """Free our parameters' memory."""
+        for value in self._own.values():
+            local_of(value).set_()  # type: ignore[call-overload]
+        self._own.clear()
+
+    def _current_kinds(self) -> list[tuple[torch.device, torch.dtype, torch.Size | None]]:
         # bitsandbytes packs a weight anew for the processor that first computes with the weight.
-        return [(v.dtype, v.device, None if id(v) in self._packed else v.shape) for v in self._theirs]
+        return [(v.device, v.dtype, None if id(v) in self._packed else v.shape) for v in self._theirs]
 
     def check(self) -> None:
         """Raise StateError that names a module in whose place another one computes now. Other adapters in the same places, and other
         active ones, are no change."""
         if (kinds := self._current_kinds()) != self._kinds:
+            keeps_form = [kind[1:] for kind in kinds] == [kind[1:] for kind in self._kinds]
             changed = {id(v) for v, now, then in zip(self._theirs, kinds, self._kinds, strict=True) if now != then}
             raise moved_error(
-                [_join(p.name, key) for p in self._places for key, v in p.targets.items() if id(v) in changed]
+                [_join(p.name, key) for p in self._places for key, v in p.targets.items() if id(v) in changed],
+                keeps_form=keeps_form,
             )
         if self._entries.are_as_remembered() and all(map(operator.is_, self._current_choices(), self._choices)):
             return
@@ -193,9 +206,9 @@ class MergedSource(Source):
     def __init__(self, twin: Twin, inner: Source) -> None:
         self._twin, self._inner = twin, inner
         self.manifest, self.device, self.dtype = inner.manifest, inner.device, inner.dtype
-        self._follow()
+        self._take_over()
 
-    def _follow(self) -> None:
+    def _take_over(self) -> None:
         self.layout, self.memory = self._inner.layout, self._inner.memory
 
     @property
@@ -205,11 +218,11 @@ class MergedSource(Source):
     def consolidate(self) -> None:
         self.check_form()  # parameters that were replaced would be moved in place of those that are there
         self._inner.consolidate()
-        self._follow()
+        self._take_over()
 
     def rebind(self, memory: Memory) -> None:
         self._inner.rebind(memory)
-        self._follow()
+        self._take_over()
 
     def refresh(self) -> None:
         self.fill()
@@ -247,8 +260,15 @@ class MergedSource(Source):
         self._twin.check()
         self._inner.check_form()
 
+    def follow(self) -> bool:
+        if not self._twin.lies_where_it_did() or not self._inner.follow():
+            return False
+        self._take_over()
+        return True
+
     def close(self) -> None:
         self._inner.close()
+        self._twin.close()
         super().close()
 
 
