@@ -13,7 +13,7 @@ from weightcast.deadline import Deadline
 from weightcast.errors import RoundFailed, StateError, TransportError, WeightcastError
 from weightcast.layout.memory import Memory
 from weightcast.manifest import Manifest
-from weightcast.receiver import session as sessions
+from weightcast.receiver import pairs
 from weightcast.receiver.session import Session
 from weightcast.testing.local_engine import DictModel, LocalEngine
 from weightcast.transports.cuda_ipc import CudaIpcOffer, CudaIpcWorkerEnd
@@ -130,16 +130,16 @@ def test_an_end_of_gpu_memory_that_is_not_connected_has_written_nothing() -> Non
 def test_an_epoch_is_not_set_up_over_a_transfer_that_does_not_end(
     engine: LocalEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sessions, "RELEASE_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(pairs, "RELEASE_TIMEOUT_S", 0.1)
     weights = values()
     with Publisher(weights, [engine], timeout_s=10) as publisher:
         publisher.publish()
         session = engine.workers[0].receiver._session
         assert session is not None
-        session._using_ends += 1
+        session.pairs._using += 1
         for link in publisher._first_rank("engines").engines:
             link.broken = "tried anew"
         with pytest.raises(WeightcastError, match="does not end"):
             publisher.publish(timeout_s=3.0)
-        session._using_ends -= 1
+        session.pairs._using -= 1
         assert publisher.publish().ok

@@ -24,8 +24,8 @@ def values() -> dict[str, torch.Tensor]:
 
 def say(engine: LocalEngine, nonsense: bytes) -> None:
     """On each data connection of the engine's worker."""
-    for end in engine.workers[0].receiver._session._ends:  # type: ignore[union-attr]
-        for connection in end._lanes._connections:  # type: ignore[attr-defined]
+    for pair in engine.workers[0].receiver._session.pairs._pairs:  # type: ignore[union-attr]
+        for connection in pair.end._lanes._connections:  # type: ignore[attr-defined]
             if nonsense:
                 connection.send([nonsense[:100_000]], Deadline(10), "talking nonsense")
             else:

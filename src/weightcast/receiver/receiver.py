@@ -118,7 +118,7 @@ class Receiver:
     def num_bytes(self) -> int:
         """Bytes of weights that were received, from all trainers so far."""
         session = self._session
-        return self._num_bytes_before + (session.num_bytes if session is not None else 0)
+        return self._num_bytes_before + (session.pairs.num_bytes if session is not None else 0)
 
     @property
     def is_greeting(self) -> bool:
@@ -177,7 +177,7 @@ class Receiver:
         level = logging.INFO if self._rank == 0 else logging.DEBUG
         where = about(epoch=id.epoch, round=id.round, worker=self._rank, version=self.version, phase="commit")
         line = "version %s is live: %s, applied in %.3f s (%s)"
-        logger.log(level, line, self.version, session.came, apply_s, session.mode, extra=where)
+        logger.log(level, line, self.version, session.pairs.came, apply_s, session.mode, extra=where)
         try:
             self._prove(session, id, nbytes, transfer_s, apply_s)
         except Exception as error:  # noqa: BLE001 - the commit has happened: the trainer hears that it was not proven
@@ -242,7 +242,7 @@ class Receiver:
             return
         self._loaded = (session.target.loaded() or self._loaded) if keeps else None
         session.close(reason)
-        self._num_bytes_before += session.num_bytes
+        self._num_bytes_before += session.pairs.num_bytes
         self._model.forget()
         if self._loaded is not None and self._model.device.type == "cuda":
             self._loaded = self._loaded.in_host_memory()
@@ -324,7 +324,7 @@ class Receiver:
         try:
             nbytes, transfer_s, digest = session.receive(id, memory, deadline)
         except Exception:
-            if not session.has_written:
+            if not session.pairs.has_written:
                 self.dirty, self._loaded = before
             raise
         session.proven_digest = session.digest_of(memory) if digest is None else digest

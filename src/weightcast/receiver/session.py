@@ -10,9 +10,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import msgspec
 
@@ -20,12 +18,9 @@ from weightcast.at_exit import at_exit
 from weightcast.content.layout_digest import LayoutDigest
 from weightcast.cuda.wait import own_stream, wait_stream
 from weightcast.deadline import Deadline
-from weightcast.digest.formula import combine
 from weightcast.errors import (
     BaseMismatch,
     ErrorForm,
-    PeerLost,
-    PlanMismatch,
     StateError,
     TransportError,
     WeightcastError,
@@ -41,30 +36,26 @@ from weightcast.messages import (
     Filled,
     Landings,
     Message,
-    Read,
     Ready,
     Setup,
     Staged,
     Verified,
     Welcome,
 )
-from weightcast.plan import compile_plan, parts_of, plan_digest
+from weightcast.plan import compile_plan, plan_digest
 from weightcast.receiver.base import LiveModel
 from weightcast.receiver.greeting import Greeting
 from weightcast.receiver.loader_area import LoadedTensors, with_area
+from weightcast.receiver.pairs import RELEASE_TIMEOUT_S, Pairs
 from weightcast.receiver.staging import make_target
-from weightcast.receiver.windows import FilledWindows
 from weightcast.receiver.worker_round import Approval, Phase, RoundId, WorkerRound
 from weightcast.transports.base import WorkerEnd
-from weightcast.transports.registry import registry
 from weightcast.untrusted.seldom import Seldom
 
 logger = logging.getLogger(__name__)
 
 WAY_BACK_S = 5.0
 """A trainer takes back at most two seconds after its round's deadline, and its order may wait for the engine."""
-RELEASE_TIMEOUT_S = 10.0
-"""An aborted transfer lets go of its ends within a second; more means a transport that breaks its contract."""
 
 
 class Session:
@@ -90,33 +81,15 @@ class Session:
         self.lost: str | None = None
         self.proven_digest = 0
         """Digest of what this round's transfer left in its target memory."""
-        self.has_written = False
-        """Whether the last ``receive`` may have written anything."""
-        self._was_written = False
-        self._entered: list[WorkerEnd] = []
-        """Ends that this round was received from, and whether one of them has written in a part that is through."""
-        self.num_bytes = 0
-        """Bytes received in rounds of this stay."""
-        self.came = ""
-        """How the weights of the last round came: bytes, transport and seconds, for the log."""
+        self.link = greeting.link
+        self.pairs = Pairs(model.device, round, self.send, self._why_gone)
         self._serves, self._ended = serves, ended
         self._loaded = loaded
         self._seldom = Seldom(logger)
         self._epoch = 0
-        self._ends: list[WorkerEnd] = []
-        self._parts: list[tuple[int, ...]] = []
-        """The parts that come over each end."""
-        self._awaits_windows: list[bool] = []
-        """Whether an end reads windows of a stream, each once it is filled."""
-        self._windows = FilledWindows()
-        self._pulls = True
-        self._via = ""
-        self._ends_free = threading.Condition()
-        self._using_ends = 0
         self._leaving = threading.Event()
         self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="weightcast-receiver", daemon=True)
-        self.link = greeting.link
         try:
             self._join(greeting.welcome(), Deadline(greeting.info.timeout_s))
         except BaseException:
@@ -157,12 +130,12 @@ class Session:
                 approval = Approval(version=message.version, content=message.content, digest=message.digest)
                 self.round.verified(RoundId(epoch=message.epoch, round=message.round), approval)
             case Filled():
-                self._windows.note(RoundId(epoch=message.epoch, round=message.round), message.window)
+                self.pairs.windows.note(RoundId(epoch=message.epoch, round=message.round), message.window)
             case Abort():
                 id = RoundId(epoch=message.epoch, round=message.round)
                 self.round.abort(id, message.reason)
                 if id == self.round.id and self.round.stops(id):
-                    self._abort_transfer()
+                    self.pairs.abort()
             case _:
                 self._seldom.warn("control channel: a message that is not for a worker", about=type(message).__name__)
 
@@ -173,7 +146,7 @@ class Session:
             return
         self._epoch = setup.epoch
         self.round.abort_any("the trainer began another epoch")
-        self._abort_transfer()
+        self.pairs.abort()
         self._tasks.put(lambda: self._set_up(setup))
 
     def _open(self, begin: Begin) -> None:
@@ -210,23 +183,17 @@ class Session:
         self.lost = reason
         self.round.abort_any(reason)
         # A commit that pulls can end without the trainer: its memory stays mapped, and the digest proves what came.
-        if self.round.phase is not Phase.COMMITTING or self._needs_trainer:
-            self._abort_transfer()
+        if self.round.phase is not Phase.COMMITTING or self.pairs.needs_trainer:
+            self.pairs.abort()
         self._tasks.put(None)
         level = logging.INFO if self.link.settled else logging.WARNING
         logger.log(level, "%s; this engine goes on with what it serves", reason)
 
-    def _abort_transfer(self) -> None:
-        with self._ends_free:
-            if self._using_ends:
-                for end in self._ends:
-                    end.abort()
-        self._windows.wake()
-
-    @property
-    def _needs_trainer(self) -> bool:
-        """Whether bytes come only while the trainer lives: it sends them, or fills windows with them."""
-        return not self._pulls or any(self._awaits_windows)
+    def _why_gone(self, needs_trainer: bool) -> str | None:
+        """Why this worker receives nothing more."""
+        if self._leaving.is_set() or (self.lost is not None and needs_trainer):
+            return self.lost or "this worker leaves"
+        return None
 
     # -- on the session's thread
 
@@ -239,7 +206,7 @@ class Session:
                     task()
                 except Exception as error:  # noqa: BLE001 - see above
                     self.send_failure(self.round.id, "worker", error)
-            self._close_ends()
+            self.pairs.close()
             if self._is_settled():
                 try:
                     if self._model.device.type == "cuda":
@@ -261,40 +228,24 @@ class Session:
         return not self._leaving.is_set()
 
     def _set_up(self, setup: Setup) -> None:
-        if not self._close_ends():
+        if not self.pairs.close():
             error = TransportError("a transfer of an earlier epoch does not end", hint="Restart the engine if it stays")
             self.send_failure(RoundId(epoch=setup.epoch, round=0), "setup", error)
             return
         try:
             plan = compile_plan(self.manifest, setup.holdings, self.layout)
             deadline = Deadline(setup.timeout_s)
-            offered = {offer.rank: offer for offer in setup.offers}
-            if set(offered) != set(plan):
-                raise PlanMismatch(f"the plan needs trainer ranks {sorted(plan)}, offers came from {sorted(offered)}")
-            self._pulls = True
-            self._via = ", ".join(sorted({offered[rank].transport for rank in plan}))
-            for rank, copies in plan.items():
-                transport = registry().get(offered[rank].transport)
-                self._pulls = self._pulls and transport.pulls
-                end = transport.worker_end(offered[rank].data, copies)
-                with self._ends_free:
-                    self._ends.append(end)
-                    self._parts.append(tuple(parts_of(copies)))
-                    self._awaits_windows.append(transport.pulls and setup.holdings[rank].is_streamed)
-            with self._in_use():
-                for end in self._ends:
-                    end.connect(deadline)
-                self._warm_up(deadline)
+            self.pairs.set_up(setup, plan, deadline, lambda ends: self._warm_up(ends, deadline))
             self.link.send(Ready(epoch=setup.epoch, plan_digest=plan_digest(plan)))
         except Exception as error:  # noqa: BLE001 - the trainer is told by name; an exception here would only end this thread
-            self._close_ends()
+            self.pairs.close()
             self.send_failure(RoundId(epoch=setup.epoch, round=0), "setup", error)
 
-    def _warm_up(self, deadline: Deadline) -> None:
+    def _warm_up(self, ends: Sequence[WorkerEnd], deadline: Deadline) -> None:
         """Compile for the next round what it needs: an in-place round, or the commit of a staged one, would do it while the engine
         waits."""
         memory = self.target.known_memory
-        for end in self._ends:
+        for end in ends:
             end.warm_up(memory, self.manifest)
         self._digest.warm_up(memory)
         self.target.compile()
@@ -335,86 +286,7 @@ class Session:
     def receive(self, id: RoundId, memory: Memory, deadline: Deadline) -> tuple[int, float, int | None]:
         """Receive a round from all trainer ranks at once: bytes, seconds, and the digest of what landed where the transports
         brought it. StateError once the round is over."""
-        start = time.perf_counter()
-        self.has_written = False
-        with self._in_use(id):
-            if not self._ends:
-                raise StateError("no epoch is set up", hint="The trainer has to connect again")
-            if len(self._ends) > 1 and self._model.device.type == "cuda":
-                # The threads' streams know nothing of the engine's work, which may still read what they write.
-                wait_stream(self._model.device, deadline, "the engine's last step")
-            self.has_written, self._was_written, self._entered = True, False, []
-            try:
-                received = self._receive_from_all(id, memory, deadline)
-            except Exception:
-                self.has_written = self._was_written or any(end.has_written for end in self._entered)
-                raise
-        digests = [digest for _, digest in received if digest is not None]
-        # Every landing is filled by exactly one copy, so the parts add up to the whole.
-        digest = combine(digests) if len(digests) == len(received) else None
-        nbytes = sum(nbytes for nbytes, _ in received)
-        self.num_bytes += nbytes
-        transfer_s = time.perf_counter() - start
-        self.came = f"{nbytes} bytes by {self._via} in {transfer_s:.3f} s"
-        return nbytes, transfer_s, digest
-
-    def _receive_from_all(self, id: RoundId, memory: Memory, deadline: Deadline) -> list[tuple[int, int | None]]:
-        """Bytes and digest of every part of every end."""
-        if len(self._ends) == 1:
-            return self._receive_from(0, id, memory, deadline)
-        with ThreadPoolExecutor(len(self._ends)) as pool:
-            numbers = range(len(self._ends))
-            return [
-                each
-                for some in pool.map(lambda number: self._receive_beside(number, id, memory, deadline), numbers)
-                for each in some
-            ]
-
-    def _receive_beside(
-        self, number: int, id: RoundId, memory: Memory, deadline: Deadline
-    ) -> list[tuple[int, int | None]]:
-        """On a thread of its own, whose current GPU and stream are its own, too."""
-        with own_stream(self._model.device):
-            return self._receive_from(number, id, memory, deadline)
-
-    def _receive_from(
-        self, number: int, id: RoundId, memory: Memory, deadline: Deadline
-    ) -> list[tuple[int, int | None]]:
-        """All parts that come over one end, each window of a stream once the trainer says that it is filled."""
-        end, received = self._ends[number], []
-        for part in self._parts[number]:
-            if self._awaits_windows[number]:
-                self._windows.wait(id, part, deadline, lambda: self._check_purpose(id))
-            self._entered.append(end)
-            received.append(end.receive_proven(memory, self.manifest, deadline, part))
-            self._was_written = self._was_written or end.has_written
-            if self._awaits_windows[number]:
-                self.link.send(Read(epoch=id.epoch, round=id.round, window=part))
-        return received
-
-    def _check_purpose(self, id: RoundId) -> None:
-        """Raise where a round that waits for more of a stream is over, or its trainer is gone."""
-        if self._leaving.is_set() or self.lost is not None:
-            raise PeerLost(self.lost or "this worker leaves")
-        if self.round.stops(id):
-            raise StateError(f"round {id} is over")
-
-    @contextmanager
-    def _in_use(self, id: RoundId | None = None) -> Iterator[None]:
-        """While a call of the ends runs: they can be aborted and are not closed. An abort either comes before, and is
-        noticed here, or finds the ends in use."""
-        with self._ends_free:
-            if self._leaving.is_set() or (self.lost is not None and self._needs_trainer):
-                raise PeerLost(self.lost or "this worker leaves")
-            if id is not None and self.round.stops(id):
-                raise StateError(f"round {id} is over")
-            self._using_ends += 1
-        try:
-            yield
-        finally:
-            with self._ends_free:
-                self._using_ends -= 1
-                self._ends_free.notify_all()
+        return self.pairs.receive(id, memory, self.manifest, deadline)
 
     def digest_of(self, memory: Memory) -> int:
         """Digest of all landings in a memory of this session's layout."""
@@ -436,22 +308,10 @@ class Session:
         logger.log(level, "round %s failed in %s: %s", id, phase, form.message, exc_info=trace, extra=where)
         self.send(Failed(epoch=id.epoch, round=id.round, error=form, dirty=dirty))
 
-    def _close_ends(self) -> bool:
-        """Close all ends once nobody is inside one; False when somebody stays, and they stay open."""
-        with self._ends_free:
-            if not self._ends_free.wait_for(lambda: not self._using_ends, RELEASE_TIMEOUT_S):
-                logger.error("a transfer does not let go of its ends; they stay open")
-                return False
-            self._entered = []
-            ends, self._ends, self._parts, self._awaits_windows = self._ends, [], [], []
-        for end in ends:
-            end.close()
-        return True
-
     def close(self, reason: str = "the engine leaves") -> None:
         """Leave the trainer and free transports and shadow; idempotent. May be called on the session's own thread."""
         has_ended = self._end_thread(reason)
-        self._close_ends()
+        self.pairs.close()
         if has_ended:
             # Now, and not when the garbage collector comes by: the next trainer's shadow needs the room.
             self.target.close()
@@ -461,9 +321,8 @@ class Session:
         """Leave the trainer; whether nothing runs on the session's thread any more but this."""
         self.lost = self.lost or reason
         self.round.abort_any(reason)
-        with self._ends_free:
-            self._leaving.set()
-        self._abort_transfer()
+        self._leaving.set()
+        self.pairs.abort()
         self.link.close(reason)
         self._tasks.put(None)
         if threading.current_thread() is self._thread:
