@@ -106,8 +106,14 @@ class Setup(Message, frozen=True, kw_only=True, tag="setup"):
     timeout_s: Timeout
 
 
+class LetGo(Message, frozen=True, kw_only=True, tag="let_go"):
+    """Coordinator: no round comes before the next epoch's set-up; close all pairs and hold nothing of the trainer's memory."""
+
+    epoch: Count
+
+
 class Ready(Message, frozen=True, kw_only=True, tag="ready"):
-    """Worker: the plan is compiled and all transports are connected."""
+    """Worker: the plan is compiled and all transports are connected; or, without a plan, nothing of the trainer's memory is held."""
 
     epoch: Count
     plan_digest: str
@@ -221,6 +227,7 @@ AnyMessage = (
     | Welcome
     | Landings
     | Setup
+    | LetGo
     | Ready
     | Begin
     | Filled

@@ -28,6 +28,7 @@ from weightcast.messages import (
     Heartbeat,
     Hello,
     Landings,
+    LetGo,
     Message,
     Offer,
     RankAnswer,
@@ -86,6 +87,7 @@ MESSAGES: st.SearchStrategy[Message] = st.one_of(
     st.builds(Verified, epoch=SMALL, round=SMALL, version=TEXT, content=TEXT, digest=st.integers(0, 2**64 - 1)),
     st.builds(Abort, epoch=SMALL, round=SMALL, reason=TEXT),
     st.builds(Filled, epoch=SMALL, round=SMALL, window=SMALL),
+    st.builds(LetGo, epoch=SMALL),
     st.builds(
         Setup,
         epoch=SMALL,

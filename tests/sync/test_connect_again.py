@@ -18,7 +18,10 @@ from transformers import AutoModelForCausalLM
 
 from weightcast import Publisher
 from weightcast.engines.embedded import LLM
-from weightcast.errors import PlanMismatch, StateError, Unsupported, WeightcastError
+from weightcast.errors import PlanMismatch, StateError, TransportError, Unsupported, WeightcastError
+from weightcast.messages import LetGo
+from weightcast.receiver.session import Session
+from weightcast.receiver.worker_round import RoundId
 from weightcast.sources import ModuleSource
 from weightcast.testing.local_engine import DictModel, LocalEngine
 from weightcast.testing.models import build_tiny_model
@@ -132,14 +135,8 @@ def test_a_module_that_is_another_one_is_published_after_connect(
     assert all(torch.equal(value, kept[key]) for key, value in module.state_dict().items())
 
 
-@pytest.mark.parametrize("mode", ["staged", "in_place"])
-@pytest.mark.parametrize("transport", ["shm", "tcp"])
-@pytest.mark.parametrize("name", MOVES)
-def test_a_module_whose_tensors_move_every_step_is_published_by_the_same_connection(
-    transport: str, mode: str, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Engines are set up anew with each move, and join once."""
-    engine, other = (LocalEngine(each, [DictModel(state(policy()))], mode=mode) for each in "ab")
+def _count_inits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of engines that are asked to join, as they are."""
     inits: list[str] = []
     init = LocalEngine.init
 
@@ -148,6 +145,18 @@ def test_a_module_whose_tensors_move_every_step_is_published_by_the_same_connect
         init(made, *given)
 
     monkeypatch.setattr(LocalEngine, "init", counted)
+    return inits
+
+
+@pytest.mark.parametrize("mode", ["staged", "in_place"])
+@pytest.mark.parametrize("transport", ["shm", "tcp"])
+@pytest.mark.parametrize("name", MOVES)
+def test_a_module_whose_tensors_move_every_step_is_published_by_the_same_connection(
+    transport: str, mode: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Engines are set up anew with each move, and join once."""
+    engine, other = (LocalEngine(each, [DictModel(state(policy()))], mode=mode) for each in "ab")
+    inits = _count_inits(monkeypatch)
     module = policy()
     try:
         with Publisher(module, [engine, other], transport=transport, timeout_s=30) as publisher:
@@ -346,10 +355,66 @@ def renew_on_ranks(rank: int, size: int, folder: str) -> list[str]:
                     versions.append(publisher.publish().version)
                     tensors = whole()
                     assert all(engine.models[0].holds(tensors) for engine in engines)
+            with Publisher(model, engines, process_group=dist.group.WORLD, hold="round", timeout_s=30) as publisher:
+                for number in range(3):
+                    if number == rank:
+                        model.double().float()
+                    with torch.no_grad():
+                        for parameter in model.parameters():
+                            parameter.to_local().copy_(torch.randn(parameter.to_local().shape))
+                    versions.append(publisher.publish().version)
+                    assert mapped_arenas() == 0
+                    tensors = whole()
+                    assert all(engine.models[0].holds(tensors) for engine in engines)
         finally:
             for engine in engines:
                 engine.stop()
     return versions
+
+
+def mapped_arenas() -> int:
+    """How many mappings of shared memory for weights this process has, as trainer and as worker."""
+    return sum("memfd:weightcast" in line for line in Path("/proc/self/maps").read_text().splitlines())
+
+
+def _holds_on(session: Session, order: LetGo) -> None:
+    session.send_failure(RoundId(epoch=order.epoch, round=0), "release", TransportError("a transfer does not end"))
+
+
+@pytest.mark.parametrize("mode", ["staged", "in_place"])
+@pytest.mark.parametrize("transport", ["shm", "tcp"])
+@pytest.mark.parametrize("kind", ["module", "mapping"])
+def test_nothing_is_held_between_rounds_where_that_is_asked_for(
+    transport: str, mode: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither side maps anything between calls; engines join once, also when weights moved, and one that holds on joins again."""
+    engine, inits = LocalEngine("a", [DictModel(state(policy()))], mode=mode), _count_inits(monkeypatch)
+    module = policy()
+    source = module if kind == "module" else module.state_dict()
+    lets_go = Session._let_go
+    try:
+        with Publisher(source, [engine], transport=transport, hold="round", timeout_s=30) as publisher:
+            publisher.connect()
+            for number in range(1, 5):
+                randomise(module)
+                if number == 2 and kind == "module":
+                    new_data(module)
+                if number == 4:
+                    monkeypatch.setattr(Session, "_let_go", _holds_on)
+                expected = state(module)
+                report = publisher.publish()
+                monkeypatch.setattr(Session, "_let_go", lets_go)
+                assert (report.number, report.digests_match) == (number, True)
+                assert engine.models[0].holds(expected)
+                assert mapped_arenas() == 0 or number == 4
+                assert all(torch.equal(value, expected[key]) for key, value in module.state_dict().items())
+            assert inits == ["a"]
+            randomise(module)
+            assert publisher.publish().number == 5
+            assert inits == ["a", "a"]
+            assert engine.models[0].holds(state(module))
+    finally:
+        engine.stop()
 
 
 def test_a_layer_that_came_and_went_beside_a_refused_connect_is_told(engine: LocalEngine) -> None:
@@ -371,4 +436,4 @@ def test_a_layer_that_came_and_went_beside_a_refused_connect_is_told(engine: Loc
 def test_every_rank_looks_at_its_part_anew(tmp_path: Path) -> None:
     told = run_ranks(renew_on_ranks, 2, str(tmp_path))
     assert told[0] == told[1]
-    assert len(set(told[0])) == 11
+    assert len(set(told[0])) == 14

@@ -35,6 +35,7 @@ from weightcast.messages import (
     Failed,
     Filled,
     Landings,
+    LetGo,
     Message,
     Ready,
     Setup,
@@ -123,7 +124,9 @@ class Session:
     def _on_message(self, message: AnyMessage) -> None:
         match message:
             case Setup():
-                self._begin_epoch(message)
+                self._begin_epoch(message.epoch, lambda: self._set_up(message))
+            case LetGo():
+                self._begin_epoch(message.epoch, lambda: self._let_go(message))
             case Begin():
                 self._open(message)
             case Verified():
@@ -139,15 +142,15 @@ class Session:
             case _:
                 self._seldom.warn("control channel: a message that is not for a worker", about=type(message).__name__)
 
-    def _begin_epoch(self, setup: Setup) -> None:
-        if setup.epoch <= self._epoch:
+    def _begin_epoch(self, epoch: int, begin: Callable[[], None]) -> None:
+        if epoch <= self._epoch:
             if self._seldom.is_due("epoch"):
-                logger.info("epoch %d is stale, the present one is %d", setup.epoch, self._epoch)
+                logger.info("epoch %d is stale, the present one is %d", epoch, self._epoch)
             return
-        self._epoch = setup.epoch
+        self._epoch = epoch
         self.round.abort_any("the trainer began another epoch")
         self.pairs.abort()
-        self._tasks.put(lambda: self._set_up(setup))
+        self._tasks.put(begin)
 
     def _open(self, begin: Begin) -> None:
         # Here and not with the transfer: an approval may follow before the session's thread gets to it.
@@ -227,10 +230,20 @@ class Session:
             return not self._leaving.wait(self.round.may_return_s() + WAY_BACK_S)
         return not self._leaving.is_set()
 
+    def _leave_epoch(self, epoch: int) -> bool:
+        """Close the pairs of earlier epochs; False, and the trainer is told, where one of them is still in use."""
+        if self.pairs.close():
+            return True
+        error = TransportError("a transfer of an earlier epoch does not end", hint="Restart the engine if it stays")
+        self.send_failure(RoundId(epoch=epoch, round=0), "setup", error)
+        return False
+
+    def _let_go(self, order: LetGo) -> None:
+        if self._leave_epoch(order.epoch):
+            self.link.send(Ready(epoch=order.epoch, plan_digest=""))
+
     def _set_up(self, setup: Setup) -> None:
-        if not self.pairs.close():
-            error = TransportError("a transfer of an earlier epoch does not end", hint="Restart the engine if it stays")
-            self.send_failure(RoundId(epoch=setup.epoch, round=0), "setup", error)
+        if not self._leave_epoch(setup.epoch):
             return
         try:
             plan = compile_plan(self.manifest, setup.holdings, self.layout)

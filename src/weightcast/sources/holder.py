@@ -83,12 +83,15 @@ class Holder:
     def let_go(self) -> None:
         """Refer to nothing of the user's memory, and have nothing beside it, until ``renew``. A stream keeps its windows, and the user's own
         source stays as it is."""
-        if self._lets_go:
-            if self.source.let_go():
-                self._release_adopted()
-            else:
-                self.release()
-            self._is_let_go = True
+        if self._is_let_go:
+            return
+        if self.source.let_go():
+            self._release_adopted()
+        elif self._lets_go:
+            self.release()
+        else:
+            return
+        self._is_let_go = True
 
     def release(self) -> None:
         """Close the source and give up what transports made of its memory; idempotent."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import TypeVar
 
 from weightcast.content.expected import ExpectedDigest
 from weightcast.control.coordinator import Coordinator
@@ -21,6 +22,7 @@ from weightcast.trainer.clients import EngineClient, SyncEngine, make_client, tw
 from weightcast.trainer.clients.urls import engine_name
 from weightcast.trainer.colocated import Colocated, Release
 from weightcast.trainer.fleet.fleet import Fleet
+from weightcast.trainer.fleet.letting_go import close_pairs
 from weightcast.trainer.fleet.link import UNKNOWN, EngineLink
 from weightcast.trainer.fleet.numbers import Numbers
 from weightcast.trainer.fleet.places import refuse_idle
@@ -34,6 +36,10 @@ from weightcast.trainer.round.timeline import Timeline
 from weightcast.trainer.settings import Settings
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+RELEASE_AT_LEAST_S = 2.0
+"""How long engines have for letting go of memory, however late the call is."""
 
 
 def _nothing() -> None:
@@ -119,10 +125,12 @@ class FirstRank:
 
     def connect(self, deadline: Deadline, wait_s: float = 0.0) -> None:
         with self._fleet.waiting(wait_s):
-            self._ranks.collectively("connect", deadline, lambda: self._connect(deadline))
+            self._ranks.collectively("connect", deadline, self._and_lets_go(lambda: self._connect(deadline), deadline))
 
     def add(self, engine: str | EngineClient | SyncEngine, deadline: Deadline) -> Report | None:
-        return self._ranks.collectively("add", deadline, lambda: self._add(engine, deadline))
+        return self._ranks.collectively(
+            "add", deadline, self._and_lets_go(lambda: self._add(engine, deadline), deadline)
+        )
 
     def remove(self, name: str, deadline: Deadline) -> None:
         self._ranks.collectively("remove", deadline, lambda: self._remove(name))
@@ -131,9 +139,31 @@ class FirstRank:
         def awake() -> Report:
             return self._colocated.publish(lambda waking: self._publish(deadline, waking), release, deadline)
 
-        return self._ranks.collectively("publish", deadline, awake if wake else lambda: self._publish(deadline))
+        one_round = self._and_lets_go(lambda: self._publish(deadline), deadline)
+        return self._ranks.collectively("publish", deadline, awake if wake else one_round)
 
     # -- this rank's part of them
+
+    def _and_lets_go(self, call: Callable[[], T], deadline: Deadline) -> Callable[[], T]:
+        """The call, after which nobody holds anything of the source's memory, if the user asked for that."""
+        if self._settings.hold == "always":
+            return call
+
+        def run() -> T:
+            try:
+                return call()
+            finally:
+                try:
+                    self._let_go(Deadline(max(deadline.remaining_s(), RELEASE_AT_LEAST_S)))
+                except WeightcastError as error:
+                    logger.warning("not all of the source's memory was let go of: %s", str(error))
+
+        return run
+
+    def _let_go(self, deadline: Deadline) -> None:
+        close_pairs(self._fleet, deadline)
+        self._colocated.has_let_go = True
+        self._ranks.let_go(self._fleet.let_go, deadline, always=True)
 
     def _check_settings(self) -> None:
         """Raise InvalidInput for what can be told only once all ranks have said what they hold."""

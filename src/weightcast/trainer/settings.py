@@ -19,7 +19,13 @@ from weightcast.untrusted.secret import usable_token
 Require = Literal["all", "live"]
 Pause = Literal["keep", "wait", "abort", "none"]
 CheckFinite = Literal[False, True, "count"]
-CHOICES = {"mode": get_args(ModeWish), "pause": get_args(Pause), "require": get_args(Require)}
+Hold = Literal["always", "round"]
+CHOICES = {
+    "mode": get_args(ModeWish),
+    "pause": get_args(Pause),
+    "require": get_args(Require),
+    "hold": get_args(Hold),
+}
 
 
 class SettingsGiven(TypedDict, total=False):
@@ -42,6 +48,7 @@ class SettingsGiven(TypedDict, total=False):
     metrics_port: int | None
     on_progress: Listener | None
     check_finite: CheckFinite
+    hold: Hold
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +86,9 @@ class Settings:
         check_finite: True: ``publish`` refuses values that are NaN or infinite with a StateError that names their tensors, and nothing
             is changed. "count": they are published, and the report counts them. Either reads all values once more in each round:
             as much as a digest does, or a few times that on a CPU. Not for streams.
+        hold: with "round" engines map nothing of the trainer's memory between calls, and the publisher refers to none of a module's or
+            a mapping's, so that what the program moves or frees is free; each call then sets the pairs up anew, which takes some
+            milliseconds. With "always" memory stays mapped until it moves.
     """
 
     token: str | None = field(default=None, repr=False)
@@ -98,6 +108,7 @@ class Settings:
     metrics_port: int | None = None
     on_progress: Listener | None = field(default=None, repr=False)
     check_finite: CheckFinite = False
+    hold: Hold = "always"
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():

@@ -285,9 +285,9 @@ class Ranks:
             self._layouts[rank] = answer.layout
         return any(answer.moved for answer in answers.values())
 
-    def let_go(self, own: Callable[[], None], deadline: Deadline) -> None:
+    def let_go(self, own: Callable[[], None], deadline: Deadline, *, always: bool = False) -> None:
         """Have all ranks release memory, this one by ``own``; returns, or raises the first error, when all have done so."""
-        posted = {rank: self.post(member, LetGo()) for rank, member in self._members.items()}
+        posted = {rank: self.post(member, LetGo(always=always)) for rank, member in self._members.items()}
         errors: list[Exception] = []
         try:
             own()

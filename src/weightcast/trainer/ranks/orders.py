@@ -97,7 +97,10 @@ class Exhaust(Order, frozen=True, kw_only=True, tag="exhaust"):
 
 
 class LetGo(Order, frozen=True, kw_only=True, tag="let_go"):
-    """Engines hold nothing of your memory any more: call what your user gave to release it, if anything."""
+    """Engines hold nothing of your memory any more: hold nothing beside it, and call what your user gave to release it, if anything."""
+
+    always: bool = False
+    """Let go also where the user gave nothing."""
 
 
 class Digest(Order, frozen=True, kw_only=True, tag="digest"):

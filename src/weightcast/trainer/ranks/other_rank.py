@@ -290,9 +290,10 @@ class OtherRank:
             case Exhaust():
                 self._source.exhaust()
             case LetGo():
-                if self._release is not None:
+                if order.always or self._release is not None:
                     self.expected.clear()
                     self._holder.let_go()
+                if self._release is not None:
                     self._release()
         return Answer()
 
