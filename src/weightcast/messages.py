@@ -14,8 +14,9 @@ import msgspec
 from weightcast.deadline import Seconds
 from weightcast.errors import ErrorForm, ProtocolError, WeightcastError
 from weightcast.facts import Facts
-from weightcast.layout import Layout
+from weightcast.layout.table import LayoutTable
 from weightcast.manifest import Manifest
+from weightcast.plan import HoldingTable
 from weightcast.quoted import quote_fields, quoted
 from weightcast.untrusted.known import known
 from weightcast.untrusted.secret import repr_without
@@ -83,7 +84,7 @@ class Welcome(Message, frozen=True, kw_only=True, tag="welcome"):
 class Landings(Message, frozen=True, kw_only=True, tag="landings"):
     """Worker: what it wants and where it lands; ``shadow_nbytes`` is the size of its staged copy (0: in place)."""
 
-    layout: Layout
+    layout: LayoutTable
     mode: Mode
     shadow_nbytes: Count
     shadow: str
@@ -98,10 +99,10 @@ class Offer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class Setup(Message, frozen=True, kw_only=True, tag="setup"):
-    """Coordinator: the epoch's holdings by trainer rank, and one offer for each rank that gives something."""
+    """Coordinator: the holdings that this worker's landings meet, and one offer for each trainer rank that gives something."""
 
     epoch: Count
-    holdings: dict[int, Layout]
+    holdings: HoldingTable
     offers: tuple[Offer, ...]
     timeout_s: Timeout
 

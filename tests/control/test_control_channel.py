@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import zmq
+from tests.support.tables import holdings_of
 
 from weightcast.control import ControlLink, Coordinator, JoinInfo
 from weightcast.control.coordinator import TICKET_HINT
@@ -166,7 +167,7 @@ def test_garbage_is_logged_and_ends_nothing(
         coordinator.epoch = 3
         worker.link.send(Ready(epoch=3, plan_digest="ab"))
         heard = coordinator.take(member, Ready, Deadline(10), phase="test")
-        coordinator.send(member, Setup(epoch=1, holdings={}, offers=(), timeout_s=1))
+        coordinator.send(member, Setup(epoch=1, holdings=holdings_of(MANIFEST, {}), offers=(), timeout_s=1))
         worker.wait(lambda: any(isinstance(m, Setup) for m in worker.heard))
     assert heard == Ready(epoch=3, plan_digest="ab")
     assert sum("dropped a frame" in record.message for record in caplog.records) == 2  # once a minute, on either side

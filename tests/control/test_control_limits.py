@@ -22,6 +22,7 @@ from weightcast.deadline import Deadline
 from weightcast.errors import PeerLost
 from weightcast.facts import Facts
 from weightcast.layout import Layout
+from weightcast.layout.table import LayoutTable
 from weightcast.manifest import Manifest, TensorSpec
 from weightcast.messages import Failed, Hello, Landings, Ready, Welcome
 
@@ -67,7 +68,7 @@ def _hello(ticket: str) -> Hello:
 
 def landings(nbytes: int) -> Landings:
     """Landings whose message has about so many bytes."""
-    layout = Layout(placements=(), storage_nbytes=(), through_loader=("x" * nbytes,))
+    layout = LayoutTable.of(Layout(placements=(), storage_nbytes=(), through_loader=("x" * nbytes,)), MANIFEST)
     return Landings(layout=layout, mode="staged", shadow_nbytes=0, shadow="cpu")
 
 

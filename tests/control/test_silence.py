@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 from tests.support.processes import Child
+from tests.support.tables import holdings_of
 
 from weightcast.control import ControlLink, Coordinator, JoinInfo
 from weightcast.control.coordinator import Member
@@ -17,7 +19,6 @@ from weightcast.control.pieces import cut
 from weightcast.deadline import Deadline
 from weightcast.errors import PeerLost
 from weightcast.facts import Facts
-from weightcast.layout import Layout
 from weightcast.manifest import Manifest
 from weightcast.messages import AnyMessage, Hello, Ready, Setup, Welcome, encode
 
@@ -27,8 +28,8 @@ BUSY_S = 2.4
 
 
 def setup(epoch: int, nbytes: int = 0) -> Setup:
-    layout = Layout(placements=(), storage_nbytes=(), through_loader=("x" * nbytes,))
-    return Setup(epoch=epoch, holdings={0: layout}, offers=(), timeout_s=1)
+    none = holdings_of(Manifest.of([]), {})
+    return Setup(epoch=epoch, holdings=replace(none, ranks=bytes(nbytes)), offers=(), timeout_s=1)
 
 
 def hold_pythons_lock() -> None:

@@ -6,10 +6,12 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.support.tables import holdings_of
 
 from weightcast.errors import ErrorForm, ProtocolError
 from weightcast.facts import Facts
 from weightcast.layout import image_layout
+from weightcast.layout.table import LayoutTable
 from weightcast.manifest import Manifest, TensorSpec
 from weightcast.messages import (
     PROTOCOL,
@@ -42,6 +44,7 @@ MANIFEST = Manifest.of(
     [TensorSpec(name="w", dtype="bfloat16", shape=(3, 4)), TensorSpec(name="s", dtype="int64", shape=())]
 )
 LAYOUT = image_layout(MANIFEST)
+HELD = holdings_of(MANIFEST, {0: LAYOUT, 3: LAYOUT})
 FACTS = Facts(host="h", pid=1, device="cpu")
 
 EXAMPLES: list[Message] = [
@@ -50,8 +53,8 @@ EXAMPLES: list[Message] = [
     Refused(error=ErrorForm(kind="AuthError", message="no")),
     Hello(ticket="t", engine="e", rank=0, world_size=2, facts=FACTS, version="3-ab", digest="", dirty=False, highest=3),
     Welcome(session="s", manifest=MANIFEST, mode="auto", shadows=1),
-    Landings(layout=LAYOUT, mode="staged", shadow_nbytes=512, shadow="cpu"),
-    Setup(epoch=1, holdings={0: LAYOUT}, offers=(Offer(rank=0, transport="shm", data=b"\x00\xff"),), timeout_s=1.5),
+    Landings(layout=LayoutTable.of(LAYOUT, MANIFEST), mode="staged", shadow_nbytes=512, shadow="cpu"),
+    Setup(epoch=1, holdings=HELD, offers=(Offer(rank=0, transport="shm", data=b"\x00\xff"),), timeout_s=1.5),
     Ready(epoch=1, plan_digest="00"),
     Begin(epoch=1, round=2, base="3-ab", timeout_s=2.0),
     Filled(epoch=1, round=2, window=3),

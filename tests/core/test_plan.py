@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Iterator
 
+import msgspec
 import pytest
 import torch
 from hypothesis import given, settings
@@ -26,10 +27,13 @@ from weightcast.layout import (
     most_placements,
     overlap,
 )
+from weightcast.layout.columns import unpack
+from weightcast.layout.geometry import offset_of
 from weightcast.layout.memory import Memory
+from weightcast.layout.table import BOX, DTYPE, OFFSET, STORAGE, TENSOR, LayoutTable, PlacementTable
 from weightcast.manifest import Manifest, TensorSpec, align
-from weightcast.manifest.dtypes import dtype_of
-from weightcast.plan import Copy, compile_plan, plan_digest, split
+from weightcast.manifest.dtypes import DTYPE_NAMES, dtype_of
+from weightcast.plan import Copy, CopyColumns, Holdings, HoldingTable, compile_plan, split
 from weightcast.plan.replay import CPU_BLOCK_NBYTES, Replay
 
 DTYPES = ["float32", "bfloat16", "float8_e4m3fn", "int64", "bool"]
@@ -162,7 +166,71 @@ def test_replaying_a_plan_fills_every_landing_and_nothing_else(
         assert all(piece.nbytes <= max_nbytes or piece.region.numel == 1 for piece in pieces)
         Replay(pieces, sources[rank], target).run()
     assert torch.equal(target.storages[0], expected.storages[0])
-    assert plan_digest(plan) == plan_digest(compile_plan(manifest, dict(reversed(holdings.items())), landings))
+    assert plan.digest == compile_plan(manifest, dict(reversed(holdings.items())), landings).digest
+
+
+@settings(max_examples=150, deadline=None)
+@given(problem=problems())
+def test_a_worker_compiles_the_same_plan_from_what_it_meets(
+    problem: tuple[Manifest, dict[int, Layout], Layout],
+) -> None:
+    """Through the wire's form; and every copy is where it would be if boxes were intersected one by one."""
+    manifest, holdings, landings = problem
+    plan = compile_plan(manifest, holdings, landings)
+    told = msgspec.msgpack.decode(msgspec.msgpack.encode(plan.holdings), type=HoldingTable)
+    again = compile_plan(manifest, Holdings.told(manifest, told), LayoutTable.of(landings, manifest))
+    assert (again.digest, again.key) == (plan.digest, plan.key)
+    assert dict(again) == dict(plan)
+    given = {(rank, placement) for rank, layout in holdings.items() for placement in layout.placements}
+    met = {
+        p.region
+        for _, p in given
+        for w in landings.placements
+        if w.region.name == p.region.name and w.region.intersect(p.region)
+    }
+    ranks = unpack([told.ranks], told.placements.count)[0].tolist()
+    sent = set(zip(ranks, told.placements.placements(manifest), strict=True))
+    assert sent == {(rank, placement) for rank, placement in given if placement.region in met}
+
+
+@settings(max_examples=150, deadline=None)
+@given(problem=problems())
+def test_every_copy_is_a_part_of_one_holding_and_one_landing(
+    problem: tuple[Manifest, dict[int, Layout], Layout],
+) -> None:
+    manifest, holdings, landings = problem
+    plan = compile_plan(manifest, holdings, landings)
+    for rank, copies in plan.items():
+        for copy in copies:
+            assert any(_is_in(copy.region, copy.src_offset, copy.src_strides, p) for p in holdings[rank].placements)
+            assert any(_is_in(copy.region, copy.dst_offset, copy.dst_strides, p) for p in landings.placements)
+            assert copy.is_whole == (copy.region == Region.whole(manifest[copy.region.name]))
+        columns = CopyColumns.of(copies, manifest)
+        assert CopyColumns.of(tuple(copies), manifest).copies(manifest) == columns.copies(manifest) == copies
+    wanted = sum(p.region.numel * dtype_of(p.dtype).itemsize for p in landings.placements)
+    assert sum(copy.nbytes for copies in plan.values() for copy in copies) == wanted
+
+
+def _is_in(region: Region, offset: int, strides: tuple[int, ...], placement: Placement) -> bool:
+    """Whether a region lies at this place of a placement."""
+    if region.name != placement.region.name or region.intersect(placement.region) != region:
+        return False
+    index = [at - base for at, base in zip(region.offsets, placement.region.offsets, strict=True)]
+    return (offset, strides) == (placement.offset + offset_of(index, placement.strides), placement.strides)
+
+
+@settings(max_examples=100, deadline=None)
+@given(problem=problems())
+def test_layouts_come_out_of_tables_as_they_went_in(problem: tuple[Manifest, dict[int, Layout], Layout]) -> None:
+    manifest, holdings, landings = problem
+    wider = Manifest.of([*manifest.tensors, *(spec_of((1,) * 5, name) for name in ("a", "t2a", "u"))])
+    for layout in (*holdings.values(), landings):
+        table = LayoutTable.of(layout, manifest)
+        table.check(manifest)
+        assert table.layout(manifest) == layout
+        moved = table.of_manifest(manifest, wider)
+        moved.check(wider)
+        assert moved.layout(wider) == layout
 
 
 def test_two_arenas_in_the_same_order_are_one_copy() -> None:
@@ -327,15 +395,57 @@ def test_landings_that_no_loader_leaves_behind_are_refused_before_they_are_plann
     manifest = Manifest.of(TensorSpec(name=f"w{i}", dtype="uint8", shape=(4,)) for i in range(3))
     one = image_layout(manifest).placements[0]
     fits = Layout(placements=(one,) * TIMES_A_TENSOR, storage_nbytes=(1024,))
-    fits.check_size(manifest)
+    LayoutTable.of(fits, manifest).check_landings(manifest)
     with pytest.raises(InvalidInput, match=f"w0 is wanted more than {TIMES_A_TENSOR} times"):
-        replace(fits, placements=(one,) * (TIMES_A_TENSOR + 1)).check_size(manifest)
+        LayoutTable.of(replace(fits, placements=(one,) * (TIMES_A_TENSOR + 1)), manifest).check_landings(manifest)
     empty = replace(one, region=Region(name="w0", offsets=(0,), sizes=(0,)))
     many = replace(fits, placements=(empty,) * (most_placements(manifest) + 1))
     with pytest.raises(InvalidInput, match=f"at most {most_placements(manifest)} are taken"):
-        many.check_size(manifest)
+        LayoutTable.of(many, manifest).check_landings(manifest)
     with pytest.raises(InvalidInput, match="through the loader"):
-        replace(fits, through_loader=("w0", "stranger")).check_size(manifest)
+        LayoutTable.of(replace(fits, through_loader=("w0", "stranger")), manifest).check_landings(manifest)
+
+
+@pytest.mark.parametrize(
+    ("column", "number", "said"),
+    [
+        (TENSOR, 2, "not as many tensors"),
+        (DTYPE, len(DTYPE_NAMES), "unknown dtype"),
+        (STORAGE, 1, "w: a storage that is not in the layout"),
+        (OFFSET, 53, "w: a place past the end of its storage"),
+        (OFFSET, 2**63 - 1, "w: a place past the end of any storage"),
+        (BOX, 1, "w: a region that is outside of the tensor's shape"),
+        (BOX + 1, 2**63 - 1, "w: a region that is outside of the tensor's shape"),
+        (BOX + 2, 4, "w: a region that is outside of the tensor's shape"),
+        (BOX + 4, 2**40, "w: a place past the end of its storage"),
+        (BOX + 5, 2**62, "w: a place past the end of any storage"),
+    ],
+)
+def test_tables_of_what_cannot_be_are_refused(column: int, number: int, said: str) -> None:
+    manifest = Manifest.of([spec_of((3, 4)), spec_of((5,), "v")])
+    table = LayoutTable.of(image_layout(manifest, ("w",)), manifest)
+    numbers = table.placements.numbers()
+    numbers[column] = number
+    with pytest.raises(InvalidInput, match=said):
+        replace(table, placements=PlacementTable.packed(numbers, 2)).check(manifest)
+
+
+def test_few_bytes_do_not_claim_many_rows() -> None:
+    manifest = Manifest.of([spec_of((3, 4))])
+    table = LayoutTable.of(image_layout(manifest), manifest).placements
+    with pytest.raises(InvalidInput, match="a column of 2 bytes for 1000000 numbers"):
+        replace(table, count=10**6).numbers()
+    with pytest.raises(InvalidInput, match="a column of 9 bytes for 1 numbers"):
+        replace(table, columns=(bytes(9), *table.columns[1:])).numbers()
+
+
+def test_replicas_give_what_evens_out_the_load() -> None:
+    """A rank that holds something alone gives less of what others hold, too; which ranks hold a box may differ."""
+    manifest = Manifest.of([spec_of((300,), "alone"), *(spec_of((10,), f"t{i:02}") for i in range(60))])
+    shared = image_layout(manifest, tuple(f"t{i:02}" for i in range(60)))
+    holdings = {0: image_layout(manifest), 5: shared, 7: shared}
+    plan = compile_plan(manifest, holdings, image_layout(manifest))
+    assert {rank: sum(copy.nbytes for copy in copies) for rank, copies in plan.items()} == {0: 1200, 5: 1200, 7: 1200}
 
 
 def test_planning_stops_where_it_is_told_to() -> None:

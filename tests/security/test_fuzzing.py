@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.support.tables import holdings_of
 from tests.trials.fuzz.targets import TARGETS, seeds, timed
 
 from weightcast import Publisher
@@ -17,6 +18,7 @@ from weightcast.control import ControlLink, Coordinator
 from weightcast.deadline import Deadline
 from weightcast.errors import ErrorForm, WeightcastError
 from weightcast.layout import image_layout
+from weightcast.layout.table import LayoutTable
 from weightcast.manifest import Manifest, TensorSpec
 from weightcast.messages import (
     Abort,
@@ -77,7 +79,7 @@ def test_arbitrary_bytes(name: str) -> None:
 
 SHAPES = {"w": (3, 4), "s": ()}
 MANIFEST = Manifest.of([TensorSpec(name=name, dtype="float32", shape=shape) for name, shape in SHAPES.items()])
-LAYOUT = image_layout(Manifest.of([TensorSpec(name="w", dtype="float32", shape=(3, 4))]))
+LAYOUT = LayoutTable.of(image_layout(MANIFEST, ("w",)), MANIFEST)
 TIMEOUT_S = 1.0
 SMALL = st.integers(0, 3)
 TIMES = st.sampled_from([0.001, 0.01, 5.0, float("nan"), float("inf"), -1.0])
@@ -91,7 +93,9 @@ MESSAGES: st.SearchStrategy[Message] = st.one_of(
     st.builds(
         Setup,
         epoch=SMALL,
-        holdings=st.dictionaries(SMALL, st.just(image_layout(MANIFEST)), max_size=2),
+        holdings=st.dictionaries(SMALL, st.just(image_layout(MANIFEST)), max_size=2).map(
+            lambda layouts: holdings_of(MANIFEST, layouts)
+        ),
         offers=st.lists(
             st.builds(
                 Offer,
@@ -172,7 +176,7 @@ LIES: st.SearchStrategy[Message | bytes] = st.one_of(
     st.binary(max_size=12),
     st.builds(
         Landings,
-        layout=st.sampled_from([image_layout(MANIFEST), LAYOUT]),
+        layout=st.sampled_from([LayoutTable.of(image_layout(MANIFEST), MANIFEST), LAYOUT]),
         mode=st.sampled_from(["staged", "in_place"]),
         shadow_nbytes=ANY_NUMBER,
         shadow=TEXT,

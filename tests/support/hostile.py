@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from unittest.mock import patch
 
 import msgspec
+import numpy as np
 
 from weightcast.control import ControlLink
-from weightcast.layout import Region
+from weightcast.layout.table import BOX, PlacementTable
 from weightcast.messages import Hello, Landings, Message
 
 
@@ -31,9 +32,9 @@ def repeating_landings(engine: str, count: int) -> Iterator[None]:
 
 
 def _repeating(landings: Landings, count: int) -> Landings:
-    first = landings.layout.placements[0]
-    sizes = tuple(1 for _ in first.region.sizes)
-    region = Region(name=first.region.name, offsets=tuple(0 for _ in sizes), sizes=sizes)
-    placement = msgspec.structs.replace(first, region=region)
-    layout = msgspec.structs.replace(landings.layout, placements=(placement,) * count)
+    table = landings.layout.placements
+    numbers = np.repeat(table.numbers()[:, :1], count, axis=1)
+    numbers[BOX : BOX + table.dims] = 0
+    numbers[BOX + table.dims : BOX + 2 * table.dims] = 1
+    layout = msgspec.structs.replace(landings.layout, placements=PlacementTable.packed(numbers, table.dims))
     return msgspec.structs.replace(landings, layout=layout)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from weightcast.errors import DeadlineExceeded, PeerLost, PlanMismatch, ProtocolError, RoundFailed
 from weightcast.layout import Layout, Placement, Region, contiguous_strides
 from weightcast.manifest import Manifest, TensorSpec
+from weightcast.plan import Holdings
 from weightcast.trainer.ranks.all_ranks import joined_manifest
 from weightcast.trainer.ranks.coverage import check_complete
 from weightcast.trainer.ranks.orders import (
@@ -94,10 +95,10 @@ def test_manifests_are_joined_in_order_of_rank() -> None:
 def test_holdings_have_to_be_all_of_every_tensor_cut_in_one_way() -> None:
     manifest = Manifest.of([spec("w")])
     top, bottom, left = ((0, 0), (4, 4)), ((4, 0), (2, 4)), ((0, 0), (6, 2))
-    check_complete(manifest, {0: holding(top), 1: holding(bottom), 2: holding(top), 3: holding(bottom)})
+    check_complete(Holdings.of(manifest, {0: holding(top), 1: holding(bottom), 2: holding(top), 3: holding(bottom)}))
     with pytest.raises(PlanMismatch, match="hold 16 of 24 elements of 'w'"):
-        check_complete(manifest, {0: holding(top), 1: holding(top)})
+        check_complete(Holdings.of(manifest, {0: holding(top), 1: holding(top)}))
     with pytest.raises(PlanMismatch, match="cut in different ways"):
-        check_complete(manifest, {0: holding(top), 1: holding(bottom), 2: holding(left)})
+        check_complete(Holdings.of(manifest, {0: holding(top), 1: holding(bottom), 2: holding(left)}))
     with pytest.raises(PlanMismatch, match="hold 0 of 24"):
-        check_complete(manifest, {0: Layout(placements=(), storage_nbytes=())})
+        check_complete(Holdings.of(manifest, {0: Layout(placements=(), storage_nbytes=())}))

@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from weightcast import Publisher, StreamSource
-from weightcast.content.expected import expected_digest, whole_copies
+from weightcast.content.expected import expected_digest
 from weightcast.deadline import Deadline
 from weightcast.errors import PlanMismatch, RoundFailed, StateError
+from weightcast.layout import image_layout
+from weightcast.plan import compile_plan
 from weightcast.sources import make_source
 from weightcast.testing.local_engine import DictModel, LocalEngine
 from weightcast.transports.shm import ShmWorkerEnd
@@ -242,7 +244,12 @@ def test_windows_of_a_large_stream_are_digested_by_kernels(monkeypatch: pytest.M
     whole.refresh()
     source = make_source(StreamSource(lambda: values.items(), window_nbytes=4 * 2**20))
     digests = [
-        expected_digest(made.manifest, whole_copies(made.manifest, made.layout), made.memory, is_streamed=is_streamed)
+        expected_digest(
+            made.manifest,
+            compile_plan(made.manifest, {0: made.layout}, image_layout(made.manifest))[0],
+            made.memory,
+            is_streamed=is_streamed,
+        )
         for made, is_streamed in ((source, True), (whole, False))
     ]
     monkeypatch.setattr("weightcast.cpu.digest.digest_words", lambda *_: pytest.fail("torch digested a window"))

@@ -113,7 +113,7 @@ def _sha256(data: torch.Tensor) -> str:
 def _copies(nbytes: int) -> tuple[Copy, ...]:
     manifest = Manifest.of([TensorSpec(name="payload", dtype="uint8", shape=(nbytes,))])
     layout = image_layout(manifest)
-    return compile_plan(manifest, {0: layout}, layout)[0]
+    return tuple(compile_plan(manifest, {0: layout}, layout)[0])
 
 
 class _Lines:

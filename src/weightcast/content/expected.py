@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -18,7 +17,7 @@ from weightcast.layout import Layout, Placement, contiguous_strides
 from weightcast.layout.memory import Memory
 from weightcast.manifest import Manifest, align
 from weightcast.manifest.dtypes import itemsize_of
-from weightcast.plan import Copy, Plan, nbytes_of, parts_of, split
+from weightcast.plan import Copy, nbytes_of, parts_of, split
 from weightcast.plan.replay import Boxes
 
 SCRATCH_NBYTES = 2**28
@@ -203,20 +202,6 @@ def _scratch_side(copy: Copy) -> Placement:
     )
 
 
-def copies_key(copies: Sequence[Copy]) -> str:
-    """Equal for sets of copies with equal expected digests: workers that want the same share one computation."""
-    wanted = [
-        (copy.region, copy.src_storage, copy.src_offset, copy.src_strides, copy.via, copy.dst_dtype) for copy in copies
-    ]
-    return hashlib.sha256(msgspec.msgpack.encode(wanted)).hexdigest()
-
-
-def plan_key(plan: Plan) -> str:
-    """``copies_key`` of all ranks' copies."""
-    keys = [(rank, copies_key(copies)) for rank, copies in sorted(plan.items())]
-    return hashlib.sha256(msgspec.msgpack.encode(keys)).hexdigest()
-
-
 def _source_side(copy: Copy) -> Placement:
     return Placement(
         region=copy.region,
@@ -225,22 +210,3 @@ def _source_side(copy: Copy) -> Placement:
         offset=copy.src_offset,
         strides=copy.src_strides,
     )
-
-
-def whole_copies(manifest: Manifest, layout: Layout) -> list[Copy]:
-    """Copies that stand for everything that is published, in the manifest's dtypes: their digest is the content's."""
-    return [
-        Copy(
-            region=held.region,
-            src_storage=held.storage,
-            src_dtype=held.dtype,
-            src_offset=held.offset,
-            src_strides=held.strides,
-            dst_storage=0,
-            dst_dtype=manifest[held.region.name].dtype,
-            dst_offset=0,
-            dst_strides=held.strides,
-            part=held.storage if layout.is_streamed else 0,
-        )
-        for held in layout.placements
-    ]

@@ -147,27 +147,6 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
             ):
                 raise InvalidInput(f"{region.name}: region {region.offsets}+{region.sizes} is outside shape {shape}")
 
-    def check_size(self, manifest: Manifest) -> None:
-        """Raise InvalidInput for landings that no loader leaves behind, before anything is computed from them.
-
-        Planning takes time and memory by the number of placements, which a worker tells.
-        """
-        most = most_placements(manifest)
-        if len(self.placements) > most:
-            raise InvalidInput(
-                f"{len(self.placements)} placements of {len(manifest)} tensors; at most {most} are taken"
-            )
-        strangers = [name for name in self.through_loader if name not in manifest]
-        if strangers or len(self.through_loader) > len(manifest):
-            raise InvalidInput(f"{len(self.through_loader)} tensors through the loader, of {len(manifest)}")
-        wanted: dict[str, int] = {}
-        for placement in self.placements:
-            region = placement.region
-            wanted[region.name] = wanted.get(region.name, 0) + region.numel
-        for name, numel in wanted.items():
-            if numel > TIMES_A_TENSOR * max(1, manifest[name].numel):
-                raise InvalidInput(f"{name} is wanted more than {TIMES_A_TENSOR} times by one worker")
-
 
 def most_placements(manifest: Manifest) -> int:
     """How many placements one worker may have."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from weightcast.errors import InvalidInput
@@ -32,6 +33,10 @@ _DTYPES: dict[str, torch.dtype] = {
 }
 
 DTYPE_NAMES: tuple[str, ...] = tuple(_DTYPES)
+DTYPE_NUMBERS = {name: number for number, name in enumerate(DTYPE_NAMES)}
+"""What a type is called in tables of numbers."""
+ITEMSIZES = np.array([dtype.itemsize for dtype in _DTYPES.values()], np.int64)
+"""Bytes of one element, by a type's number."""
 
 
 def dtype_of(name: str) -> torch.dtype:

@@ -15,9 +15,11 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
 from weightcast.errors import InvalidInput
-from weightcast.manifest.dtypes import dtype_of, itemsize_of
+from weightcast.manifest.dtypes import DTYPE_NUMBERS, dtype_of, itemsize_of
 
 MAX_DIMS = 64
 """Dimensions that a tensor can have, as in torch. The product of a million sizes takes minutes, and no other thread runs meanwhile."""
@@ -89,14 +91,32 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         return len(self.tensors)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._index
+        return name in self.numbers
 
     def __getitem__(self, name: str) -> TensorSpec:
-        return self.tensors[self._index[name]]
+        return self.tensors[self.numbers[name]]
 
     @cached_property
-    def _index(self) -> dict[str, int]:
+    def numbers(self) -> dict[str, int]:
+        """The place of each tensor in ``tensors``, by name."""
         return {spec.name: i for i, spec in enumerate(self.tensors)}
+
+    @cached_property
+    def num_dims(self) -> npt.NDArray[np.int64]:
+        """How many dimensions each tensor has."""
+        return np.array([len(spec.shape) for spec in self.tensors], np.int64)
+
+    @cached_property
+    def shapes(self) -> npt.NDArray[np.int64]:
+        """The sizes of all tensors, a row for each dimension: 1 where a tensor has fewer dimensions than others."""
+        dims = int(self.num_dims.max(initial=0))
+        rows = [(*spec.shape, *(1,) * (dims - len(spec.shape))) for spec in self.tensors]
+        return np.array(rows, np.int64).reshape(len(rows), dims).T.copy()
+
+    @cached_property
+    def dtype_numbers(self) -> npt.NDArray[np.int64]:
+        """The number of each tensor's element type."""
+        return np.array([DTYPE_NUMBERS[spec.dtype] for spec in self.tensors], np.int64)
 
     @cached_property
     def positions(self) -> dict[str, int]:

@@ -1,22 +1,16 @@
-"""The plan: which bytes go from which holding to which landing. A pure function of manifest and layouts.
-
-For every landing the holdings of the same tensor are intersected with it; each common box is one Copy. Where several
-trainer ranks hold the same box, the one with the least bytes assigned so far gives it, so load spreads over replicas. Both
-sides compile the plan and compare its digest before the first byte moves.
-"""
+"""Copies: which bytes go from which holding to which landing, how copies are cut, and how they melt into runs."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import msgspec
 
-from weightcast.errors import PlanMismatch
-from weightcast.layout import Layout, Placement, Region
+from weightcast.layout import Placement, Region
 from weightcast.layout import geometry as geo
-from weightcast.manifest import ALIGNMENT, Manifest, TensorSpec
+from weightcast.manifest import ALIGNMENT
 from weightcast.manifest.dtypes import itemsize_of
 
 
@@ -57,89 +51,6 @@ class Copy(msgspec.Struct, frozen=True, kw_only=True):
         return self.region.numel * itemsize_of(self.dst_dtype)
 
 
-Plan = Mapping[int, tuple[Copy, ...]]
-"""Copies of one worker by trainer rank, each in manifest order."""
-
-
-def _offset_at(placement: Placement, region: Region) -> int:
-    """Element offset of ``region`` (a box inside the placement's region) in the placement's storage."""
-    index = [at - base for at, base in zip(region.offsets, placement.region.offsets, strict=True)]
-    return placement.offset + geo.offset_of(index, placement.strides)
-
-
-def _copy(holding: Placement, landing: Placement, region: Region, spec: TensorSpec, part: int) -> Copy:
-    return Copy(
-        region=region,
-        src_storage=holding.storage,
-        src_dtype=holding.dtype,
-        src_offset=_offset_at(holding, region),
-        src_strides=holding.strides,
-        dst_storage=landing.storage,
-        dst_dtype=landing.dtype,
-        dst_offset=_offset_at(landing, region),
-        dst_strides=landing.strides,
-        via="" if spec.dtype in (holding.dtype, landing.dtype) else spec.dtype,
-        is_whole=region.is_whole(spec),
-        part=part,
-    )
-
-
-def _distinct(
-    holdings: Iterable[tuple[int, Placement]],
-) -> dict[tuple[tuple[int, ...], tuple[int, ...]], list[tuple[int, Placement]]]:
-    """Group replicas: holdings of the same box."""
-    boxes: dict[tuple[tuple[int, ...], tuple[int, ...]], list[tuple[int, Placement]]] = {}
-    for rank, holding in holdings:
-        boxes.setdefault((holding.region.offsets, holding.region.sizes), []).append((rank, holding))
-    return boxes
-
-
-def compile_plan(
-    manifest: Manifest,
-    holdings: Mapping[int, Layout],
-    landings: Layout,
-    *,
-    check: Callable[[], None] = lambda: None,
-) -> dict[int, tuple[Copy, ...]]:
-    """The copies that fill every landing of one worker, by trainer rank (ranks that give nothing are absent).
-
-    Raises PlanMismatch when a landing is not covered by holdings, or lies outside the manifest. Distinct holdings of one
-    tensor must not overlap unless they are equal (replicas). ``check`` is called for every landing and may raise.
-    """
-    by_name: dict[str, list[tuple[int, Placement]]] = {}
-    for rank in sorted(holdings):
-        for placement in holdings[rank].placements:
-            by_name.setdefault(placement.region.name, []).append((rank, placement))
-    boxes_by_name = {name: _distinct(items) for name, items in by_name.items()}
-    wanted: dict[str, list[Placement]] = {}
-    for landing in landings.placements:
-        wanted.setdefault(landing.region.name, []).append(landing)
-    missing = [name for name in wanted if name not in manifest or name not in boxes_by_name]
-    if missing:
-        raise PlanMismatch(f"nobody holds {missing[0]!r} ({len(missing)} tensors in all)")
-    plan: dict[int, list[Copy]] = {}
-    load = dict.fromkeys(holdings, 0)
-    for spec in manifest.tensors:
-        for landing in wanted.get(spec.name, ()):
-            check()
-            covered = 0
-            for replicas in boxes_by_name[spec.name].values():
-                region = landing.region.intersect(replicas[0][1].region)
-                if region is None:
-                    continue
-                rank, holding = min(replicas, key=lambda item: load[item[0]])
-                part = holding.storage if holdings[rank].is_streamed else 0
-                copy = _copy(holding, landing, region, spec, part)
-                load[rank] += copy.nbytes
-                covered += region.numel
-                plan.setdefault(rank, []).append(copy)
-            if covered != landing.region.numel:
-                raise PlanMismatch(
-                    f"{spec.name}: {covered} of {landing.region.numel} wanted elements are held by the trainer"
-                )
-    return {rank: tuple(copies) for rank, copies in sorted(plan.items())}
-
-
 def parts_of(copies: Sequence[Copy]) -> dict[int, tuple[Copy, ...]]:
     """The copies by part, in the order in which parts are transferred; without copies one empty part."""
     parts: dict[int, list[Copy]] = {}
@@ -153,9 +64,9 @@ def nbytes_of(copies: Iterable[Copy]) -> int:
     return sum(copy.nbytes for copy in copies)
 
 
-def plan_digest(plan: Plan) -> str:
-    """Hex SHA-256 of a plan; equal on both sides exactly when they compiled the same copies."""
-    return hashlib.sha256(msgspec.msgpack.encode(sorted(plan.items()))).hexdigest()
+def copies_digest(copies: Sequence[Copy]) -> str:
+    """Hex SHA-256 of some copies; equal on both sides exactly when these have the same ones."""
+    return hashlib.sha256(msgspec.msgpack.encode(list(copies))).hexdigest()
 
 
 def split(copies: Iterable[Copy], max_nbytes: int) -> Iterator[Copy]:

@@ -107,7 +107,7 @@ class Pairs:
             transport = registry().get(offered[rank].transport)
             self._pulls = self._pulls and transport.pulls
             end = transport.worker_end(offered[rank].data, copies)
-            awaits_windows = transport.pulls and setup.holdings[rank].is_streamed
+            awaits_windows = transport.pulls and rank in setup.holdings.streamed
             with self._free:
                 self._pairs.append(Pair(rank, end, tuple(parts_of(copies)), awaits_windows))
         with self._in_use():

@@ -27,6 +27,7 @@ from weightcast.errors import (
 )
 from weightcast.layout import Layout
 from weightcast.layout.memory import Memory
+from weightcast.layout.table import LayoutTable
 from weightcast.logs import about
 from weightcast.messages import (
     Abort,
@@ -43,7 +44,7 @@ from weightcast.messages import (
     Verified,
     Welcome,
 )
-from weightcast.plan import compile_plan, plan_digest
+from weightcast.plan import Holdings, compile_plan
 from weightcast.receiver.base import LiveModel
 from weightcast.receiver.greeting import Greeting
 from weightcast.receiver.loader_area import LoadedTensors, with_area
@@ -117,7 +118,8 @@ class Session:
         shadow_nbytes, place = self.target.shadow_nbytes, self.target.place
         where = str(place or self._model.device) if shadow_nbytes else ""
         logger.info("weights come %s; %d bytes beside them (%s)", self.mode, shadow_nbytes, where or "nowhere")
-        self.link.send(Landings(layout=self.layout, mode=self.mode, shadow_nbytes=shadow_nbytes, shadow=where))
+        self._landings = LayoutTable.of(self.layout, self.manifest)
+        self.link.send(Landings(layout=self._landings, mode=self.mode, shadow_nbytes=shadow_nbytes, shadow=where))
 
     # -- on the I/O thread
 
@@ -246,10 +248,10 @@ class Session:
         if not self._leave_epoch(setup.epoch):
             return
         try:
-            plan = compile_plan(self.manifest, setup.holdings, self.layout)
+            plan = compile_plan(self.manifest, Holdings.told(self.manifest, setup.holdings), self._landings)
             deadline = Deadline(setup.timeout_s)
             self.pairs.set_up(setup, plan, deadline, lambda ends: self._warm_up(ends, deadline))
-            self.link.send(Ready(epoch=setup.epoch, plan_digest=plan_digest(plan)))
+            self.link.send(Ready(epoch=setup.epoch, plan_digest=plan.digest))
         except Exception as error:  # noqa: BLE001 - the trainer is told by name; an exception here would only end this thread
             self.pairs.close()
             self.send_failure(RoundId(epoch=setup.epoch, round=0), "setup", error)

@@ -144,4 +144,5 @@ def _plan(
     manifest: Manifest, held: list[Placement], held_nbytes: list[int], wanted: list[Placement], wanted_nbytes: int
 ) -> tuple[Copy, ...]:
     holdings = {0: Layout(placements=tuple(held), storage_nbytes=tuple(held_nbytes))}
-    return compile_plan(manifest, holdings, Layout(placements=tuple(wanted), storage_nbytes=(wanted_nbytes,)))[0]
+    landings = Layout(placements=tuple(wanted), storage_nbytes=(wanted_nbytes,))
+    return tuple(compile_plan(manifest, holdings, landings)[0])

@@ -170,7 +170,8 @@ CASES: dict[str, Callable[[random.Random], TransportCase]] = {
 
 def _case(manifest: Manifest, holdings: Layout, landings: Layout) -> TransportCase:
     plan = compile_plan(manifest, {0: holdings}, landings)
-    return TransportCase(copies=plan.get(0, ()), src_nbytes=holdings.storage_nbytes, dst_nbytes=landings.storage_nbytes)
+    copies = tuple(plan.get(0, ()))
+    return TransportCase(copies=copies, src_nbytes=holdings.storage_nbytes, dst_nbytes=landings.storage_nbytes)
 
 
 def _random_case(

@@ -14,6 +14,7 @@ import torch
 
 from weightcast.deadline import Deadline
 from weightcast.errors import InvalidInput, StateError, Unsupported
+from weightcast.plan import Holdings
 from weightcast.report.model import Report
 from weightcast.sources import Rename, Source, SourceLike, Stream, make_source
 from weightcast.sources.holder import Holder
@@ -83,7 +84,8 @@ class Publisher:
             )
             if meeting is None:
                 refuse_idle(self._settings.unused, self._source.manifest)
-                check_complete(self._source.manifest, {0: self._source.layout}, hint=SHARDED_HINT)
+                held = Holdings.of(self._source.manifest, {0: self._source.layout})
+                check_complete(held, hint=SHARDED_HINT)
         except Exception as error:
             if meeting is not None:
                 meeting.meet(deadline, error)

@@ -29,7 +29,7 @@ from weightcast.cuda.wait import DeviceWait
 from weightcast.deadline import Deadline
 from weightcast.errors import InvalidInput, PlanMismatch, ProtocolError, TransportError
 from weightcast.layout.memory import Memory
-from weightcast.plan import Copy, nbytes_of, parts_of, plan_digest
+from weightcast.plan import Copy, copies_digest, nbytes_of, parts_of
 from weightcast.transports.base import Facts, TrainerEnd, Transport, WorkerEnd
 from weightcast.transports.buckets import check_bucket_nbytes, schedule
 from weightcast.transports.connection import Connection
@@ -99,7 +99,7 @@ class TcpTransport(Transport):
             raise ProtocolError(f"malformed {self.name} offer: {error}") from None
         if bool(decoded.identity) != bool(self.identity()):
             raise ProtocolError(f"malformed {self.name} offer: with a certificate or without one")
-        if decoded.plan != _digest(copies):
+        if decoded.plan != copies_digest(copies):
             raise PlanMismatch("trainer and worker compiled different copies for this pair")
         return TcpWorkerEnd(copies, decoded)
 
@@ -206,7 +206,7 @@ class TcpTrainerEnd(TrainerEnd):
             secret=self._listener.secret,
             bucket_nbytes=bucket_nbytes,
             lanes=lanes,
-            plan=_digest(copies),
+            plan=copies_digest(copies),
             identity=identity,
         )
 
@@ -321,10 +321,6 @@ class _Parts:
         self.of = {part: (schedule(some, bucket_nbytes), nbytes_of(some)) for part, some in parts_of(copies).items()}
         self.buckets = [bucket for buckets, _ in self.of.values() for bucket in buckets]
         self.most = max(len(buckets) for buckets, _ in self.of.values())
-
-
-def _digest(copies: Sequence[Copy]) -> str:
-    return plan_digest({0: tuple(copies)})
 
 
 __all__ = ["TcpOffer", "TcpTransport"]

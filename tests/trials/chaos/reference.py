@@ -12,9 +12,11 @@ from typing import Any
 import torch
 import transformers
 
-from weightcast.content.expected import ExpectedDigest, whole_copies
+from weightcast.content.expected import ExpectedDigest
 from weightcast.content.layout_digest import digest_tensor
 from weightcast.digest.versions import version_name
+from weightcast.layout import image_layout
+from weightcast.plan import compile_plan
 from weightcast.sources import make_source
 from weightcast.testing.models import random_state_dict
 
@@ -54,7 +56,8 @@ class Reference:
         with self._lock:
             source = make_source(self.weights(seed))
             source.refresh()
-            content = ExpectedDigest(source.manifest, whole_copies(source.manifest, source.layout), source.memory)
+            (copies,) = compile_plan(source.manifest, {0: source.layout}, image_layout(source.manifest)).values()
+            content = ExpectedDigest(source.manifest, copies, source.memory)
             ending = version_name(0, source.manifest, content.of(source.memory)).partition("-")[2]
             self._seeds[ending] = seed
         return ending

@@ -13,13 +13,14 @@ from unittest.mock import patch
 import httpcore
 import msgspec
 
-from weightcast.content.expected import plan_key
 from weightcast.control.link import JoinInfo
 from weightcast.control.pieces import Joiner, cut
 from weightcast.deadline import Deadline
 from weightcast.errors import ErrorForm, InvalidInput, PeerLost, ProtocolError, RoundFailed, StateError, WeightcastError
 from weightcast.facts import Facts
 from weightcast.layout import image_layout
+from weightcast.layout.geometry import span
+from weightcast.layout.table import LayoutTable
 from weightcast.manifest import Manifest, TensorSpec
 from weightcast.messages import (
     Abort,
@@ -46,7 +47,7 @@ from weightcast.messages import (
     decode,
     encode,
 )
-from weightcast.plan import Copy, compile_plan, plan_digest
+from weightcast.plan import Copy, CopyColumns, Holdings, compile_plan
 from weightcast.receiver.worker_round import Approval, RoundId, WorkerRound
 from weightcast.receiver.worker_round import Phase as RoundPhase
 from weightcast.report.model import Phase, Report
@@ -87,6 +88,7 @@ MANIFEST = Manifest.of(
     [TensorSpec(name="w", dtype="bfloat16", shape=(3, 4)), TensorSpec(name="s", dtype="int64", shape=())]
 )
 LAYOUT = image_layout(MANIFEST)
+TABLE = LayoutTable.of(LAYOUT, MANIFEST)
 TRANSPORTS = ("shm", "tcp")
 STATUSES = (200, 409, 500, 422, 404, 204)
 
@@ -108,13 +110,13 @@ def setups(data: bytes) -> None:
         message = decode(data)
         if not isinstance(message, Setup):
             return
-        plan = compile_plan(MANIFEST, message.holdings, LAYOUT)
+        plan = compile_plan(MANIFEST, Holdings.told(MANIFEST, message.holdings), LAYOUT)
     except WeightcastError:
         return
-    for rank, copies in plan.items():
-        sizes = message.holdings[rank].storage_nbytes
+    for copies in plan.values():
         for copy in copies:
-            if copy.nbytes > sum(LAYOUT.storage_nbytes) or copy.src_storage >= len(sizes):
+            reach = copy.src_offset + span(copy.sizes, copy.src_strides)
+            if copy.nbytes > sum(LAYOUT.storage_nbytes) or not 0 <= reach < 2**63:
                 raise AssertionError(f"{copy} does not fit")
 
 
@@ -133,16 +135,15 @@ def landings(data: bytes) -> None:
         message = decode(data)
         if not isinstance(message, Landings):
             return
-        message.layout.check(MANIFEST)
-        message.layout.check_size(MANIFEST)
+        message.layout.check_landings(MANIFEST)
         plan = compile_plan(MANIFEST, {0: LAYOUT}, message.layout)
-        plan_digest(plan)
-        plan_key(plan)
+        assert len(plan.digest) == len(plan.key)
+        sizes = message.layout.layout(MANIFEST).storage_nbytes
     except WeightcastError:
         return
     for copies in plan.values():
         for copy in copies:
-            if copy.nbytes > sum(LAYOUT.storage_nbytes) or copy.dst_storage >= len(message.layout.storage_nbytes):
+            if copy.nbytes > sum(LAYOUT.storage_nbytes) or copy.dst_storage >= len(sizes):
                 raise AssertionError(f"{copy} does not fit")
 
 
@@ -327,10 +328,10 @@ def seeds(target: str) -> list[bytes]:
         return [
             encode_body(Enter(what="publish", timeout_s=1.5)),
             encode_body(Survey()),
-            encode_body(Pair(pairs=(1,), transport="shm", copies=(), bucket_nbytes=4096)),
+            encode_body(Pair(pairs=(1,), transport="shm", copies=CopyColumns.of((), MANIFEST), bucket_nbytes=4096)),
             encode_body(Finish.failed(failed)),
             encode_body(RankReply(error=ErrorForm.of(failed))),
-            encode_body(RankReply(manifest=MANIFEST, layout=LAYOUT, offers=(b"x",), value=2**63)),
+            encode_body(RankReply(manifest=MANIFEST, layout=TABLE, offers=(b"x",), value=2**63)),
         ]
     if target == "answers":
         return [
@@ -385,8 +386,13 @@ def messages() -> list[Message]:
             ticket="t", engine="e", rank=0, world_size=2, facts=facts, version="3-ab", digest="", dirty=False, highest=3
         ),
         Welcome(session="s", manifest=MANIFEST, mode="auto", shadows=1),
-        Landings(layout=LAYOUT, mode="staged", shadow_nbytes=512, shadow="cpu"),
-        Setup(epoch=1, holdings={0: LAYOUT}, offers=(Offer(rank=0, transport="shm", data=b"\x00"),), timeout_s=1.5),
+        Landings(layout=TABLE, mode="staged", shadow_nbytes=512, shadow="cpu"),
+        Setup(
+            epoch=1,
+            holdings=compile_plan(MANIFEST, {0: LAYOUT}, LAYOUT).holdings,
+            offers=(Offer(rank=0, transport="shm", data=b"\x00"),),
+            timeout_s=1.5,
+        ),
         Ready(epoch=1, plan_digest="00"),
         Begin(epoch=1, round=2, base="3-ab", timeout_s=2.0),
         Filled(epoch=1, round=2, window=3),

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-from weightcast.content.expected import ExpectedDigest, plan_key, whole_copies
+from weightcast.content.expected import ExpectedDigest
 from weightcast.control.coordinator import Coordinator, Member
 from weightcast.deadline import Deadline
 from weightcast.errors import (
@@ -31,7 +31,7 @@ from weightcast.trainer.fleet.places import places_of
 from weightcast.trainer.fleet.ties import Ties
 from weightcast.trainer.progress import Progress
 from weightcast.trainer.ranks import Ranks
-from weightcast.trainer.ranks.all_ranks import RANK_0, SharedDigest
+from weightcast.trainer.ranks.all_ranks import SharedDigest
 from weightcast.trainer.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -157,10 +157,9 @@ class Fleet:
         for member in self.coordinator.wait_members(engine.name, world_size, deadline):
             landings = self.coordinator.take(member, Landings, deadline, phase="join")
             assert isinstance(landings, Landings)
-            landings.layout.check(self.ranks.manifest)
-            landings.layout.check_size(self.ranks.manifest)
+            landings.layout.check_landings(self.ranks.manifest)
             workers.append(WorkerLink(member, landings))
-        layouts = [worker.landings.layout for worker in workers]
+        layouts = [table.layout(self.ranks.manifest) for table in {worker.landings.layout for worker in workers}]
         engine.places = places_of(self.ranks.manifest, self.ranks.holdings, layouts, self.settings.unused)
         others = [other.highest for other in self.engines if other is not engine]
         engine.greet(workers, max([self.number_used, engine.highest, *others]))
@@ -230,15 +229,13 @@ class Fleet:
         """The digest of all that is published; shared with workers that want exactly that."""
         if self._content_key is None or self._content_key not in self.expected:
             plan = self._whole_plan()
-            self._content_key = plan_key(plan)
+            self._content_key = plan.key
             self.expect(self._content_key, plan, deadline)
         return self.expected[self._content_key]
 
     def _whole_plan(self) -> Plan:
         """Copies that stand for everything that is published, each value once, however many ranks hold it."""
         manifest = self.ranks.manifest
-        if self.ranks.alone:
-            return {RANK_0: tuple(whole_copies(manifest, self.source.layout))}
         return compile_plan(manifest, self.ranks.holdings, image_layout(manifest))
 
     # -- leaving

@@ -11,8 +11,9 @@ from weightcast.control.coordinator import Member
 from weightcast.deadline import Deadline
 from weightcast.digest.versions import INITIAL_VERSION, version_number
 from weightcast.errors import DeadlineExceeded, EngineError, InvalidInput, PeerLost, ProtocolError, WeightcastError
+from weightcast.layout.table import DTYPE, TENSOR
 from weightcast.manifest import Manifest
-from weightcast.manifest.dtypes import itemsize_of
+from weightcast.manifest.dtypes import DTYPE_NAMES, DTYPE_NUMBERS, ITEMSIZES, itemsize_of
 from weightcast.messages import Failed, Landings, RankAnswer
 from weightcast.plan import Plan
 from weightcast.quoted import quoted
@@ -47,11 +48,10 @@ class WorkerLink:
     member: Member
     landings: Landings
     transport: Transport | None = None
-    plan: Plan = field(default_factory=dict)
+    plan: Plan | None = None
     parts: tuple[int, ...] = (0,)
     """The parts that rank 0 gives it: windows of a stream, or 0."""
     reason: str = ""
-    plan_digest: str = ""
     unusable: dict[str, str] = field(default_factory=dict)
     """Transports that were tried with this worker and cannot be used, and why."""
     end: SendingEnd | None = None
@@ -166,12 +166,14 @@ class EngineLink:
 
     def wider(self, manifest: Manifest, dtype: str) -> dict[str, str]:
         """The tensors published in ``dtype`` that a worker keeps in a wider type, and that type."""
-        return {
-            placement.region.name: placement.dtype
-            for worker in self.workers
-            for placement in worker.landings.layout.placements
-            if manifest[placement.region.name].dtype == dtype and itemsize_of(placement.dtype) > itemsize_of(dtype)
-        }
+        found: dict[str, str] = {}
+        for worker in self.workers:
+            tensors, dtypes = worker.landings.layout.placements.numbers()[[TENSOR, DTYPE]]
+            is_wider = manifest.dtype_numbers[tensors] == DTYPE_NUMBERS[dtype]
+            is_wider &= ITEMSIZES[dtypes] > itemsize_of(dtype)
+            for tensor, kept in zip(tensors[is_wider].tolist(), dtypes[is_wider].tolist(), strict=True):
+                found[manifest.tensors[tensor].name] = DTYPE_NAMES[kept]
+        return found
 
     @contextmanager
     def while_there(self, deadline: Deadline) -> Iterator[Deadline]:

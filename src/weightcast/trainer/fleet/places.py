@@ -11,14 +11,15 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import msgspec
+import numpy as np
 
 from weightcast.errors import InvalidInput, PlanMismatch
 from weightcast.layout import Layout, Placement, Region, contiguous_strides
+from weightcast.layout.table import TENSOR
 from weightcast.manifest import Manifest, TensorSpec
 from weightcast.manifest.dtypes import itemsize_of
 from weightcast.manifest.names import kind_of, matching, patterns_for, shown
-from weightcast.plan import Copy, compile_plan
+from weightcast.plan import Holdings, Plan, compile_plan
 from weightcast.record.coverage import overlapping
 
 _COMPUTED = (
@@ -56,8 +57,8 @@ class Tie:
         """A manifest in which the values of both have the same positions, so that equal values have equal digests."""
         return Manifest.of([TensorSpec(name=_TIED, dtype=self.dtype, shape=self.shape)])
 
-    def copies(self, name: str, manifest: Manifest, holdings: Mapping[int, Layout]) -> dict[int, tuple[Copy, ...]]:
-        """Copies of one of the two tensors' box, by trainer rank, as of the tensor in ``manifest()``."""
+    def plan(self, name: str, holdings: Holdings) -> Plan:
+        """Copies of one of the two tensors' box, as of the tensor in ``manifest()``."""
         nbytes = itemsize_of(self.dtype) * max(Region(name=name, offsets=self.offsets, sizes=self.sizes).numel, 1)
         wanted = Placement(
             region=Region(name=name, offsets=self.offsets, sizes=self.sizes),
@@ -66,13 +67,16 @@ class Tie:
             offset=0,
             strides=contiguous_strides(self.sizes),
         )
-        plan = compile_plan(manifest, holdings, Layout(placements=(wanted,), storage_nbytes=(nbytes,)))
-        return {rank: tuple(map(_as_tied, copies)) for rank, copies in plan.items()}
+        landings = Layout(placements=(wanted,), storage_nbytes=(nbytes,))
+        return compile_plan(holdings.manifest, holdings, landings).as_of(self.manifest())
 
-    def is_one_memory(self, holdings: Mapping[int, Layout]) -> bool:
+    def is_one_memory(self, holdings: Holdings) -> bool:
         """Whether both are the same memory on every trainer rank, as tied parameters of a module are: then they are equal, whatever
         the values."""
-        return all(_held(layout, self.names[0]) == _held(layout, self.names[1]) for layout in holdings.values())
+        one, other = (holdings.rows_of(holdings.manifest.numbers[name]) for name in self.names)
+        return np.array_equal(holdings.ranks[one], holdings.ranks[other]) and np.array_equal(
+            holdings.numbers[TENSOR + 1 :, one], holdings.numbers[TENSOR + 1 :, other]
+        )
 
     def unequal(self) -> PlanMismatch:
         """What to raise when the values differ."""
@@ -91,19 +95,6 @@ class Tie:
 
 
 _TIED = "tied"
-
-
-def _as_tied(copy: Copy) -> Copy:
-    region = Region(name=_TIED, offsets=copy.region.offsets, sizes=copy.region.sizes)
-    return msgspec.structs.replace(copy, region=region)
-
-
-def _held(layout: Layout, name: str) -> set[tuple[object, ...]]:
-    return {
-        (p.region.offsets, p.region.sizes, p.dtype, p.storage, p.offset, p.strides)
-        for p in layout.placements
-        if p.region.name == name
-    }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,9 +120,7 @@ def refuse_idle(patterns: Sequence[str], manifest: Manifest) -> None:
         )
 
 
-def places_of(
-    manifest: Manifest, holdings: Mapping[int, Layout], layouts: Sequence[Layout], unused: Sequence[str] = ()
-) -> Places:
+def places_of(manifest: Manifest, holdings: Holdings, layouts: Sequence[Layout], unused: Sequence[str] = ()) -> Places:
     """The places of one engine, whose workers have these layouts.
 
     Raises PlanMismatch for tensors that no worker has a use for, or that all workers together take only a part of, unless ``unused``

@@ -10,13 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from copy import copy
 
-from weightcast.content.expected import plan_key
 from weightcast.control.coordinator import Member
 from weightcast.deadline import Deadline
 from weightcast.errors import DeadlineExceeded, GroupBroken, PeerLost, PlanMismatch, WeightcastError
+from weightcast.layout.table import LayoutTable
 from weightcast.manifest import ALIGNMENT
 from weightcast.messages import Offer, Ready, Setup
-from weightcast.plan import Plan, compile_plan, parts_of, plan_digest
+from weightcast.plan import Plan, compile_plan, parts_of
 from weightcast.trainer.fleet.fleet import Fleet
 from weightcast.trainer.fleet.groups import TransferGroup, groups_of, mates_of
 from weightcast.trainer.fleet.link import EngineLink, SendingEnd, WorkerLink
@@ -50,6 +50,8 @@ class _SetUp:
         self._failures: dict[str, WeightcastError] = {}
         self._again: set[str] = set()
         """Engines that have to be set up again with another transport."""
+        self._plans: dict[LayoutTable, Plan] = {}
+        """By landings: workers whose layouts are equal have one plan."""
         self._cut_off: dict[str, WeightcastError] = {}
         """Engines whose pairs broke because of another engine."""
 
@@ -128,14 +130,16 @@ class _SetUp:
         """Compile the worker's plan, and be ready to digest what it gets."""
         # A worker whose landings take long to plan leaves time for those of the others.
         limit = self._deadline.part(PLANNING_SHARE)
-        ranks = self._fleet.ranks
-        plan = compile_plan(
-            ranks.manifest,
-            ranks.holdings,
-            worker.landings.layout,
-            check=lambda: limit.check("planning a worker's landings"),
-        )
-        worker.plan, worker.plan_digest, worker.digest_key = plan, plan_digest(plan), plan_key(plan)
+        ranks, layout = self._fleet.ranks, worker.landings.layout
+        if layout not in self._plans:
+            self._plans[layout] = compile_plan(
+                ranks.manifest,
+                ranks.holdings,
+                layout,
+                check=lambda: limit.check("planning a worker's landings"),
+            )
+        plan = self._plans[layout]
+        worker.plan, worker.digest_key = plan, plan.key
         worker.parts = tuple(parts_of(plan.get(RANK_0, ())))
         self._fleet.expect(worker.digest_key, plan, self._deadline)
 
@@ -157,15 +161,15 @@ class _SetUp:
         transport, deadline = group[0][1].transport, self._deadline
         assert transport is not None
         try:
-            opened = self._open(transport, group[0][1].plan, len(group))
+            opened = self._open(transport, _plan_of(group[0][1]), len(group))
         except WeightcastError as error:
             for engine, worker in group:
                 self._blame(engine, worker, copy(error), by_trainer=True)
             return
         for (_, worker), (end, offers) in zip(group, opened, strict=True):
             worker.end = end
-            holdings = dict(self._fleet.ranks.holdings)
-            setup = Setup(epoch=self._fleet.epoch, holdings=holdings, offers=offers, timeout_s=deadline.limit_s())
+            holdings, epoch = _plan_of(worker).holdings, self._fleet.epoch
+            setup = Setup(epoch=epoch, holdings=holdings, offers=offers, timeout_s=deadline.limit_s())
             self._fleet.coordinator.send(worker.member, setup)
 
     def _open(self, transport: Transport, plan: Plan, count: int) -> list[tuple[SendingEnd, tuple[Offer, ...]]]:
@@ -233,7 +237,7 @@ class _SetUp:
                 raise
             raise named from error
         ready = self._take_ready(member, self._deadline)
-        if ready.plan_digest != worker.plan_digest:
+        if ready.plan_digest != _plan_of(worker).digest:
             raise PlanMismatch(
                 "the worker compiled another plan", engine=member.engine, worker=member.rank, phase="setup"
             )
@@ -246,3 +250,8 @@ class _SetUp:
         ready = coordinator.take(member, Ready, deadline, phase="setup", matches=is_this_epoch)
         assert isinstance(ready, Ready)
         return ready
+
+
+def _plan_of(worker: WorkerLink) -> Plan:
+    assert worker.plan is not None
+    return worker.plan

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Collection
 from functools import partial
 
-from weightcast.content.expected import ExpectedDigest, plan_key
+from weightcast.content.expected import ExpectedDigest
 from weightcast.deadline import Deadline
-from weightcast.layout import Layout
 from weightcast.layout.memory import Memory
-from weightcast.plan import Plan
+from weightcast.plan import Holdings, Plan
 from weightcast.trainer.fleet.link import EngineLink
 from weightcast.trainer.fleet.places import Tie
 from weightcast.trainer.ranks import Ranks
@@ -25,18 +23,17 @@ class Ties:
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
         self._digests: dict[Tie, Digests] = {}
-        self._seen: tuple[Layout, ...] = ()
+        self._seen: Holdings | None = None
         self._is_one: dict[Tie, bool] = {}
-        """Whether both tensors were one memory in the layouts that were seen last: a round does not look through them again."""
+        """Whether both tensors were one memory in the holdings that were seen last: a round does not look through them again."""
 
     def doubtful(self, engine: EngineLink) -> list[Tie]:
         """Tensors that the engine keeps as one and that are not one memory here, either: only their values can tell."""
         if not engine.places.ties:
             return []
         holdings = self._ranks.holdings
-        layouts = tuple(holdings.values())
-        if len(layouts) != len(self._seen) or any(map(operator.is_not, layouts, self._seen)):
-            self._seen, self._is_one = layouts, {}
+        if holdings is not self._seen:
+            self._seen, self._is_one = holdings, {}
         for tie in engine.places.ties:
             if tie not in self._is_one:
                 self._is_one[tie] = tie.is_one_memory(holdings)
@@ -54,10 +51,10 @@ class Ties:
         return self._ranks.expected(self._key(tie, name), plan, deadline, tie.manifest())
 
     def _plan(self, tie: Tie, name: str) -> Plan:
-        return tie.copies(name, self._ranks.manifest, self._ranks.holdings)
+        return tie.plan(name, self._ranks.holdings)
 
     def _key(self, tie: Tie, name: str) -> str:
-        return f"{plan_key(self._plan(tie, name))} of {tie.shape}"
+        return f"{self._plan(tie, name).key} of {tie.shape}"
 
     def check(self, engine: EngineLink, memory: Memory, deadline: Deadline) -> None:
         """Raise PlanMismatch where tensors that the engine keeps as one have different values in the source's memory."""

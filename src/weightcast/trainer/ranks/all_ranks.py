@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import operator
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -20,11 +21,11 @@ from weightcast.deadline import Deadline
 from weightcast.digest.formula import combine
 from weightcast.errors import DeadlineExceeded, PeerLost, PlanMismatch, ProtocolError, WeightcastError
 from weightcast.facts import Facts
-from weightcast.layout import Layout
 from weightcast.layout.memory import Memory
+from weightcast.layout.table import LayoutTable
 from weightcast.manifest import Manifest, TensorSpec
 from weightcast.messages import Failed, Offer, RankAnswer, RankOrder
-from weightcast.plan import Plan
+from weightcast.plan import AnyLayout, CopyColumns, Holdings, Plan
 from weightcast.report.model import Report
 from weightcast.sources.base import Source
 from weightcast.sources.gathered import OTHERS_DIFFER
@@ -83,7 +84,8 @@ class Ranks:
     def __init__(self, holder: Holder, coordinator: Coordinator, size: int = 1) -> None:
         self._holder, self._coordinator, self._size = holder, coordinator, size
         self._members: dict[int, Member] = {}
-        self._layouts: dict[int, Layout] = {}
+        self._layouts: dict[int, LayoutTable] = {}
+        self._holdings: tuple[list[object], Holdings] | None = None
         self._numbers = itertools.count(1)
         self._pairs = itertools.count(1)
         self._call = 0
@@ -153,11 +155,11 @@ class Ranks:
         for rank, answer in answers.items():
             assert answer.layout is not None
             assert answer.manifest is not None
+            answer.layout.check(answer.manifest)
             layouts[rank], manifests[rank] = answer.layout, answer.manifest
         manifest = joined_manifest({RANK_0: self._source.manifest, **manifests})
-        for layout in layouts.values():
-            layout.check(manifest)
-        check_complete(manifest, {RANK_0: self._source.layout, **layouts})
+        layouts = {rank: layout.of_manifest(manifests[rank], manifest) for rank, layout in layouts.items()}
+        check_complete(Holdings.of(manifest, {RANK_0: self._source.layout, **layouts}))
         self._ask_all(Agree(manifest=manifest), deadline, phase="join")
         self.manifest, self._layouts = manifest, layouts
 
@@ -193,7 +195,7 @@ class Ranks:
         self._layouts = known
         if renewed:
             self.manifest = self._source.manifest
-            check_complete(self.manifest, {RANK_0: self._source.layout})
+            check_complete(Holdings.of(self.manifest, {RANK_0: self._source.layout}))
         return renewed
 
     # -- orders
@@ -264,8 +266,13 @@ class Ranks:
     # -- what ranks hold
 
     @property
-    def holdings(self) -> Mapping[int, Layout]:
-        return {RANK_0: self._source.layout, **self._layouts}
+    def holdings(self) -> Holdings:
+        """Of all ranks; the same object until one of them holds something else."""
+        parts: list[object] = [self.manifest, self._source.layout, *self._layouts.values()]
+        if self._holdings is None or not _are_same(self._holdings[0], parts):
+            layouts: dict[int, AnyLayout] = {RANK_0: self._source.layout, **self._layouts}
+            self._holdings = parts, Holdings.of(self.manifest, layouts)
+        return self._holdings[1]
 
     def facts(self) -> list[Facts]:
         """Of all ranks that give something, for choosing a transport that each of them can use."""
@@ -344,7 +351,9 @@ class Ranks:
         if not others:
             return own
         posted = {
-            rank: self.post(member, Expect(key=key, copies=plan[rank], manifest=manifest))
+            rank: self.post(
+                member, Expect(key=key, copies=CopyColumns.of(plan[rank], manifest or self.manifest), manifest=manifest)
+            )
             for rank, member in others.items()
         }
         for rank, number in posted.items():
@@ -371,7 +380,7 @@ class Ranks:
                 order = Pair(
                     pairs=tuple(numbers[rank] for numbers, _ in made),
                     transport=transport,
-                    copies=plan[rank],
+                    copies=CopyColumns.of(plan[rank], self.manifest),
                     bucket_nbytes=bucket_nbytes,
                 )
                 posted[rank] = self.post(self._members[rank], order)
@@ -446,6 +455,10 @@ class SharedDigest:
 
     def forget(self) -> None:
         self._own.forget()
+
+
+def _are_same(some: Sequence[object], others: Sequence[object]) -> bool:
+    return len(some) == len(others) and all(map(operator.is_, some, others))
 
 
 def joined_manifest(manifests: Mapping[int, Manifest]) -> Manifest:

@@ -2,38 +2,47 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+import numpy as np
 
 from weightcast.errors import PlanMismatch
-from weightcast.layout import Layout, Region, overlap
-from weightcast.manifest import Manifest
+from weightcast.layout import Region, overlap
+from weightcast.layout.columns import Numbers
+from weightcast.layout.table import BOX, TENSOR
+from weightcast.plan import Holdings
 
-_Box = tuple[tuple[int, ...], tuple[int, ...]]
-"""Offsets and sizes."""
 
-
-def check_complete(manifest: Manifest, holdings: Mapping[int, Layout], hint: str | None = None) -> None:
+def check_complete(held: Holdings, hint: str | None = None) -> None:
     """Raise PlanMismatch naming a tensor of which a part is held by nobody, or that ranks cut in ways that overlap."""
-    boxes: dict[str, set[_Box]] = {}
-    for layout in holdings.values():
-        for placement in layout.placements:
-            region = placement.region
-            boxes.setdefault(region.name, set()).add((region.offsets, region.sizes))
-    known: dict[frozenset[_Box], bool] = {}
-    for spec in manifest.tensors:
-        found = frozenset(boxes.get(spec.name, ()))
-        if found not in known:
-            known[found] = _overlap(found)
-        if known[found]:
-            raise PlanMismatch(f"{spec.name!r} is cut in different ways by different trainer ranks", hint=hint)
-        held = sum(math.prod(sizes) for _, sizes in found)
-        if held != spec.numel or not found:
-            raise PlanMismatch(
-                f"trainer ranks hold {held} of {spec.numel} elements of {spec.name!r}",
-                hint=hint or "Every rank of the tensor's mesh has to be in the process group",
+    manifest = held.manifest
+    boxes = held.numbers[:, held.firsts]
+    overlapping = _overlapping(held, boxes)
+    numel = np.zeros(len(manifest), np.int64)
+    np.add.at(numel, boxes[TENSOR], boxes[BOX + held.dims : BOX + 2 * held.dims].prod(axis=0))
+    wrong = np.flatnonzero(numel != manifest.shapes.prod(axis=0)).tolist()
+    if overlapping and overlapping[0] <= min(wrong, default=len(manifest)):
+        name = manifest.tensors[overlapping[0]].name
+        raise PlanMismatch(f"{name!r} is cut in different ways by different trainer ranks", hint=hint)
+    if wrong:
+        spec = manifest.tensors[wrong[0]]
+        raise PlanMismatch(
+            f"trainer ranks hold {numel[wrong[0]]} of {spec.numel} elements of {spec.name!r}",
+            hint=hint or "Every rank of the tensor's mesh has to be in the process group",
+        )
+
+
+def _overlapping(held: Holdings, boxes: Numbers) -> list[int]:
+    """The first tensor with boxes that overlap, if there is one."""
+    starts, ends = held.reaches(boxes)
+    follows = starts[1:] < ends[:-1]  # where boxes follow each other as ranges, they share no element
+    known: dict[bytes, bool] = {}
+    for tensor in np.unique(boxes[TENSOR, 1:][follows]).tolist():
+        first, last = np.searchsorted(boxes[TENSOR], [tensor, tensor + 1])
+        cut = boxes[BOX : BOX + 2 * held.dims, first:last]
+        if (form := cut.tobytes()) not in known:
+            known[form] = overlap(
+                Region(name="", offsets=tuple(row[: held.dims]), sizes=tuple(row[held.dims :]))
+                for row in cut.T.tolist()
             )
-
-
-def _overlap(boxes: frozenset[_Box]) -> bool:
-    return overlap(Region(name="", offsets=offsets, sizes=sizes) for offsets, sizes in boxes)
+        if known[form]:
+            return [tensor]
+    return []

@@ -11,9 +11,9 @@ from weightcast.errors import (
     WakeFailed,
     WeightcastError,
 )
-from weightcast.layout import Layout
+from weightcast.layout.table import LayoutTable
 from weightcast.manifest import Manifest
-from weightcast.plan import Copy
+from weightcast.plan import CopyColumns
 from weightcast.untrusted.known import known
 
 
@@ -29,7 +29,7 @@ class Enter(Order, frozen=True, kw_only=True, tag="enter"):
 
 
 class Survey(Order, frozen=True, kw_only=True, tag="survey"):
-    """Say what you hold: ``manifest`` and ``layout`` in the answer."""
+    """Say what you hold: ``manifest``, and a ``layout`` of that manifest's tensors, in the answer."""
 
 
 class Renew(Order, frozen=True, kw_only=True, tag="renew"):
@@ -43,7 +43,7 @@ class Agree(Order, frozen=True, kw_only=True, tag="agree"):
 
 
 class Adopt(Order, frozen=True, kw_only=True, tag="adopt"):
-    """Make your memory reachable for these transports; ``moved`` and ``layout`` in the answer."""
+    """Make your memory reachable for these transports; ``moved`` and ``layout``, of the tensors agreed on, in the answer."""
 
     transports: tuple[str, ...]
 
@@ -52,7 +52,7 @@ class Expect(Order, frozen=True, kw_only=True, tag="expect"):
     """Be ready to digest these copies' values under a key; at the positions of ``manifest``, or of what is published."""
 
     key: str
-    copies: tuple[Copy, ...]
+    copies: CopyColumns
     manifest: Manifest | None = None
 
 
@@ -68,7 +68,7 @@ class Pair(Order, frozen=True, kw_only=True, tag="pair"):
 
     pairs: tuple[int, ...]
     transport: str
-    copies: tuple[Copy, ...]
+    copies: CopyColumns
     bucket_nbytes: int
 
 
@@ -203,7 +203,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     error: ErrorForm | None = None
     manifest: Manifest | None = None
-    layout: Layout | None = None
+    layout: LayoutTable | None = None
     moved: bool = False
     offers: tuple[bytes, ...] = ()
     value: int = 0

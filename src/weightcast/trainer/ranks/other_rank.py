@@ -27,6 +27,7 @@ from weightcast.errors import (
     TransportError,
     WeightcastError,
 )
+from weightcast.layout.table import LayoutTable
 from weightcast.manifest import Manifest
 from weightcast.messages import AnyMessage, Hello, RankAnswer, RankOrder, Refused, Welcome
 from weightcast.report.model import Report
@@ -262,7 +263,8 @@ class OtherRank:
                 if order.what != what:
                     raise StateError(f"it calls {what}(), rank 0 calls {order.what}()", hint=COLLECTIVE_HINT)
             case Survey():
-                return Answer(manifest=self._source.manifest, layout=self._source.layout)
+                manifest = self._source.manifest
+                return Answer(manifest=manifest, layout=LayoutTable.of(self._source.layout, manifest))
             case Renew():
                 renewed = self._holder.renew()
                 if renewed:
@@ -274,11 +276,10 @@ class OtherRank:
                 moved = self._holder.adopt(order.transports)
                 if moved:
                     self.expected.clear()
-                return Answer(moved=moved, layout=self._source.layout)
+                return Answer(moved=moved, layout=LayoutTable.of(self._source.layout, self._manifest))
             case Expect():
-                self.expected[order.key] = ExpectedDigest(
-                    order.manifest or self._manifest, order.copies, self._source.memory
-                )
+                manifest = order.manifest or self._manifest
+                self.expected[order.key] = ExpectedDigest(manifest, order.copies.copies(manifest), self._source.memory)
             case Keep():
                 for key in self.expected.keys() - set(order.keys):
                     del self.expected[key]
@@ -303,7 +304,7 @@ class OtherRank:
             .get(order.transport)
             .trainer_ends(
                 len(order.pairs),
-                order.copies,
+                order.copies.copies(self._manifest),
                 self._source.memory,
                 bucket_nbytes=order.bucket_nbytes,
                 address=self._address,
