@@ -98,16 +98,18 @@ class _Proxy(BaseHTTPRequestHandler):
         return
 
 
-def test_a_proxy_that_answers_in_the_servers_place_is_waited_for() -> None:
+@pytest.mark.parametrize("call", ["connect", "add"])
+def test_a_proxy_that_answers_in_the_servers_place_is_waited_for(call: str) -> None:
+    _Proxy.asked = 0
     with ThreadingHTTPServer(("127.0.0.1", 0), _Proxy) as proxy:
         threading.Thread(target=proxy.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{proxy.server_address[1]}"
         try:
             with (
-                Publisher(values_of(1), [url], timeout_s=20) as publisher,
+                Publisher(values_of(1), [url] if call == "connect" else [], timeout_s=20) as publisher,
                 pytest.raises(EngineError, match="answered 404"),
             ):
-                publisher.connect(wait_s=30)
+                publisher.connect(wait_s=30) if call == "connect" else publisher.add(url, wait_s=30)
         finally:
             proxy.shutdown()
     assert _Proxy.asked == 4, "two answers of the proxy's, one of the server's, and that to the call itself"

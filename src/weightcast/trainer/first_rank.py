@@ -127,10 +127,11 @@ class FirstRank:
         with self._fleet.waiting(wait_s):
             self._ranks.collectively("connect", deadline, self._and_lets_go(lambda: self._connect(deadline), deadline))
 
-    def add(self, engine: str | EngineClient | SyncEngine, deadline: Deadline) -> Report | None:
-        return self._ranks.collectively(
-            "add", deadline, self._and_lets_go(lambda: self._add(engine, deadline), deadline)
-        )
+    def add(self, engine: str | EngineClient | SyncEngine, deadline: Deadline, wait_s: float = 0.0) -> Report | None:
+        with self._fleet.waiting(wait_s):
+            return self._ranks.collectively(
+                "add", deadline, self._and_lets_go(lambda: self._add(engine, deadline), deadline)
+            )
 
     def remove(self, name: str, deadline: Deadline) -> None:
         self._ranks.collectively("remove", deadline, lambda: self._remove(name))

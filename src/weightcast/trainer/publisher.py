@@ -155,15 +155,17 @@ class Publisher:
         with self._turns.take("connect"):
             self._part.connect(self._begin(timeout_s, wait_s), wait_s or 0.0)
 
-    def add(self, engine: str | EngineClient | SyncEngine, timeout_s: float | None = None) -> Report | None:
-        """Add an engine to the fleet and connect the engine. When that fails the fleet is as before.
+    def add(
+        self, engine: str | EngineClient | SyncEngine, timeout_s: float | None = None, *, wait_s: float | None = None
+    ) -> Report | None:
+        """Add an engine to the fleet and connect the engine. When that fails the fleet is as before. ``wait_s`` is that of ``connect``.
 
         If the source still holds the version that the fleet serves, the engine is brought to that version at once, without touching the
         other engines, and the report of that round is returned. Otherwise the result is None, and the engine gets the next version
         together with the others.
         """
         with self._turns.take("add"):
-            return self._part.add(engine, self._begin(timeout_s))
+            return self._part.add(engine, self._begin(timeout_s, wait_s), wait_s or 0.0)
 
     def remove(self, name: str) -> None:
         """Dismiss an engine; the engine goes on serving its version."""

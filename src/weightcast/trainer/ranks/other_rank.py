@@ -170,7 +170,7 @@ class OtherRank:
     def connect(self, deadline: Deadline, wait_s: float = 0.0) -> None:
         self.join("connect", deadline)
 
-    def add(self, engine: object, deadline: Deadline) -> Report | None:
+    def add(self, engine: object, deadline: Deadline, wait_s: float = 0.0) -> Report | None:
         return self.join("add", deadline)
 
     def remove(self, name: str, deadline: Deadline) -> None:
