@@ -80,7 +80,8 @@ class Deadline:
         """Raise DeadlineExceeded when the moment has passed."""
         if self.cancelled:
             raise DeadlineExceeded(
-                f"{waiting_for} was called off", hint="The publisher is being closed, or the engine is gone"
+                f"{waiting_for} was called off",
+                hint="The publisher is being closed, or the engine is gone: nothing is left to wait for",
             )
         if self.passed:
             raise DeadlineExceeded(f"{waiting_for} took longer than {self.timeout_s:g} s")

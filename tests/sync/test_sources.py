@@ -374,7 +374,7 @@ def test_a_checkpoint_staged_on_a_device_is_the_same_tensors_in_one_arena(tmp_pa
         ("cuda", Unsupported, "no GPU cuda"),
         ("cuda:7", Unsupported, "no GPU cuda:7"),
         ("meta", Unsupported, "Choose cpu or cuda"),
-        ("graphics", InvalidInput, "'graphics' is no device"),
+        ("graphics", InvalidInput, "there is no device 'graphics'"),
     ],
 )
 def test_a_device_that_cannot_be_had_is_refused_by_name(

@@ -212,8 +212,8 @@ def _mapped(path: Path, nbytes: int) -> torch.Tensor:
 def _usable(device: torch.device | str) -> torch.device:
     try:
         found = torch.device(device)
-    except RuntimeError as error:
-        raise InvalidInput(f"{device!r} is no device: {error}", field="device") from None
+    except RuntimeError:
+        raise InvalidInput(f"there is no device {device!r}", field="device", hint="Choose cpu or cuda") from None
     if found.type not in ("cpu", "cuda"):
         raise Unsupported(f"a checkpoint on {found}", hint="Choose cpu or cuda")
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():

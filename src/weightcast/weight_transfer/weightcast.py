@@ -127,7 +127,10 @@ class WeightcastEngine(WeightTransferEngine[WeightcastInitInfo, WeightcastUpdate
             raise StateError("no weight update is open", hint="Call start_weight_update first")
         self._open = False
         if not self._updated:
-            raise StateError("no update was carried out in this round", hint="It is closed, and nothing was changed")
+            raise StateError(
+                "no update was carried out in this round; it is closed, and nothing was changed",
+                hint="Call update_weights between start_weight_update and finish_weight_update",
+            )
         self._label = weight_version or self._label
 
     def shutdown(self) -> None:

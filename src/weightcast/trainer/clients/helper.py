@@ -40,7 +40,7 @@ class Helper:
             return DeadlineExceeded(
                 f"the engine took longer than {deadline.timeout_s:g} s",
                 engine=self._engine,
-                hint=None if began else "It was not asked: it has not answered the call before",
+                hint=None if began else "It was not asked, as it has not answered the call before; wait until it has",
             )
 
         return result_within(future, deadline, late)

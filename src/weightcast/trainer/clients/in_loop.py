@@ -44,7 +44,7 @@ class LoopCalls:
             return DeadlineExceeded(
                 f"the engine took longer than {deadline.timeout_s:g} s",
                 engine=self._name,
-                hint="A publisher on the engine's own event loop blocks it: await asyncio.to_thread(publisher.publish)",
+                hint="Is something blocking its event loop, a thread that is joined there say? If the engine is only slow, give more timeout_s",
             )
 
         return result_within(future, deadline, late)

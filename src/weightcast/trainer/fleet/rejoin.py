@@ -71,7 +71,10 @@ class Rejoiner:
         attempt = self._attempts.get(engine.name)
         if attempt is None:  # ``close`` came on another thread
             return StateError(
-                "joining was called off", engine=engine.name, phase="join", hint="The publisher is closed"
+                "joining was called off",
+                engine=engine.name,
+                phase="join",
+                hint="The publisher was closed on another thread: make a new one",
             )
         if not attempt.future.done():
             return DeadlineExceeded("it has not joined yet; the attempt goes on", engine=engine.name, phase="join")
