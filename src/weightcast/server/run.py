@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import signal
@@ -54,7 +55,8 @@ def bind(host: str, port: int) -> socket.socket:
         sock.bind(address)
     except OSError as error:
         sock.close()
-        hint = "Port 0 picks a free one"
+        is_elsewhere = error.errno == errno.EADDRNOTAVAIL
+        hint = "Give an address of this machine, or 0.0.0.0 for all" if is_elsewhere else "Port 0 picks a free one"
         raise InvalidInput(f"cannot bind {host} port {port}: {error.strerror}", field="port", hint=hint) from None
     return sock
 
