@@ -57,6 +57,7 @@ MAY_IMPORT = {
     "engines.embedded": "at_exit room quoted errors deadline manifest layout digest record content receiver weight_transfer engines",
     "engines.stock": "errors deadline manifest layout untrusted digest record content commit receiver weight_transfer engines server",
     "engines.vllm": "errors manifest layout untrusted record content commit receiver weight_transfer vllm_protocol.eras server engines.stock",
+    "engines.sglang": "errors manifest layout untrusted digest record content commit weight_transfer server engines.stock",
     "vllm_protocol.nccl.trainer": "quoted errors deadline manifest cuda vllm_protocol.nccl.wire trainer.clients",
     "vllm_protocol.nccl.worker": "errors deadline manifest digest cuda receiver weight_transfer vllm_protocol.nccl.wire",
     "testing": "errors deadline manifest layout untrusted digest plan content transports receiver weight_transfer trainer.clients engines",
@@ -151,6 +152,7 @@ def test_trainer_and_engine_do_not_know_each_other() -> None:
         "engines.stock",
         "engines.embedded",
         "engines.vllm",
+        "engines.sglang",
     ):
         assert not {other for other in found[name] if other.split(".")[0] in ("trainer", "sources")}, found[name]
 

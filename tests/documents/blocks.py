@@ -8,8 +8,8 @@ from pathlib import Path
 from tests.support.warm import Warm
 
 ROOT = Path(__file__).parents[2]
-MARKS = ("gpu", "vllm", "elsewhere")
-"""Why a block is not run with the others: it needs a GPU, it needs vLLM's environment, or another test runs its commands."""
+MARKS = ("gpu", "vllm", "sglang", "elsewhere")
+"""Why a block is not run with the others: it needs a GPU, it needs the environment of vLLM or SGLang, or another test runs its commands."""
 
 _BLOCK = re.compile(r"^(?:<!-- block: (?P<mark>\w+) -->\n)?```(?P<language>sh|python)\n(?P<text>.*?)^```$", re.M | re.S)
 _FILE = re.compile(r"# (\S+\.py)\n")

@@ -1,1 +1,1 @@
-"""Inference engines: the protocol they share, the embedded engine, and the adapter for stock vLLM."""
+"""Inference engines: the protocol they share, the embedded engine, and the adapters for stock vLLM and stock SGLang."""

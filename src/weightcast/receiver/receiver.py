@@ -264,6 +264,14 @@ class Receiver:
             self._loaded = None
             self.version, self.content, self.dirty = NO_VERSION, "", True
 
+    def replaced(self, version: str) -> None:
+        """Somebody else wrote the live weights: leave the trainer, whose next round joins anew. Their content is not known; weights of no
+        version stay that, since nobody says that all of them were written."""
+        self._leave("the engine's weights were written by somebody else", keeps=False)
+        self._loaded = None
+        if not self.dirty:
+            self.version, self.content = version, ""
+
     def _require_awake(self, phase: str) -> None:
         reason = self._model.why_asleep()
         if reason:

@@ -143,6 +143,11 @@ class WeightcastEngine(WeightTransferEngine[WeightcastInitInfo, WeightcastUpdate
         self._label = None if loses else self._label
         self.receiver.sleep(loses=loses)
 
+    def replaced(self, version: str) -> None:
+        """See Receiver.replaced."""
+        self._open, self._label = False, None
+        self.receiver.replaced(version)
+
     @property
     def weight_version(self) -> str:
         return self._label or self.receiver.version

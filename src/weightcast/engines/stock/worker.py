@@ -124,6 +124,14 @@ class StockWorker:
         self._carry_out(lambda engine: engine.sleep(loses=loses))
         self._error, self._apply_s = before
 
+    def replaced(self, version: str) -> None:
+        """Somebody else wrote weights: see Receiver.replaced. Never raises, and what became of the last update stays known."""
+        if self.engine is None:
+            return
+        before = (self._error, self._apply_s)
+        self._carry_out(lambda engine: engine.replaced(version))
+        self._error, self._apply_s = before
+
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
         """Inside, no memory is given back on another thread than this one: an engine's allocator may go through a list that this would

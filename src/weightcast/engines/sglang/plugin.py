@@ -1,0 +1,124 @@
+"""The plug-in: SGLang calls ``register`` in its main process, in each scheduler, in the detokenizer and in a data-parallel controller.
+
+Everything is done by SGLang's hooks. A hook imports its target, so a process gets hooks of what it has imported already; the main one, which
+loads plug-ins before anything else, also those of what it will import.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import sys
+from typing import Any
+
+from weightcast.errors import Unsupported
+
+SCHEDULER = "sglang.srt.managers.scheduler"
+SERVING = "sglang.srt.managers.tokenizer_control_mixin"
+UPDATER = "sglang.srt.managers.scheduler_components.weight_updater"
+AUTH = "sglang.srt.utils.auth"
+HTTP_SERVER = "sglang.srt.entrypoints.http_server"
+
+OTHERS_UPDATES = (
+    "update_weights_from_disk",
+    "update_weights_from_distributed",
+    "update_weights_from_tensor",
+    "update_weights_from_ipc",
+)
+
+logger = logging.getLogger(__name__)
+
+
+def register() -> None:
+    """Let weightcast in. SGLang calls this wherever weightcast is installed, so a version out of range only logs what it is."""
+    from sglang.version import __version__
+
+    from weightcast.engines.sglang.versions import SUPPORTED
+
+    log_as_sglang()
+    try:
+        SUPPORTED.check(__version__)
+    except Unsupported as error:
+        logger.warning("%s: no weights can be published to this engine. %s", error.message, error.hint)
+        return
+    from sglang.srt.managers.io_struct import hook_custom_types
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from weightcast.engines.sglang.messages import WeightcastAnswer, WeightcastOrder
+
+    hook_custom_types(WeightcastOrder, WeightcastAnswer)
+    if SCHEDULER in sys.modules:
+        HookRegistry.register(f"{SCHEDULER}.Scheduler.init_request_dispatcher", _in_scheduler, HookType.AFTER)
+        manager = f"{UPDATER}.SchedulerWeightUpdaterManager"
+        HookRegistry.register(f"{manager}.release_memory_occupation", _before_sleep, HookType.BEFORE)
+        HookRegistry.register(f"{manager}.resume_memory_occupation", _undisturbed, HookType.AROUND)
+        for name in OTHERS_UPDATES:
+            HookRegistry.register(f"{manager}.{name}", _updated_by_others, HookType.AFTER)
+    if SERVING in sys.modules or multiprocessing.parent_process() is None:
+        HookRegistry.register(f"{SERVING}.TokenizerControlMixin.init_communicators", _where_served, HookType.AFTER)
+        HookRegistry.register(f"{AUTH}.decide_request_auth", _own_paths, HookType.AROUND)
+
+
+def log_as_sglang() -> None:
+    """Have weightcast's lines appear in SGLang's log, which is that of the root logger; an application's own level is left alone."""
+    own = logging.getLogger("weightcast")
+    if own.level == logging.NOTSET and not os.environ.get("WEIGHTCAST_LOG_LEVEL"):
+        own.setLevel(logging.INFO)
+
+
+# -- in a scheduler
+
+
+def _in_scheduler(result: Any, scheduler: Any, *_: Any, **__: Any) -> None:
+    from sglang.utils import TypeBasedDispatcher
+
+    from weightcast.engines.sglang.messages import WeightcastOrder
+    from weightcast.engines.sglang.worker import SchedulerCalls
+
+    scheduler.weightcast = SchedulerCalls(scheduler)
+    scheduler._request_dispatcher += TypeBasedDispatcher([(WeightcastOrder, scheduler.weightcast.handle)])
+
+
+def _before_sleep(manager: Any, request: Any) -> None:
+    if calls := _calls_of(manager):
+        calls.before_sleep(request.tags)
+
+
+def _undisturbed(resume: Any, manager: Any, request: Any) -> Any:
+    calls = _calls_of(manager)
+    if calls is None:
+        return resume(manager, request)
+    with calls.worker.undisturbed():
+        return resume(manager, request)
+
+
+def _updated_by_others(result: Any, manager: Any, request: Any) -> None:
+    if calls := _calls_of(manager):
+        calls.updated_by_others(getattr(request, "weight_version", None))
+
+
+def _calls_of(manager: Any) -> Any:
+    return getattr(getattr(manager, "scheduler", None), "weightcast", None)
+
+
+# -- in the process that serves requests
+
+
+def _where_served(result: Any, tokenizer_manager: Any, *_: Any, **__: Any) -> None:
+    from weightcast.engines.sglang.served import SglangEngine
+
+    tokenizer_manager.weightcast = SglangEngine(tokenizer_manager)
+    server = sys.modules.get(HTTP_SERVER)
+    if server is not None:
+        from weightcast.engines.sglang.routes import serve_routes
+
+        serve_routes(server.app, tokenizer_manager.weightcast)
+
+
+def _own_paths(decide: Any, *, path: str, **named: Any) -> Any:
+    """SGLang's API key guards SGLang's routes; weightcast's are guarded by weightcast's token."""
+    from weightcast.engines.sglang.routes import is_own_path
+
+    decision = decide(path=path, **named)
+    return type(decision)(allowed=True) if is_own_path(path) else decision

@@ -1,0 +1,130 @@
+"""SchedulerCalls: weightcast's calls in one scheduler process, carried out on the scheduler's thread between two steps.
+
+Load-bearing: nothing raises out of a call, since an exception would end the scheduler. All tensor-parallel ranks take their orders from one
+stream, so they carry out the same call at the same place; the answer has the outcomes of all of them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from weightcast.commit.order import Serving
+from weightcast.commit.worker_outcome import WEIGHTS, outcomes_from
+from weightcast.digest.versions import INITIAL_VERSION
+from weightcast.engines.sglang.gathering import gather
+from weightcast.engines.sglang.messages import WeightcastAnswer, WeightcastOrder, packed, unpacked
+from weightcast.engines.sglang.model import SglangModel
+from weightcast.engines.sglang.scheduler import standing_scheduler
+from weightcast.engines.stock.in_lockstep import update_in_lockstep
+from weightcast.engines.stock.worker import StockWorker, refusal
+from weightcast.errors import ErrorForm, WeightcastError
+from weightcast.weight_transfer.base import WorkerRank
+
+logger = logging.getLogger(__name__)
+
+Record = dict[str, Any]
+
+
+class SchedulerCalls:
+    """The calls of one scheduler; ``worker`` has what is not about scheduling."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self._standing = standing_scheduler(scheduler)
+        step = self._standing
+        self._rank = (step.dp_rank * step.pp_size) * step.tp_size + step.tp_rank
+        self.worker = StockWorker(
+            WorkerRank(rank=self._rank, world_size=self._rank + 1),
+            lambda: SglangModel(step.model, step.device, lambda: step.sleeping_tags),
+            lambda: step.sleeping_tags,
+        )
+
+    def handle(self, order: WeightcastOrder) -> WeightcastAnswer:
+        """The outcomes of all tensor-parallel ranks of this replica. Broad except on purpose: see the module's first lines."""
+        try:
+            payload = unpacked(order.payload)
+            outcomes = self._carry_out(order.action, payload)
+        except Exception as error:
+            logger.exception("weight transfer: %s failed", order.action)
+            outcomes = [refusal(self._rank, ErrorForm.of(error).error())]
+        return WeightcastAnswer(number=order.number, outcomes=packed(outcomes), paused=self._standing.paused)
+
+    def before_sleep(self, tags: Sequence[str] | None) -> None:
+        """SGLang is about to give memory away. Weights come back with their values only where SGLang keeps a copy of them."""
+        args = self._standing.scheduler.server_args
+        if args.enable_memory_saver and (not tags or WEIGHTS in tags):
+            self.worker.before_sleep(loses=not args.enable_weights_cpu_backup)
+
+    def updated_by_others(self, version: str | None) -> None:
+        """SGLang's own routes wrote weights; without a version of their own, tokens must not go on to carry the one before."""
+        if self.worker.engine is not None and version is None:
+            self._standing.name(INITIAL_VERSION)
+        self.worker.replaced(version or INITIAL_VERSION)
+
+    # -- pieces
+
+    def _carry_out(self, action: str, payload: Mapping[str, Any]) -> list[Record]:
+        step = self._standing
+        match action:
+            case "update":
+                return self._update(payload)
+            case "pause":
+                return self._scheduled(step.forget if payload["clear_cache"] else step.pause)
+            case "forget":
+                return self._scheduled(step.forget)
+            case "resume":
+                return self._scheduled(step.resume)
+            case "label":
+                return self._scheduled(lambda: step.name(payload["version"]))
+            case _:
+                return self._gather(self.worker.call(action, payload))
+
+    def _update(self, payload: Mapping[str, Any]) -> list[Record]:
+        """An update, and keys and values forgotten before it where ``clear_cache`` says so. Weights of no version are not computed with:
+        the scheduler stays paused then."""
+        step, was_paused = self._standing, self._standing.paused
+        stand = step.forget if payload["clear_cache"] else step.pause
+        error = _error_of(stand)
+        step.wait_for_device()
+        call = self.worker.call if error is None else self._refused(error)
+        outcomes = update_in_lockstep(call, payload["info"], self._gather)
+        serving = Serving.of(outcomes_from(outcomes))
+        if not serving.unfit and serving.version is not None:
+            if serving.error is None:
+                step.name(serving.version)
+            if not was_paused:
+                step.resume()
+        return outcomes
+
+    def _scheduled(self, work: Callable[[], None]) -> list[Record]:
+        """The outcomes after ``work``, with its error if it raised one."""
+        error = _error_of(work)
+        record = self.worker.call("status", {})
+        return self._gather(record if error is None else _with_error(record, error))
+
+    def _refused(self, error: WeightcastError) -> Callable[[str, Mapping[str, Any]], Record]:
+        return lambda action, payload: _with_error(self.worker.call("status", {}), error)
+
+    def _gather(self, record: Record) -> list[Record]:
+        return gather(record, self._standing.cpu_group, self._standing.tp_size)
+
+
+def _error_of(work: Callable[[], None]) -> WeightcastError | None:
+    """The error that ``work`` ends with. Broad except on purpose: see the module's first lines."""
+    try:
+        work()
+    except WeightcastError as error:
+        return error
+    except Exception as error:
+        logger.exception("SGLang's scheduler raised")
+        return ErrorForm.of(error).error()
+    return None
+
+
+def _with_error(record: Record, error: WeightcastError) -> Record:
+    outcome = outcomes_from([record])[0]
+    changed: Record = msgspec.to_builtins(msgspec.structs.replace(outcome, error=ErrorForm.of(error)))
+    return changed
