@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any, get_args
+
 import msgspec
 import pytest
 from hypothesis import given, settings
@@ -10,18 +13,21 @@ from hypothesis import strategies as st
 from weightcast.errors import DeadlineExceeded, PeerLost, PlanMismatch, ProtocolError, RoundFailed
 from weightcast.layout import Layout, Placement, Region, contiguous_strides
 from weightcast.manifest import Manifest, TensorSpec
+from weightcast.messages import RankOrder
 from weightcast.plan import Holdings
-from weightcast.trainer.ranks.all_ranks import joined_manifest
-from weightcast.trainer.ranks.coverage import check_complete
+from weightcast.trainer.ranks.coverage import check_complete, joined_manifest
 from weightcast.trainer.ranks.orders import (
     Answer,
+    AnyOrder,
     Enter,
     Finish,
+    Order,
     Refresh,
     decode_answer,
     decode_order,
     encode,
 )
+from weightcast.trainer.ranks.other_rank import OtherRank
 
 
 def spec(name: str, shape: tuple[int, ...] = (6, 4), dtype: str = "float32") -> TensorSpec:
@@ -77,12 +83,30 @@ def test_garbage_is_a_protocol_error(frame: bytes) -> None:
         assert heard == Answer()  # the empty map says just that
 
 
-@pytest.mark.parametrize("order", [Enter(what="publish", timeout_s=1.0), Refresh(), Finish()])
+@pytest.mark.parametrize("order", [Enter(what="publish", timeout_s=1.0), Refresh(timeout_s=1.0), Finish()])
 def test_surplus_fields_and_unknown_orders_are_refused(order: Enter | Refresh | Finish) -> None:
     body = msgspec.msgpack.decode(encode(order))
     for damaged in ({**body, "surplus": 1}, {**body, "do": "unheard"}):
         with pytest.raises(ProtocolError):
             decode_order(msgspec.msgpack.encode(damaged))
+
+
+class Unheard(Order, frozen=True, kw_only=True, tag="unheard"):
+    """An order that rank 0 gives and nobody has written down for the other ranks."""
+
+
+def test_an_order_that_a_rank_does_not_know_is_answered_with_an_error_and_never_as_done() -> None:
+    known = set(get_args(AnyOrder))
+    assert {kind for kind in Order.__subclasses__() if kind is not Unheard} == known
+    answers: list[Answer] = []
+    rank: Any = object.__new__(OtherRank)
+    rank._link = SimpleNamespace(send=lambda said: answers.append(decode_answer(said.body)))
+    rank._do("publish", RankOrder(call=1, number=1, body=b""), Unheard())
+    rank._do("publish", RankOrder(call=1, number=2, body=b""), Enter(what="publish", timeout_s=1.0))
+    unheard, done = answers
+    assert unheard.error is not None
+    assert "Unheard" in unheard.error.message
+    assert done == Answer()
 
 
 def test_manifests_are_joined_in_order_of_rank() -> None:

@@ -7,17 +7,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-import torch
 
 from weightcast.control.coordinator import Coordinator
 from weightcast.control.link import ControlLink, JoinInfo
 from weightcast.deadline import Deadline
 from weightcast.errors import DigestMismatch, ErrorForm, StateError, TransportError
 from weightcast.messages import AnyMessage, Hello, RankAnswer, RankOrder
-from weightcast.sources import make_source
-from weightcast.sources.holder import Holder
-from weightcast.trainer.ranks.all_ranks import RANKS, Ranks
 from weightcast.trainer.ranks.end import SharedEnd
+from weightcast.trainer.ranks.line import RANKS, Line
 from weightcast.trainer.ranks.orders import Abort, Answer, AnyOrder, decode_order, encode
 from weightcast.transports.base import TrainerEnd
 from weightcast.transports.facts import local_facts
@@ -53,17 +50,17 @@ class Blocked(TrainerEnd):
 
 
 @pytest.fixture
-def meet() -> Iterator[Callable[..., Ranks]]:
+def meet() -> Iterator[Callable[..., Line]]:
     """Rank 0 and other ranks that answer orders by functions."""
     coordinator = Coordinator()
     links: list[ControlLink] = []
 
-    def made(*replies: Reply) -> Ranks:
-        ranks = Ranks(Holder(lambda: make_source({"w": torch.randn(3)})), coordinator, len(replies) + 1)
+    def made(*replies: Reply) -> Line:
+        line = Line(coordinator, len(replies) + 1)
         info = JoinInfo(
             address=f"tcp://127.0.0.1:{coordinator.port}",
             public_key=coordinator.public_key,
-            ticket=ranks.ticket(),
+            ticket=line.ticket(),
             engine=RANKS,
         )
         for number, reply in enumerate(replies):
@@ -83,8 +80,8 @@ def meet() -> Iterator[Callable[..., Ranks]]:
                     version="", digest="", dirty=False, highest=0,
                 )
             )  # fmt: skip
-        ranks._wait_for_all(Deadline(HANG_S))
-        return ranks
+        line.meet(Deadline(HANG_S))
+        return line
 
     yield made
     for link in links:
@@ -93,7 +90,7 @@ def meet() -> Iterator[Callable[..., Ranks]]:
 
 
 @pytest.mark.parametrize("call", ["connect", "send"])
-def test_the_first_rank_to_fail_ends_it_for_all(meet: Callable[..., Ranks], call: str) -> None:
+def test_the_first_rank_to_fail_ends_it_for_all(meet: Callable[..., Line], call: str) -> None:
     orders: list[AnyOrder] = []
 
     def silent(order: AnyOrder) -> None:
@@ -115,7 +112,7 @@ def test_the_first_rank_to_fail_ends_it_for_all(meet: Callable[..., Ranks], call
     end.close()
 
 
-def test_the_own_error_is_raised_where_it_came_first(meet: Callable[..., Ranks]) -> None:
+def test_the_own_error_is_raised_where_it_came_first(meet: Callable[..., Line]) -> None:
     def aborted(order: AnyOrder) -> Answer | None:
         return Answer(error=ErrorForm.of(TransportError("the end was aborted"))) if isinstance(order, Abort) else None
 

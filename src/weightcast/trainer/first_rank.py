@@ -29,7 +29,8 @@ from weightcast.trainer.fleet.places import refuse_idle
 from weightcast.trainer.fleet.presence import Presence, join_error, not_connected
 from weightcast.trainer.fleet.waking import Waking
 from weightcast.trainer.ranks import Ranks
-from weightcast.trainer.ranks.all_ranks import RANKS, SharedDigest
+from weightcast.trainer.ranks.line import RANKS
+from weightcast.trainer.ranks.shared_digest import SharedDigest
 from weightcast.trainer.records import Records
 from weightcast.trainer.round.round import Brief, Round
 from weightcast.trainer.round.timeline import Timeline
@@ -100,7 +101,7 @@ class FirstRank:
         return JoinInfo(
             address=self.control_address,
             public_key=self._coordinator.public_key,
-            ticket=self._ranks.ticket(),
+            ticket=self._ranks.line.ticket(),
             engine=RANKS,
             timeout_s=self._settings.timeout_s,
             silence_s=self._coordinator.silence_s,

@@ -31,7 +31,7 @@ from weightcast.trainer.fleet.places import places_of
 from weightcast.trainer.fleet.ties import Ties
 from weightcast.trainer.progress import Progress
 from weightcast.trainer.ranks import Ranks
-from weightcast.trainer.ranks.all_ranks import SharedDigest
+from weightcast.trainer.ranks.shared_digest import SharedDigest
 from weightcast.trainer.settings import Settings
 
 logger = logging.getLogger(__name__)

@@ -194,7 +194,7 @@ class _SetUp:
             raise
         everywhere: list[tuple[SendingEnd, tuple[Offer, ...]]] = []
         for number, (numbers, others) in enumerate(pairs):
-            shared = SharedEnd(ranks, own[number] if own else None, numbers)
+            shared = SharedEnd(ranks.line, own[number] if own else None, numbers)
             everywhere.append((shared, (*offered[number], *others)))
         return everywhere
 

@@ -12,7 +12,7 @@ from weightcast.plan import Holdings, Plan
 from weightcast.trainer.fleet.link import EngineLink
 from weightcast.trainer.fleet.places import Tie
 from weightcast.trainer.ranks import Ranks
-from weightcast.trainer.ranks.all_ranks import SharedDigest
+from weightcast.trainer.ranks.shared_digest import SharedDigest
 
 Digests = tuple[ExpectedDigest | SharedDigest, ExpectedDigest | SharedDigest]
 

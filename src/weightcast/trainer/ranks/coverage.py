@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from weightcast.errors import PlanMismatch
 from weightcast.layout import Region, overlap
 from weightcast.layout.columns import Numbers
 from weightcast.layout.table import BOX, TENSOR
+from weightcast.manifest import Manifest, TensorSpec
 from weightcast.plan import Holdings
 
 
@@ -46,3 +49,18 @@ def _overlapping(held: Holdings, boxes: Numbers) -> list[int]:
         if known[form]:
             return [tensor]
     return []
+
+
+def joined_manifest(manifests: Mapping[int, Manifest]) -> Manifest:
+    """Rank 0's tensors and whatever only others have, in order of rank; PlanMismatch where two ranks differ in a tensor."""
+    specs: dict[str, tuple[int, TensorSpec]] = {}
+    for rank, manifest in sorted(manifests.items()):
+        for spec in manifest.tensors:
+            first, known = specs.setdefault(spec.name, (rank, spec))
+            if known != spec:
+                raise PlanMismatch(
+                    f"{spec.name!r} is {known.dtype} {known.shape} on trainer rank {first}, "
+                    f"{spec.dtype} {spec.shape} on rank {rank}",
+                    hint="A plain tensor counts as whole: give shards as DTensors",
+                )
+    return Manifest.of(spec for _, spec in specs.values())

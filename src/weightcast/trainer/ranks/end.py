@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 from weightcast.deadline import LEAST_S, Deadline
 from weightcast.errors import DeadlineExceeded, TransportError, WeightcastError
-from weightcast.trainer.ranks.all_ranks import Ranks
+from weightcast.trainer.ranks.line import Line
 from weightcast.trainer.ranks.orders import Abort, Connect, Order, Release, Send
 from weightcast.transports.base import TrainerEnd
 
@@ -17,12 +17,12 @@ class SharedEnd:
     The first error ends all of them. Not thread-safe but for ``abort``.
     """
 
-    def __init__(self, ranks: Ranks, own: TrainerEnd | None, pairs: Mapping[int, int]) -> None:
-        self._ranks, self._own, self._pairs = ranks, own, pairs
+    def __init__(self, line: Line, own: TrainerEnd | None, pairs: Mapping[int, int]) -> None:
+        self._line, self._own, self._pairs = line, own, pairs
         self._aborted = False
         self._closed = False
         self._first_failure: int | None = None
-        ranks.keep(self)
+        line.keep(self)
 
     def connect(self, deadline: Deadline) -> None:
         own = self._own
@@ -55,7 +55,7 @@ class SharedEnd:
     def abort(self) -> None:
         self._aborted = True
         for rank, pair in self._pairs.items():
-            self._ranks.tell(rank, Abort(pair=pair))
+            self._line.post(rank, Abort(pair=pair))
         if self._own is not None:
             self._own.abort()
 
@@ -64,9 +64,9 @@ class SharedEnd:
         if self._closed:
             return
         self._closed = True
-        self._ranks.drop(self)
+        self._line.drop(self)
         for rank, pair in self._pairs.items():
-            self._ranks.tell(rank, Release(pair=pair))
+            self._line.post(rank, Release(pair=pair))
         if self._own is not None:
             self._own.close()
 
@@ -81,16 +81,16 @@ class SharedEnd:
         posted: dict[int, int] = {}
         try:
             for rank, pair in self._pairs.items():
-                posted[rank] = self._ranks.tell(rank, order(pair), self)
+                posted[rank] = self._line.post(rank, order(pair), self)
             own()
             return sum(
-                self._ranks.hear(rank, number, deadline, phase=phase, cancelled=cancelled).value
+                self._line.hear(rank, number, deadline, phase=phase, cancelled=cancelled).value
                 for rank, number in posted.items()
             )
         except WeightcastError as error:
             first = self._first_failure
             self.abort()
-            lost = self._ranks.lost(phase)
+            lost = self._line.lost(phase)
             if lost is not None:
                 raise lost from error
             for rank, number in posted.items():
@@ -98,12 +98,12 @@ class SharedEnd:
                     self._raise_told(rank, number, phase, error)
             raise
         finally:
-            self._ranks.unwatch(posted.values())
+            self._line.unwatch(posted.values())
 
     def _raise_told(self, rank: int, number: int, phase: str, error: WeightcastError) -> None:
         """Raise the error that a rank has told of, unless that is ``error`` itself: then nothing is left to be heard."""
         try:
-            self._ranks.hear(rank, number, Deadline(LEAST_S), phase=phase)
+            self._line.hear(rank, number, Deadline(LEAST_S), phase=phase)
         except DeadlineExceeded:
             return
         except WeightcastError as told:

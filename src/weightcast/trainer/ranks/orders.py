@@ -176,26 +176,12 @@ class Finish(Order, frozen=True, kw_only=True, tag="finish"):
         )
 
 
-AnyOrder = (
-    Enter
-    | Survey
-    | Renew
-    | Agree
-    | Adopt
-    | Expect
-    | Keep
-    | Pair
-    | Connect
-    | Send
-    | Refresh
-    | Exhaust
-    | LetGo
-    | Digest
-    | CountNonFinite
-    | Abort
-    | Release
-    | Finish
-)
+AtOnce = Enter | Survey | Renew | Agree | Adopt | Expect | Keep | Pair | Refresh | Exhaust | LetGo
+"""Orders that a rank carries out on the thread that made the call."""
+Beside = Connect | Send | Digest | CountNonFinite
+"""Orders that may take long, and are carried out beside that thread."""
+Answered = AtOnce | Beside
+AnyOrder = Answered | Abort | Release | Finish
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

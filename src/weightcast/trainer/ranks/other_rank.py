@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from typing import assert_never
 
 from weightcast.content.expected import ExpectedDigest
 from weightcast.control.link import ControlLink, JoinInfo
@@ -33,13 +34,16 @@ from weightcast.messages import AnyMessage, Hello, RankAnswer, RankOrder, Refuse
 from weightcast.report.model import Report
 from weightcast.sources.base import Source
 from weightcast.sources.holder import Holder
-from weightcast.trainer.ranks.all_ranks import LOST_HINT, RANKS
+from weightcast.trainer.ranks.line import LATE_HINT, LOST_HINT, RANKS
 from weightcast.trainer.ranks.orders import (
     Abort,
     Adopt,
     Agree,
     Answer,
+    Answered,
     AnyOrder,
+    AtOnce,
+    Beside,
     Connect,
     CountNonFinite,
     Digest,
@@ -65,7 +69,6 @@ from weightcast.untrusted.seldom import Seldom
 
 logger = logging.getLogger(__name__)
 
-COLLECTIVE_HINT = "Every rank has to call connect() and publish(), in the same order"
 GRACE_S = 1.9
 """How long after a call's deadline rank 0 may still say how it ended: it takes back first what was committed."""
 MAX_THREADS = 512
@@ -153,7 +156,7 @@ class OtherRank:
             self._answer(message, Answer(error=ErrorForm.of(error)))
             return
         if message.call <= self._left and not isinstance(order, Abort | Release | Finish):
-            late = StateError("this rank has left the call, as rank 0 did not come in time", hint=COLLECTIVE_HINT)
+            late = StateError("this rank has left the call, as rank 0 did not come in time", hint=LATE_HINT)
             self._answer(message, Answer(error=ErrorForm.of(late)))
             return
         self._orders.put((message, order))
@@ -208,7 +211,7 @@ class OtherRank:
                 self._dismiss(order)
             elif message.call < self._call:
                 if not isinstance(order, Finish):
-                    late = StateError("this rank has left the call already", hint=COLLECTIVE_HINT)
+                    late = StateError("this rank has left the call already", hint=LATE_HINT)
                     self._answer(message, Answer(error=ErrorForm.of(late)))
             elif isinstance(order, Finish):
                 self._call = message.call
@@ -227,7 +230,7 @@ class OtherRank:
             except queue.Empty:
                 raise DeadlineExceeded(
                     f"trainer rank 0 did not end {what}() in time",
-                    hint=COLLECTIVE_HINT,
+                    hint=LATE_HINT,
                 ) from None
             if item is not None:
                 return item
@@ -239,7 +242,7 @@ class OtherRank:
             raise self._refused
         raise PeerLost(f"trainer rank 0 is gone: {self._lost}", hint=LOST_HINT)
 
-    def _do(self, what: str, message: RankOrder, order: AnyOrder) -> None:
+    def _do(self, what: str, message: RankOrder, order: Answered) -> None:
         match order:
             case Connect() | Send() | Digest() | CountNonFinite():
                 self._pool.submit(self._answered, message, lambda: self._beside(order))
@@ -256,12 +259,12 @@ class OtherRank:
 
     # -- orders
 
-    def _at_once(self, what: str, order: AnyOrder) -> Answer:
+    def _at_once(self, what: str, order: AtOnce) -> Answer:
         """Orders that are quick, and those that need the caller's own thread and its current stream."""
         match order:
             case Enter():
                 if order.what != what:
-                    raise StateError(f"it calls {what}(), rank 0 calls {order.what}()", hint=COLLECTIVE_HINT)
+                    raise StateError(f"it calls {what}(), rank 0 calls {order.what}()", hint=LATE_HINT)
             case Survey():
                 manifest = self._source.manifest
                 return Answer(manifest=manifest, layout=LayoutTable.of(self._source.layout, manifest))
@@ -296,6 +299,8 @@ class OtherRank:
                     self._holder.let_go()
                 if self._release is not None:
                     self._release()
+            case _:
+                assert_never(order)
         return Answer()
 
     def _open(self, order: Pair) -> tuple[bytes, ...]:
@@ -313,7 +318,7 @@ class OtherRank:
         self._ends.update(zip(order.pairs, map(_KeptEnd, ends), strict=True))
         return tuple(end.offer() for end in ends)
 
-    def _beside(self, order: Connect | Send | Digest | CountNonFinite) -> Answer:
+    def _beside(self, order: Beside) -> Answer:
         with own_stream(self._source.device):
             match order:
                 case Connect():

@@ -28,7 +28,7 @@ class Delivery:
     """The bytes and messages of one round. Thread-safe: each engine's steps run on threads of their own."""
 
     def __init__(self, fleet: Fleet, outcomes: RoundBook, round: int, deadline: Deadline) -> None:
-        self._coordinator, self._ranks = fleet.coordinator, fleet.ranks
+        self._coordinator, self._line = fleet.coordinator, fleet.ranks.line
         self._is_streamed = fleet.source.layout.is_streamed
         self._outcomes = outcomes
         self.epoch, self.round, self.deadline = fleet.epoch, round, deadline
@@ -127,7 +127,7 @@ class Delivery:
         """Raise what the worker itself says about a broken connection, or the error when the worker says nothing."""
         if self._outcomes.is_over(engine) or isinstance(error, GroupBroken):
             raise Cancelled("the round failed elsewhere")
-        lost = self._ranks.lost(phase)
+        lost = self._line.lost(phase)
         if lost is not None:
             raise lost
         with contextlib.suppress(TimeoutError, Cancelled):

@@ -11,7 +11,7 @@ from weightcast.layout.memory import Memory
 from weightcast.manifest import Manifest
 from weightcast.trainer.fleet.places import Tie
 from weightcast.trainer.fleet.ties import Digests
-from weightcast.trainer.ranks.all_ranks import SharedDigest
+from weightcast.trainer.ranks.shared_digest import SharedDigest
 
 
 class RoundProof:

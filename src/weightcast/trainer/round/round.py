@@ -120,7 +120,7 @@ class Round:
             self._undo(self._engines)
             if error is self._refusal:
                 raise
-            losses = self._fleet.ranks.losses("transfer")
+            losses = self._fleet.ranks.line.losses("transfer")
             raise self._account.failure(self._fleet.engines, losses or {"trainer": error}) from error
         except BaseException:
             self._outcomes.fail()
@@ -129,7 +129,7 @@ class Round:
         well = [engine for engine in self._engines if self._outcomes.of(engine).committed]
         if self._outcomes.failed or not well:
             self._undo(self._engines)
-            failure = self._account.failure(self._fleet.engines, self._fleet.ranks.losses("transfer"))
+            failure = self._account.failure(self._fleet.engines, self._fleet.ranks.line.losses("transfer"))
             raise failure from next(iter(failure.causes.values()), None)
         self._undo([engine for engine in self._engines if engine not in well])
         for engine in well:
