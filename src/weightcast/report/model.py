@@ -89,6 +89,7 @@ class Report:
     ``non_finite`` counts published values that are NaN or infinite, by tensor; None where nobody counted them (``check_finite``).
     ``unused`` lists the published tensors for which an engine has no place and that the user named as unused. These tensors are part
     of the digest. ``own_nbytes`` is the memory of the publishing process that held published values beside the user's own tensors.
+    ``held_s``: how long ``publish(wait=False)`` held up the trainer; None for a call that waited.
     """
 
     version: str
@@ -105,6 +106,7 @@ class Report:
     unused: tuple[str, ...] = ()
     non_finite: dict[str, int] | None = None
     own_nbytes: int = 0
+    held_s: float | None = None
     at: float | None = None
 
     def __post_init__(self) -> None:

@@ -33,6 +33,8 @@ class Source(ABC):
     """The type in which floating-point tensors are published; None: each tensor is published in its own type."""
     deadline: Deadline | None = None
     """That of the call that runs, for sources that wait for other ranks in ``fill`` and ``refresh``."""
+    held_s: float | None = None
+    """How long taking the values of this round held up the trainer; None where the whole call does."""
     is_copied = False
     """Whether the user's tensors lie elsewhere, so that ``refresh`` copies their values into ``memory``."""
 
@@ -61,10 +63,16 @@ class Source(ABC):
         """
         self.refresh()
 
+    def gather(self) -> None:
+        """Do ``fill``, and have what the device still has to do for it queued on the caller's stream. By default ``gather`` waits, too."""
+        self.fill()
+
     def check(self) -> None:  # noqa: B027 - nothing is left to check where ``fill`` is all of it
         """Do the part of ``refresh`` that writes nothing and may run while ``memory`` is being read. A round counts only when ``check`` has
         returned. By default ``check`` does nothing. Raises StateError as ``refresh`` does."""
 
+    is_private = False
+    """Whether the user's tensors may change once ``fill`` has returned."""
     slots = 1
     """Of a stream: how many windows there is memory for."""
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 
-from weightcast.errors import StateError, WeightsMoved
+from weightcast.deadline import Deadline
+from weightcast.errors import StateError, Unsupported, WeightsMoved
 from weightcast.layout.memory import Memory
 from weightcast.sources.base import Source
+from weightcast.sources.snapshot import Snapshot
 from weightcast.transports.registry import registry
 
 
@@ -18,18 +20,60 @@ class Holder:
         self._make, self._lets_go = make, lets_go
         self.source = make()
         self._is_let_go = False
+        self.is_new = False
+        """Whether the source is another one that nobody has taken up: the next ``renew`` says so."""
         self._adopted: dict[str, Memory] = {}
+
+    def take(self, deadline: Deadline, *, alone: bool) -> Snapshot:
+        """Have the values of this moment, until they are put down, in memory that the user's tensors are no part of.
+
+        The first time the source becomes a snapshot of what it was, whose memory is another one. Raises Unsupported where that cannot
+        be, or what the source raises. ``alone``: no other rank counts on the kind of device where the values lie.
+        """
+        if self._is_let_go or self.is_new:
+            self.is_new = self.renew() or self.is_new
+        snapshot = self.source if isinstance(self.source, Snapshot) else self._snapshot(alone)
+        snapshot.take(deadline)
+        return snapshot
+
+    def _snapshot(self, alone: bool) -> Snapshot:
+        source = self.source
+        if source.layout.is_streamed:
+            raise Unsupported("a stream is read while its round runs", hint="Publish it without wait=False")
+        if source.is_private:
+            self.source = snapshot = Snapshot(source)
+            return snapshot
+        if not self._lets_go:
+            raise Unsupported(
+                f"wait=False for a {type(source).__name__} that the user made", hint="Give Publisher what it is made of"
+            )
+        # Tensors that are in the source's memory move back: the snapshot's is what transports may move.
+        self.release()
+        self.source, self.is_new = self._make(), True
+        self.source = snapshot = Snapshot(self.source, may_be_on_host=alone)
+        return snapshot
+
+    def put_down(self) -> None:
+        """Let the values of the next round be taken."""
+        if isinstance(self.source, Snapshot):
+            self.source.put_down()
+
+    def _made(self) -> Source:
+        """A source of what the user gave, of the same kind as the present one."""
+        if not isinstance(self.source, Snapshot):
+            return self._make()
+        return Snapshot(self._make(), may_be_on_host=self.source.may_be_on_host)
 
     def renew(self) -> bool:
         """Have the source made anew where the user's tensors are not what they were; True when it was.
 
         Raises what making it raises, or StateError where the user gave the source itself; then the former one stays.
         """
-        if self._is_let_go:
-            if not self._follow_whatever_came():
+        if self._is_let_go or self.is_new:
+            if self._is_let_go and not self._follow_whatever_came():
                 self.source.close()
-                self.source = self._make()
-            self._is_let_go = False
+                self.source = self._made()
+            self._is_let_go = self.is_new = False
             return True
         try:
             self.source.check_form()
@@ -37,12 +81,12 @@ class Holder:
             if isinstance(error, WeightsMoved) and self._follow():
                 return True
             former, made = self.source, self._make()
-            if made is former:
+            if made is former or (isinstance(former, Snapshot) and made is former.inner):
                 error.hint = "Give Publisher the module or mapping itself, of which it makes a source anew; or make a new Publisher"
                 raise
             # Tensors that are still in the former one's memory move back first.
             self.release()
-            self.source = made if made.layout.is_streamed else self._make()
+            self.source = made if made.layout.is_streamed else self._made()
             return True
         return False
 

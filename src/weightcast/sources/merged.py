@@ -229,13 +229,17 @@ class MergedSource(Source):
         self.check()
 
     def fill(self) -> None:
+        self.gather()
+        wait_for_stream(self.device)
+
+    def gather(self) -> None:
         deadline = self.deadline or Deadline(GATHER_S)
         if self._twin.shard is None:
             self._twin.check()
         else:
             self._agree(self._twin.shard, deadline)
         self._twin.merge(deadline)
-        self._inner.fill()
+        self._inner.gather()
         wait_for_stream(self.device)
 
     def _agree(self, shard: torch.Tensor, deadline: Deadline) -> None:

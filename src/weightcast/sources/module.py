@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from weightcast.errors import InvalidInput, StateError, Unsupported
-from weightcast.layout import Layout, Placement, is_padded
+from weightcast.layout import Layout
 from weightcast.layout.memory import Memory, bytes_of
-from weightcast.manifest import Manifest, TensorSpec, align
-from weightcast.manifest.dtypes import dtype_of, name_of
+from weightcast.manifest import Manifest, TensorSpec
+from weightcast.manifest.dtypes import name_of
+from weightcast.sources.arenas import is_covered, one_arena
 from weightcast.sources.base import Source, device_of, wait_for_stream
 from weightcast.sources.conversions import Content, placed, read_module
 from weightcast.sources.shards import check_dense, is_distributed, part_of
@@ -108,41 +109,16 @@ class ModuleSource(Source):
     def consolidate(self) -> None:
         if self._starts is not None:
             return
-        starts, end = [], 0
-        for storage in self.memory.storages:
-            starts.append(end)
-            end = align(end + storage.numel())
-        arena = torch.zeros(end, dtype=torch.uint8, device=self.device)
+        starts, layout = one_arena(self.layout)
+        arena = torch.zeros(layout.storage_nbytes[0], dtype=torch.uint8, device=self.device)
         for start, storage in zip(starts, self.memory.storages, strict=True):
             arena[start : start + storage.numel()].copy_(storage)
-        placements = []
-        for placement in self.layout.placements:
-            shift = starts[placement.storage] // dtype_of(placement.dtype).itemsize
-            placements.append(
-                Placement(
-                    region=placement.region,
-                    dtype=placement.dtype,
-                    storage=0,
-                    offset=placement.offset + shift,
-                    strides=placement.strides,
-                )
-            )
-        memory = Memory([arena], is_arena=self._is_covered() and is_padded(placements))
+        memory = Memory([arena], is_arena=is_covered(self.layout, layout))
         # This source has a tensor on each storage, too.
         self._move(arena, starts, references=1)
         self.memory, self._starts = memory, starts
-        self.layout = Layout(placements=tuple(placements), storage_nbytes=(end,))
+        self.layout = layout
         self._note_places()
-
-    def _is_covered(self) -> bool:
-        """Whether published tensors fill their storages, so that nothing but padding lies between them in an arena."""
-        filled: dict[int, dict[int, int]] = {}
-        for placement in self.layout.placements:
-            itemsize = dtype_of(placement.dtype).itemsize
-            spans = filled.setdefault(placement.storage, {})
-            spans[placement.offset * itemsize] = placement.region.numel * itemsize
-        sizes = self.layout.storage_nbytes
-        return all(sum(spans.values()) == sizes[number] for number, spans in filled.items())
 
     def rebind(self, memory: Memory) -> None:
         if tuple(s.numel() for s in memory.storages) != self.layout.storage_nbytes:
@@ -173,13 +149,16 @@ class ModuleSource(Source):
         self.check()
 
     def fill(self) -> None:
+        self.gather()
+        wait_for_stream(self.device)
+
+    def gather(self) -> None:
         # This source keeps the storages alive, whatever became of the parameters; but one that was resized to nothing gave its
         # memory back.
         self._check_sizes()
         if self._places.have_moved():
             self.check()
         self._tenants.copy()
-        wait_for_stream(self.device)
 
     def check(self) -> None:
         self._tree.check()

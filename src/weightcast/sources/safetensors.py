@@ -108,6 +108,8 @@ class SafetensorsSource(Source):
     ``device`` the tensors are copied there, one after the other, into one arena: for engines that have their weights on a GPU.
     """
 
+    is_private = True
+
     def __init__(
         self,
         folder: str | Path,

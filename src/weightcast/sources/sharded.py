@@ -50,7 +50,7 @@ class ShardedSource(Source):
         )
         self._views: list[torch.Tensor] = []
         self._own: tuple[torch.Tensor, ...] = ()
-        self.is_copied = module is None
+        self.is_copied = self.is_private = module is None
         self._owners: _Owners | None = None
         if module is None:
             held = {name: part for name, part in parts.items() if _is_held(part)}

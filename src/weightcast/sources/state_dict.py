@@ -22,7 +22,7 @@ class StateDictSource(Source):
     The mapping is read again in every round. Names, shapes and types have to stay what they were at connect.
     """
 
-    is_copied = True
+    is_copied = is_private = True
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], *, dtype: torch.dtype | None = None) -> None:
         if not tensors:

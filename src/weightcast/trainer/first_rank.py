@@ -89,6 +89,11 @@ class FirstRank:
         return self._fleet.expected
 
     @property
+    def alone(self) -> bool:
+        """Whether there is no other rank."""
+        return self._ranks.alone
+
+    @property
     def last_report(self) -> Report | None:
         return self.records.last
 
@@ -137,7 +142,18 @@ class FirstRank:
     def remove(self, name: str, deadline: Deadline) -> None:
         self._ranks.collectively("remove", deadline, lambda: self._remove(name))
 
-    def publish(self, deadline: Deadline, *, wake: bool, release: Release | None) -> Report:
+    def publish(
+        self, deadline: Deadline, *, wake: bool, release: Release | None, failure: Exception | None = None
+    ) -> Report:
+        """``failure``: why this rank has nothing to publish, which all ranks are told."""
+
+        def failed() -> Report:
+            assert failure is not None
+            raise failure
+
+        if failure is not None:
+            return self._ranks.collectively("publish", deadline, failed)
+
         def awake() -> Report:
             return self._colocated.publish(lambda waking: self._publish(deadline, waking), release, deadline)
 
@@ -275,6 +291,8 @@ class FirstRank:
             self._check_settings()
         elif self._colocated.has_let_go:
             self._renew_where_let_go(deadline)
+        elif self._holder.is_new:
+            self._renew(deadline)
         elif any(engine.broken for engine in self._fleet.engines):
             self._follow(self._source.check_form, deadline)  # or an engine is told of what the source has no more
         timeline = Timeline(self._fleet.progress)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
-from typing import Unpack
+from typing import Literal, Unpack, overload
 
 import torch
 
@@ -24,6 +25,7 @@ from weightcast.trainer.first_rank import FirstRank
 from weightcast.trainer.fleet.addresses import address_beside, address_towards
 from weightcast.trainer.fleet.places import refuse_idle
 from weightcast.trainer.metrics import TrainerMetrics
+from weightcast.trainer.publishing import Publishing
 from weightcast.trainer.ranks import GivenGroup, Meeting, OtherRank, check_complete, chosen_group
 from weightcast.trainer.settings import Settings, SettingsGiven
 from weightcast.trainer.turns import Turns, undisturbed
@@ -69,6 +71,8 @@ class Publisher:
         **settings: Unpack[SettingsGiven],
     ) -> None:
         self._closed, self._turns = False, Turns()
+        self._publishing: Publishing | None = None
+        """The last round that was begun without waiting."""
         self.metrics_port: int | None = None
         chosen = chosen_group(process_group, source)
         meeting = None if chosen is None else Meeting(chosen)
@@ -179,7 +183,8 @@ class Publisher:
             self._part.remove(name, self._begin(None))
 
     def close(self) -> None:
-        """Leave all engines and free memory and sockets. A second call does nothing. The source's tensors stay valid.
+        """Leave all engines and free memory and sockets. A second call does nothing. The source's tensors stay valid. A round that was
+        begun with ``wait=False`` is waited for; leaving the context with an error calls it off.
 
         With several ranks each rank closes its own Publisher, in any order; no rank waits for another.
         """
@@ -188,8 +193,11 @@ class Publisher:
             self._dropped.detach()
             if self._turns.is_child:
                 return  # sockets and engines are the parent's
+            if self._publishing is not None:
+                self._publishing.close()
             with torch.inference_mode(False):
-                self._part.close(settled=not self._turns.is_taken)
+                is_over = self._publishing is None or self._publishing.done
+                self._part.close(settled=is_over and not self._turns.is_taken)
 
     def __enter__(self) -> Publisher:
         return self
@@ -197,6 +205,8 @@ class Publisher:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None and self._publishing is not None:
+            self._publishing.cancel()
         self.close()
 
     # -- publishing
@@ -211,7 +221,7 @@ class Publisher:
         copies.
         """
         with self._turns.take("prepare"):
-            self._require_open()
+            self._begin(None)
             if self._source.device.type == "cpu":
                 return
             if self._source.is_copied:
@@ -222,19 +232,38 @@ class Publisher:
             for digest in self._part.expected.values():
                 digest.begin(self._source.memory)
 
+    @overload
     def publish(
         self,
         stream: Stream | None = None,
         *,
+        wait: Literal[True] = True,
         timeout_s: float | None = None,
         wake: bool = False,
         release: Callable[[], object] | None = None,
-    ) -> Report:
+    ) -> Report: ...
+
+    @overload
+    def publish(self, *, wait: Literal[False], timeout_s: float | None = None) -> Publishing: ...
+
+    def publish(
+        self,
+        stream: Stream | None = None,
+        *,
+        wait: bool = True,
+        timeout_s: float | None = None,
+        wake: bool = False,
+        release: Callable[[], object] | None = None,
+    ) -> Report | Publishing:
         """Bring every engine to the next version, with the values of ``stream`` where the source is a StreamSource and this round's
         iterator is given here.
 
         Args:
-            timeout_s: deadline of this call; None: the publisher's.
+            wait: False: take a snapshot of the values, have the round go on beside the trainer, and return a ``Publishing`` at once, whose
+                ``wait`` returns the report or raises the error. The tensors may change as soon as the call returns. The snapshot is
+                kept for later rounds: on the GPU where the GPU has room, else in host memory. The next call of this Publisher waits
+                for the round first. Not for streams, and not together with ``wake``.
+            timeout_s: deadline of this call, and of a round that nobody waits for; None: the publisher's.
             wake: for vLLM engines that sleep, as in colocated loops: wake their weights up, publish, have the engines give up all
                 that they hold of this trainer, call ``release`` on all ranks, and then wake the rest (keys and values) up in engines
                 that serve the new version. Unsupported by name where an engine cannot sleep. WakeFailed says that the version is
@@ -251,18 +280,52 @@ class Publisher:
         nothing was changed. ``publish`` ends at most two seconds after its deadline. Tensors of the source must not change while
         ``publish`` runs.
         """
-        modes = Modes()
+        modes, began = Modes(), time.monotonic()
         with self._turns.take("publish"):
             deadline = self._begin(timeout_s)
+            if not wait:
+                _refuse_beside(stream, wake=wake, release=release)
+                return self._publish_beside(deadline, began)
             if release is not None and not (wake and callable(release)):
                 raise InvalidInput("release is a function, called where wake=True", field="release")
             self._source.open(stream, modes)
+            return self._publish(deadline, wake=wake, release=release)
+
+    def _publish(
+        self,
+        deadline: Deadline,
+        *,
+        wake: bool = False,
+        release: Callable[[], object] | None = None,
+        failure: Exception | None = None,
+    ) -> Report:
+        try:
+            return self._part.publish(deadline, wake=wake, release=release, failure=failure)
+        finally:
+            # What was prepared counts for one call, whatever came of it.
+            for digest in self._part.expected.values():
+                digest.forget()
+
+    def _publish_beside(self, deadline: Deadline, began: float) -> Publishing:
+        """Take a snapshot, and have the round begin on a thread of its own."""
+        alone, failure = isinstance(self._part, FirstRank) and self._part.alone, None
+        try:
+            self._holder.take(deadline, alone=alone)
+        except Exception as error:
+            if alone:
+                raise
+            failure = error  # the other ranks have made the call, too: they are told
+        source, holder, publish = self._source, self._holder, self._publish
+        held_s = source.held_s = time.monotonic() - began
+
+        def run() -> Report:
             try:
-                return self._part.publish(deadline, wake=wake, release=release)
+                return publish(deadline, failure=failure)
             finally:
-                # What was prepared counts for one call, whatever came of it.
-                for digest in self._part.expected.values():
-                    digest.forget()
+                holder.put_down()
+
+        self._publishing = Publishing(run, deadline, source.device, held_s)
+        return self._publishing
 
     @property
     def versions(self) -> dict[str, str]:
@@ -296,10 +359,14 @@ class Publisher:
             raise StateError("the publisher is closed", hint="Make a new Publisher")
 
     def _begin(self, timeout_s: float | None, wait_s: float | None = None) -> Deadline:
-        """The deadline of a call that begins now, after a wait for engines."""
+        """The deadline of a call that begins now, after a wait for engines. A round that was begun without waiting is over then."""
         self._require_open()
         own = Deadline(self._settings.timeout_s if timeout_s is None else timeout_s)
-        return own if wait_s is None else Deadline(own.timeout_s + Deadline(wait_s).timeout_s)
+        deadline = own if wait_s is None else Deadline(own.timeout_s + Deadline(wait_s).timeout_s)
+        if self._publishing is not None:
+            self._publishing.settle(deadline)
+            self._publishing = None
+        return deadline
 
     def _first_rank(self, what: str) -> FirstRank:
         """The part that knows what is asked; only rank 0 of several has it."""
@@ -320,6 +387,12 @@ def _check_engines(engines: object) -> None:
         raise InvalidInput(
             f"engines is a list, not one {type(engines).__name__}", field="engines", hint="Give [engine]"
         )
+
+
+def _refuse_beside(stream: Stream | None, *, wake: bool, release: object) -> None:
+    for name, value in (("stream", stream), ("wake", wake or None), ("release", release)):
+        if value is not None:
+            raise InvalidInput(f"{name} and wait=False exclude each other", field=name, hint="Leave wait=False out")
 
 
 def _leave(part: FirstRank | OtherRank, pid: int) -> None:

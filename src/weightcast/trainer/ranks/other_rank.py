@@ -88,6 +88,7 @@ class OtherRank:
         """Digests that rounds need of what this rank holds, by key."""
         self.last_report: Report | None = None
         self._release: Callable[[], object] | None = None
+        self._failure: Exception | None = None
         self._ends: dict[int, _KeptEnd] = {}
         self._orders: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
         self._lost: str | None = None
@@ -179,13 +180,21 @@ class OtherRank:
     def remove(self, name: str, deadline: Deadline) -> None:
         self.join("remove", deadline)
 
-    def publish(self, deadline: Deadline, *, wake: bool, release: Callable[[], object] | None) -> Report:
-        """Rank 0 says whether engines are woken; ``release`` is this rank's own."""
-        self._release = release
+    def publish(
+        self,
+        deadline: Deadline,
+        *,
+        wake: bool,
+        release: Callable[[], object] | None,
+        failure: Exception | None = None,
+    ) -> Report:
+        """Rank 0 says whether engines are woken; ``release`` is this rank's own. ``failure``: why this rank has nothing to publish,
+        which rank 0 is told."""
+        self._release, self._failure = release, failure
         try:
             report = self.join("publish", deadline)
         finally:
-            self._release = None
+            self._release = self._failure = None
         if report is None:
             raise ProtocolError("trainer rank 0 ended a round without a report")
         self.last_report = report
@@ -265,6 +274,8 @@ class OtherRank:
             case Enter():
                 if order.what != what:
                     raise StateError(f"it calls {what}(), rank 0 calls {order.what}()", hint=LATE_HINT)
+                if self._failure is not None:
+                    raise self._failure
             case Survey():
                 manifest = self._source.manifest
                 return Answer(manifest=manifest, layout=LayoutTable.of(self._source.layout, manifest))

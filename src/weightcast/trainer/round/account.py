@@ -46,6 +46,7 @@ class Account:
         outcome: ReportOutcome = "committed",
         non_finite: Mapping[str, int] | None = None,
         own_nbytes: int = 0,
+        held_s: float | None = None,
     ) -> Report:
         """What the round did, engine by engine."""
         hexadecimal = f"{digest:016x}"
@@ -67,6 +68,7 @@ class Account:
             unused=_joined(engine.places.unused for engine in fleet if engine in self._outcomes),
             non_finite=None if non_finite is None else dict(non_finite),
             own_nbytes=own_nbytes,
+            held_s=held_s,
             at=timeline.at,
         )
 

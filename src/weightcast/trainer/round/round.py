@@ -148,6 +148,7 @@ class Round:
                 outcome="committed" if self._is_committed else "aborted",
                 non_finite=self._brief.non_finite,
                 own_nbytes=self._source.own_nbytes,
+                held_s=self._source.held_s,
             )
         return self._report
 

@@ -1,0 +1,94 @@
+"""Publishing: a round that goes on beside the trainer, as ``publish(wait=False)`` returns it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+
+import torch
+
+from weightcast.at_exit import at_exit
+from weightcast.cuda.wait import own_stream
+from weightcast.deadline import Deadline, result_within
+from weightcast.errors import DeadlineExceeded
+from weightcast.report.model import Report
+from weightcast.trainer.turns import undisturbed
+
+logger = logging.getLogger(__name__)
+
+
+class Publishing:
+    """A round whose values were taken when ``publish`` was called. ``wait`` returns the round's report or raises its error.
+
+    The round ends by its own deadline, whether somebody waits or not. An error is logged, too, as it may be that nobody waits.
+    """
+
+    def __init__(self, run: Callable[[], Report], deadline: Deadline, device: torch.device, held_s: float) -> None:
+        self._deadline, self._device, self._held_s = deadline, device, held_s
+        self._result: Future[Report] = Future()
+        self._thread = threading.Thread(target=self._run, args=(run,), name="weightcast-publishing", daemon=True)
+        self._forget = at_exit(self._end)
+        self._thread.start()
+
+    def _run(self, run: Callable[[], Report]) -> None:
+        try:
+            with undisturbed(), own_stream(self._device):
+                report = run()
+        except BaseException as error:  # noqa: BLE001 - whatever it is, it belongs to who waits
+            logger.warning("the round beside the trainer failed: %s", str(error))
+            self._result.set_exception(error)
+        else:
+            self._result.set_result(report)
+
+    @property
+    def held_s(self) -> float:
+        """How long the call of ``publish`` held up the trainer, in seconds."""
+        return self._held_s
+
+    @property
+    def done(self) -> bool:
+        """Whether the round is over, whatever came of it."""
+        return self._result.done()
+
+    def wait(self, timeout_s: float | None = None) -> Report:
+        """Return the report of the round, or raise its error: that of ``publish``, every time.
+
+        Raises DeadlineExceeded when the round is not over after ``timeout_s`` seconds; the round goes on. None: as long as the round may
+        take.
+        """
+        deadline = Deadline(_GRACE_S + self._deadline.limit_s() if timeout_s is None else timeout_s)
+        return result_within(self._result, deadline, lambda: self._late(deadline))
+
+    def settle(self, deadline: Deadline) -> None:
+        """Return when the round is over and its thread has ended; DeadlineExceeded where that takes longer."""
+        self._thread.join(deadline.limit_s())
+        if self._thread.is_alive():
+            raise self._late(deadline)
+        self._forget()
+
+    def close(self) -> None:
+        """Return when the round is over, by its deadline and the grace of its way back."""
+        with contextlib.suppress(DeadlineExceeded):
+            self.settle(Deadline(_GRACE_S + self._deadline.limit_s()))
+
+    def cancel(self) -> None:
+        """Have the round end soon; it is taken back unless it is live."""
+        self._deadline.cancel()
+
+    def _end(self) -> None:
+        self.cancel()
+        self._thread.join(_GRACE_S)
+
+    @staticmethod
+    def _late(deadline: Deadline) -> DeadlineExceeded:
+        return DeadlineExceeded(
+            f"the round that was begun with wait=False was not over after {deadline.timeout_s:g} s",
+            hint="Wait longer: a round ends by the deadline that publish() was given",
+        )
+
+
+_GRACE_S = 5.0
+"""How long after its deadline a round may still be on its way back, and a little more."""
