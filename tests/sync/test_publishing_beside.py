@@ -198,12 +198,21 @@ def test_what_cannot_go_on_beside_a_trainer_is_refused_by_name() -> None:
             with pytest.raises(Unsupported, match="stream is read while"):
                 publisher.publish(wait=False)
             publisher.publish()
-        with Publisher(ModuleSource(model), [engine], timeout_s=20, takeover=True) as publisher:
-            with pytest.raises(Unsupported, match="ModuleSource that the user made"):
+        with Publisher(ModuleSource(model), [engine], transport="shm", timeout_s=20, takeover=True) as publisher:
+            publisher.publish()
+            with pytest.raises(Unsupported, match="tensors of this ModuleSource have moved") as caught:
                 publisher.publish(wait=False)
+            assert "from the first round on" in str(caught.value)
             with pytest.raises(InvalidInput, match="wake and wait=False"):
                 publisher.publish(wait=False, wake=True)  # type: ignore[call-overload]
             publisher.publish()
+        with Publisher(ModuleSource(model), [engine], transport="shm", timeout_s=20, takeover=True) as publisher:
+            for _ in range(2):
+                with torch.no_grad():
+                    model[0].weight.mul_(3)
+                truth = copied(model.state_dict())
+                publisher.publish(wait=False).wait()
+                assert engine.models[0].holds(truth)
     finally:
         engine.stop()
 

@@ -43,13 +43,18 @@ class Holder:
         if source.is_private:
             self.source = snapshot = Snapshot(source)
             return snapshot
-        if not self._lets_go:
+        if self._lets_go:
+            # Tensors that are in the source's memory move back: the snapshot's is what transports may move.
+            self.release()
+            self.source = self._make()
+        elif self._adopted and source.device.type == "cpu":
             raise Unsupported(
-                f"wait=False for a {type(source).__name__} that the user made", hint="Give Publisher what it is made of"
+                f"the tensors of this {type(source).__name__} have moved to shared memory for rounds that are waited for",
+                hint="Give Publisher what it is made of, or use wait=False from the first round on",
             )
-        # Tensors that are in the source's memory move back: the snapshot's is what transports may move.
-        self.release()
-        self.source, self.is_new = self._make(), True
+        else:
+            self._release_adopted()
+        self.is_new = True
         self.source = snapshot = Snapshot(self.source, may_be_on_host=alone)
         return snapshot
 
