@@ -19,6 +19,8 @@ JOBS ?= 3
 # A server with two workers keeps both cores of a small machine busy: files run one after the other.
 VLLM_JOBS ?= 0
 
+# Compiled modules are kept: most processes of a test would spend a third of their time on compiling what they import.
+export PYTHONDONTWRITEBYTECODE :=
 # Threads that spin while they wait take the cores from the other processes of a test or a demo.
 export OMP_WAIT_POLICY := PASSIVE
 

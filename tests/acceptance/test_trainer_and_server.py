@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
+import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -16,7 +15,7 @@ import httpx
 import pytest
 import torch
 import transformers
-from tests.support.forked import Forked
+from tests.support.forked import COMMAND, Forked
 
 from weightcast import Publisher
 from weightcast.deadline import Deadline
@@ -39,9 +38,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def url(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     ready = tmp_path_factory.mktemp("serve") / "url"
-    command = [sys.executable, "-m", "weightcast.cli", "serve", str(checkpoint), "--port", "0", "--token", TOKEN]
-    command += ["--dtype", "float32", "--device", "cpu", "--served-model-name", "policy", "--ready-file", str(ready)]
-    server = subprocess.Popen(command)
+    arguments = ["serve", checkpoint, "--port", 0, "--token", TOKEN, "--dtype", "float32", "--device", "cpu"]
+    arguments += ["--served-model-name", "policy", "--ready-file", ready]
+    server = Forked(COMMAND, *arguments, environment=os.environ)
     try:
         end = time.monotonic() + 90
         while not (ready.exists() and ready.read_text().strip()):
@@ -50,11 +49,11 @@ def url(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
             time.sleep(0.1)
         yield ready.read_text().strip()
     finally:
-        server.terminate()
+        server.send_signal(signal.SIGTERM)
         try:
             assert server.wait(20) == 0
         finally:
-            server.kill()
+            server.close()
 
 
 @pytest.fixture

@@ -65,9 +65,9 @@ def test_preemption_and_pieces(arch: str, build: Any, start: Any, rng: random.Ra
     folder, reference = build(arch, **ARCHS[arch])
     llm = start(folder, max_num_seqs=8, max_num_batched_tokens=11, max_model_len=150, kv_cache_tokens=300)
     prompts = [[rng.randrange(3, 300) for _ in range(rng.randint(30, 80))] for _ in range(9)]
-    outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=60, ignore_eos=True))
+    outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=30, ignore_eos=True))
     for prompt, output in zip(prompts, outputs, strict=True):
-        assert output.outputs[0].token_ids == greedy_on(reference, prompt, 60)
+        assert output.outputs[0].token_ids == greedy_on(reference, prompt, 30)
     assert llm.status().num_preemptions > 0
     assert llm.status().num_running == llm.status().num_waiting == 0
 

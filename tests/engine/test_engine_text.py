@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import random
 from typing import Any
 
@@ -13,16 +14,17 @@ from weightcast.engines.embedded import AsyncLLM, SamplingParams
 from weightcast.engines.embedded.detokenize import Detokenizer
 from weightcast.testing.tokenizer import EOS_ID, build_tokenizer
 
+_TOKENIZER = functools.cache(build_tokenizer)
 _TEXT = "naïve 你好 🙂🙃 the end, quïte"
 
 
 def _decode(ids: list[int]) -> str:
-    return build_tokenizer().decode(ids, skip_special_tokens=True)
+    return _TOKENIZER().decode(ids, skip_special_tokens=True)
 
 
 def _tokens(text: str) -> list[int]:
     """Every character encoded alone: those outside ASCII become several tokens."""
-    tokenizer = build_tokenizer()
+    tokenizer = _TOKENIZER()
     return [token for character in text for token in tokenizer.encode(character)]
 
 

@@ -18,7 +18,7 @@ from tests.trials.matrix.runner import Runner
 from tests.trials.matrix.table import BEGIN, END, markdown
 
 DOCS = Path(__file__).parents[2] / "docs"
-JOBS = 3
+JOBS = 2
 TIMEOUT_S = 90.0
 
 

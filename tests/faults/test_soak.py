@@ -12,7 +12,7 @@ from tests.trials.soak.run import Soak
 
 @pytest.mark.parametrize("transport", ["shm", "tcp"])
 def test_nothing_grows(transport: str) -> None:
-    found = Soak(transport=transport).run(200)  # the allocator's own pools fill up in the first half
+    found = Soak(transport=transport).run(120)  # the allocator's own pools fill up in the first half
     assert found.failed == found.rounds // 25
     assert found.faults == [], str(found)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from tests.support.forked import run_forked
 
 CODE = """
+import sys
+sys.path.insert(0, sys.argv[1])
 import weightcast.transports.shm
 from weightcast.errors import Unsupported
 from weightcast.transports.registry import registry
@@ -44,14 +45,10 @@ def site(tmp_path: Path) -> Path:
     ("allowed", "imported"), [(None, True), ("other, stranger", True), ("other", False), ("", False)]
 )
 def test_a_package_is_imported_only_where_the_operator_lets_it(site: Path, allowed: str | None, imported: bool) -> None:
-    path = os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])
     kept = {name: value for name, value in os.environ.items() if name != "WEIGHTCAST_PLUGINS"}
     given = {} if allowed is None else {"WEIGHTCAST_PLUGINS": allowed}
-    ended = subprocess.run(
-        [sys.executable, "-c", CODE], env={**kept, "PYTHONPATH": path, **given}, capture_output=True, text=True,
-        timeout=100, check=False,
-    )  # fmt: skip
-    assert ended.returncode == 0, ended.stderr
+    status, printed = run_forked(CODE, site, environment={**kept, **given}, timeout_s=100)
+    assert status == 0, printed
     assert (site / "mark").exists() is imported
-    assert "listed True" in ended.stdout
-    assert ("WEIGHTCAST_PLUGINS" in ended.stdout) is not imported
+    assert "listed True" in printed
+    assert ("WEIGHTCAST_PLUGINS" in printed) is not imported

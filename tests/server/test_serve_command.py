@@ -28,7 +28,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_ends_cleanly_with_requests_in_flight(model: Path, tmp_path: Path, number: signal.Signals) -> None:
     reasons: list[str] = []
-    with serving(model, tmp_path, "--max-model-len", 2048, forked=False) as server:
+    forked = number == signal.SIGINT  # once as a process that was started by a user
+    with serving(model, tmp_path, "--max-model-len", 2048, forked=forked) as server:
 
         def stream() -> None:
             body = {"prompt": "x", "max_tokens": 2000, "ignore_eos": True, "stream": True}

@@ -23,14 +23,26 @@ COMMAND = "from weightcast.cli import app; app()"
 
 
 class Forked:
-    """A running process, with the methods of ``subprocess.Popen`` that tests use. ``descriptors``: how many files it may open."""
+    """A running process, with the methods of ``subprocess.Popen`` that tests use.
+
+    ``descriptors``: how many files it may open. ``log``: where what it prints is added to; without one it is kept until ``close``.
+    """
 
     def __init__(
-        self, code: str, *arguments: object, environment: Mapping[str, str], descriptors: int | None = None
+        self,
+        code: str,
+        *arguments: object,
+        environment: Mapping[str, str],
+        descriptors: int | None = None,
+        log: Path | None = None,
     ) -> None:
         start_fork_server()
-        with tempfile.NamedTemporaryFile(delete=False) as output:
-            self._output = Path(output.name)
+        if log is None:
+            with tempfile.NamedTemporaryFile(delete=False) as output:
+                self._output = Path(output.name)
+        else:
+            self._output = log
+        self._is_kept = log is not None
         words = [str(argument) for argument in arguments]
         self._process = get_context("forkserver").Process(
             target=_run, args=(code, words, dict(environment), str(self._output), descriptors), daemon=True
@@ -55,7 +67,7 @@ class Forked:
     def wait_for(self, text: str, timeout_s: float = 60.0) -> None:
         """Return once it has printed a text."""
         end = time.monotonic() + timeout_s
-        while text not in (printed := self._output.read_text(encoding="utf-8")):
+        while text not in (printed := self._output.read_text(encoding="utf-8") if self._output.exists() else ""):
             assert self.returncode is None, f"it ended with {self.returncode}:\n{printed}"
             assert time.monotonic() < end, f"it did not print {text!r}:\n{printed}"
             time.sleep(0.02)
@@ -73,10 +85,11 @@ class Forked:
         return printed, ""
 
     def close(self) -> None:
-        """End it, whatever it does; what it printed is gone."""
+        """End it, whatever it does; what it printed is gone, unless it has a log."""
         self._process.kill()
         self._process.join()
-        self._output.unlink(missing_ok=True)
+        if not self._is_kept:
+            self._output.unlink(missing_ok=True)
 
 
 def run_forked(code: str, *arguments: object, environment: Mapping[str, str], timeout_s: float) -> tuple[int, str]:
@@ -97,7 +110,7 @@ def limit_descriptors(count: int) -> None:
 
 def _run(code: str, arguments: list[str], environment: Mapping[str, str], output: str, descriptors: int | None) -> None:
     gc.freeze()
-    with open(output, "wb", buffering=0) as file:
+    with open(output, "ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ.clear()

@@ -6,8 +6,6 @@ import logging
 import os
 import random
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 import httpx
 
 from tests.support.engine_process import TOKEN
+from tests.support.forked import COMMAND, Forked
 from tests.support.ports import HeldPort
 from tests.trials.chaos.reference import Answer, Reference
 
@@ -38,35 +37,17 @@ class Server:
         self.name = f"server {number}"
         self._ready = folder / f"ready-{number}"
         self._log = folder / f"server-{number}.log"
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Forked | None = None
         self.is_stopped = False
 
     def start(self) -> None:
         """Start it; it serves some seconds later."""
         self._ready.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "weightcast.cli", "serve", str(self._checkpoint), "--port", str(self.port)]
-        command += [
-            "--token",
-            TOKEN,
-            "--dtype",
-            "float64",
-            "--num-threads",
-            "1",
-            "--served-model-name",
-            NAME,
-            "--device",
-            "cpu",
-        ]
-        command += [
-            "--weight-transfer-config",
-            f'{{"mode": "{self._mode}"}}',
-            "--ready-file",
-            str(self._ready),
-            "--wait-for-weights",
-        ]
+        arguments = ["serve", self._checkpoint, "--port", self.port, "--token", TOKEN, "--dtype", "float64"]
+        arguments += ["--num-threads", 1, "--served-model-name", NAME, "--device", "cpu", "--wait-for-weights"]
+        arguments += ["--weight-transfer-config", f'{{"mode": "{self._mode}"}}', "--ready-file", self._ready]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
-        with self._log.open("ab") as log:
-            self._process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        self._process = Forked(COMMAND, *arguments, environment=environment, log=self._log)
 
     @property
     def is_up(self) -> bool:
@@ -84,8 +65,7 @@ class Server:
     def kill(self) -> None:
         """End it; ``start`` brings it back at the same URL."""
         if self._process is not None:
-            self._process.kill()
-            self._process.wait()
+            self._process.close()
         self._ready.unlink(missing_ok=True)
         self.is_stopped = False
 

@@ -155,7 +155,8 @@ class AsyncLLM:
 
     async def _wait(self, future: Future[T]) -> T:
         try:
-            return await asyncio.wait_for(asyncio.wrap_future(future), self._timeout_s)
+            async with asyncio.timeout(self._timeout_s):
+                return await asyncio.wrap_future(future)
         except TimeoutError:
             if future.done() and not future.cancelled():
                 raise
@@ -182,7 +183,10 @@ class _Latest:
         """The newest output that was not read yet; None when there is none for so long."""
         if not self._event.is_set():
             try:
-                await asyncio.wait_for(self._event.wait(), timeout_s)
+                async with asyncio.timeout(
+                    timeout_s
+                ):  # wait_for of Python 3.11 loses a cancellation that meets an output
+                    await self._event.wait()
             except TimeoutError:
                 return None
         self._event.clear()
