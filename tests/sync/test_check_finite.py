@@ -172,4 +172,4 @@ def _on_two_ranks(rank: int, size: int, folder: str) -> tuple[dict[str, int] | N
 def test_values_of_all_ranks_are_counted_once(tmp_path: object) -> None:
     for counted, said in run_ranks(_on_two_ranks, 2, str(tmp_path), timeout_s=90):
         assert counted == {"replica": 1, "rows": 2}
-        assert "replica (1), rows (2)" in said
+        assert "rows (2), replica (1)" in said

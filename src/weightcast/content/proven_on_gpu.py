@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 
 from weightcast.content.layout_digest import LayoutDigest
-from weightcast.cuda.digest import _block_weight
 from weightcast.cuda.runs import CopyRuns, Launch, TileTable
+from weightcast.cuda.term import term
 from weightcast.digest.formula import BLOCK_WORDS, MASK, WORD_NBYTES, word_weights
 from weightcast.digest.regions import run_of
 from weightcast.layout import Layout, Placement
@@ -162,7 +162,7 @@ def _copy_and_digest(  # type: ignore[no-untyped-def]
         for at in tl.static_range(0, TILE, CHUNK):
             word = tl.load(b + at + offsets, volatile=True)
             weight = tl.load(weights + at % BLOCK + offsets)
-            total += (word + 3 * (word >> 32)) * weight * _block_weight((word0 + at) // BLOCK)
+            total += term(word, weight, (word0 + at) // BLOCK)
     else:
         low = tl.maximum(start // 8 - word0, 0)
         high = tl.minimum(end // 8 - word0, TILE)
@@ -176,5 +176,5 @@ def _copy_and_digest(  # type: ignore[no-untyped-def]
             mask = (at >= low) & (at < high)
             word = tl.load(b + at, mask=mask, other=0, volatile=True)
             weight = tl.load(weights + (chunk * CHUNK) % BLOCK + offsets)
-            total += (word + 3 * (word >> 32)) * weight * _block_weight((word0 + chunk * CHUNK) // BLOCK)
+            total += term(word, weight, (word0 + chunk * CHUNK) // BLOCK)
     tl.store(partials + pid, tl.sum(total))

@@ -17,6 +17,7 @@ import triton.language as tl
 
 from weightcast.cuda.runs import INTERPRETED as _INTERPRETED
 from weightcast.cuda.runs import Launch, TileTable
+from weightcast.cuda.term import term
 from weightcast.digest.formula import BLOCK_WORDS, MASK, WORD_NBYTES, word_weights
 from weightcast.digest.regions import StridedBox
 from weightcast.errors import Unsupported
@@ -247,15 +248,6 @@ class _BoxTable:
         )
 
 
-@triton.jit
-def _block_weight(block):  # type: ignore[no-untyped-def]
-    """digest.block_weights of one block (or a vector of them)."""
-    z = (block.to(tl.uint64) + 1) * 0x9E3779B97F4A7C15 + 0x5745494748544232
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
-    return ((z ^ (z >> 31)) | 1).to(tl.int64, bitcast=True)
-
-
 @triton.jit  # type: ignore[untyped-decorator]
 def _digest_tiles(  # type: ignore[no-untyped-def]
     origins,
@@ -288,7 +280,7 @@ def _digest_tiles(  # type: ignore[no-untyped-def]
             weight = tl.load(weights + column + offsets)
             for row in tl.static_range(0, TILE, BLOCK):
                 word = tl.load(words + row + column + offsets)
-                total += (word + 3 * (word >> 32)) * weight * _block_weight((word0 + row) // BLOCK)
+                total += term(word, weight, (word0 + row) // BLOCK)
     else:
         shift = origin % 8
         low = tl.maximum(start // 8 - word0, 0) // CHUNK
@@ -310,7 +302,7 @@ def _digest_tiles(  # type: ignore[no-untyped-def]
             word = tl.where(valid, bits, 0).to(tl.int64, bitcast=True)
             column = (chunk * CHUNK) % BLOCK
             weight = tl.load(weights + column + offsets)
-            total += (word + 3 * (word >> 32)) * weight * _block_weight((word0 + chunk * CHUNK) // BLOCK)
+            total += term(word, weight, (word0 + chunk * CHUNK) // BLOCK)
     tl.store(partials + pid, tl.sum(total))
 
 
@@ -361,5 +353,5 @@ def _digest_boxes(  # type: ignore[no-untyped-def]
         place = position + place * ITEMSIZE
         word = (bits << ((place % 8) * 8).to(tl.uint64)).to(tl.int64, bitcast=True)
         weight = tl.load(weights + (place // 8) % BLOCK, mask=mask, other=0)
-        total += (word + 3 * (word >> 32)) * weight * _block_weight(place // 8 // BLOCK)
+        total += term(word, weight, place // 8 // BLOCK)
     tl.store(partials + pid, tl.sum(total))

@@ -67,26 +67,32 @@ class Target:
         place: Place | None,
         loaded: LoadedTensors | None = None,
     ) -> None:
+        live = model.memory()
         self._model = model
         self.place = place
         self.staged = place is not None
-        self.area: LoaderArea | None = None
-        self._shadow: Shadow | None = None
-        self._is_arena = model.memory().is_arena or not model.memory().storages
+        self._is_arena = live.is_arena or not live.storages
         self._memories: dict[tuple[int, ...], Memory] = {}
-        landings = [each for each in layout.placements if each.storage < len(model.memory().storages)]
         try:
-            if layout.through_loader:
-                self.area = LoaderArea(
-                    layout, lambda nbytes: new_storage(nbytes, place, model), keeps=self.staged, loaded=loaded
-                )
-            if place is not None and model.memory().storages:
-                self._shadow = Shadow(model, manifest, landings, place)
+            self.area = self._new_area(layout, loaded) if layout.through_loader else None
+            self._shadow = self._new_shadow(manifest, layout, place) if place is not None and live.storages else None
         except (RuntimeError, MemoryError) as error:
             raise ShadowError(f"no memory for the staged copy: {error}", hint="Ask for mode in_place") from error
         # Rounds are received on another stream than the one that filled these.
         self.settle(Deadline(FILL_TIMEOUT_S))
         self._memory = self._combine()
+
+    def _new_area(self, layout: Layout, loaded: LoadedTensors | None) -> LoaderArea:
+        """The area of the tensors that only the engine's own loader can place."""
+        return LoaderArea(
+            layout, lambda nbytes: new_storage(nbytes, self.place, self._model), keeps=self.staged, loaded=loaded
+        )
+
+    def _new_shadow(self, manifest: Manifest, layout: Layout, place: Place) -> Shadow:
+        """A second copy of the live storages, for the tensors that land there."""
+        num_live = len(self._model.memory().storages)
+        landings = [each for each in layout.placements if each.storage < num_live]
+        return Shadow(self._model, manifest, landings, place)
 
     @property
     def shadow_nbytes(self) -> int:

@@ -29,7 +29,10 @@ CHOICES = {
 
 
 class SettingsGiven(TypedDict, total=False):
-    """Settings as keywords of ``Publisher``; ``Settings`` says what each of them means."""
+    """Settings as keywords of ``Publisher``; ``Settings`` says what each of them means.
+
+    The fields stand here once more because type checkers make no keywords out of a dataclass; a test compares the two.
+    """
 
     token: str | None
     transport: str

@@ -7,7 +7,7 @@ are only packed after loading (see mirror.py). All others go through vLLM's laye
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -91,55 +91,64 @@ def in_load_format(model: nn.Module, landable: dict[str, bool], *, live: bool) -
 
     Live tensors are back in their places afterwards; nothing of theirs was touched.
     """
-    saved: list[tuple[nn.Module, dict[str, nn.Parameter | None], dict[str, torch.Tensor | None]]] = []
-    stand_ins: dict[int, torch.Tensor] = {}
+    borrowed = _Borrowed()
     try:
         yield [
-            _prepare(name, layer, landable[name], live and landable[name], stand_ins, saved)
+            borrowed.layer(name, layer, landable[name], as_it_is=live and landable[name])
             for name, layer in model.named_modules()
             if name in landable
         ]
     finally:
-        for layer, parameters, buffers in reversed(saved):
+        borrowed.give_back()
+
+
+class _Borrowed:
+    """Layers whose tensors are replaced by stand-ins for a while."""
+
+    def __init__(self) -> None:
+        self._saved: list[tuple[nn.Module, dict[str, nn.Parameter | None], dict[str, torch.Tensor | None]]] = []
+        self._stand_ins: dict[int, torch.Tensor] = {}
+        """By the live tensor that a stand-in is for: layers that share a tensor share its stand-in."""
+
+    def layer(self, name: str, layer: nn.Module, landable: bool, *, as_it_is: bool) -> LayerTensors:
+        """A layer's tensors in load format: those that it has, or stand-ins that are put in their places."""
+        self._saved.append((layer, dict(layer._parameters), dict(layer._buffers)))
+        tensors = own_tensors(layer)
+        if not as_it_is:
+            tensors = self._stand_ins_for(layer)
+            _install(layer, tensors)
+        found = LayerTensors(name, layer, landable)
+        may_lack = api.derives_weights(layer) or api.has_defaults(layer)
+        for own, tensor in tensors.items():
+            is_required = isinstance(tensor, nn.Parameter) and not may_lack
+            (found.required if is_required else found.optional)[own] = tensor
+        return found
+
+    def give_back(self) -> None:
+        """Put all tensors back in their places."""
+        for layer, parameters, buffers in reversed(self._saved):
             layer._parameters.clear()
             layer._parameters.update(parameters)
             layer._buffers.clear()
             layer._buffers.update(buffers)
 
-
-def _prepare(
-    name: str,
-    layer: nn.Module,
-    landable: bool,
-    as_it_is: bool,
-    stand_ins: dict[int, torch.Tensor],
-    saved: list[tuple[nn.Module, dict[str, nn.Parameter | None], dict[str, torch.Tensor | None]]],
-) -> LayerTensors:
-    built, live = api.load_format(layer), own_tensors(layer)
-    tensors = dict(live)
-    saved.append((layer, dict(layer._parameters), dict(layer._buffers)))
-    if not as_it_is:
+    def _stand_ins_for(self, layer: nn.Module) -> dict[str, torch.Tensor]:
+        built, live = api.load_format(layer), own_tensors(layer)
         # Some names (biases) are not in the metadata: their live tensors have the form that the loader wants.
         forms = {**{n: t for n, t in live.items() if n not in built and n in _UNLISTED}, **built}
-        tensors = {}
+        found = {}
         for own, form in forms.items():
             key = id(live[own]) if own in live and live[own].numel() else id(form)
-            if key not in stand_ins:
-                stand_ins[key] = api.stand_in(form, layer)
-            tensors[own] = stand_ins[key]
-        _install(layer, tensors)
-    result = LayerTensors(name, layer, landable)
-    may_lack = api.derives_weights(layer) or api.has_defaults(layer)
-    for own, tensor in tensors.items():
-        is_required = isinstance(tensor, nn.Parameter) and not may_lack
-        (result.required if is_required else result.optional)[own] = tensor
-    return result
+            if key not in self._stand_ins:
+                self._stand_ins[key] = api.stand_in(form, layer)
+            found[own] = self._stand_ins[key]
+        return found
 
 
 _UNLISTED = frozenset({"bias", "e_score_correction_bias"})
 
 
-def _install(layer: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+def _install(layer: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
     parameters = {name: t for name, t in tensors.items() if isinstance(t, nn.Parameter)}
     buffers = {name: t for name, t in tensors.items() if name not in parameters}
     layer._parameters.clear()
