@@ -17,11 +17,11 @@ import ray
 from policy import NUM_TOKENS, PROMPTS, Learner, build
 
 from weightcast import Publisher
-from weightcast.trainer.clients import PublishedTo, RayEngineClient
+from weightcast.trainer.clients import RayEngineClient
 
 
-class Engine(PublishedTo):
-    """Samples with whatever weights were published last. ``PublishedTo`` is what a RayEngineClient talks to."""
+class Engine:
+    """Samples with whatever weights were published last. A RayEngineClient reaches its attribute ``llm``."""
 
     def __init__(self, kind: str, folder: str) -> None:
         if kind == "vllm":

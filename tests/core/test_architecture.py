@@ -63,7 +63,7 @@ MAY_IMPORT = {
     "testing": "errors deadline manifest layout untrusted digest plan content transports receiver weight_transfer trainer.clients engines",
     "weightcast": "lazy errors report sources weight_transfer trainer",
     "cli": "quoted room errors deadline logs manifest layout untrusted plan cuda transports report sources weight_transfer trainer.progress trainer.clients trainer.fleet trainer server engines.embedded weightcast",
-    "integrations": "errors report trainer",
+    "integrations": "errors report sources trainer",
     "integrations.vllm": "errors report sources trainer",
     "integrations.trl": "lazy errors deadline report sources trainer.clients trainer integrations",
     "__main__": "cli",

@@ -27,6 +27,18 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Served]":
         yield found
 
 
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[None]:
+    """Ray, whose workers find the tests' own modules."""
+    import ray
+
+    paths = os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": environment})
+    yield
+    ray.shutdown()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if HERE in item.path.parents:

@@ -10,14 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig
 from tests.frameworks.served import Served
+from tests.frameworks.trl_async import Rollouts, on_a_cpu
 from tests.frameworks.trl_ranks import train_both_ways
-from tests.frameworks.trl_runs import STEPS, After, grpo, rollouts
+from tests.frameworks.trl_runs import GROUP, PROMPTS, STEPS, After, grpo, rollouts
 from tests.support.ports import HeldPort
+from transformers import AutoTokenizer
 
 from weightcast.errors import StateError, Unsupported
-from weightcast.integrations.trl import PublishCallback, use_in_server_mode
+from weightcast.integrations.trl import PublishCallback, WeightTransfer, use_in_server_mode
+from weightcast.testing.models import save_checkpoint
 from weightcast.testing.ranks import run_ranks
 
 
@@ -84,6 +88,62 @@ def test_server_mode_publishes_merged_adapters(served: Served, tmp_path: Path, s
     trainer.train()
     trainer.vllm_generation.vllm_client.close_communicator()
     assert len(set(served.versions)) == STEPS
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_async_grpo_samples_from_what_it_published(
+    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adapters: bool
+) -> None:
+    from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer
+
+    on_a_cpu(monkeypatch)
+    transfer = WeightTransfer([served.url], token=served.token)
+    config = AsyncGRPOConfig(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=2 * GROUP,
+        num_generations=GROUP,
+        max_steps=STEPS,
+        max_staleness=0,
+        token_budget=24 * GROUP,
+        learning_rate=1e-2,
+        dtype="float32",
+        vllm_server_base_url=served.url,
+        use_cpu=True,
+        bf16=False,
+        report_to=[],
+        logging_steps=1,
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    trainer = AsyncGRPOTrainer(
+        model=str(served.model),
+        args=config,
+        processing_class=AutoTokenizer.from_pretrained(served.model),
+        train_dataset=Dataset.from_dict({"prompt": [[{"role": "user", "content": "a"}]] * len(PROMPTS)}),
+        weight_transfer=transfer,
+        rollout_worker=Rollouts(served),
+        peft_config=LoraConfig(r=4, init_lora_weights=False) if adapters else None,
+    )
+    send = transfer.send_weights
+
+    def sent(iterator: Iterator[tuple[str, torch.Tensor]]) -> None:
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        model = model.get_base_model() if adapters else model  # TRL has merged the adapters into it for the send
+        weights = {
+            name.replace(".base_layer", ""): value.detach().clone()
+            for name, value in model.named_parameters()
+            if "lora_" not in name
+        }
+        send(iterator)
+        served.holds(save_checkpoint(tmp_path / transfer.last_report.version, weights, like=served.model))
+
+    monkeypatch.setattr(transfer, "send_weights", sent)
+    trainer.train()
+    assert len(served.versions) == len(set(served.versions)) == STEPS + 1
+    # The first step learns from samples of the weights that it has; TRL fetches those of later steps before it syncs.
+    first = next(entry for entry in trainer.state.log_history if "ratio" in entry)
+    assert first["ratio"] == pytest.approx(1.0, abs=1e-4)
+    assert abs(first["kl"]) < 1e-6
 
 
 def test_another_trl_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

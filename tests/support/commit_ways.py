@@ -31,7 +31,6 @@ from weightcast.trainer.clients import (
     EngineClient,
     HttpEngineClient,
     InProcessEngineClient,
-    PublishedTo,
     RayEngineClient,
     VllmClient,
     VllmDevClient,
@@ -270,11 +269,10 @@ class Actor:
     """A Ray actor of this process: it does one thing at a time."""
 
     def __init__(self, llm: Any) -> None:
-        served = PublishedTo()
-        served.llm = llm
+        served = SimpleNamespace(llm=llm)
         self._turns = ThreadPoolExecutor(1)
-        self.weightcast_call = SimpleNamespace(
-            remote=lambda *arguments: self._turns.submit(served.weightcast_call, *arguments)
+        self.__ray_call__ = SimpleNamespace(
+            remote=lambda function, *arguments: self._turns.submit(function, served, *arguments)
         )
 
     def close(self) -> None:

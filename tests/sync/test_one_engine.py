@@ -160,7 +160,7 @@ def test_clients_of_one_actor_are_one_engine() -> None:
     class Handle:
         """Handles of one Ray actor are equal, and not the same object."""
 
-        weightcast_call = staticmethod(print)
+        __ray_call__ = staticmethod(print)
 
         def __init__(self, actor: str) -> None:
             self.actor = actor

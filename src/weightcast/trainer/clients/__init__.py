@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from weightcast.trainer.clients.in_loop import AsyncEngineClient
     from weightcast.trainer.clients.in_process import InProcessEngineClient, SyncEngine
     from weightcast.trainer.clients.making import make_client, make_clients, twins
-    from weightcast.trainer.clients.published_to import PublishedTo
     from weightcast.trainer.clients.ray import RayEngineClient
     from weightcast.trainer.clients.rpc import RpcEngineClient
     from weightcast.trainer.clients.vllm import AsyncVllmClient, VllmClient
@@ -27,7 +26,6 @@ __all__ = [
     "EngineClient",
     "HttpEngineClient",
     "InProcessEngineClient",
-    "PublishedTo",
     "RayEngineClient",
     "RpcEngineClient",
     "SyncEngine",
@@ -48,7 +46,6 @@ __getattr__, __dir__ = lazy_names(
         "EngineClient": "base",
         "HttpEngineClient": "http",
         "InProcessEngineClient": "in_process",
-        "PublishedTo": "published_to",
         "RayEngineClient": "ray",
         "RpcEngineClient": "rpc",
         "SyncEngine": "in_process",
