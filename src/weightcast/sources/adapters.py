@@ -6,7 +6,6 @@ imported: classes of PEFT are looked up where the user's program has imported th
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -21,6 +20,8 @@ MERGE_HINT = "Publish what merge_and_unload() returns, or the state dict of it, 
 _PLAIN_FORMS = ("peft.tuners.lora.bnb", "peft.tuners.lora.layer")
 """Where the layers are that merge into weights which are not quantised as their plain kind does."""
 _CONTAINERS = (dict, list, set)
+_OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
+"""Parameters, parts and hooks, which merging reads only. A likeness is made for each adapter in each round, so copies count."""
 Seen = Callable[[nn.Module, str, nn.Parameter], nn.Parameter]
 """A parameter as merging is to see it, by the module that has it and its name there."""
 
@@ -164,22 +165,20 @@ def said_of(adapter: nn.Module) -> str:
     return repr(said)
 
 
-@torch.no_grad()
 def merge(adapter: nn.Module, name: str, values: Mapping[str, torch.Tensor], seen: Seen) -> None:
     """Make of base weights, which lie in ``values`` by their names in the base layer, the weights that the adapter computes with now.
 
     Adapters that were merged are in the base weights; adapters that are disabled or not active are left out. ``seen`` gives the
-    parameters of the adapter.
+    parameters of the adapter. To be called without gradients and autocast.
     """
     held = {key: nn.Parameter(value, requires_grad=False) for key, value in values.items()}
     alike = likeness(adapter, base_of(adapter), held, seen)
     try:
-        with torch.autocast(next(iter(values.values())).device.type, enabled=False):
-            for layer in _layers(alike):
-                if layer.disable_adapters and layer.merged:
-                    layer.unmerge()
-                elif not layer.disable_adapters and not layer.merged:
-                    layer.merge()
+        for layer in _layers(alike):
+            if layer.disable_adapters and layer.merged:
+                layer.unmerge()
+            elif not layer.disable_adapters and not layer.merged:
+                layer.merge()
     except WeightcastError:
         raise
     except Exception as error:  # PEFT's own code, whose kinds of layers raise what they like
@@ -222,5 +221,6 @@ def bare(module: nn.Module, kind: type[nn.Module] | None = None) -> nn.Module:
     """A module of the same class, or of another, with the same parts and attributes, and dicts and lists of its own."""
     alike: nn.Module = object.__new__(kind or type(module))
     for key, value in module.__dict__.items():
-        alike.__dict__[key] = copy.copy(value) if type(value) in _CONTAINERS else value
+        is_own = type(value) in _CONTAINERS and key not in _OF_EVERY_MODULE
+        alike.__dict__[key] = value.copy() if is_own else value
     return alike

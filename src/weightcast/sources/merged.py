@@ -184,18 +184,25 @@ class Twin:
         for number, module in self._packed.items():
             self._own[number].copy_(dequantised(module))
 
+        device = next((value.device.type for value in self._theirs), "cpu")
+        with torch.autocast(device, enabled=False):
+            for place in self._places:
+                if place.adapter is not None:
+                    self._merge_into(place, place.adapter, deadline)
+
+    def _merge_into(self, place: _Place, adapter: nn.Module, deadline: Deadline) -> None:
+        """Merge one adapter into the base weights that our parameters hold."""
+
         def seen(module: nn.Module, key: str, value: nn.Parameter) -> nn.Parameter:
             value = self._shard(module, key, value)
             return nn.Parameter(whole_of(value, deadline), requires_grad=False) if is_distributed(value) else value
 
-        for place in self._places:
-            if place.adapter is not None:
-                held = {key: self._own[id(value)].detach() for key, value in place.targets.items()}
-                weights = {key: _whole(value, place.adapter, deadline) for key, value in held.items()}
-                merge(place.adapter, place.name, weights, seen)
-                for key, value in held.items():
-                    if is_distributed(value):
-                        local_of(value).copy_(_box(value, weights[key]))
+        held = {key: self._own[id(value)].detach() for key, value in place.targets.items()}
+        weights = {key: _whole(value, adapter, deadline) for key, value in held.items()}
+        merge(adapter, place.name, weights, seen)
+        for key, value in held.items():
+            if is_distributed(value):
+                local_of(value).copy_(_box(value, weights[key]))
 
 
 class MergedSource(Source):
