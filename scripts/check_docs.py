@@ -40,12 +40,39 @@ def missing_modules(text: str) -> list[str]:
     ]
 
 
+def missing_names(text: str) -> list[str]:
+    """Functions that a text names behind their module, as in "`a/b.py`, `Class.method`", and that are not there."""
+    return [
+        f"docs/structure.md: {module} has no {name}"
+        for module, name in re.findall(r"`((?:\w+/)+\w+\.py)`, `([\w.]+)`", text)
+        if (PACKAGE / module).exists() and name not in defined(PACKAGE / module)
+    ]
+
+
+def defined(module: Path) -> set[str]:
+    """Functions, classes and methods of a module, methods behind the name of their class."""
+    found = set()
+    for node in ast.parse(module.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            found.add(node.name)
+            inner = node.body if isinstance(node, ast.ClassDef) else []
+            found |= {
+                f"{node.name}.{part.name}" for part in inner if isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef)
+            }
+    return found
+
+
 def first_line(module: Path) -> str:
-    """The first line of a module's docstring."""
+    """What a module's docstring says first: its first line, and the lines after it that end the sentence."""
     doc = ast.get_docstring(ast.parse(module.read_text(encoding="utf-8")))
     if not doc:
         raise SystemExit(f"{module.relative_to(ROOT)}: no docstring")
-    return doc.splitlines()[0]
+    said: list[str] = []
+    for line in doc.splitlines():
+        if not line or (said and said[-1].endswith(".")):
+            break
+        said.append(line)
+    return " ".join(said)
 
 
 def list_of_modules() -> str:
@@ -71,7 +98,7 @@ def main() -> int:
         listed = modules.removeprefix(HEADING)
     documents = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
     problems = [problem for document in documents for problem in broken_links(document)]
-    problems += missing_modules(written)
+    problems += [*missing_modules(written), *missing_names(written)]
     if HEADING + listed != modules:
         problems.append(
             "docs/structure.md: the list of modules is not what they say; run scripts/check_docs.py --write"
