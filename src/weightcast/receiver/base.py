@@ -21,63 +21,65 @@ class LiveModel(ABC):
     """True: parameters may be rebound to other storages (no captured graphs, no packed kernels hold their addresses)."""
 
     def why_asleep(self) -> str:
-        """Why the weights cannot be touched now: the engine sleeps and has unmapped them. Empty when they can."""
+        """Say why the weights cannot be touched now: the engine sleeps and has unmapped its weights. Empty when the weights can be
+        touched."""
         return ""
 
     @property
     def asleep_nbytes(self) -> int:
-        """Bytes of the engine that sleep and will be wanted back: what looks free is not there to be taken."""
+        """The bytes that the engine gave up for its sleep. The engine will want these bytes back, so they count as taken although they
+        are free."""
         return 0
 
     @property
     def derived_nbytes(self) -> int:
-        """What ``derive`` takes beside the memory that it is given; staging is refused where it does not fit."""
+        """The bytes that ``derive`` allocates beside the memory that it is given. A worker stages only where these bytes fit as well."""
         return 0
 
     @abstractmethod
     def layout(self, manifest: Manifest) -> Layout:
-        """Landings of the manifest's tensors in ``memory()``, plus those that must go through the loader.
+        """Return where the manifest's tensors land in ``memory()``, and which tensors must go through the engine's loader.
 
-        Tensors of the manifest that the model does not use at all are simply absent. A tensor the model needs and the
-        manifest lacks raises PlanMismatch, which names it. Writes nothing.
+        A tensor of the manifest that the model does not use is absent from the layout. PlanMismatch names a tensor that the model needs
+        and the manifest lacks. Writes nothing.
         """
 
     @abstractmethod
     def memory(self) -> Memory:
-        """The storages that live parameters lie in now, numbered as in ``layout``."""
+        """Return the storages that the live parameters lie in now, numbered as in ``layout``."""
 
     @abstractmethod
     def rebind(self, memory: Memory) -> None:
-        """Point all live parameters at another memory of the same layout (only if ``relocatable``). Cheap, no copies."""
+        """Point all live parameters at another memory of the same layout. Copies nothing. Called only where ``relocatable`` is True."""
 
     def derive(self, memory: Memory) -> None:
-        """All bytes of a round are in ``memory``, which ``rebind`` may make live: do beforehand what takes long.
+        """Do the slow work of making ``memory`` live before ``rebind`` does so. All bytes of a round are in ``memory``.
 
-        Called while the engine computes, on another thread than its own.
+        Called while the engine computes, on another thread than the engine's.
         """
         return
 
     def refresh(self) -> None:
-        """The bytes of ``memory()`` were written in place: bring up to date what is computed from them."""
+        """Compute anew what the engine derives from its weights. The bytes of ``memory()`` were written in place."""
         return
 
     def forget(self) -> None:
-        """No other memory will be rebound any more: free what was kept for that."""
+        """Free what ``derive`` keeps for a ``rebind``: no other memory will be rebound any more."""
         return
 
     @abstractmethod
     def load_weights(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
-        """Load whole checkpoint tensors through the engine's own loader, in place; raises LoadError."""
+        """Load whole checkpoint tensors into the live weights through the engine's own loader. Raises LoadError."""
 
     def unknown(self, names: Sequence[str]) -> Sequence[str]:
-        """Those of the names that ``load_weights`` would refuse, as the model has no place for them, as far as that is known
-        beforehand."""
+        """Return those of the names that ``load_weights`` would refuse because the model has no place for them, as far as the model can
+        tell beforehand."""
         return ()
 
     @abstractmethod
     def checksums(self) -> dict[str, str]:
-        """Hex digest of every live parameter by name."""
+        """Return the hex digest of every live parameter, by name."""
 
     def load_initial(self) -> None:
-        """Load the weights that the engine started with; needed only by models with tensors that go through the loader."""
+        """Load the weights that the engine was started with. Only models with tensors that go through the loader need this method."""
         raise Unsupported(f"{type(self).__name__} cannot return to the weights it started with")

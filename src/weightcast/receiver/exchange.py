@@ -29,9 +29,10 @@ MAX_RANGES = 4096
 
 
 class Exchange:
-    """Compiled once for a pair of memories with the same layout; ``run()`` twice is nothing, and allocates nothing.
+    """The exchange of two memories with the same layout, compiled once. A second ``run`` undoes the first one. ``run`` allocates
+    nothing.
 
-    Every byte that a placement touches is exchanged once, however many placements share it.
+    Every byte that a placement touches is exchanged once, however many placements share the byte.
     """
 
     def __init__(self, live: Memory, shadow: Memory, placements: Sequence[Placement]) -> None:
@@ -46,12 +47,12 @@ class Exchange:
             self._strided.append((*sides, torch.empty_like(sides[0], memory_format=torch.contiguous_format)))
 
     def warm_up(self) -> None:
-        """Compile what the first ``run`` would; nothing is exchanged."""
+        """Compile what the first ``run`` would compile. Exchanges nothing."""
         self._swap.warm_up()
 
     @torch.no_grad()
     def run(self) -> None:
-        """Swap all values. On a GPU the work is queued on the current stream."""
+        """Exchange all values. On a GPU the work is queued on the current stream."""
         self._swap.run()
         for live, shadow, scratch in self._strided:
             scratch.copy_(live)
@@ -60,7 +61,8 @@ class Exchange:
 
 
 class CopyOut:
-    """The copy of all landings from a shadow to live storages, compiled once; on a GPU with the digest of what landed."""
+    """The copy of all landings from a shadow to the live storages, compiled once. On a GPU the copy also takes the digest of what
+    landed."""
 
     def __init__(self, live: Memory, shadow: Memory, placements: Sequence[Placement], manifest: Manifest) -> None:
         copies = distinct_copies(placements)
@@ -76,21 +78,21 @@ class CopyOut:
         self._is_all = len(copies) == len(placements)
 
     def warm_up(self) -> None:
-        """Compile what the first ``run`` would; nothing is copied."""
+        """Compile what the first ``run`` would compile. Copies nothing."""
         if self._proven is not None:
             self._proven.warm_up()
 
     def run(self) -> None:
-        """On a GPU the work is queued on the current stream."""
+        """Copy all landings. On a GPU the work is queued on the current stream."""
         self._replay.run()
 
     def total(self) -> int | None:
-        """The digest of all placements as they landed; None where it has to be computed."""
+        """Return the digest of all placements as they landed; None where the copy takes no digest."""
         return self._proven.total() if self._proven is not None and self._is_all else None
 
 
 def distinct_copies(placements: Sequence[Placement]) -> list[Copy]:
-    """Copies of placements to themselves, one for those that are the same bytes (tied tensors under several names)."""
+    """Return a copy of each placement to itself. Placements that are the same bytes (tied tensors under several names) have one copy."""
     found: dict[tuple[object, ...], Copy] = {}
     for placement in placements:
         key = (placement.storage, placement.offset, placement.dtype, placement.region.sizes, placement.strides)

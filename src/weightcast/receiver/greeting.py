@@ -34,7 +34,7 @@ class Identity:
 
 
 class Greeting:
-    """Says hello when it is made, and keeps what is answered until somebody ``welcome``s it. Thread-safe."""
+    """Says hello when it is made, and keeps the trainer's answer until ``welcome`` takes the answer. Thread-safe."""
 
     def __init__(self, info: JoinInfo, identity: Identity) -> None:
         self.info, self.identity = info, identity
@@ -62,19 +62,20 @@ class Greeting:
         )
 
     def is_over(self) -> bool:
-        """Whether ``welcome`` would wait no longer: the answer is there, or it will not come."""
+        """Whether ``welcome`` would return or raise at once: the answer is there, or no answer will come."""
         with self._changed:
             return bool(self._heard) or self._limit.passed
 
     def wait(self, at_most_s: float | None = None) -> None:
-        """Return when ``is_over``, or after ``at_most_s`` seconds."""
+        """Return when ``is_over`` is True, or after ``at_most_s`` seconds."""
         limit = self._limit if at_most_s is None else Deadline(min(at_most_s, self._limit.limit_s()))
         with self._changed:
             while not self._heard and not limit.passed:
                 self._changed.wait(limit.limit_s())
 
     def welcome(self) -> Welcome:
-        """The trainer's answer, waited for, for GREETING_TIMEOUT_S at the most. Raises the error that it refused with, PeerLost when it is gone, or DeadlineExceeded."""
+        """Wait for the trainer's answer and return it. Raises the error with which the trainer refused, PeerLost when the trainer is
+        gone, and DeadlineExceeded after GREETING_TIMEOUT_S."""
         self.wait(GREETING_TIMEOUT_S)
         with self._changed:
             if not self._heard:
@@ -94,7 +95,7 @@ class Greeting:
         return answer
 
     def hand_over(self, on_message: Callable[[AnyMessage], None], on_lost: Callable[[str], None]) -> None:
-        """Have these told what comes from now on, and what came since the welcome."""
+        """Pass all messages since the welcome, and all later ones, to these functions."""
         with self._changed:
             heard, self._heard = self._heard, []
             self._on_message, self._on_lost = on_message, on_lost
@@ -102,7 +103,7 @@ class Greeting:
                 self._pass_on(what)
 
     def close(self, reason: str) -> None:
-        """Leave the trainer; idempotent."""
+        """Leave the trainer. A second call does nothing."""
         self.link.close(reason)
 
     def _hear(self, what: AnyMessage | str) -> None:

@@ -17,7 +17,7 @@ TensorPairs = Iterator[tuple[str, torch.Tensor]]
 
 
 def with_area(layout: Layout, manifest: Manifest) -> Layout:
-    """The engine's landings plus one storage, the last one, in which whole tensors wait for the engine's loader."""
+    """Return the engine's layout with one more storage at its end, in which whole tensors wait for the engine's loader."""
     if not layout.through_loader:
         return layout
     area = image_layout(manifest, layout.through_loader)
@@ -32,13 +32,14 @@ def with_area(layout: Layout, manifest: Manifest) -> Layout:
 
 @dataclass(frozen=True, slots=True)
 class LoadedTensors:
-    """What went through the engine's loader and is live: the way back to it outlives a trainer's stay."""
+    """The tensors that went through the engine's loader last and are live. A roll-back loads them again, also when another trainer has
+    joined since."""
 
     layout_digest: bytes
     area: torch.Tensor
 
     def in_host_memory(self) -> LoadedTensors:
-        """The same tensors where they take nothing from a GPU that others want."""
+        """Return the same tensors in host memory, where they take no room on a GPU."""
         return LoadedTensors(self.layout_digest, self.area.cpu())
 
     def fits(self, layout: Layout) -> bool:
@@ -47,7 +48,7 @@ class LoadedTensors:
 
 
 def area_sizes(layout: Layout, loaded: LoadedTensors | None) -> tuple[int, ...]:
-    """What a staged ``LoaderArea`` allocates: two areas, or one where ``loaded`` is the other."""
+    """Return the sizes of what a staged ``LoaderArea`` allocates: two areas, or one where ``loaded`` serves as the other."""
     if not layout.through_loader:
         return ()
     nbytes = layout.storage_nbytes[-1]
@@ -55,11 +56,11 @@ def area_sizes(layout: Layout, loaded: LoadedTensors | None) -> tuple[int, ...]:
 
 
 class LoaderArea:
-    """The last storage of a layout of ``with_area``; of a staged target two of them, which take turns.
+    """The last storage of a layout of ``with_area``. A staged target has two of these areas, which take turns.
 
-    A round fills ``staged``. ``keep`` says that the loader has made its tensors live: they stay as they are until the
-    next ``keep``, so that they can be loaded again, and the next round fills the other area. Both areas are allocated here:
-    nothing that ``keep`` and ``take_back`` do can fail.
+    A round fills ``staged``. ``keep`` says that the loader has made the staged tensors live. These tensors then stay as they are until
+    the next ``keep``, so that they can be loaded again, and the next round fills the other area. Both areas are allocated when a
+    LoaderArea is made, so that ``keep`` and ``take_back`` cannot fail.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class LoaderArea:
         keeps: bool,
         loaded: LoadedTensors | None = None,
     ) -> None:
-        """``keeps``: there are two areas; ``loaded`` is what an earlier one kept, if it fits."""
+        """``keeps`` says that there are two areas. ``loaded`` is what an earlier LoaderArea kept; it is used where it fits."""
         number = len(layout.storage_nbytes) - 1
         self._placements = [placement for placement in layout.placements if placement.storage == number]
         self._layout_digest = _digest(layout)
@@ -87,36 +88,36 @@ class LoaderArea:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all areas."""
+        """The bytes of all areas together."""
         return self.staged.numel() + (0 if self._other is None else self._other.numel())
 
     @property
     def live(self) -> torch.Tensor | None:
-        """The area whose tensors went through the loader and are live; None when nobody has them."""
+        """The area whose tensors went through the loader and are live; None when no area has them."""
         return self._other if self._is_loaded else None
 
     def tensors(self) -> TensorPairs:
-        """The staged tensors, in manifest order."""
+        """Return the staged tensors, in manifest order."""
         return self._tensors_in(self.staged)
 
     def live_tensors(self) -> TensorPairs | None:
-        """Those that are live, or were before the loader began on the staged ones; None when nobody has them."""
+        """Return the live tensors, or those that were live before the loader began with the staged ones; None when no area has them."""
         return None if self.live is None else self._tensors_in(self.live)
 
     def keep(self) -> None:
-        """The staged tensors are live now; those before them stay until the next round overwrites them."""
+        """Count the staged tensors as live from now on. The tensors before them stay until the next round overwrites them."""
         if self._other is not None:
             self.staged, self._other = self._other, self.staged
             self._is_loaded, self._was_loaded = True, self._is_loaded
 
     def take_back(self) -> None:
-        """The tensors before the last ``keep`` count as live again."""
+        """Count the tensors before the last ``keep`` as live again."""
         if self._other is not None:
             self.staged, self._other = self._other, self.staged
             self._is_loaded, self._was_loaded = self._was_loaded, False
 
     def loaded(self) -> LoadedTensors | None:
-        """What is live through the loader, for the area of the next trainer."""
+        """Return what is live through the loader, for the area of the next trainer."""
         return None if self.live is None else LoadedTensors(self._layout_digest, self.live)
 
     def _tensors_in(self, area: torch.Tensor) -> TensorPairs:

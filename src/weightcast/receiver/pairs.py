@@ -58,7 +58,8 @@ class Pair:
 
 
 class Pairs:
-    """Set up anew for each epoch, used for each of its rounds. Thread-safe: whoever may abort does not wait for who receives."""
+    """Set up anew for each epoch, and used for each round of the epoch. Thread-safe: a thread that aborts does not wait for a thread
+    that receives."""
 
     def __init__(
         self,
@@ -67,8 +68,8 @@ class Pairs:
         tell: Callable[[Message], None],
         why_gone: Callable[[bool], str | None],
     ) -> None:
-        """``tell`` sends a message to the trainer. ``why_gone`` says why nothing more can come, None while it can; it is asked with
-        whether bytes come only while the trainer lives."""
+        """``tell`` sends a message to the trainer. ``why_gone`` says why nothing more can come, and None while something can; its
+        argument says whether bytes come only while the trainer lives."""
         self.windows = FilledWindows()
         """Which windows of a stream the trainer has filled."""
         self.has_written = False
@@ -117,7 +118,7 @@ class Pairs:
             warm_up([pair.end for pair in self._pairs])
 
     def abort(self) -> None:
-        """End the call of the ends that runs, if one does."""
+        """End the call of the ends that runs now, if one runs."""
         with self._free:
             if self._using:
                 for pair in self._pairs:
@@ -125,7 +126,7 @@ class Pairs:
         self.windows.wake()
 
     def close(self) -> bool:
-        """Close all ends once nobody is inside one; False when somebody stays, and they stay open."""
+        """Close all ends once no call is inside one of them. When a call does not end, return False and leave the ends open."""
         with self._free:
             if not self._free.wait_for(lambda: not self._using, RELEASE_TIMEOUT_S):
                 logger.error("a transfer does not let go of its ends; they stay open")
@@ -141,8 +142,8 @@ class Pairs:
     def receive(
         self, id: RoundId, memory: Memory, manifest: Manifest, deadline: Deadline
     ) -> tuple[int, float, int | None]:
-        """Receive a round from all trainer ranks at once: bytes, seconds, and the digest of what landed where the transports
-        brought it. StateError once the round is over."""
+        """Receive a round from all trainer ranks at once. Returns the bytes, the seconds, and the digest of what landed, which is None
+        where the transports take no digest. StateError once the round is over."""
         start = time.perf_counter()
         self.has_written = False
         with self._in_use(id):

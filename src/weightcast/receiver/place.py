@@ -18,8 +18,8 @@ CHECK_HEADROOM = 1.1
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a staged copy lies: beside the live weights, or in page-locked memory of the host. ``copies`` is 1, or 2 where a
-    commit takes one of two in turn."""
+    """Where a staged copy lies: on the device of the live weights, or in page-locked memory of the host. ``copies`` is 1, or 2 where
+    two copies take turns and a commit copies out of one of them."""
 
     device: torch.device
     copies: int = 1
@@ -30,14 +30,14 @@ class Place:
 
 
 def new_storage(nbytes: int, place: Place | None, model: LiveModel) -> torch.Tensor:
-    """Memory at a place; None is where the live weights lie."""
+    """Allocate memory at a place. None stands for the device of the live weights."""
     device = model.device if place is None else place.device
     pinned = device.type == "cpu" and model.device.type == "cuda"
     return torch.empty(nbytes, dtype=torch.uint8, device=device, pin_memory=pinned)
 
 
 def free_nbytes(device: torch.device) -> int:
-    """Memory that a shadow may take on a device; raises ShadowError where the system does not tell."""
+    """Return how many bytes a shadow may take on a device. Raises ShadowError where the system does not tell."""
     if device.type == "cuda":
         # What torch keeps for itself, such as the shadow of the trainer before this one, would count as taken.
         torch.cuda.empty_cache()
@@ -49,7 +49,7 @@ def free_nbytes(device: torch.device) -> int:
 
 
 def give_back(device: torch.device) -> None:
-    """Have the GPU's memory, and page-locked memory, that nothing uses any more be free for others, and not for torch alone."""
+    """Return unused GPU memory and unused page-locked memory to the system, so that other processes can have them, and not torch alone."""
     if device.type != "cuda":
         return
     gc.collect()
@@ -60,10 +60,10 @@ def give_back(device: torch.device) -> None:
 
 
 def choose_place(model: LiveModel, areas: Sequence[int], copies: int, *, host: bool) -> Place:
-    """The best place that has room for a copy of the live weights and for areas of these sizes.
+    """Return the best place that has room for a copy of the live weights and for areas of these sizes.
 
-    ``host`` allows page-locked memory of the host for weights on a GPU. Parameters that can be rebound need one copy only.
-    Raises ShadowError where nothing has room.
+    ``host`` allows page-locked host memory for weights on a GPU. Parameters that can be rebound need one copy only. Raises ShadowError
+    where no place has room.
     """
     nbytes, device = model.memory().nbytes, model.device
     free = max(0, free_nbytes(device) - model.asleep_nbytes)

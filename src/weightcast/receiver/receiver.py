@@ -59,7 +59,8 @@ class Receiver:
         self._num_bytes_before = 0
 
     def join(self, info: JoinInfo, world_size: int | None = None) -> None:
-        """Join a trainer, which ``greet`` may have begun. Raises as ``greet`` does, and what the trainer refuses with."""
+        """Join a trainer, whom ``greet`` may have greeted already. Raises what ``greet`` raises, and the error with which the trainer
+        refuses."""
         greeting = self.greet(info, world_size)
         self._greeting = None
         with self._turn:
@@ -68,12 +69,12 @@ class Receiver:
             )
 
     def greet(self, info: JoinInfo, world_size: int | None = None) -> Greeting:
-        """Leave the former trainer and say hello to this one; returns at once. The same again gives the same greeting, until it was
-        ``join``ed.
+        """Leave the former trainer, say hello to this one, and return at once. A second call for the same trainer returns the same
+        greeting until ``join`` has used it.
 
-        StateError when another trainer is alive and ``info.takeover`` is not set, or when the same one has this engine in its fleet
-        under another name. ``world_size``, if given, is how many workers join from now on: an engine may learn that only from its
-        trainer.
+        StateError when another trainer is alive and ``info.takeover`` is not set, or when the same trainer has this engine in its fleet
+        under another name. ``world_size`` is the number of workers that join from now on, if it is given: some engines learn this
+        number from their trainer only.
         """
         if self._greeting is not None and self._greeting.info == info:
             return self._greeting
@@ -116,13 +117,13 @@ class Receiver:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of weights that were received, from all trainers so far."""
+        """The bytes of weights that this worker has received from all trainers so far."""
         session = self._session
         return self._num_bytes_before + (session.pairs.num_bytes if session is not None else 0)
 
     @property
     def is_greeting(self) -> bool:
-        """Whether a trainer was greeted, and ``join`` would wait for its answer."""
+        """Whether a trainer was greeted whose answer ``join`` would still wait for."""
         return self._greeting is not None and not self._greeting.is_over()
 
     @property
@@ -132,13 +133,14 @@ class Receiver:
 
     @property
     def has_session(self) -> bool:
-        """Whether a trainer was joined and not left: it is there, or rounds it committed can still be taken back."""
+        """Whether this worker has joined a trainer and not left it: the trainer is there, or rounds that it committed can still be
+        taken back."""
         return self._session is not None
 
     def commit(self, id: RoundId, deadline: Deadline, version: str = "") -> None:
-        """Make a verified round live. Repeating the call for a committed round does nothing.
+        """Make a verified round live. A second call for a committed round does nothing.
 
-        StateError when the round was approved as another version than ``version`` (if that is given).
+        StateError when ``version`` is given and the round was approved as another version.
         """
         with self._turn:
             self._commit(id, deadline, version)
@@ -184,10 +186,11 @@ class Receiver:
             session.send_failure(id, "commit", error)
 
     def rollback(self, id: RoundId) -> None:
-        """Return to the version before a staged round if that was committed, and see to it that it never will be otherwise.
+        """Return to the version before a staged round if that round was committed; in any case make sure that the round is never
+        committed afterwards.
 
-        Repeating the call does nothing. StateError when the round is an older one, or live and not staged. When it fails
-        half-way the worker is dirty.
+        A second call does nothing. StateError when the round is older than the present one, or is live and was received in place. When
+        the way back fails half-way the worker is dirty.
         """
         with self._turn:
             self._roll_back(id)
@@ -215,7 +218,7 @@ class Receiver:
         self._round.rolled_back(id)
 
     def leave(self, reason: str = LEAVES) -> None:
-        """Leave the trainer, if any, and free shadow and transports; idempotent."""
+        """Leave the trainer, if there is one, and free shadow and transports. A second call does nothing."""
         self._leave(reason, keeps=True)
 
     def _leave(self, reason: str, *, keeps: bool) -> None:
@@ -250,14 +253,15 @@ class Receiver:
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
-        """Inside, no memory is given back beside the engine's thread."""
+        """While inside, no other thread than the engine's gives memory back."""
         with self._turn:
             yield
 
     def sleep(self, *, loses: bool) -> None:
-        """The engine is about to unmap its weights: leave the trainer, whose next round joins anew once they are back.
+        """The engine is about to unmap its weights: leave the trainer. The trainer's next round has this worker join again once the
+        weights are back.
 
-        ``loses``: what the weights are now will not come back. Then no version is served until a round was committed.
+        ``loses`` says that the present weights will not come back. The worker then serves no version until a round is committed.
         """
         self._leave("the engine goes to sleep", keeps=not loses)
         if loses:
@@ -265,8 +269,9 @@ class Receiver:
             self.version, self.content, self.dirty = NO_VERSION, "", True
 
     def replaced(self, version: str) -> None:
-        """Somebody else wrote the live weights: leave the trainer, whose next round joins anew. Their content is not known; weights of no
-        version stay that, since nobody says that all of them were written."""
+        """Somebody else wrote the live weights: leave the trainer, whose next round has this worker join again. The worker does not
+        know the content of its weights any more. Weights that were of no version stay so, because nobody says that all of them were
+        written."""
         self._leave("the engine's weights were written by somebody else", keeps=False)
         self._loaded = None
         if not self.dirty:

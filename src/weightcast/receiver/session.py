@@ -73,8 +73,8 @@ class Session:
         ended: Callable[[Session], None],
         loaded: LoadedTensors | None = None,
     ) -> None:
-        """``serves`` gives the digest of the content that is live now, or None for weights of no version. ``ended`` is called on the
-        session's thread once the trainer is gone and takes no round back any more."""
+        """``serves`` returns the digest of the content that is live now, or None for weights of no version. ``ended`` is called on the
+        session's thread once the trainer is gone and can take no round back any more."""
         self._model = model
         self._mode_wish = mode
         self.round = round
@@ -299,12 +299,12 @@ class Session:
     # -- shared with the Receiver
 
     def receive(self, id: RoundId, memory: Memory, deadline: Deadline) -> tuple[int, float, int | None]:
-        """Receive a round from all trainer ranks at once: bytes, seconds, and the digest of what landed where the transports
-        brought it. StateError once the round is over."""
+        """Receive a round from all trainer ranks at once. Returns the bytes, the seconds, and the digest of what landed, which is None
+        where the transports take no digest. StateError once the round is over."""
         return self.pairs.receive(id, memory, self.manifest, deadline)
 
     def digest_of(self, memory: Memory) -> int:
-        """Digest of all landings in a memory of this session's layout."""
+        """Return the digest of all landings in a memory of this session's layout."""
         return self._digest.of(memory)
 
     def run_later(self, task: Callable[[], None]) -> None:
@@ -315,7 +315,7 @@ class Session:
         self.link.send(message)
 
     def send_failure(self, id: RoundId, phase: str, error: BaseException, *, dirty: bool = False) -> None:
-        """Tell the trainer by name; errors that are not weightcast's own travel with their class in the text."""
+        """Tell the trainer of an error by its class. An error of another library travels with its class in the text."""
         form = msgspec.structs.replace(ErrorForm.of(error, otherwise=TransportError), phase=phase)
         level = logging.INFO if isinstance(error, WeightcastError) else logging.ERROR
         where = about(epoch=id.epoch, round=id.round, phase=phase)
@@ -324,7 +324,7 @@ class Session:
         self.send(Failed(epoch=id.epoch, round=id.round, error=form, dirty=dirty))
 
     def close(self, reason: str = "the engine leaves") -> None:
-        """Leave the trainer and free transports and shadow; idempotent. May be called on the session's own thread."""
+        """Leave the trainer and free transports and shadow. A second call does nothing. May be called on the session's own thread."""
         has_ended = self._end_thread(reason)
         self.pairs.close()
         if has_ended:

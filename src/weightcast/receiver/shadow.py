@@ -16,9 +16,9 @@ from weightcast.receiver.place import Place, new_storage
 
 
 class Shadow:
-    """One copy of the live storages, or two that take turns. ``memory`` is where the next round's bytes go.
+    """One copy of the live storages, or two copies that take turns. ``memory`` is where the next round's bytes go.
 
-    Where parameters may be rebound and the copy lies on their device, ``swap`` rebinds them; elsewhere it moves bytes.
+    Where parameters may be rebound and the copy lies on their device, ``swap`` rebinds the parameters. Elsewhere ``swap`` moves bytes.
     """
 
     def __init__(self, model: LiveModel, manifest: Manifest, landings: Sequence[Placement], place: Place) -> None:
@@ -32,30 +32,30 @@ class Shadow:
 
     @property
     def memory(self) -> Memory:
-        """Where the next round's bytes go; after a swap what was live, or the other one of two."""
+        """The memory for the next round's bytes: after a swap the storages that were live before, or the other one of two copies."""
         return self._copies[0]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all copies."""
+        """The bytes of all copies together."""
         return sum(copy.nbytes for copy in self._copies)
 
     def compile(self) -> None:
-        """Have ready what ``swap`` runs, beside the running engine: the first one would compile it while the engine waits."""
+        """Compile what ``swap`` runs while the engine computes, because the first ``swap`` would compile it while the engine waits."""
         if not self.moves:
             live = self._model.memory()
             for copy in tuple(self._copies):
                 self._way(live, copy).warm_up()
 
     def warm_up(self) -> None:
-        """All bytes are staged: have the model get ready for ``swap``, beside the running engine."""
+        """Have the model prepare for ``swap`` while the engine computes. All bytes of the round are staged."""
         if self.moves:
             self._model.derive(self.memory)
 
     def swap(self) -> None:
-        """Make the staged bytes live and keep what was: in the shadow afterwards, or in the other one of two.
+        """Make the staged bytes live and keep the former ones, in the shadow or in the other one of two copies.
 
-        Twice is nothing. On a GPU the work is queued on the current stream.
+        A second call undoes the first one. On a GPU the work is queued on the current stream.
         """
         live, staged = self._model.memory(), self.memory
         if self.moves:
@@ -69,11 +69,11 @@ class Shadow:
             self._copies.reverse()
 
     def landed_digest(self) -> int | None:
-        """The digest of what the last swap made live, where it was taken on the way; otherwise None."""
+        """Return the digest of what the last swap made live, where the swap took a digest; otherwise None."""
         return None if self._landed is None else self._landed.total()
 
     def close(self) -> None:
-        """Give up all copies; nothing can be asked for afterwards."""
+        """Give up all copies. Nothing can be asked for afterwards."""
         self._copies.clear()
         self._ways.clear()
         self._landed = None

@@ -33,10 +33,11 @@ def make_target(
     loaded: LoadedTensors | None,
     deadline: Deadline,
 ) -> tuple[Mode, Target]:
-    """A target over a layout of ``with_area`` in the mode that is wished: "auto" stages where a second copy fits on the device, and
-    nothing of the engine sleeps: an engine that computes nothing needs no staging, and what it gave up is not there to be taken.
+    """Make a target over a layout of ``with_area``, in the wished mode. "auto" stages where a second copy fits on the device and
+    nothing of the engine sleeps: an engine that computes nothing needs no staging, and the memory that it gave up for its sleep is not
+    there to be taken.
 
-    Raises ShadowError where "staged" does not fit. Workers of one host make theirs one after the other.
+    Raises ShadowError where "staged" does not fit. Workers of one host make their targets one after the other.
     """
     if wish == "staged" or (wish == "auto" and not model.asleep_nbytes):
         try:
@@ -51,11 +52,11 @@ def make_target(
 
 
 class Target:
-    """The memory that one round writes, over the layout that ``with_area`` gave.
+    """The memory that one round writes, over the layout that ``with_area`` returned.
 
-    ``memory()`` numbers its storages as that layout does. In a staged target they are a shadow, exchanged with the live ones
-    by ``swap``; in an in-place target (``place`` is None) they are the live ones. Everything that a commit and its way back
-    need is allocated here.
+    ``memory()`` numbers its storages as that layout does. In a staged target these storages are a shadow, which ``swap`` exchanges with
+    the live storages. In an in-place target (``place`` is None) these storages are the live ones. Everything that a commit and its way
+    back need is allocated when a Target is made.
     """
 
     def __init__(
@@ -96,32 +97,32 @@ class Target:
 
     @property
     def shadow_nbytes(self) -> int:
-        """Bytes taken beside the live weights."""
+        """The bytes that the target takes beside the live weights."""
         return sum(each.nbytes for each in (self._shadow, self.area) if each is not None)
 
     def memory(self) -> Memory:
-        """Where the next round's bytes go."""
+        """Return the memory that the next round writes."""
         if not self.staged and not self._is_current():
             self._memory = self._combine()
         return self._memory
 
     @property
     def known_memory(self) -> Memory:
-        """``memory()`` when it was last asked for, without a look at the engine: for threads beside it."""
+        """What ``memory()`` returned last, without a look at the engine: for threads beside the engine's."""
         return self._memory
 
     def compile(self) -> None:
-        """Have ready what ``swap`` runs, beside the running engine."""
+        """Compile what ``swap`` runs, while the engine computes."""
         if self._shadow is not None:
             self._shadow.compile()
 
     def warm_up(self) -> None:
-        """All bytes are staged: have the model get ready for ``swap``, beside the running engine."""
+        """Have the model prepare for ``swap`` while the engine computes. All bytes of the round are staged."""
         if self._shadow is not None:
             self._shadow.warm_up()
 
     def swap(self) -> None:
-        """Make the staged direct landings live and keep what was. Twice is nothing.
+        """Make the staged direct landings live and keep the former values. A second call undoes the first one.
 
         On a GPU the work is queued on the current stream; ``settle`` waits for it.
         """
@@ -130,19 +131,20 @@ class Target:
             self._memory = self._combine()
 
     def keep_loader_tensors(self) -> None:
-        """What is staged for the loader is live now; the version before it stays until the next round overwrites it."""
+        """Count the tensors that are staged for the loader as live from now on. The version before them stays until the next round
+        overwrites it."""
         if self.area is not None:
             self.area.keep()
             self._memory = self._combine()
 
     def take_back_loader_tensors(self) -> None:
-        """The version before the last ``keep_loader_tensors`` counts as live again."""
+        """Count the version before the last ``keep_loader_tensors`` as live again."""
         if self.area is not None:
             self.area.take_back()
             self._memory = self._combine()
 
     def close(self) -> None:
-        """Give up everything beside the live weights; only ``place`` and ``staged`` can be asked for afterwards."""
+        """Give up everything beside the live weights. Only ``place`` and ``staged`` can be asked for afterwards."""
         if self._shadow is not None:
             self._shadow.close()
         self._shadow = self.area = None
@@ -150,25 +152,26 @@ class Target:
         self._memory = Memory([])
 
     def settle(self, deadline: Deadline) -> None:
-        """Return when a swap is done on the GPU, too."""
+        """Return when a swap is done on the GPU as well."""
         if self._model.device.type == "cuda":
             wait_stream(self._model.device, deadline, "making the staged weights live")
 
     def landed_digest(self) -> int | None:
-        """The digest of what the last swap made live, where it was taken on the way; otherwise None."""
+        """Return the digest of what the last swap made live, where the swap took a digest; otherwise None."""
         return None if self._shadow is None or self.area is not None else self._shadow.landed_digest()
 
     @property
     def moves(self) -> bool:
-        """True: a swap makes the very storages live that were staged, so their digest is that of what is live."""
+        """True when a swap makes the staged storages themselves live, so that the digest of the staged bytes is the digest of the live
+        bytes."""
         return self.staged and (self._shadow is None or self._shadow.moves)
 
     def loaded(self) -> LoadedTensors | None:
-        """What is live through the loader, for the target of the next trainer."""
+        """Return what is live through the loader, for the target of the next trainer."""
         return None if self.area is None else self.area.loaded()
 
     def live_memory(self) -> Memory:
-        """Live direct landings, and the loader's tensors as they were given to it."""
+        """Return the live direct landings, and the loader's tensors as the loader was given them."""
         area = None if self.area is None else self.area.live if self.area.live is not None else self.area.staged
         return self._known(self._model.memory(), area)
 

@@ -27,9 +27,9 @@ class _Swapper(Protocol):
 
 
 class Swap:
-    """Exchanges compiled once: pairs of equally large, contiguous 1-D uint8 tensors, none overlapping another.
+    """The exchange of pairs of equally large, contiguous 1-D uint8 tensors, compiled once. No tensor overlaps another one.
 
-    Pairs on the CPU, or pairs with at least one GPU side; a GPU side and a host side may come in either order.
+    Either all pairs lie on the CPU, or each pair has at least one side on a GPU; a GPU side and a host side may come in either order.
     """
 
     def __init__(self, pairs: Sequence[Pair]) -> None:
@@ -40,13 +40,13 @@ class Swap:
         self._swapper = _swapper(self._pairs)
 
     def warm_up(self) -> None:
-        """Compile what the first ``run`` would; nothing is exchanged."""
+        """Compile what the first ``run`` would compile. Exchanges nothing."""
         self._swapper.warm_up()
 
     def run(self) -> int:
-        """Exchange all pairs; returns the bytes of one side.
+        """Exchange all pairs and return the bytes of one side.
 
-        With a GPU involved the work is queued on its current stream; wait for that stream before using either side.
+        Where a GPU is involved the work is queued on that GPU's current stream. Wait for that stream before you use either side.
         """
         return self._swapper.run()
 

@@ -27,9 +27,9 @@ STEP_S = 0.02
 
 @contextmanager
 def taking_memory(device: torch.device, deadline: Deadline) -> Iterator[None]:
-    """While inside, no other worker of this host and user looks for room on the device, or in the host's memory.
+    """While inside, no other worker of this host and user looks for room, on the device or in the host's memory.
 
-    DeadlineExceeded when the others do not come to an end. Not to be entered twice by one thread.
+    DeadlineExceeded when the other workers do not come to an end. One thread must not enter twice.
     """
     # Always in this order, so that two workers never wait for each other. Weights on a GPU may be staged in the host's memory.
     names = ["host", f"gpu-{gpu_uuid(device)}"] if device.type == "cuda" else ["host"]

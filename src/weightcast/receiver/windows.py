@@ -14,7 +14,8 @@ LOOK_S = 0.1
 
 
 class FilledWindows:
-    """Told by the control link's thread, asked by the thread that receives. Windows are filled in the order of their numbers."""
+    """The control link's thread notes windows, and the receiving thread waits for them. The trainer fills windows in the order of their
+    numbers."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -22,7 +23,7 @@ class FilledWindows:
         self._last = -1
 
     def note(self, id: RoundId, window: int) -> None:
-        """A window of this round is filled; of an older round it is not worth a note."""
+        """Note that a window of this round is filled. A note of an older round changes nothing."""
         with self._changed:
             if id > self._round:
                 self._round, self._last = id, -1
@@ -31,7 +32,7 @@ class FilledWindows:
             self._changed.notify_all()
 
     def wait(self, id: RoundId, window: int, deadline: Deadline, check: Callable[[], None]) -> None:
-        """Return when a window is filled. ``check`` is called while waiting and may raise to end the wait."""
+        """Return when a window is filled. ``check`` is called while waiting, and may raise to end the wait."""
         with self._changed:
             while self._round != id or self._last < window:
                 check()
@@ -40,6 +41,6 @@ class FilledWindows:
                 self._changed.wait(min(LOOK_S, deadline.remaining_s()))
 
     def wake(self) -> None:
-        """Have waits look now whether they still have a purpose."""
+        """Have each wait call its ``check`` now."""
         with self._changed:
             self._changed.notify_all()

@@ -58,8 +58,7 @@ class Approval:
 
 
 class WorkerRound:
-    """The present round of one worker. Thread-safe; ``wait_for_approval`` is the only call that blocks, and it takes a
-    deadline."""
+    """The present round of one worker. Thread-safe. ``wait_for_approval`` is the only call that blocks, and takes a deadline."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -79,10 +78,10 @@ class WorkerRound:
         return self._phase
 
     def begin(self, id: RoundId, expiry: Deadline | None = None) -> bool:
-        """Open a round; False when it is stale, a repetition, or another one is being committed or rolled back (nothing
-        changes then).
+        """Open a round. Returns False, and changes nothing, when the round is stale or a repetition, or when another round is being
+        committed or rolled back.
 
-        A round that was not claimed by ``expiry`` cannot be any more: the trainer has given it up.
+        A round that no commit has claimed by ``expiry`` cannot be claimed any more, because the trainer has given the round up.
         """
         with self._changed:
             if id <= self._id or self._phase in _IN_EXCHANGE:
@@ -92,11 +91,11 @@ class WorkerRound:
             return True
 
     def staged(self, id: RoundId) -> bool:
-        """All bytes arrived; False when the round is not open any more."""
+        """Note that all bytes arrived. Returns False when the round is not open any more."""
         return self._step(id, (Phase.OPEN,), Phase.STAGED)
 
     def verified(self, id: RoundId, approval: Approval) -> bool:
-        """The coordinator approved; False when stale or not expected."""
+        """Note the coordinator's approval. Returns False when the approval is stale or not expected."""
         with self._changed:
             if id != self._id or self._phase not in (Phase.OPEN, Phase.STAGED):
                 return False
@@ -105,11 +104,11 @@ class WorkerRound:
             return True
 
     def wait_for_approval(self, id: RoundId, deadline: Deadline, version: str = "") -> Approval:
-        """Wait until the round is verified, and claim it for a commit.
+        """Wait until the round is verified, and claim the round for a commit.
 
-        The round may not have begun yet: what orders the commit can overtake the control channel. StateError when it is
-        stale, aborted, expired or approved as another version than the (non-empty) one given; DeadlineExceeded when the
-        approval stays out.
+        The round may not have begun yet, because the order to commit can overtake the control channel. StateError when the round is
+        stale, aborted or expired, or was approved as another version than the given one (empty: any). DeadlineExceeded when no approval
+        comes.
         """
         with deadline.waking(self._wake), self._changed:
             while True:
@@ -143,7 +142,7 @@ class WorkerRound:
         return self._step(id, (Phase.COMMITTING,), Phase.COMMITTED)
 
     def failed(self, id: RoundId, reason: str) -> bool:
-        """The commit, or the roll-back, did not succeed."""
+        """Note that the commit, or the roll-back, did not succeed."""
         with self._changed:
             if id != self._id or self._phase not in _IN_EXCHANGE:
                 return False
@@ -152,12 +151,12 @@ class WorkerRound:
             return True
 
     def rolled_back(self, id: RoundId) -> bool:
-        """The version before is live again."""
+        """Note that the version before the round is live again."""
         return self._step(id, (Phase.ROLLING_BACK,), Phase.ABORTED)
 
     def abort(self, id: RoundId, reason: str) -> bool:
-        """End a round that was not claimed; False when it is another one, or over. One that is being committed is asked to
-        stop receiving (``stops``) and ends as its commit does."""
+        """End a round that no commit has claimed. Returns False when the present round is another one, or is over. A round that is
+        being committed is asked to stop receiving (``stops``), and ends as its commit ends."""
         with self._changed:
             if id != self._id:
                 return False
@@ -170,14 +169,15 @@ class WorkerRound:
             return True
 
     def abort_any(self, reason: str) -> bool:
-        """End whatever round is open."""
+        """End the open round, whichever it is."""
         return self.abort(self._id, reason)
 
     def fence(self, id: RoundId, reason: str, *, reversible: bool = False) -> Phase:
-        """Make sure that a round which is not live never will be, even one that has not begun; its phase afterwards.
+        """Make sure that a round which is not live never becomes live, even when the round has not begun yet. Returns the round's phase
+        afterwards.
 
-        A live one that is ``reversible`` is ROLLING_BACK then, until ``rolled_back`` or ``failed``; the caller takes it back.
-        StateError when the round is older than the present one.
+        A live round that is ``reversible`` is ROLLING_BACK afterwards, until ``rolled_back`` or ``failed`` is called; the caller takes
+        the round back. StateError when the round is older than the present one.
         """
         with self._changed:
             if id < self._id:
@@ -194,7 +194,8 @@ class WorkerRound:
             return self._phase
 
     def may_return_s(self) -> float:
-        """How long the present round may still be taken back: its trainer gives it up when its time is over."""
+        """Return for how many seconds the present round may still be taken back: its trainer gives the round up when the round's time
+        is over."""
         with self._changed:
             return 0.0 if self._expiry is None else self._expiry.remaining_s()
 
