@@ -14,12 +14,13 @@ import torch
 from bench_publish import report_rows
 from common import Table, gpu_ms, reports_of, wall_ms
 from shapes import SHAPES, layouts
+from torch import nn
 
 from weightcast import Publisher
 from weightcast.deadline import Deadline
 from weightcast.layout.memory import Memory
 from weightcast.plan import compile_plan
-from weightcast.sources import StateDictSource
+from weightcast.sources import ModuleSource
 from weightcast.testing.peer_engine import PeerEngine
 from weightcast.testing.ranks import Peer
 from weightcast.transports.shm_cuda import ShmCudaTransport
@@ -83,7 +84,11 @@ def receive(table: Table, name: str, floor_ms: float) -> None:
 
 def publish(table: Table, name: str, transport: str, mode: str, rounds: int) -> None:
     manifest, _, wanted = layouts(SHAPES[name])
-    values = {spec.name: random_bytes(spec.nbytes).view(torch.bfloat16).view(spec.shape) for spec in manifest.tensors}
+    module, values = nn.ParameterList(), {}
+    for spec in manifest.tensors:
+        value = random_bytes(spec.nbytes).view(torch.bfloat16).view(spec.shape)
+        values[spec.name] = nn.Parameter(value, requires_grad=False)
+        module.append(values[spec.name])
 
     def step() -> None:
         for value in list(values.values())[:8]:
@@ -91,7 +96,7 @@ def publish(table: Table, name: str, transport: str, mode: str, rounds: int) -> 
 
     with PeerEngine() as engine:
         engine.store(wanted, device="cuda", mode=mode)
-        with Publisher(StateDictSource(values), [engine], transport=transport, timeout_s=100) as publisher:
+        with Publisher(ModuleSource(module, names=values), [engine], transport=transport, timeout_s=100) as publisher:
             start = time.perf_counter()
             publisher.connect()
             connect_s = time.perf_counter() - start
@@ -104,7 +109,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--shapes", nargs="+", default=["0.6B", "8B"])
     parser.add_argument("--publish", nargs="+", default=["0.6B"], help="shapes that are published as a whole, too")
+    parser.add_argument("--threads", type=int, default=8, help="torch's, for the trainer's digest")
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     table = Table("host")
     for name in options.shapes:
         _, _, wanted = layouts(SHAPES[name])

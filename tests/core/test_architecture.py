@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "transports": "errors deadline facts manifest layout untrusted plan cpu cuda content",
     "report": "quoted errors deadline manifest untrusted",
     "commit": "quoted errors deadline logs untrusted content",
-    "sources": "room quoted errors deadline manifest layout untrusted plan record cuda transports",
+    "sources": "room quoted errors deadline manifest layout untrusted digest plan record cpu cuda transports",
     "receiver": "at_exit room errors deadline logs facts manifest layout messages digest plan cuda content control transports untrusted commit",
     "weight_transfer": "errors deadline untrusted control receiver",
     "vllm_protocol": "",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import random
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -60,13 +60,13 @@ class TestShmCuda(BetweenSuite):
 
     @pytest.mark.parametrize("trainer_is_killed", [False, True])
     def test_nothing_stays_mapped_after_close(self, trainer: Peer, worker: Peer, trainer_is_killed: bool) -> None:
-        case = bulk_case(256 * 2**20)
+        case = bulk_case(64 * 2**20)
         offer = trainer.call("open", self.transport, "cpu", case.copies, case.src_nbytes, 2**20)
         worker.call("open", self.transport, "cuda", offer, case.copies)
         worker.call("make", 0, case.dst_nbytes)
         worker.call("connect")
         assert worker.call("mapped_arenas") == 1
-        values = random.randbytes(256 * 2**20)
+        values = os.urandom(64 * 2**20)
         trainer.call("write", [values])
         worker.call("receive")
         assert worker.call("read") == [values]

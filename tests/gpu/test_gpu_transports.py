@@ -147,7 +147,7 @@ class TestCudaIpc(GpuSuite):
     def test_memory_of_expandable_segments_is_mapped(self, worker: Peer, name: str) -> None:
         """Small storages share pages, a large one has many; what a worker has mapped goes with the pair, and with a killed worker."""
         seed = random.SystemRandom().getrandbits(32)
-        case = bulk_case(256 * 2**20) if name == "bulk" else CASES[name](random.Random(seed))
+        case = bulk_case(48 * 2**20) if name == "bulk" else CASES[name](random.Random(seed))
         generator = torch.Generator().manual_seed(seed)
         with environment("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"), Peer(GpuTrainerSide) as trainer:
             for peer in (worker, None):
@@ -166,7 +166,7 @@ class TestCudaIpc(GpuSuite):
                     else:
                         receiver.call("close")
                 before, after = trainer.call("let_go")
-                assert after <= before - (256 * 2**20 if name == "bulk" else 0)
+                assert after <= before - (48 * 2**20 if name == "bulk" else 0)
 
     def test_cuda_malloc_async_is_refused_by_name(self) -> None:
         with environment("PYTORCH_CUDA_ALLOC_CONF", "backend:cudaMallocAsync"), Peer(GpuTrainerSide) as trainer:

@@ -12,10 +12,11 @@ import torch
 from weightcast import Publisher, StreamSource
 from weightcast.content.expected import expected_digest
 from weightcast.deadline import Deadline
+from weightcast.digest.formula import combine
 from weightcast.errors import PlanMismatch, RoundFailed, StateError
 from weightcast.layout import image_layout
 from weightcast.plan import compile_plan
-from weightcast.sources import make_source
+from weightcast.sources import filling, make_source
 from weightcast.testing.local_engine import DictModel, LocalEngine
 from weightcast.transports.shm import ShmWorkerEnd
 
@@ -248,7 +249,7 @@ def test_windows_of_a_large_stream_are_digested_by_kernels(monkeypatch: pytest.M
             made.manifest,
             compile_plan(made.manifest, {0: made.layout}, image_layout(made.manifest))[0],
             made.memory,
-            is_streamed=is_streamed,
+            made.layout if is_streamed else None,
         )
         for made, is_streamed in ((source, True), (whole, False))
     ]
@@ -257,3 +258,44 @@ def test_windows_of_a_large_stream_are_digested_by_kernels(monkeypatch: pytest.M
     for window in source.pour(lambda window: None, deadline, to_the_end=False):
         digests[0].take(window, source.memory, lambda: None)
     assert total() == digests[1].of(whole.memory)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_what_is_digested_as_windows_are_filled_is_what_lies_in_them(
+    threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors that are whole, cut, cast, strided, off words, empty and single: the windows' own digests, and the sum of a round."""
+    pytest.importorskip("numba")
+    monkeypatch.setattr("weightcast.cpu.WORTH_NBYTES", 0)
+    monkeypatch.setattr(filling, "ALONE_NBYTES", 2**12)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    odd = torch.randn(1001)[1:]
+    values = {
+        "a": torch.randn(700, 33),
+        "b": torch.randn(40, 50).t(),
+        "c": odd,
+        "d": torch.tensor(3),
+        "e": torch.randn(0, 4),
+        "f": torch.randn(3001).to(torch.bfloat16),
+        "g": torch.randint(0, 100, (37,), dtype=torch.int8),
+    }
+    source = make_source(StreamSource(lambda: values.items(), window_nbytes=4 * 2**15), dtype=torch.bfloat16)
+    copies = tuple(compile_plan(source.manifest, {0: source.layout}, image_layout(source.manifest))[0])
+    streamed = expected_digest(source.manifest, copies, source.memory, source.layout)
+    total, found, known = streamed.start(source.memory), [], 0
+    for window in source.pour(lambda window: None, Deadline(TIMEOUT_S), to_the_end=False):
+        part = [copy for copy in copies if copy.part == window]
+        found.append(expected_digest(source.manifest, part, source.memory).of(source.memory))
+        digest = source.filled_digest(window)
+        assert digest in (None, found[-1])
+        known += digest is not None
+        streamed.take(window, source.memory, lambda: None, digest)
+    assert total() == combine(found)
+    assert known == len(found) > 1
+    # A digest of everything is nobody's who wants a part, or another type.
+    one = [copy for copy in copies if copy.region.name == "d"]
+    some = expected_digest(source.manifest, one, source.memory, source.layout)
+    total = some.start(source.memory)
+    for window in source.pour(lambda window: None, Deadline(TIMEOUT_S), to_the_end=False):
+        some.take(window, source.memory, lambda: None, 1)
+    assert total() not in (0, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -13,13 +14,15 @@ from weightcast.content.finite import non_finite
 from weightcast.content.layout_digest import LayoutDigest
 from weightcast.cuda.wait import new_event
 from weightcast.digest.formula import combine
-from weightcast.layout import Layout, Placement, contiguous_strides
+from weightcast.layout import Layout, Placement, Region, contiguous_strides
 from weightcast.layout.memory import Memory
 from weightcast.manifest import Manifest, align
 from weightcast.manifest.dtypes import itemsize_of
 from weightcast.plan import Copy, nbytes_of, parts_of, split
 from weightcast.plan.replay import Boxes
 
+QUEUED = 2
+"""Windows whose digests a GPU may still be computing. A window's memory is filled again after so many others and one more."""
 SCRATCH_NBYTES = 2**28
 """Values that are cast on their way are cast here, too, so many bytes at a time."""
 
@@ -82,8 +85,9 @@ class ExpectedDigest:
             done.record(torch.cuda.current_stream(memory.storages[0].device))
             self._begun = _Begun(memory.number, wait, done)
 
-    def take(self, window: int, memory: Memory, check: Callable[[], None]) -> None:
-        """A window of a stream is filled: digest it before others take its place. Nothing where values lie still."""
+    def take(self, window: int, memory: Memory, check: Callable[[], None], known: int | None = None) -> None:
+        """A window of a stream is filled: digest it before others take its place. Nothing where values lie still. ``known`` is the digest
+        of all that is in the window, where somebody has it."""
 
     def forget(self) -> None:
         """Use nothing of what ``begin`` has queued: values may be other ones since."""
@@ -98,29 +102,60 @@ def _is_on_gpu(memory: Memory) -> bool:
 class StreamedDigest(ExpectedDigest):
     """That of a stream's values, of which only a few windows exist at a time: ``start``, then ``take`` for each window."""
 
-    def __init__(self, manifest: Manifest, copies: Sequence[Copy], memory: Memory) -> None:
+    def __init__(self, manifest: Manifest, copies: Sequence[Copy], memory: Memory, layout: Layout) -> None:
+        """``layout``: what is in each window."""
         super().__init__(manifest, (), memory)
         self._windows = {
             window: ExpectedDigest(manifest, some, memory, part_of_nbytes=nbytes_of(copies))
             for window, some in parts_of(copies).items()
             if some
         }
+        self._whole = _whole_windows(copies, layout)
+        """Windows of which everything counts, as it lies there."""
         self._sum = 0
+        self._queued: deque[Callable[[], int]] = deque()
 
     def start(self, memory: Memory, check: Callable[[], None] = lambda: None) -> Callable[[], int]:
         """Forget what was taken; the call that is returned gives the sum of what is taken from here on."""
         self._sum = 0
-        return lambda: self._sum
+        self._queued.clear()
+        return lambda: self._settled(0)
 
-    def take(self, window: int, memory: Memory, check: Callable[[], None]) -> None:
+    def take(self, window: int, memory: Memory, check: Callable[[], None], known: int | None = None) -> None:
         digest = self._windows.get(window)
-        if digest is not None:
-            self._sum = combine([self._sum, digest.of(memory, check)])
+        if known is not None and window in self._whole:
+            self._sum = combine([self._sum, known])
+        elif digest is not None:
+            self._queued.append(digest.start(memory, check))
+            self._settled(QUEUED if _is_on_gpu(memory) else 0)
+
+    def _settled(self, most: int) -> int:
+        """The sum of what was taken, but for so many windows whose digests are queued."""
+        while len(self._queued) > most:
+            self._sum = combine([self._sum, self._queued.popleft()()])
+        return self._sum
 
 
-def expected_digest(manifest: Manifest, copies: Sequence[Copy], memory: Memory, *, is_streamed: bool) -> ExpectedDigest:
-    """The digest of some copies' values, which lie still or pass by in windows."""
-    return (StreamedDigest if is_streamed else ExpectedDigest)(manifest, copies, memory)
+def _whole_windows(copies: Sequence[Copy], layout: Layout) -> set[int]:
+    """The windows each of whose placements is one copy's source, without a cast."""
+    held: dict[int, list[Region]] = {}
+    for placement in layout.placements:
+        held.setdefault(placement.storage, []).append(placement.region)
+    wanted = {window: [copy.region for copy in some if copy.is_plain] for window, some in parts_of(copies).items()}
+    return {
+        window
+        for window, regions in held.items()
+        if len(wanted.get(window, ())) == len(regions) and set(wanted[window]) == set(regions)
+    }
+
+
+def expected_digest(
+    manifest: Manifest, copies: Sequence[Copy], memory: Memory, windows: Layout | None = None
+) -> ExpectedDigest:
+    """The digest of some copies' values, which lie still, or pass by in ``windows``."""
+    if windows is None:
+        return ExpectedDigest(manifest, copies, memory)
+    return StreamedDigest(manifest, copies, memory, windows)
 
 
 class _Casts:

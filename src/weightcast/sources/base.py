@@ -85,6 +85,10 @@ class Source(ABC):
         """Of a stream: read it once (see windowed). Values that lie still are there."""
         raise NotImplementedError
 
+    def filled_digest(self, window: int) -> int | None:
+        """Of a stream: the digest of all that is in a window, where it was taken as the window was filled."""
+        return None
+
     def open(self, stream: Stream | None, modes: Modes) -> None:
         """Of a stream: what the next round reads, an iterator or, for None, one that is made for it. ``modes`` are the caller's."""
         if stream is not None and not isinstance(stream, Iterable):

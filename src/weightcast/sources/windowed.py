@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 
-from weightcast.cuda.wait import DeviceWait, new_event, new_stream, wait_event
+from weightcast.cuda.wait import DeviceWait
 from weightcast.deadline import Deadline
 from weightcast.errors import InvalidInput, StateError
 from weightcast.layout import Layout, Placement, Region, contiguous_strides
@@ -22,6 +21,7 @@ from weightcast.manifest import ALIGNMENT, Manifest, TensorSpec, align
 from weightcast.manifest.dtypes import itemsize_of
 from weightcast.plan import Copy, split
 from weightcast.sources.base import Source
+from weightcast.sources.filling import Filling, Piece
 from weightcast.sources.module import published_dtype
 from weightcast.sources.renaming import Rename, renamed
 from weightcast.sources.streamed import Agreement, Expected, Form, Modes, Pass, Stream, StreamSource
@@ -30,16 +30,8 @@ SLOTS = 4
 """Windows that there is memory for: one is filled, one is read, and what is told and answered about the others travels meanwhile."""
 
 
-class Piece(NamedTuple):
-    """A box of a tensor in its window. ``fills``: nothing comes into the window after it."""
-
-    placement: Placement
-    is_whole: bool
-    fills: bool
-
-    @property
-    def window(self) -> int:
-        return self.placement.storage
+HOST_SLOT_NBYTES = 2**25
+"""Slots in host memory are no larger, whatever a user allows: what was just written into one is then read out of a cache."""
 
 
 class WindowedSource(Source):
@@ -57,9 +49,10 @@ class WindowedSource(Source):
         rename: Rename | None = None,
         keeps: bool = True,
     ) -> None:
-        slot_nbytes = _slot_nbytes(stream.window_nbytes)
+        _check_window(stream.window_nbytes)
         self._stream, self.dtype, self._keeps = stream, dtype, keeps
         forms, self.device = stream.form()
+        slot_nbytes = _slot_nbytes(stream.window_nbytes, self.device)
         self._expected = _published(forms, dtype, rename) if keeps else []
         if keeps and not forms:
             raise InvalidInput("the stream yields nothing", field="source")
@@ -71,7 +64,6 @@ class WindowedSource(Source):
         self._given: Stream | None = None
         self._modes: Modes | None = None
         self._disagreed: StateError | None = None
-        self._fill_stream: torch.cuda.Stream | None = None
         self._waits: dict[torch.device, DeviceWait] = {}
         self.rebind(Memory([slots[window % SLOTS] for window in range(len(self.layout.storage_nbytes))]))
 
@@ -81,21 +73,11 @@ class WindowedSource(Source):
 
     def rebind(self, memory: Memory) -> None:
         self.memory = memory
-        self._views = {
-            (piece.placement.region.name, piece.placement.region.offsets): memory.view(
-                piece.window,
-                piece.placement.dtype,
-                piece.placement.offset,
-                piece.placement.region.sizes,
-                piece.placement.strides,
-            )
-            for pieces in self._pieces.values()
-            for piece in pieces
-        }
+        self._filling = Filling(self.manifest, (piece for some in self._pieces.values() for piece in some), memory)
 
     def close(self) -> None:
         super().close()
-        self._views = {}
+        self._filling = Filling(self.manifest, (), self.memory)
         for wait in self._waits.values():
             wait.close()
         self._waits.clear()
@@ -108,6 +90,9 @@ class WindowedSource(Source):
             raise StateError(self._disagreed.message)
 
     # -- a round
+
+    def filled_digest(self, window: int) -> int | None:
+        return self._filling.digest(window)
 
     def open(self, stream: Stream | None, modes: Modes) -> None:
         if stream is not None and not isinstance(stream, Iterable):
@@ -158,7 +143,8 @@ class WindowedSource(Source):
                 if piece.window != window:
                     window = piece.window
                     claim(window)
-                self._write(piece, tensor, deadline)
+                    self._filling.begin(window)
+                self._filling.write(piece, tensor, deadline)
                 if piece.fills:
                     yield window
         with self._noting():
@@ -180,33 +166,18 @@ class WindowedSource(Source):
                 self._waits[tensor.device] = DeviceWait(tensor.device)
             self._waits[tensor.device].wait(deadline, "computing a tensor of the stream")
 
-    @torch.no_grad()
-    def _write(self, piece: Piece, tensor: torch.Tensor, deadline: Deadline) -> None:
-        """Copy a box of the tensor to its place; returns when it is there, as the tensor may be overwritten then."""
-        region = piece.placement.region
-        if not piece.is_whole:
-            for dim, (start, size) in enumerate(zip(region.offsets, region.sizes, strict=True)):
-                tensor = tensor.narrow(dim, start, size)
-        target = self._views[region.name, region.offsets]
-        if not target.is_cuda:
-            target.copy_(tensor)
-            return
-        if self._fill_stream is None:
-            self._fill_stream = new_stream(self.device)
-        done = new_event()
-        with torch.cuda.stream(self._fill_stream):
-            target.copy_(tensor)
-            done.record(self._fill_stream)
-        wait_event(done, deadline, "copying a tensor of the stream", lambda: None)
 
-
-def _slot_nbytes(window_nbytes: object) -> int:
+def _check_window(window_nbytes: object) -> None:
     least = SLOTS * ALIGNMENT
     if not isinstance(window_nbytes, int) or window_nbytes < least:
         raise InvalidInput(
             f"window_nbytes is a number of at least {least}, not {window_nbytes!r}", field="window_nbytes"
         )
-    return window_nbytes // least * ALIGNMENT
+
+
+def _slot_nbytes(window_nbytes: int, device: torch.device) -> int:
+    slot_nbytes = window_nbytes // (SLOTS * ALIGNMENT) * ALIGNMENT
+    return slot_nbytes if device.type == "cuda" else min(slot_nbytes, HOST_SLOT_NBYTES)
 
 
 def _published(forms: Sequence[Form], dtype: torch.dtype | None, rename: Rename | None) -> list[Expected]:

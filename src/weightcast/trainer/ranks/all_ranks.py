@@ -207,9 +207,8 @@ class Ranks:
         """The digest of a plan's values, each rank's part computed where it lies; at the positions of ``manifest``, or of what is
         published."""
         source = self._source
-        own = expected_digest(
-            manifest or self.manifest, plan.get(RANK_0, ()), source.memory, is_streamed=source.layout.is_streamed
-        )
+        windows = source.layout if source.layout.is_streamed else None
+        own = expected_digest(manifest or self.manifest, plan.get(RANK_0, ()), source.memory, windows)
         others = [rank for rank in plan if rank != RANK_0]
         if not others:
             return own

@@ -44,7 +44,7 @@ class SharedDigest:
         """``of`` in two steps, of which the second does all: the other ranks' answers have to be waited for anyhow."""
         return partial(self.of, memory, check)
 
-    def take(self, window: int, memory: Memory, check: Callable[[], None]) -> None:
+    def take(self, window: int, memory: Memory, check: Callable[[], None], known: int | None = None) -> None:
         """Nothing: streams have one rank's part only."""
 
     def begin(self, memory: Memory) -> None:

@@ -50,10 +50,10 @@ class RoundProof:
         each = dict.fromkeys([self._source_content, *self._wanted.values(), *tied])
         self._waits = {digest: digest.start(memory, check) for digest in each}
 
-    def take(self, window: int, memory: Memory, check: Callable[[], None]) -> None:
-        """Digest a window of a stream, which is filled now and will be filled again."""
+    def take(self, window: int, memory: Memory, check: Callable[[], None], known: int | None) -> None:
+        """Digest a window of a stream, which is filled now and will be filled again; ``known`` is the digest of all of it, if known."""
         for digest in self._waits:
-            digest.take(window, memory, check)
+            digest.take(window, memory, check, known)
 
     def compute(self) -> None:
         """Finish the digests. An error of weightcast's is kept for ``settle``: bytes that travel meanwhile may be about to fail for

@@ -220,7 +220,7 @@ class Round:
         self._proof.start({worker.digest_key for _, worker in workers}, self._source.memory, self._check_digesting)
 
     def _take_window(self, window: int) -> None:
-        self._proof.take(window, self._source.memory, self._check_digesting)
+        self._proof.take(window, self._source.memory, self._check_digesting, self._source.filled_digest(window))
 
     def _check_digesting(self) -> None:
         if self._outcomes.failed:
