@@ -14,10 +14,10 @@ from tests.support.tables import holdings_of
 from weightcast.control import ControlLink, Coordinator, JoinInfo
 from weightcast.control.coordinator import TICKET_HINT
 from weightcast.deadline import Deadline
-from weightcast.errors import AuthError, DeadlineExceeded, InvalidInput
+from weightcast.errors import AuthError, DeadlineExceeded, ErrorForm, InvalidInput
 from weightcast.facts import Facts
 from weightcast.manifest import Manifest, TensorSpec
-from weightcast.messages import AnyMessage, Hello, Ready, Refused, Setup, Welcome, encode
+from weightcast.messages import AnyMessage, Failed, Hello, Ready, Refused, Setup, Welcome, encode
 
 MANIFEST = Manifest.of([TensorSpec(name="w", dtype="float32", shape=(2,))])
 FACTS = Facts(host="h", pid=os.getpid(), device="cpu")
@@ -211,6 +211,44 @@ def test_waits_end_by_their_deadline(coordinator: Coordinator, join: Callable[..
         coordinator.take(member, Ready, Deadline(0.1), phase="test")
     with pytest.raises(AuthError, match="elsewhere"):
         coordinator.take(member, Ready, Deadline(10), phase="test", cancelled=lambda: AuthError("elsewhere"))
+
+
+def test_many_members_are_heard_on_one_thread_as_they_speak(
+    coordinator: Coordinator, join: Callable[..., Worker]
+) -> None:
+    """Those that said it before, that say it later, that fail, that are lost, that are called off and that are late."""
+    ticket = coordinator.issue_ticket("e", 6)
+    workers = [join(ticket) for _ in range(6)]
+    for rank, worker in enumerate(workers):
+        worker.say_hello(rank, 6)
+    members = coordinator.wait_members("e", 6, Deadline(10))
+    links = [worker.link for worker in workers]
+    links[0].send(Ready(epoch=0, plan_digest="before"))
+    limit = Deadline(10)
+    while not members[0].inbox:
+        limit.check("the first message")
+    heard: list[tuple[int, object]] = []
+    waits = coordinator.take_each(
+        members,
+        Ready,
+        Deadline(1.5),
+        phase="test",
+        matches=lambda said: getattr(said, "plan_digest", "") != "other",
+        cancelled=lambda member: AuthError("elsewhere") if member.rank == 4 and len(heard) >= 3 else None,
+    )
+    for member, said in waits:
+        heard.append((member.rank, said.plan_digest if isinstance(said, Ready) else type(said).__name__))
+        if len(heard) == 1:
+            links[1].send(Ready(epoch=0, plan_digest="other"))
+            links[1].send(Ready(epoch=0, plan_digest="later"))
+        elif len(heard) == 2:
+            links[2].send(Failed(epoch=0, round=0, error=ErrorForm(kind="TransportError", message="no"), dirty=False))
+        elif len(heard) == 3:
+            links[3].close("it is tired")
+    assert heard[:3] == [(0, "before"), (1, "later"), (2, "TransportError")]
+    assert sorted(heard[3:5]) == [(3, "PeerLost"), (4, "AuthError")]
+    assert heard[5:] == [(5, "DeadlineExceeded")]
+    assert [getattr(said, "plan_digest", None) for said in members[1].inbox] == ["other"]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import ssl
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpcore
@@ -19,8 +19,10 @@ from weightcast import Publisher
 from weightcast.deadline import Deadline
 from weightcast.testing.local_engine import DictModel, LocalEngine
 from weightcast.trainer.clients import wire
+from weightcast.trainer.clients.fan_out import Call, make_calls
 from weightcast.trainer.clients.urls import endpoint_of
 
+Take = Callable[..., httpcore.Response]
 ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}"
 
 
@@ -41,8 +43,19 @@ def deaf_port() -> Iterator[int]:
             connection.close()
 
 
-def take(url: str, deadline: Deadline, content: bytes | None = None) -> httpcore.Response:
+def take_alone(url: str, deadline: Deadline, content: bytes | None = None) -> httpcore.Response:
     return wire.request("POST", endpoint_of(url), "/", content, deadline)
+
+
+def take_as_one_of_many(url: str, deadline: Deadline, content: bytes | None = None) -> httpcore.Response:
+    (call,) = make_calls([Call("POST", endpoint_of(url), "/", content, deadline)])
+    return call.response()
+
+
+@pytest.fixture(params=[take_alone, take_as_one_of_many], ids=["alone", "one of many"])
+def take(request: pytest.FixtureRequest) -> Take:
+    way: Take = request.param
+    return way
 
 
 def serve_once(context: ssl.SSLContext | None = None, read_nbytes: int = 1) -> tuple[threading.Thread, int]:
@@ -62,7 +75,7 @@ def serve_once(context: ssl.SSLContext | None = None, read_nbytes: int = 1) -> t
     return thread, listener.getsockname()[1]
 
 
-def test_connecting_ends_when_another_thread_cancels_the_deadline(deaf_port: int) -> None:
+def test_connecting_ends_when_another_thread_cancels_the_deadline(deaf_port: int, take: Take) -> None:
     deadline = Deadline(30)
     threading.Timer(0.3, deadline.cancel).start()
     start = time.monotonic()
@@ -85,7 +98,7 @@ def test_a_publisher_closes_while_an_engine_lets_it_wait_for_a_connection(deaf_p
         well.stop()
 
 
-def test_resolving_ends_with_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resolving_ends_with_the_deadline(monkeypatch: pytest.MonkeyPatch, take: Take) -> None:
     asked, go_on = threading.Event(), threading.Event()
 
     def hangs(*_: object, **__: object) -> list[object]:
@@ -102,7 +115,7 @@ def test_resolving_ends_with_the_deadline(monkeypatch: pytest.MonkeyPatch) -> No
     go_on.set()
 
 
-def test_nobody_there_is_a_connect_error() -> None:
+def test_nobody_there_is_a_connect_error(take: Take) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     for url in (f"http://127.0.0.1:{port}/", f"http://localhost:{port}/", "http://no.such.host.invalid:1/"):
@@ -110,7 +123,7 @@ def test_nobody_there_is_a_connect_error() -> None:
             take(url, Deadline(10))
 
 
-def test_a_long_body_goes_out_whole_and_one_that_nobody_reads_ends_with_the_deadline() -> None:
+def test_a_long_body_goes_out_whole_and_one_that_nobody_reads_ends_with_the_deadline(take: Take) -> None:
     content = b"x" * 20_000_000
     thread, port = serve_once(read_nbytes=len(content))
     assert take(f"http://localhost:{port}/", Deadline(20), content).status == 200
@@ -132,7 +145,7 @@ def test_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trusted = ssl.create_default_context(cafile=str(certificate))
     monkeypatch.setattr(httpcore._sync.connection, "default_ssl_context", lambda: trusted)
     thread, port = serve_once(context)
-    assert take(f"https://localhost:{port}/", Deadline(20)).content == b"{}"
+    assert take_alone(f"https://localhost:{port}/", Deadline(20)).content == b"{}"
     thread.join(20)
     with socket.create_server(("127.0.0.1", 0)) as listener, pytest.raises(httpcore.ConnectTimeout):
-        take(f"https://localhost:{listener.getsockname()[1]}/", Deadline(0.5))
+        take_alone(f"https://localhost:{listener.getsockname()[1]}/", Deadline(0.5))

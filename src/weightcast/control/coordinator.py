@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import logging
+import queue
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import zmq
 
+from weightcast.control.member import FRAME_NBYTES as FRAME_NBYTES
+from weightcast.control.member import Member as Member
+from weightcast.control.member import drained
 from weightcast.control.pieces import PIECE_NBYTES, Joiner, TooLong, cut
 from weightcast.control.pump import Pump, heartbeat_every, new_context, set_options
 from weightcast.control.strangers import ADMISSION_S, EVENTS, Strangers
@@ -20,7 +24,6 @@ from weightcast.errors import (
     DeadlineExceeded,
     ErrorForm,
     InvalidInput,
-    PeerLost,
     ProtocolError,
     WeightcastError,
 )
@@ -45,50 +48,10 @@ logger = logging.getLogger(__name__)
 TICKET_LIFE_S = 120.0
 TICKET_HINT = "Connect again: a ticket is good for one engine, once for each rank, and for two minutes"
 PROBE_S = 0.2
-FRAME_NBYTES = 2**20
-"""What a member may say in one message, but for the one large message that its ticket allows."""
+LOOK_S = 0.1
+"""How often a wait looks whether it still has a purpose."""
 MOST_MESSAGES = 256
 """Messages of one member that wait to be taken; no round and no set-up has as many."""
-
-
-@dataclass(slots=True)
-class Member:
-    """One admitted worker. ``lost`` says why it is gone, if it is."""
-
-    engine: str
-    rank: int
-    identity: bytes
-    hello: Hello
-    lost: str | None = None
-    inbox: list[AnyMessage] = field(default_factory=list)
-    large_nbytes: int = 0
-    """Bytes that its next message may have beyond FRAME_NBYTES; used up by the first that does, unless ``is_trusted``."""
-    is_trusted: bool = False
-    joiner: Joiner = field(default_factory=Joiner)
-    on_trouble: Callable[[Failed | RankAnswer | None], None] | None = None
-    """Called on the I/O thread with each Failed message and each answer that failed, and with None when the member is lost; must
-    not block."""
-
-    def lose(self, reason: str) -> None:
-        if self.lost is None:
-            self.lost = reason
-            if self.on_trouble is not None:
-                self.on_trouble(None)
-
-    def allow(self) -> int:
-        """How long its next frame may be."""
-        return max(FRAME_NBYTES, self.large_nbytes)
-
-    def hear(self, piece: bytes) -> bytes | None:
-        """The frame that this piece ends. ProtocolError for what is no frame, or is longer than is due."""
-        frame = self.joiner.add(piece, self.allow())
-        if frame is not None and len(frame) > FRAME_NBYTES and not self.is_trusted:
-            self.large_nbytes = 0
-        return frame
-
-    @property
-    def key(self) -> tuple[str, int]:
-        return self.engine, self.rank
 
 
 @dataclass(slots=True)
@@ -111,7 +74,9 @@ class Coordinator:
         self._strangers = Strangers(admission_s)
         self._members: dict[bytes, Member] = {}
         self._tickets: list[_Ticket] = []
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
+        self._came = threading.Condition(self._lock)
+        """A member was admitted, or dropped."""
         self.epoch = 0
         """Messages that belong to another epoch are dropped when they arrive."""
         self._welcome: Callable[[Member], Message] | None = None
@@ -165,7 +130,7 @@ class Coordinator:
         Each may say one thing of up to ``large_nbytes`` bytes; those who are trusted, as ranks of the trainer itself, any number.
         """
         secret = secrets.token_urlsafe(32)
-        with self._changed:
+        with self._lock:
             self._tickets = [ticket for ticket in self._tickets if ticket.engine != engine]
             self._tickets.append(
                 _Ticket(secret, engine, world_size, time.monotonic() + life_s, large_nbytes, is_trusted)
@@ -194,6 +159,7 @@ class Coordinator:
             hello.rank,
             identity,
             hello,
+            threading.Condition(self._lock),
             large_nbytes=found.large_nbytes,
             is_trusted=found.is_trusted,
         )
@@ -210,18 +176,18 @@ class Coordinator:
 
     def members(self, engine: str | None = None) -> list[Member]:
         """Members that are alive, by engine and rank."""
-        with self._changed:
+        with self._lock:
             alive = [m for m in self._members.values() if m.lost is None and engine in (None, m.engine)]
         return sorted(alive, key=lambda member: member.key)
 
     def wait_members(self, engine: str, world_size: int, deadline: Deadline) -> list[Member]:
         """Wait until all workers of an engine were admitted."""
-        with self._changed:
+        with self._came:
             while True:
                 present = [m for m in self._members.values() if m.engine == engine and m.lost is None]
                 if len(present) == world_size:
                     return sorted(present, key=lambda member: member.key)
-                self._changed.wait(min(deadline.remaining_s(), 0.1))
+                self._came.wait(min(deadline.remaining_s(), LOOK_S))
                 if deadline.passed:
                     raise DeadlineExceeded(
                         f"{len(present)} of {world_size} workers joined in {deadline.timeout_s:g} s",
@@ -245,24 +211,55 @@ class Coordinator:
         Raises what a Failed or Refused message reports, PeerLost when the member is lost, DeadlineExceeded, or what
         ``cancelled`` returns (asked at least every 0.1 s). Other messages stay.
         """
-        with self._changed:
-            while True:
-                for i, message in enumerate(member.inbox):
-                    if isinstance(message, Refused) or (isinstance(message, Failed) and matches(message)):
-                        del member.inbox[i]
-                        raise message.error.error(engine=member.engine, worker=member.rank).at(phase=phase)
-                    if isinstance(message, wanted) and matches(message):
-                        del member.inbox[i]
-                        return message
-                where = {"engine": member.engine, "worker": member.rank, "phase": phase}
-                if member.lost is not None:
-                    raise PeerLost(f"the worker is gone: {member.lost}", **where)  # type: ignore[arg-type]
-                cause = cancelled()
-                if cause is not None:
-                    raise cause
-                if deadline.passed:
-                    raise DeadlineExceeded(f"no answer in {deadline.timeout_s:g} s", **where)  # type: ignore[arg-type]
-                self._changed.wait(min(deadline.remaining_s(), 0.1))
+        with self._lock:
+            while (said := member.said(wanted, matches, phase)) is None:
+                said = cancelled() or member.late(deadline, phase)
+                if said is not None:
+                    break
+                member.changed.wait(min(deadline.remaining_s(), LOOK_S))
+        if isinstance(said, WeightcastError):
+            raise said
+        return said
+
+    def take_each(
+        self,
+        members: Sequence[Member],
+        wanted: type[Message],
+        deadline: Deadline,
+        *,
+        phase: str,
+        matches: Callable[[Message], bool] = lambda _: True,
+        cancelled: Callable[[Member], WeightcastError | None] = lambda _: None,
+    ) -> Iterator[tuple[Member, Message | WeightcastError]]:
+        """``take`` from many members on one thread: each with what it said, or with the error that ``take`` would raise, as they come.
+
+        One call at a time waits for a member in this way.
+        """
+        news: queue.SimpleQueue[Member] = queue.SimpleQueue()
+        waiting = dict.fromkeys(members)
+        for member in members:
+            member.on_news = news.put
+        try:
+            fresh: Iterable[Member] = members
+            looked_at = time.monotonic()
+            while waiting:
+                for member in fresh:
+                    with self._lock:
+                        said = member.said(wanted, matches, phase) if member in waiting else None
+                    if said is not None:
+                        del waiting[member]
+                        yield member, said
+                if time.monotonic() >= looked_at + LOOK_S or deadline.passed:
+                    looked_at = time.monotonic()
+                    for member in list(waiting):
+                        over = cancelled(member) or member.late(deadline, phase)
+                        if over is not None:
+                            del waiting[member]
+                            yield member, over
+                fresh = drained(news, min(deadline.remaining_s(), LOOK_S)) if waiting else ()
+        finally:
+            for member in members:
+                member.on_news = None
 
     def probe(self, members: Iterable[Member]) -> None:
         """Say something to members, so that those whose connection has closed are lost at once; takes at most a moment."""
@@ -273,7 +270,7 @@ class Coordinator:
 
     def clear_inboxes(self, members: Iterable[Member]) -> None:
         """Throw away what members said about rounds and epochs that are over."""
-        with self._changed:
+        with self._lock:
             for member in members:
                 member.inbox.clear()
 
@@ -284,13 +281,13 @@ class Coordinator:
         """
         for member in list(members):
             self.send(member, Bye(reason=reason, settled=settled))
-            with self._changed:
+            with self._lock:
                 member.lost = member.lost or reason
                 self._members.pop(member.identity, None)
 
     def forget_engine(self, engine: str, reason: str, *, settled: bool) -> None:
         """``forget`` everybody of one engine, those that were lost before anybody counted them as well."""
-        with self._changed:
+        with self._lock:
             members = [member for member in self._members.values() if member.engine == engine]
         self.forget(members, reason, settled=settled)
 
@@ -334,18 +331,17 @@ class Coordinator:
         if len(member.inbox) >= MOST_MESSAGES:
             self._lose(member, f"it sent {MOST_MESSAGES} messages that nobody waited for")
             return
-        with self._changed:
+        with self._lock:
             member.inbox.append(message)
             if member.on_trouble is not None and (
                 isinstance(message, Failed) or (isinstance(message, RankAnswer) and message.failed)
             ):
                 member.on_trouble(message)
-            self._changed.notify_all()
+            member.tell()
 
     def _lose(self, member: Member, reason: str) -> None:
-        with self._changed:
+        with self._lock:
             member.lose(reason)
-            self._changed.notify_all()
 
     def _first(self, identity: bytes, message: AnyMessage, descriptor: int) -> None:
         if not isinstance(message, Hello):
@@ -354,7 +350,7 @@ class Coordinator:
                     "control channel: a message from a peer that was not admitted", about=type(message).__name__
                 )
             return
-        with self._changed:
+        with self._lock:
             try:
                 member = self._admit(identity, message)
             except AuthError as error:
@@ -363,18 +359,17 @@ class Coordinator:
                 self._send(identity, Refused(error=ErrorForm.of(error)))
                 return
             self._members[identity] = member
-            self._changed.notify_all()
+            self._came.notify_all()
         self._pump.hear_events()  # this connection's beginning among them, so that it does not count afterwards
         self._strangers.admit(descriptor)
         if self._welcome is not None:
             self.send(member, self._welcome(member))
 
     def _unsent(self, parts: list[bytes]) -> None:
-        with self._changed:
+        with self._lock:
             member = self._members.get(parts[0])
             if member is not None and member.lost is None:
                 member.lose(f"its connection closed, or it was silent for {self.silence_s:g} s")
-                self._changed.notify_all()
 
     def _tick(self) -> None:
         closed = self._strangers.close_late()

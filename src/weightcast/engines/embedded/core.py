@@ -57,8 +57,7 @@ class EngineCore:
         self._drained: list[Future[None]] = []
 
     def add(self, request: Request) -> None:
-        """Queue a request. Raises StateError when the engine may not serve or is full, and InvalidInput for an id that another request
-        has."""
+        """Queue a request. Raises StateError when the engine may not serve or is full, InvalidInput for a taken id."""
         reason = self.transfer.not_ready
         if reason:
             raise StateError(f"the engine does not serve now: {reason}", hint="Publish to it")
@@ -110,7 +109,7 @@ class EngineCore:
         self._settle_drain()
 
     def abort(self, request_ids: Seq[str] | None = None) -> int:
-        """End these requests, or all requests. Ids that are not known are skipped. Returns how many requests ended."""
+        """End some or all requests; those that are not known are skipped. Returns how many ended."""
         names = list(self.requests) if request_ids is None else [n for n in request_ids if n in self.requests]
         for name in names:
             self._end(self.requests[name], "abort", None)
@@ -118,7 +117,7 @@ class EngineCore:
         return len(names)
 
     def cancel(self, requests: Iterable[Request]) -> None:
-        """Abort these very requests, and no others that may have the same ids."""
+        """Abort these requests, and no others that may have the same ids."""
         for request in requests:
             if self.requests.get(request.request_id) is request:
                 self._end(request, "abort", None)
@@ -130,7 +129,7 @@ class EngineCore:
         self._settle_drain()
 
     def pause(self, mode: PauseMode, clear_cache: bool) -> Future[None]:
-        """Stop the steps. The future is done when the engine stands still; with mode "wait" that is when all known requests have ended."""
+        """Stop stepping; the future is done when the engine stands still (with "wait": when all known requests ended)."""
         done: Future[None] = Future()
         done.set_running_or_notify_cancel()  # a waiter that gives up must not cancel it under our hands
         if mode not in ("abort", "wait", "keep"):
@@ -166,7 +165,7 @@ class EngineCore:
         return True
 
     def weights_may_have_changed(self) -> None:
-        """Called after any foreign code between two steps: new sequences share no keys and values that were computed before."""
+        """After any foreign code between steps: keys and values from before are not shared with new sequences."""
         self._epoch += 1
         if self.transfer.dirty:
             self.fail_all(self.transfer.not_ready)

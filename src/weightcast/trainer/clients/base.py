@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 
@@ -19,6 +19,9 @@ from weightcast.errors import (
 )
 from weightcast.quoted import NAME_CHARACTERS, quoted
 from weightcast.untrusted.known import known
+
+if TYPE_CHECKING:
+    from weightcast.trainer.clients.fan_out import Call
 
 CANNOT_SLEEP_HINT = "Publish without wake=, or to vLLM engines with sleep mode only"
 
@@ -79,6 +82,20 @@ class EngineClient(ABC):
     @abstractmethod
     def commit(self, order: CommitOrder, deadline: Deadline) -> CommitReply:
         """Make a round live between two steps of the engine. The same order again changes nothing."""
+
+    @property
+    def commits_by_call(self) -> bool:
+        """Whether a commit is one HTTP call, which is made beside those of other engines (see fan_out). Elsewhere ``commit`` is called, on
+        a thread for each engine."""
+        return False
+
+    def commit_call(self, order: CommitOrder, deadline: Deadline) -> Call:
+        """The call that ``commit`` makes, where ``commits_by_call``."""
+        raise Unsupported(f"a commit of an engine of kind {self.kind} is no HTTP call", engine=self.name)
+
+    def commit_reply(self, call: Call) -> CommitReply:
+        """What the engine answered to a ``commit_call`` that has ended; raises what ``commit`` would."""
+        raise Unsupported(f"a commit of an engine of kind {self.kind} is no HTTP call", engine=self.name)
 
     @abstractmethod
     def rollback(self, epoch: int, round: int, deadline: Deadline) -> None:

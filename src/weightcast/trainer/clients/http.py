@@ -9,6 +9,7 @@ the weightcast error that is raised here.
 from __future__ import annotations
 
 from collections.abc import (
+    Callable,
     Mapping,
     Sequence,
 )
@@ -22,6 +23,7 @@ from weightcast.errors import DeadlineExceeded, EngineError, ErrorForm, PeerLost
 from weightcast.quoted import quoted, quoted_json
 from weightcast.trainer.clients import wire
 from weightcast.trainer.clients.base import AnswerLost, CommitOrder, CommitReply, EngineClient
+from weightcast.trainer.clients.fan_out import Call
 from weightcast.trainer.clients.urls import endpoint_of
 from weightcast.untrusted.known import known
 
@@ -35,6 +37,7 @@ _NO_ROUTES = (
 )
 
 
+COMMIT_PATH = "/weightcast/commit"
 MOST_WORKERS = 2**20
 """A server that says to have more makes no sense."""
 
@@ -62,7 +65,25 @@ class HttpEngineClient(EngineClient):
         self._call("POST", "/weightcast/init", deadline, {"init_info": dict(init_info)})
 
     def commit(self, order: CommitOrder, deadline: Deadline) -> CommitReply:
-        body = {
+        answer = self._call("POST", COMMIT_PATH, deadline, self._commit_body(order, deadline))
+        return CommitReply(phases=answer.get("phases", {}))
+
+    @property
+    def commits_by_call(self) -> bool:
+        # Another class may call its engine in another way.
+        return type(self) is HttpEngineClient and Call.can_make(self._endpoint)
+
+    def commit_call(self, order: CommitOrder, deadline: Deadline) -> Call:
+        content = msgspec.json.encode(self._commit_body(order, deadline))
+        return Call("POST", self._endpoint, COMMIT_PATH, content, deadline)
+
+    def commit_reply(self, call: Call) -> CommitReply:
+        answer = self._heard("POST", COMMIT_PATH, call.deadline, call.response)
+        return CommitReply(phases=answer.get("phases", {}))
+
+    @staticmethod
+    def _commit_body(order: CommitOrder, deadline: Deadline) -> dict[str, Any]:
+        return {
             "epoch": order.epoch,
             "round": order.round,
             "version": order.version,
@@ -70,8 +91,6 @@ class HttpEngineClient(EngineClient):
             "clear_cache": order.clear_cache,
             "timeout_s": deadline.limit_s(),
         }
-        answer = self._call("POST", "/weightcast/commit", deadline, body)
-        return CommitReply(phases=answer.get("phases", {}))
 
     def rollback(self, epoch: int, round: int, deadline: Deadline) -> None:
         body = {"epoch": epoch, "round": round, "timeout_s": deadline.limit_s()}
@@ -104,8 +123,16 @@ class HttpEngineClient(EngineClient):
     def _call(self, method: str, path: str, deadline: Deadline, body: Any = None) -> dict[str, Any]:
         deadline.check(f"{method} {path}")
         content = None if body is None else msgspec.json.encode(body)
+        return self._heard(
+            method, path, deadline, lambda: wire.request(method, self._endpoint, path, content, deadline)
+        )
+
+    def _heard(
+        self, method: str, path: str, deadline: Deadline, hear: Callable[[], httpcore.Response]
+    ) -> dict[str, Any]:
+        """What the server answered; ``hear`` gives its response or raises what ``wire.request`` does."""
         try:
-            response = wire.request(method, self._endpoint, path, content, deadline)
+            response = hear()
         except httpcore.TimeoutException as error:
             raise DeadlineExceeded(
                 f"{method} {path} took longer than {deadline.timeout_s:g} s", engine=self.name

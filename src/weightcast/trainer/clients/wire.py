@@ -15,7 +15,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,6 +37,8 @@ GATEWAY_STATUSES = (502, 503, 504)
 ANSWER_NBYTES = 64 * 2**20
 """What is read of an answer; digests of 100,000 tensors take a tenth of it."""
 Address = tuple[Any, ...]
+Found = tuple[socket.AddressFamily, Address]
+"""An address of a host."""
 
 
 def request(method: str, endpoint: Endpoint, path: str, content: bytes | None, deadline: Deadline) -> httpcore.Response:
@@ -53,10 +55,20 @@ def request(method: str, endpoint: Endpoint, path: str, content: bytes | None, d
         for chunk in response.iter_stream():
             body += chunk
             if len(body) > ANSWER_NBYTES:
-                raise httpcore.RemoteProtocolError(f"the answer has more than {ANSWER_NBYTES} bytes")
-    answer = httpcore.Response(response.status, headers=response.headers, content=bytes(body))
-    answer.read()
-    return answer
+                raise too_long()
+    return read_response(response.status, response.headers, bytes(body))
+
+
+def read_response(status: int, headers: Sequence[tuple[bytes, bytes]], content: bytes) -> httpcore.Response:
+    """A response that has come as a whole."""
+    response = httpcore.Response(status, headers=headers, content=content)
+    response.read()
+    return response
+
+
+def too_long() -> httpcore.RemoteProtocolError:
+    """What is said of an answer that is not read to its end."""
+    return httpcore.RemoteProtocolError(f"the answer has more than {ANSWER_NBYTES} bytes")
 
 
 def wait_until_there(endpoint: Endpoint, path: str, deadline: Deadline) -> None:
@@ -136,7 +148,7 @@ class _Backend(httpcore.NetworkBackend):
                 return _Stream(_connected(family, address, self._deadline), self._deadline)
             except httpcore.ConnectError as refused:
                 error = refused
-        raise error or Unreachable(f"{host} has no address", "Check the name of the host")
+        raise error or no_address(host)
 
     def connect_unix_socket(
         self, path: str, timeout: float | None = None, socket_options: Iterable[Any] | None = None
@@ -144,23 +156,25 @@ class _Backend(httpcore.NetworkBackend):
         return _Stream(_connected_unix(path, self._deadline), self._deadline)
 
 
-def _resolved(host: str, port: int, deadline: Deadline) -> list[tuple[socket.AddressFamily, Address]]:
-    """The addresses of a host. A resolver that hangs is left behind on a thread of its own: it cannot be interrupted."""
-
-    def look_up(flags: int = 0) -> list[tuple[socket.AddressFamily, Address]]:
+def look_up(host: str, port: int) -> list[Found] | httpcore.ConnectError:
+    """The addresses of a host, or why there are none. A resolver that hangs cannot be interrupted."""
+    flags = socket.AI_NUMERICHOST if is_literal(host) else 0
+    try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
-        return [(family, address) for family, _, _, _, address in found]
+    except (OSError, UnicodeError) as error:  # UnicodeError: a name that no resolver could be asked for
+        return Unreachable(f"{host}: {error}", "Check the name of the host")
+    return [(family, address) for family, _, _, _, address in found]
 
-    def answer() -> None:
-        try:
-            answers.put(look_up())
-        except (OSError, UnicodeError) as error:  # UnicodeError: a name that no resolver could be asked for
-            answers.put(Unreachable(f"{host}: {error}", "Check the name of the host"))
 
-    if _is_literal(host):
-        return look_up(socket.AI_NUMERICHOST)
-    answers: queue.SimpleQueue[list[tuple[socket.AddressFamily, Address]] | httpcore.ConnectError] = queue.SimpleQueue()
-    threading.Thread(target=answer, name="weightcast-resolve", daemon=True).start()
+def _resolved(host: str, port: int, deadline: Deadline) -> list[Found]:
+    """The addresses of a host. A resolver that hangs is left behind on a thread of its own."""
+    answers: queue.SimpleQueue[list[Found] | httpcore.ConnectError] = queue.SimpleQueue()
+    if is_literal(host):
+        answers.put(look_up(host, port))
+    else:
+        threading.Thread(
+            target=lambda: answers.put(look_up(host, port)), name="weightcast-resolve", daemon=True
+        ).start()
     while True:
         try:
             found = answers.get(timeout=_step_s(deadline, httpcore.ConnectTimeout))
@@ -171,7 +185,13 @@ def _resolved(host: str, port: int, deadline: Deadline) -> list[tuple[socket.Add
         return found
 
 
-def _is_literal(host: str) -> bool:
+def no_address(host: str) -> Unreachable:
+    """What to say of a host that is known and has no address."""
+    return Unreachable(f"{host} has no address", "Check the name of the host")
+
+
+def is_literal(host: str) -> bool:
+    """Whether the host is an address, so that nobody has to be asked for one."""
     try:
         ipaddress.ip_address(host)
     except ValueError:
@@ -179,8 +199,8 @@ def _is_literal(host: str) -> bool:
     return True
 
 
-def _connected(family: socket.AddressFamily, address: Address, deadline: Deadline) -> socket.socket:
-    """A connected socket. One attempt, looked at every ``STEP_S``: a new one each time would never reach a far host."""
+def connecting(family: socket.AddressFamily, address: Address) -> socket.socket:
+    """A socket that begins to connect: it can be written once it is connected, or has failed. Raises ConnectError."""
     try:
         connection = socket.socket(family, socket.SOCK_STREAM)
     except OSError as error:
@@ -189,19 +209,31 @@ def _connected(family: socket.AddressFamily, address: Address, deadline: Deadlin
         connection.setblocking(False)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         code = connection.connect_ex(address)
-        if code == errno.EINPROGRESS:
-            poll = select.poll()
-            poll.register(connection, select.POLLOUT)
-            while not poll.poll(1000 * _step_s(deadline, httpcore.ConnectTimeout)):
-                continue
-            code = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if code:
+        if code not in (0, errno.EINPROGRESS):
             raise OSError(code, os.strerror(code))
     except OSError as error:
         connection.close()
-        if error.errno in (errno.EHOSTUNREACH, errno.ENETUNREACH):
-            raise Unreachable(str(error), "Check the address, and that this host has a way to it") from error
-        raise httpcore.ConnectError(str(error)) from error
+        raise refusal_of(error) from error
+    return connection
+
+
+def refusal_of(error: OSError) -> httpcore.ConnectError:
+    """Why no connection was made."""
+    if error.errno in (errno.EHOSTUNREACH, errno.ENETUNREACH):
+        return Unreachable(str(error), "Check the address, and that this host has a way to it")
+    return httpcore.ConnectError(str(error))
+
+
+def _connected(family: socket.AddressFamily, address: Address, deadline: Deadline) -> socket.socket:
+    """A connected socket. One attempt, looked at every ``STEP_S``: a new one each time would never reach a far host."""
+    connection = connecting(family, address)
+    try:
+        poll = select.poll()
+        poll.register(connection, select.POLLOUT)
+        while not poll.poll(1000 * _step_s(deadline, httpcore.ConnectTimeout)):
+            continue
+        if code := connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            raise refusal_of(OSError(code, os.strerror(code)))
     except BaseException:
         connection.close()
         raise

@@ -105,7 +105,7 @@ def _believed(number: int, known: int) -> int:
     return number
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class EngineLink:
     """One engine of the fleet. ``broken`` says why it has to be set up again, or admitted again (``joined`` False).
 

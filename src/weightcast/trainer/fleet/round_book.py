@@ -36,6 +36,8 @@ class EngineProgress:
     error: WeightcastError | None = None
     committed: bool = False
     may_be_committed: bool = False
+    has_answered: bool = False
+    """The engine has said that it carried out the commit."""
     phases: list[Phase] = field(default_factory=list)
 
 

@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from copy import copy
+from functools import partial
 
-from weightcast.control.coordinator import Member
 from weightcast.deadline import Deadline
 from weightcast.errors import DeadlineExceeded, GroupBroken, PeerLost, PlanMismatch, WeightcastError
 from weightcast.layout.table import LayoutTable
 from weightcast.manifest import ALIGNMENT
-from weightcast.messages import Offer, Ready, Setup
+from weightcast.messages import Message, Offer, Ready, Setup
 from weightcast.plan import Plan, compile_plan, parts_of
 from weightcast.trainer.fleet.fleet import Fleet
 from weightcast.trainer.fleet.groups import TransferGroup, groups_of, mates_of
@@ -28,6 +28,8 @@ BUCKETS_A_WINDOW = 4
 """Buckets that a window of a stream is at least: each is packed while the one before it travels."""
 PLANNING_SHARE = 0.5
 """Share of the time left that planning for one worker may take."""
+PULLED_AT_ONCE = 16
+"""Pairs that are pulled over and connect at the same time."""
 WORD_TIMEOUT_S = 0.5
 """How long a worker whose connection broke is asked for its own reason."""
 
@@ -207,19 +209,35 @@ class _SetUp:
         return max(ALIGNMENT, min(transport.default_bucket_nbytes, part))
 
     def _connect_pairs(self) -> None:
+        """Pairs that are pushed over connect side by side, a thread for each, as all of a group have to come together. Those that are
+        pulled over need no thread for long."""
         pairs = [(engine, worker) for engine in self._present() for worker in engine.workers]
-        with ThreadPoolExecutor(max(1, len(pairs))) as pool:
-            futures = [(pool.submit(self._connect, worker), engine, worker) for engine, worker in pairs]
-        for future, engine, worker in futures:
-            self._note_connected(future.result, engine, worker)
+        pairs.sort(key=lambda pair: pair[1].pulls)
+        pushed = sum(not worker.pulls for _, worker in pairs)
+        with ThreadPoolExecutor(pushed + PULLED_AT_ONCE) as pool:
+            futures = [pool.submit(self._connect, worker) for _, worker in pairs]
+        connected = {
+            pair[1].member: pair
+            for pair, future in zip(pairs, futures, strict=True)
+            if self._is_well(future.result, *pair)
+        }
+        for member, ready in self._fleet.coordinator.take_each(
+            list(connected), Ready, self._deadline, phase="setup", matches=self._is_of_epoch
+        ):
+            engine, worker = connected[member]
+            self._is_well(partial(_check_ready, worker, ready), engine, worker)
 
-    def _note_connected(self, result: Callable[[], None], engine: EngineLink, worker: WorkerLink) -> None:
+    def _is_well(self, result: Callable[[], None], engine: EngineLink, worker: WorkerLink) -> bool:
+        """Whether a step of a worker's raises nothing; what it raises is noted."""
         try:
             result()
         except GroupBroken as error:
             self._cut_off[engine.name] = error
         except WeightcastError as error:
             self._blame(engine, worker, error, by_trainer=False)
+        else:
+            return True
+        return False
 
     def _connect(self, worker: WorkerLink) -> None:
         assert worker.end is not None
@@ -231,25 +249,25 @@ class _SetUp:
         except WeightcastError as error:
             # The worker's own word says more than a broken connection; it is asked for briefly.
             with suppress(DeadlineExceeded, PeerLost):
-                self._take_ready(member, Deadline(WORD_TIMEOUT_S))
+                self._fleet.coordinator.take(
+                    member, Ready, Deadline(WORD_TIMEOUT_S), phase="setup", matches=self._is_of_epoch
+                )
             named = worker.named(error.at(engine=member.engine, worker=member.rank, phase="setup"))
             if named is error:
                 raise
             raise named from error
-        ready = self._take_ready(member, self._deadline)
-        if ready.plan_digest != _plan_of(worker).digest:
-            raise PlanMismatch(
-                "the worker compiled another plan", engine=member.engine, worker=member.rank, phase="setup"
-            )
 
-    def _take_ready(self, member: Member, deadline: Deadline) -> Ready:
-        def is_this_epoch(message: object) -> bool:
-            return getattr(message, "epoch", None) == self._fleet.epoch
+    def _is_of_epoch(self, message: Message) -> bool:
+        return getattr(message, "epoch", None) == self._fleet.epoch
 
-        coordinator = self._fleet.coordinator
-        ready = coordinator.take(member, Ready, deadline, phase="setup", matches=is_this_epoch)
-        assert isinstance(ready, Ready)
-        return ready
+
+def _check_ready(worker: WorkerLink, ready: Message | WeightcastError) -> None:
+    if isinstance(ready, WeightcastError):
+        raise ready
+    assert isinstance(ready, Ready)
+    if ready.plan_digest != _plan_of(worker).digest:
+        where = {"engine": worker.member.engine, "worker": worker.member.rank, "phase": "setup"}
+        raise PlanMismatch("the worker compiled another plan", **where)  # type: ignore[arg-type]
 
 
 def _plan_of(worker: WorkerLink) -> Plan:

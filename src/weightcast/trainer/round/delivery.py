@@ -7,9 +7,10 @@ be read and when its memory may be overwritten; weights that lie still are one w
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
+from weightcast.control.coordinator import Member
 from weightcast.deadline import Deadline
 from weightcast.errors import GroupBroken, TransportError, WeightcastError
 from weightcast.messages import Begin, Committed, Filled, Message, Read, Staged
@@ -108,8 +109,7 @@ class Delivery:
         ``cancellable``, Cancelled once the engine has no more part in the round."""
 
         def is_this_round(message: Message) -> bool:
-            at = (getattr(message, "epoch", 0), getattr(message, "round", 0))
-            return at == (self.epoch, self.round) and matches(message)
+            return self._is_of_round(message) and matches(message)
 
         def cancelled() -> WeightcastError | None:
             return self._over(engine) if cancellable else None
@@ -117,6 +117,24 @@ class Delivery:
         return self._coordinator.take(
             worker.member, kind, deadline, phase=phase, matches=is_this_round, cancelled=cancelled
         )
+
+    def take_each(
+        self, pairs: Sequence[Pair], kind: type[Message], phase: str, deadline: Deadline, *, cancellable: bool = True
+    ) -> Iterator[tuple[EngineLink, WorkerLink, Message | WeightcastError]]:
+        """``take`` from many workers on one thread: each with what it said, or with the error that ``take`` would raise, as they come."""
+        by_member = {worker.member: (engine, worker) for engine, worker in pairs}
+
+        def cancelled(member: Member) -> WeightcastError | None:
+            return self._over(by_member[member][0]) if cancellable else None
+
+        said = self._coordinator.take_each(
+            list(by_member), kind, deadline, phase=phase, matches=self._is_of_round, cancelled=cancelled
+        )
+        for member, message in said:
+            yield *by_member[member], message
+
+    def _is_of_round(self, message: Message) -> bool:
+        return (getattr(message, "epoch", 0), getattr(message, "round", 0)) == (self.epoch, self.round)
 
     def _over(self, engine: EngineLink) -> WeightcastError | None:
         return Cancelled("the round failed elsewhere") if self._outcomes.is_over(engine) else None

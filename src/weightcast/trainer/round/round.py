@@ -35,7 +35,7 @@ from weightcast.errors import (
     Unsupported,
     WeightcastError,
 )
-from weightcast.messages import Staged
+from weightcast.messages import Message, Staged
 from weightcast.report.model import Report
 from weightcast.trainer.fleet.fleet import Fleet
 from weightcast.trainer.fleet.link import EngineLink, WorkerLink
@@ -131,7 +131,7 @@ class Round:
             self._undo(self._engines)
             failure = self._account.failure(self._fleet.engines, self._fleet.ranks.line.losses("transfer"))
             raise failure from next(iter(failure.causes.values()), None)
-        self._undo([engine for engine in self._engines if engine not in well])
+        self._undo([engine for engine in self._engines if not self._outcomes.of(engine).committed])
         for engine in well:
             engine.version, engine.digest, engine.dirty = self._proof.version, f"{self._proof.content:016x}", False
         self._is_committed = True
@@ -182,12 +182,14 @@ class Round:
             self._delivery.show(in_place)
         with self._timeline.phase("transfer"):
             self._delivery.turns.fill(0)
-            only = staged[0] if len(staged) == 1 and staged[0][1].pulls else None
-            futures = [] if only else [pool.submit(self._stage, engine, worker) for engine, worker in staged]
+            pulled = [pair for pair in staged if pair[1].pulls]
+            futures = [pool.submit(self._stage, *pair) for pair in staged if not pair[1].pulls]
+            if len(pulled) > 1:
+                futures.append(pool.submit(self._collect, pulled))
             if staged:
                 self._proof.compute()
-            if only:
-                self._stage(*only)
+            if len(pulled) == 1:
+                self._collect(pulled)
             for future in futures:
                 future.result()
 
@@ -235,16 +237,25 @@ class Round:
 
         def work() -> None:
             self._delivery.give(engine, worker, Staged, "transfer", self._transfer_deadline)
-            staged = self._delivery.take(engine, worker, Staged, "transfer", self._transfer_deadline)
-            assert isinstance(staged, Staged)
-            progress = self._outcomes.progress(worker)
-            progress.nbytes, progress.seconds, progress.digest = staged.nbytes, staged.transfer_s, staged.digest
-            self._tell_progress()
+            self._note_staged(worker, self._delivery.take(engine, worker, Staged, "transfer", self._transfer_deadline))
 
         try:
             self._outcomes.guard(engine, "transfer", work, worker)
         finally:
             self._delivery.leave(worker)
+
+    def _collect(self, pairs: list[Pair]) -> None:
+        """Wait, on one thread, until all these workers, which pull and are sent nothing, have all bytes and their digest."""
+        for engine, worker, said in self._delivery.take_each(pairs, Staged, "transfer", self._transfer_deadline):
+            self._outcomes.guard(engine, "transfer", partial(self._note_staged, worker, said), worker)
+
+    def _note_staged(self, worker: WorkerLink, said: Message | WeightcastError) -> None:
+        if isinstance(said, WeightcastError):
+            raise said
+        assert isinstance(said, Staged)
+        progress = self._outcomes.progress(worker)
+        progress.nbytes, progress.seconds, progress.digest = said.nbytes, said.transfer_s, said.digest
+        self._tell_progress()
 
     def _tell_progress(self) -> None:
         """Say how many workers have all bytes."""
