@@ -78,11 +78,11 @@ class Source(ABC):
 
     @property
     def is_spent(self) -> bool:
-        """Whether what a round reads was given for it alone, and cannot be read again."""
+        """Whether the values of the next round were given for that round alone and cannot be read a second time."""
         return False
 
     def pour(self, claim: Callable[[int], None], deadline: Deadline, *, to_the_end: bool) -> Iterator[int]:
-        """Of a stream: read it once (see windowed). Values that lie still are there."""
+        """Read a stream once (see windowed). Weights that lie still are there already."""
         raise NotImplementedError
 
     def filled_digest(self, window: int) -> int | None:
@@ -90,7 +90,8 @@ class Source(ABC):
         return None
 
     def open(self, stream: Stream | None, modes: Modes) -> None:
-        """Of a stream: what the next round reads, an iterator or, for None, one that is made for it. ``modes`` are the caller's."""
+        """Say what the next round of a stream reads: an iterator, or for None one that is made for the round. ``modes`` are the
+        caller's."""
         if stream is not None and not isinstance(stream, Iterable):
             raise InvalidInput(
                 f"a {type(stream).__name__} is no stream of names and tensors",
@@ -104,7 +105,7 @@ class Source(ABC):
             )
 
     def exhaust(self) -> None:
-        """Read a stream to its end and keep nothing; StateError where the source is none."""
+        """Read a stream to its end and keep nothing. StateError where the source is no stream."""
         raise StateError("this rank publishes no stream", hint="Give every rank the same kind of source")
 
     def follow(self) -> bool:

@@ -39,7 +39,7 @@ class Piece(NamedTuple):
 
 
 class Form(NamedTuple):
-    """A checkpoint tensor as boxes of the module's tensors, which fill it exactly."""
+    """A checkpoint tensor as boxes of the module's tensors. The boxes fill the checkpoint tensor exactly."""
 
     name: str
     dtype: torch.dtype
@@ -48,27 +48,28 @@ class Form(NamedTuple):
 
 
 class Content(NamedTuple):
-    """Tensors of the user by name, and the checkpoint tensors that lie in them."""
+    """Tensors of the user by name, and the checkpoint tensors that lie in these tensors."""
 
     tensors: Mapping[str, torch.Tensor]
     forms: Sequence[Form]
 
     def renamed(self, rename: Rename | None) -> Content:
-        """The same checkpoint tensors under other names."""
+        """Return the same checkpoint tensors under other names."""
         new = renamed((form.name for form in self.forms), rename)
         return Content(self.tensors, [form._replace(name=new[form.name]) for form in self.forms])
 
     @classmethod
     def plain(cls, tensors: Mapping[str, torch.Tensor]) -> Content:
-        """Each tensor as it is, under its own name."""
+        """Return a content in which each tensor is a checkpoint tensor under its own name."""
         forms = [_plain_form(name, name, value.dtype, tuple(value.shape)) for name, value in tensors.items()]
         return cls(tensors, forms)
 
 
 def read_module(module: nn.Module) -> Content:
-    """The checkpoint tensors of a module, under the names of its checkpoints, whatever wraps the module or parts of it.
+    """Return the checkpoint tensors of a module, under the names that the module's checkpoints use. Wrappers around the module or
+    around parts of it are seen through.
 
-    Raises Unsupported naming a tensor whose values are not here, and a checkpoint tensor that is computed from the module's values.
+    Raises Unsupported naming a tensor whose values are not here, or a checkpoint tensor that is computed from the module's values.
     """
     module = unwrapped(module)
     state = {name: value for name, value in module.state_dict().items() if isinstance(value, torch.Tensor)}
@@ -87,7 +88,7 @@ def read_module(module: nn.Module) -> Content:
 
 
 def checkpoint_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Checkpoint names to tensors that share memory with the module, which is not sharded.
+    """Return checkpoint tensors by name, which share memory with the module. The module is not sharded.
 
     Raises Unsupported where a checkpoint tensor is not one strided view of the module's memory.
     """
@@ -175,7 +176,7 @@ def _form(name: str, value: Any, reasons: Mapping[str, str]) -> Form:
 def placed(
     forms: Iterable[Form], parts: Mapping[str, Part]
 ) -> tuple[tuple[Placement, ...], list[torch.Tensor], dict[int, int]]:
-    """Where what this process holds of checkpoint tensors lies: placements, storages, and the storages' numbers by address.
+    """Return where this process's part of the checkpoint tensors lies: placements, storages, and the storages' numbers by address.
 
     Storages are numbered in the order in which the forms name them first.
     """
@@ -195,7 +196,7 @@ def placed(
 
 
 def placements_of(form: Form, piece: Piece, part: Part, storage: int) -> Iterator[Placement]:
-    """Where what is here of a piece lies; ``part`` is what this process holds of the piece's tensor, in ``storage``."""
+    """Return where this process's part of a piece lies. ``part`` is what this process holds of the piece's tensor, in ``storage``."""
     values, box = part.values, piece.box
     dtype = name_of(values.dtype)
     if not values.numel():

@@ -21,10 +21,9 @@ _dtype = attrgetter("dtype")
 
 
 class Forms:
-    """Names, element types, shapes and placements of a mapping's tensors. A model may have ten thousand of them, and a round
-    waits for the check: the same tensor objects, as large and where they were, are taken for unchanged, and of others each
-    property is read by one ``map`` and compared as one list.
-    """
+    """Names, element types, shapes and placements of a mapping's tensors at connect. A model may have ten thousand tensors, and a round
+    waits for the check, so the check has no loop in Python. Tensors that are the same objects, of the same size at the same place,
+    count as unchanged. Of other tensors each property is read by one ``map`` and compared as one list."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self._names = sorted(tensors)
@@ -37,7 +36,7 @@ class Forms:
 
     @torch.no_grad()
     def locals_of(self, tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-        """What this process holds of each tensor, in the order of names; StateError names the first that changed."""
+        """Return what this process holds of each tensor, in the order of names. StateError names the first tensor that changed."""
         if len(tensors) > len(self._names):
             new = next(name for name in tensors if name not in set(self._names))
             raise StateError(f"{new!r} came into the mapping since connect()", hint=AGAIN_HINT)

@@ -11,8 +11,8 @@ Rename = Mapping[str, str] | Callable[[str], str]
 
 
 def renamed(names: Iterable[str], rename: Rename | None) -> dict[str, str]:
-    """Each name to the one that is published. Raises InvalidInput where two become one, or a new name is no text. A prefix
-    may begin no name here: another trainer rank may have those."""
+    """Return the published name of each name. Raises InvalidInput where two names become one, or where a new name is no text. A prefix
+    that begins no name here is no error, because another trainer rank may have such names."""
     names = list(names)
     if rename is None:
         return {name: name for name in names}
@@ -56,7 +56,7 @@ def _by_prefix(names: list[str], prefixes: Mapping[str, str]) -> dict[str, str]:
 
 
 def renames(pairs: Iterable[str]) -> dict[str, str] | None:
-    """The prefixes that a command line gives, each as OLD=NEW; None for none."""
+    """Return the prefixes that a command line gives, each as OLD=NEW; None for none."""
     found = {}
     for pair in pairs:
         old, separator, new = pair.partition("=")

@@ -30,10 +30,10 @@ class _Index(msgspec.Struct, frozen=True):
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint folder, as its index lists them or as they lie there.
+    """Return the safetensors files of a checkpoint folder, those that the index lists or, without an index, those that are there.
 
-    Raises InvalidInput for an index that is none, that lists files which are not there or do not lie in the folder, and for a link
-    that leaves the folder for another place than the ``blobs`` that Hugging Face's cache keeps beside it.
+    Raises InvalidInput for a file that is no index; for an index that lists files which are not there or do not lie in the folder; and
+    for a link that leaves the folder for another place than the ``blobs`` that Hugging Face's cache keeps beside the folder.
     """
     index = folder / INDEX
     names = _listed(index) if index.exists() else sorted(path.name for path in folder.glob("*" + SUFFIX))
@@ -102,10 +102,10 @@ def _header(path: Path) -> tuple[Header, int]:
 
 
 class SafetensorsSource(Source):
-    """Holdings are read-only maps of the files, one storage a file; memory use is what the page cache keeps.
+    """Holdings are read-only maps of the files, one storage a file. They take as much memory as the page cache keeps of the files.
 
-    Tensors that do not start at a multiple of their element size in the file are copied (the format allows it). With another
-    ``device`` the tensors are copied there, one after the other, into one arena: for engines that have their weights on a GPU.
+    A tensor that does not start at a multiple of its element size in the file is copied (the format allows such tensors). With another
+    ``device`` all tensors are copied there, one after the other, into one arena: for engines that have their weights on a GPU.
     """
 
     is_private = True
@@ -178,7 +178,7 @@ class SafetensorsSource(Source):
         wait_for_stream(self.device)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The values of one tensor where they are mapped."""
+        """Return one tensor's values from the map of its file."""
         spec = self.manifest[name]
         place = self.layout.placements[self.manifest.tensors.index(spec)]
         return self.memory.view(place.storage, place.dtype, place.offset, place.region.sizes, place.strides)

@@ -22,12 +22,12 @@ from weightcast.sources.tree import Tree, moved_error
 
 
 class ShardedSource(Source):
-    """Holdings are local shards; nothing is gathered.
+    """Holdings are this rank's shards. Nothing is gathered.
 
-    With the ``module`` that the tensors are views of, shards are read where they are until a transport moves the memory. They
-    are never moved themselves, as FSDP keeps views of its own into them; a transport that needs other memory (shm) gets a
-    mirror, filled at the start of each round. Without a module the mapping is read again and mirrored at every round: same
-    names, shapes, placements and dtypes, values as they are then.
+    With the ``module`` that the tensors are views of, shards are read where they are until a transport moves the memory. Shards
+    themselves are never moved, because FSDP keeps views into them. A transport that needs other memory (shm) gets a mirror, which is
+    filled at the start of each round. Without a module the mapping is read again and mirrored in every round. Names, shapes, placements
+    and types have to stay the same then, and the values are those of the moment.
     """
 
     def __init__(

@@ -14,7 +14,7 @@ FULL_TENSOR_HINT = "Publish full tensors: a state dict with full_tensor()"
 
 
 class Part(NamedTuple):
-    """The values that one rank holds of a tensor, where they lie in it, and the shape of the whole."""
+    """The values that one rank holds of a tensor, the place of these values in the tensor, and the shape of the whole tensor."""
 
     values: torch.Tensor
     offsets: tuple[int, ...]
@@ -22,19 +22,19 @@ class Part(NamedTuple):
 
 
 def is_distributed(value: torch.Tensor) -> bool:
-    """Whether a tensor is a DTensor; imports nothing."""
+    """Whether a tensor is a DTensor. Imports nothing."""
     return type(value).__name__ == "DTensor" or hasattr(value, "placements")
 
 
 def check_dense(tensors: Mapping[str, torch.Tensor]) -> None:
-    """Raise Unsupported for tensors without strided values of their own."""
+    """Raise Unsupported for a tensor that has no strided values of its own."""
     for name, value in tensors.items():
         if value.is_meta or value.is_sparse or value.is_quantized or value.layout is not torch.strided:
             raise Unsupported(f"{name!r} is not a plain dense tensor ({value.layout}, {value.device})")
 
 
 def local_of(value: torch.Tensor) -> torch.Tensor:
-    """The values that this process holds of a tensor; they share its memory."""
+    """Return the values that this process holds of a tensor. They share the tensor's memory."""
     if not is_distributed(value):
         return value
     distributed: Any = value.detach()
@@ -47,9 +47,10 @@ shard_of = attrgetter("_local_tensor")
 
 
 def part_of(name: str, value: torch.Tensor) -> Part:
-    """What this rank holds of a tensor: all of a plain one, its own shard of a DTensor, nothing outside of its mesh.
+    """Return what this rank holds of a tensor: all of a plain tensor, this rank's shard of a DTensor, and nothing of a DTensor whose
+    mesh does not include this rank.
 
-    Raises Unsupported for placements whose shard is not one box of the tensor, or is not where DTensor says.
+    Raises Unsupported for placements whose shard is not one box of the tensor, or does not lie where DTensor says.
     """
     if not is_distributed(value):
         return Part(value.detach(), (0,) * value.dim(), tuple(value.shape))

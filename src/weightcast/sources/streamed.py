@@ -71,17 +71,17 @@ class StreamSource:
 
     @property
     def is_given(self) -> bool:
-        """Whether only ``publish`` can give an iterator."""
+        """Whether each round's iterator has to be given to ``publish``."""
         return self._make is None
 
     def new_pass(self) -> Stream:
-        """The iterator of one round."""
+        """Return the iterator of one round."""
         if self._make is None:
             raise StateError("there is no stream to read", hint="Give it to the call: publish(stream)")
         return self._make() if callable(self._make) else self._make
 
     def form(self) -> tuple[list[Form], torch.device]:
-        """What every pass yields, in this order, and where windows lie. Reads the stream once unless the form is known."""
+        """Return what every pass yields, in this order, and where windows lie. Reads the stream once unless the form is known."""
         told = self._metadata if self._metadata is not None else _told_by(self._make)
         if told is not None:
             return [_form_told(each) for each in told], self._device or _device_in_use()
@@ -94,8 +94,8 @@ class StreamSource:
 
 
 class Modes:
-    """The caller's modes of autograd, which its iterator is run in, with what the iterator's own blocks leave behind at a yield: a
-    plain for loop would hand that on to the next step, too."""
+    """The modes of autograd in which an iterator runs: the caller's, changed by those blocks of the iterator's own that are open at a
+    yield. In a plain for loop such an open block would hold in the iterator's next step, too."""
 
     def __init__(self) -> None:
         self._note()
@@ -111,7 +111,7 @@ class Modes:
 
 
 class Pass:
-    """One reading of a stream: pairs that were looked at. Its iterator is closed when the reading ends, however it ends."""
+    """One reading of a stream. The pass closes its iterator when the reading ends, however the reading ends."""
 
     def __init__(self, stream: Stream, modes: Modes | None = None) -> None:
         self._modes = modes or Modes()
@@ -136,12 +136,12 @@ class Pass:
             raise
 
     def exhaust(self) -> None:
-        """Go on to the end and keep nothing: other ranks gather with this one."""
+        """Read on to the end and keep nothing, because other ranks gather with this rank."""
         while not self.is_over:
             self._next()
 
     def close(self) -> None:
-        """Let the iterator clean up where it stands."""
+        """Close the iterator where it stands, so that it can clean up."""
         close = getattr(self._iterator, "close", None)
         if close is not None and not self.is_over:
             self.is_over = True
@@ -150,14 +150,14 @@ class Pass:
 
 
 class Expected(NamedTuple):
-    """A tensor that is due: as the stream yields it, and as it is published."""
+    """The next tensor of a stream: as the stream yields it, and as it is published."""
 
     form: Form
     spec: TensorSpec
 
 
 class Agreement:
-    """Whether a pass yields what the first one did. One for each pass."""
+    """Compares one pass with the first pass. Each pass has an Agreement of its own."""
 
     def __init__(self, expected: Sequence[Expected]) -> None:
         self._expected = expected
@@ -165,7 +165,7 @@ class Agreement:
         self._came = 0
 
     def next(self, name: str, tensor: torch.Tensor) -> Expected:
-        """The tensor that is due; StateError names the one that came in its place, or how it differs."""
+        """Return the tensor that has to come next. StateError names the tensor that came in its place, or how the tensor differs."""
         if self._came == len(self._expected) or self._expected[self._came].form.name != name:
             raise self._stranger(name)
         due = self._expected[self._came]
@@ -185,7 +185,7 @@ class Agreement:
         return StateError(f"the stream yields {name!r} where {due!r} was due: its order is that of the first pass")
 
     def end(self) -> None:
-        """The stream ended; StateError names the first tensor that did not come."""
+        """Note that the stream ended. StateError names the first tensor that did not come."""
         if self._came < len(self._expected):
             due = self._expected[self._came].form.name
             text = f"the stream ended before {due!r}, after {self._came} of {len(self._expected)} tensors"

@@ -10,11 +10,11 @@ from weightcast.layout.memory import own_storage
 
 
 class Tenants:
-    """The parameters and buffers of a module, by the storage that they share, and the way of each storage into arenas and out.
+    """The parameters and buffers of a module, grouped by the storage that they share. Moves each storage into an arena and out again.
 
-    Only a storage that nothing but these tensors refers to is moved: an alias elsewhere (a state dict that is kept, a flat buffer
-    that an optimizer writes to) would be left behind with the old memory. Such a storage stays where it is and is copied into the
-    arena by ``copy``. Parameter objects stay; ``param.data`` is rebound.
+    A storage is moved only when nothing but these tensors refers to it. Another reference (a state dict that is kept, a flat buffer
+    that an optimizer writes to) would stay behind with the old memory. A storage with another reference stays where it is, and ``copy``
+    copies it into the arena. Parameter objects stay, and ``param.data`` is rebound.
     """
 
     def __init__(self, values: Iterable[torch.Tensor], numbers: Iterable[int]) -> None:
@@ -28,17 +28,17 @@ class Tenants:
         """The storages that stay where they are, by number."""
 
     def of(self, number: int) -> Sequence[torch.Tensor]:
-        """The module's tensors in a storage."""
+        """Return the module's tensors in a storage."""
         return self._groups.get(number, ())
 
     def share_storage(self, number: int) -> bool:
-        """Whether the module's tensors that were in one storage still are."""
+        """Whether the module's tensors that shared a storage at connect still share one."""
         return len({value.untyped_storage().data_ptr() for value in self._groups[number]}) == 1
 
     def move_into(self, arena: torch.Tensor, starts: Sequence[int], *, references: int) -> None:
-        """Continue in an arena that holds the same bytes, storage i from byte ``starts[i]`` on.
+        """Go on in an arena that holds the same bytes: storage i begins at byte ``starts[i]``.
 
-        ``references``: how many tensors the caller has on each storage beside the module's.
+        ``references`` is the number of tensors that the caller has on each storage beside the module's.
         """
         self._copies, self.staying = ([], []), {}
         for number, values in self._groups.items():
@@ -54,13 +54,13 @@ class Tenants:
 
     @torch.no_grad()
     def copy(self) -> None:
-        """Copy the storages that stay where they are into the arena."""
+        """Copy into the arena those storages that stay where they are."""
         if self.staying:
             torch._foreach_copy_(*self._copies)
 
     def leave(self) -> None:
-        """Move back into private memory whatever was moved and still is where it was moved to, with its present values. A storage
-        that something else refers to by now stays, for that not to be left behind."""
+        """Move each storage that was moved, and still lies where it was moved to, back into private memory with its present values. A
+        storage that something else refers to by now stays, because that other reference would be left behind."""
         self._copies, self.staying = ([], []), {}
         for number, address in self._moved.items():
             values = [value for value in self._groups[number] if value.untyped_storage().data_ptr() == address]

@@ -20,7 +20,7 @@ _dtype = operator.attrgetter("dtype")
 
 
 class Entries:
-    """Which children, parameters and buffers a module and its parts have, compared without a loop in Python."""
+    """The children, parameters and buffers of a module and its parts. They are compared without a loop in Python."""
 
     def __init__(self, module: nn.Module) -> None:
         modules = list(module.modules())
@@ -35,16 +35,15 @@ class Entries:
         return chain.from_iterable(map(dict.values, self._filled))
 
     def are_as_remembered(self) -> bool:
-        """Whether all of them are the very objects that they were."""
+        """Whether all entries are the very objects that they were."""
         if any(self._empty) or list(map(len, self._filled)) != self._sizes:
             return False
         return all(map(operator.is_, self._current(), self._then))
 
 
 class Tree:
-    """Where a module keeps children, parameters and buffers. A layer or a tensor that was replaced leaves the published one behind,
-    with old values; a round waits for the check, so a module that is as it was is told without a loop in Python.
-    """
+    """Where a module keeps its children, parameters and buffers. When a layer or tensor is replaced, the published tensor stays behind
+    with old values. A round waits for the check, so a module that has not changed is recognised without a loop in Python."""
 
     def __init__(self, module: nn.Module, values: Iterable[torch.Tensor]) -> None:
         self._module = module
@@ -55,16 +54,17 @@ class Tree:
         self._entries = Entries(module)
 
     def names_of(self, values: Iterable[torch.Tensor]) -> list[str]:
-        """The module's own names of tensors, the first of each."""
+        """Return the module's own name of each of these tensors, the first name where a tensor has several."""
         names: dict[int, str] = {}
         for name, value in self._published.items():
             names.setdefault(id(value), name)
         return [names.get(id(value), "a tensor") for value in values]
 
     def check(self) -> None:
-        """Raise StateError that names a published tensor in whose place another one is now, or a tensor that the module did not have.
+        """Raise StateError that names a published tensor in whose place another tensor is now, or a tensor that the module did not have
+        at connect.
 
-        FSDP puts gathered plain tensors in the place of shards for as long as it computes; the shards stay what they are.
+        While FSDP computes, it puts gathered plain tensors in the place of shards; the shards stay what they are.
         """
         if not self._entries.are_as_remembered():
             self._name_the_change()
@@ -88,7 +88,8 @@ class Tree:
 
 
 class Places:
-    """Where tensors lie and in what form: each property is read by one ``map``, and strides only of what is not contiguous."""
+    """Where tensors lie and in what form. Each property is read by one ``map``, and strides are read of tensors that are not contiguous
+    only."""
 
     def __init__(self, values: Sequence[torch.Tensor], names: Sequence[str]) -> None:
         self._values, self._names = values, names
@@ -105,16 +106,16 @@ class Places:
         return list(map(torch.Tensor.stride, self._strided))
 
     def check_form(self) -> None:
-        """Raise StateError that names a tensor whose element type, size or strides are other ones, wherever the tensor lies."""
+        """Raise StateError that names a tensor whose element type, size or strides changed. The tensor may lie anywhere."""
         if self._current()[1:] != self._then[1:] or self._current_strides() != self._strides:
             self.check()
 
     def have_moved(self) -> bool:
-        """Whether a tensor lies elsewhere. This is the quick half of ``check``."""
+        """Whether a tensor lies elsewhere now. This is the quick half of ``check``."""
         return list(map(torch.Tensor.data_ptr, self._values)) != self._then[0]
 
     def check(self) -> None:
-        """Raise WeightsMoved that names what does not lie where it lay, or StateError where its form is another one, too."""
+        """Raise WeightsMoved that names a tensor which does not lie where it lay, or StateError where its form changed as well."""
         now, strides = self._current(), self._current_strides()
         if now != self._then:
             pairs = zip(zip(*self._then, strict=True), zip(*now, strict=True), strict=True)
@@ -126,13 +127,13 @@ class Places:
 
 
 def moved_error(names: Sequence[str], *, keeps_form: bool = False) -> StateError:
-    """The error about parameters that were moved, or changed form."""
+    """Return the error about parameters that were moved, or changed form."""
     kind = WeightsMoved if keeps_form else StateError
     return kind(f"parameters of the module were moved since connect(): {named(names)}", hint=AGAIN_HINT)
 
 
 def named(names: Sequence[str]) -> str:
-    """The first few names, and how many there are beside them."""
+    """Return the first few names, and how many names there are beside these."""
     told = ", ".join(map(repr, names[:_NAMED]))
     return f"{told} and {len(names) - _NAMED} more" if len(names) > _NAMED else told
 

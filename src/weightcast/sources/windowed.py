@@ -35,8 +35,8 @@ HOST_SLOT_NBYTES = 2**25
 
 
 class WindowedSource(Source):
-    """What one rank makes of a StreamSource. With ``keeps`` False it reads the stream and keeps nothing of it, as ranks do that only
-    take part in gathering."""
+    """What one rank makes of a StreamSource. With ``keeps`` False the rank reads the stream and keeps nothing of it, as ranks do that
+    only take part in gathering."""
 
     is_copied = True
     slots = SLOTS
@@ -83,7 +83,7 @@ class WindowedSource(Source):
         self._waits.clear()
 
     def refresh(self) -> None:
-        """Nothing: values exist while a round reads the stream."""
+        """Do nothing: values exist only while a round reads the stream."""
 
     def check_form(self) -> None:
         if self._disagreed is not None:
@@ -117,11 +117,11 @@ class WindowedSource(Source):
         self._new_pass().exhaust()
 
     def pour(self, claim: Callable[[int], None], deadline: Deadline, *, to_the_end: bool) -> Iterator[int]:
-        """Read the stream once; yields the number of each window when it is filled, its values being there on the device, too.
+        """Read the stream once. Yields the number of each window once the window is filled and its values are there on the device, too.
 
-        ``claim`` is called before a window is written and returns when nobody reads the window before it in the same memory. Raises
-        StateError for a stream that does not agree with its first pass, and what the iterator raises. ``to_the_end``: also where this is
-        broken off, the iterator is read to its end, as other ranks gather with this one.
+        ``claim`` is called before a window is written, and returns when nobody reads the former window in the same memory any more.
+        Raises StateError for a stream that does not agree with its first pass, and whatever the iterator raises. With ``to_the_end``
+        the iterator is read to its end even when the caller stops early, because other ranks gather with this rank.
         """
         reading = self._new_pass()
         try:

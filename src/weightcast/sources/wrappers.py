@@ -22,14 +22,14 @@ PARALLEL = "module"
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """The module inside of the wrappers around all of it."""
+    """Return the module inside of all wrappers around it."""
     while (inner := wrapped_name(module) or _sole_part(module)) is not None:
         module = module._modules[inner]  # type: ignore[assignment]
     return module
 
 
 def plain_names(module: nn.Module, names: Iterable[str]) -> dict[str, str]:
-    """The names of a module's tensors to what they would be without wrappers; raises Unsupported for FSDP1."""
+    """Return, for the names of a module's tensors, the names without wrappers. Raises Unsupported for FSDP1."""
     _refuse_flat(module)
     if not any(wrapped_name(part) for part in module.modules()):
         return {name: name for name in names}
@@ -37,7 +37,7 @@ def plain_names(module: nn.Module, names: Iterable[str]) -> dict[str, str]:
 
 
 def read_through(tensors: Mapping[str, torch.Tensor], rename: Rename | None = None) -> Mapping[str, torch.Tensor]:
-    """The same mapping under names without wrappers, renamed; each look-up of a tensor is one of the mapping's own."""
+    """Return the same mapping under names without wrappers, renamed. Looking up a tensor looks it up in the original mapping."""
     if not all(isinstance(name, str) for name in tensors):
         raise InvalidInput("the mapping has names that are no text", field="source")
     is_parallel = bool(tensors) and all(name.startswith(f"{PARALLEL}.") for name in tensors)
@@ -51,8 +51,8 @@ def read_through(tensors: Mapping[str, torch.Tensor], rename: Rename | None = No
 
 
 class ReadThrough(Mapping[str, torch.Tensor]):
-    """A mapping by other names. Every look-up goes to ``__getitem__`` of the original, which may make the tensor only then; but
-    while ``first`` holds the tensors that were looked up first, they are given again."""
+    """A mapping under other names. Each look-up calls ``__getitem__`` of the original, which may make the tensor only then. ``first``
+    holds the tensors that were looked up first; while it does, these tensors are returned again."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], names: Mapping[str, str]) -> None:
         self._tensors, self._names = tensors, dict(names)

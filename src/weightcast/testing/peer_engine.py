@@ -35,7 +35,7 @@ Shapes = Mapping[str, tuple[tuple[int, ...], str]]
 
 
 class StoredModel(LiveModel):
-    """Landings in storages that stay where they are, all zero at first."""
+    """Landings in storages that stay where they are. All bytes are zero at first."""
 
     relocatable = False
 
@@ -61,7 +61,7 @@ class StoredModel(LiveModel):
 
 
 class EngineSide:
-    """What lives in the process."""
+    """The engine's side, which lives in the engine's process."""
 
     def __init__(self, shares_gpu: bool = True) -> None:
         if shares_gpu:
@@ -72,7 +72,7 @@ class EngineSide:
         self._engine: LocalEngine | None = None
 
     def build(self, shapes: Shapes, mode: str, device: str, options: dict[str, Any]) -> None:
-        """A DictModel of random values; ``options`` are its own."""
+        """Make a DictModel of random values. ``options`` are the DictModel's arguments."""
         tensors = {name: torch.randn(shape).to(dtype_of(dtype)) for name, (shape, dtype) in shapes.items()}
         if device == "cuda":
             tensors = {name: value.cuda() for name, value in tensors.items()}
@@ -80,24 +80,24 @@ class EngineSide:
         self._engine = LocalEngine("peer", [DictModel(tensors, device=device, **options)], mode=mode)
 
     def store(self, layout: bytes, mode: str, device: str) -> None:
-        """Storages of a layout."""
+        """Make the storages of a layout."""
         model = StoredModel(msgspec.msgpack.decode(layout, type=known(Layout)), device)
         self._engine = LocalEngine("peer", [model], mode=mode)  # type: ignore[list-item]
 
     def limit(self, device_nbytes: int) -> None:
-        """Pretend that a GPU has so much free memory from now on."""
+        """Pretend from now on that a GPU has this much free memory."""
         real = place.free_nbytes
         place.free_nbytes = lambda device: device_nbytes if device.type == "cuda" else real(device)
 
     def drop_capabilities(self) -> None:
-        """Have none from now on, whoever this process runs as."""
+        """Drop all capabilities of this process, whichever user it runs as."""
         header, none = struct.pack("=Ii", CAPABILITY_VERSION, 0), bytes(24)
         libc = ctypes.CDLL(None, use_errno=True)
         if libc.capset(header, none):
             raise OSError(ctypes.get_errno(), "capset")
 
     def make(self, method: str, *args: Any) -> Any:
-        """A call of the engine; ``args`` end with a timeout."""
+        """Make a call of the engine. The last of ``args`` is a timeout."""
         assert self._engine is not None
         *rest, timeout_s = args
         if method == "commit":
@@ -108,7 +108,7 @@ class EngineSide:
         return dict(value) if isinstance(value, Mapping) else value
 
     def contents(self) -> dict[str, bytes]:
-        """Live bytes by name; of a DictModel."""
+        """Return the live bytes of a DictModel by name."""
         assert self._engine is not None
         return {
             name: value.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy().tobytes()
@@ -116,13 +116,13 @@ class EngineSide:
         }
 
     def storages(self, numbers: Sequence[int]) -> list[bytes]:
-        """Bytes of some live storages."""
+        """Return the bytes of some live storages."""
         assert self._engine is not None
         storages = self._engine.models[0].memory().storages
         return [storages[number].cpu().numpy().tobytes() for number in numbers]
 
     def free(self) -> None:
-        """Forget the engine and its memory."""
+        """Forget the engine and free its memory."""
         if self._engine is not None:
             self._engine.stop()
         self._engine = None
@@ -132,8 +132,8 @@ class EngineSide:
 
 
 class PeerEngine(EngineClient):
-    """The trainer's client of it. A context manager: the process is killed on leaving. ``shares_gpu``: it may use the same GPU as
-    the trainer."""
+    """The trainer's client of an EngineSide. Use it as a context manager: leaving kills the process. ``shares_gpu`` says that the
+    process may use the trainer's GPU."""
 
     kind = "peer"
     host = "127.0.0.1"

@@ -30,7 +30,7 @@ class ProvenSuite(ABC):
 
     @abstractmethod
     def compile(self, copies: Sequence[Copy], src: Memory, dst: Memory, manifest: Manifest) -> Callable[[], int]:
-        """A function that copies everything and returns the digest of all destinations, once both are done."""
+        """Return a function that copies everything, and then returns the digest of all destinations."""
 
     @pytest.fixture
     def rng(self) -> random.Random:
@@ -39,7 +39,7 @@ class ProvenSuite(ABC):
     def check(
         self, copies: Sequence[Copy], manifest: Manifest, src: list[torch.Tensor], dst: list[torch.Tensor]
     ) -> None:
-        """Run twice, with other values the second time; what is around the destinations stays."""
+        """Run a replay twice, with other values the second time. Bytes around the destinations have to stay."""
         source, target = (Memory([storage.to(self.device, copy=True) for storage in side]) for side in (src, dst))
         expected = Memory([storage.clone() for storage in dst])
         proven = self.compile(copies, source, target, manifest)

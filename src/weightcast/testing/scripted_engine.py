@@ -39,7 +39,8 @@ class _Request:
 
 
 class ScriptedEngine:
-    """See the module. ``token_delay_s`` is slept before each token; ``fail`` scripts errors."""
+    """An InferenceEngine without a model (see the module). The engine sleeps ``token_delay_s`` before each token; ``fail`` scripts
+    errors."""
 
     def __init__(
         self,
@@ -80,20 +81,20 @@ class ScriptedEngine:
     # Scripting
 
     def fail(self, method: str, error: Exception, times: int = 1, *, dirty: bool = False) -> None:
-        """Make the next ``times`` calls of ``method`` raise ``error``; "token" fails in the middle of generating. ``dirty``: the
-        weights are of no version afterwards."""
+        """Make the next ``times`` calls of ``method`` raise ``error``. The method "token" fails in the middle of generating. With
+        ``dirty`` the weights are of no version afterwards."""
         if method != "token" and not callable(getattr(self, method, None)):
             raise InvalidInput(f"ScriptedEngine has no method {method!r}", field="method")
         self._failures.setdefault(method, []).extend([(error, dirty)] * times)
 
     def named(self, method: str) -> list[Any]:
-        """The arguments of all calls of ``method``, in order."""
+        """Return the arguments of all calls of ``method``, in order."""
         return [arguments for name, arguments in self.calls if name == method]
 
     def expected_tokens(
         self, prompt_token_ids: Sequence[int], params: SamplingParams, index: int = 0, version: str | None = None
     ) -> list[int]:
-        """The tokens of output ``index`` if all come from one version and no stop ends it."""
+        """Return the tokens of output ``index`` when one version makes all of them and no stop ends them."""
         live = self.version if version is None else version
         limit = self._limit(prompt_token_ids, params)
         return [self._entry(prompt_token_ids, params, index, live, position)[0] for position in range(limit)]

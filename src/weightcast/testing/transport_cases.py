@@ -21,14 +21,14 @@ from weightcast.plan.replay import CPU_BLOCK_NBYTES
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransportCase:
-    """The copies of one pair, and how large both sides' storages are."""
+    """The copies of one pair, and the sizes of both sides' storages."""
 
     copies: tuple[Copy, ...]
     src_nbytes: tuple[int, ...]
     dst_nbytes: tuple[int, ...]
 
     def new_values(self, generator: torch.Generator) -> list[torch.Tensor]:
-        """Fresh random bytes for all source storages: any bit pattern, except where a cast or a bool limits them."""
+        """Return fresh random bytes for all source storages. Any bit pattern may come, except where a cast or a bool limits the values."""
         storages = [_random_bytes(nbytes, generator) for nbytes in self.src_nbytes]
         for copy in self.copies:
             if copy.src_dtype == "bool":
@@ -38,11 +38,11 @@ class TransportCase:
         return storages
 
     def new_canary(self, generator: torch.Generator) -> list[torch.Tensor]:
-        """Random bytes for the destination storages: what must survive outside of the destination's elements."""
+        """Return random bytes for the destination storages. Those outside of the destination's elements have to survive."""
         return [_random_bytes(nbytes, generator) for nbytes in self.dst_nbytes]
 
     def expected(self, values: Sequence[torch.Tensor], canary: Sequence[torch.Tensor]) -> list[bytes]:
-        """The destination storages after one receive."""
+        """Return the destination storages after one receive."""
         storages = [storage.clone() for storage in canary]
         for copy in self.copies:
             source = _gather(values[copy.src_storage], copy.src_dtype, copy.src_offset, copy.sizes, copy.src_strides)
@@ -93,8 +93,8 @@ def cast_case(rng: random.Random) -> TransportCase:
 
 
 def published_case(rng: random.Random) -> TransportCase:
-    """A trainer that publishes in another type than it holds, and an engine with types of its own: some values are cast twice,
-    also where both ends have one type. One tensor is larger than a block between two casts on a CPU."""
+    """A trainer that publishes in another type than it holds, and an engine with types of its own. Some values are cast twice, also
+    where both ends have one type. One tensor is larger than the block that a CPU casts at once."""
     types = ("float32", "bfloat16", "float16")
     shapes = [(rng.randint(1, 30), rng.randint(1, 50)) for _ in range(30)]
     specs = [TensorSpec(name=f"w{i}", dtype=rng.choice(types), shape=shape) for i, shape in enumerate(shapes)]

@@ -20,7 +20,7 @@ from weightcast.transports.registry import registry
 
 
 def load_transport(spec: str) -> Transport:
-    """A transport by registered name, or by "module:Class" for one that is not installed."""
+    """Return a transport by its registered name, or by "module:Class" for a transport that is not installed."""
     if ":" not in spec:
         return registry().get(spec)
     module, _, name = spec.partition(":")
@@ -29,7 +29,7 @@ def load_transport(spec: str) -> Transport:
 
 
 def census() -> dict[str, object]:
-    """What a process could leak: threads, descriptors by kind, shared segments, mapped arenas."""
+    """Count what a process could leak: threads, descriptors by kind, shared segments, mapped arenas."""
     gc.collect()
     kinds: Counter[str] = Counter()
     for entry in os.listdir("/proc/self/fd"):
@@ -72,7 +72,7 @@ class TrainerSide(_Side):
     end: TrainerEnd
 
     def open(self, spec: str, device: str, copies: Sequence[Copy], nbytes: Sequence[int], bucket_nbytes: int) -> bytes:
-        """Make memory of the given storages, adopt it and make the end; returns the offer."""
+        """Make memory of the given storages, adopt the memory and make the end. Returns the offer."""
         self.transport = load_transport(spec)
         storages = [torch.zeros(size, dtype=torch.uint8, device=device) for size in nbytes]
         self.memory = self.transport.adopt(Memory(storages))
@@ -116,21 +116,21 @@ class WorkerSide(_Side):
         self.end.connect(Deadline(timeout_s))
 
     def fill(self, number: int, contents: Sequence[bytes], is_arena: bool = False) -> None:
-        """Set the bytes of memory ``number``, which is made by the first fill."""
+        """Set the bytes of memory ``number``. The first call makes the memory."""
         if number not in self._memories:
             storages = [torch.empty(len(data), dtype=torch.uint8, device=self._device) for data in contents]
             self._memories[number] = Memory(storages, is_arena=is_arena)
         _write(self._memories[number], contents)
 
     def make(self, number: int, nbytes: Sequence[int]) -> None:
-        """Make memory ``number`` of zeros."""
+        """Make memory ``number``, filled with zeros."""
         self._memories[number] = Memory([torch.zeros(n, dtype=torch.uint8, device=self._device) for n in nbytes])
 
     def receive(self, number: int = 0, timeout_s: float = 20.0) -> int:
         return self.end.receive(self._memories[number], Deadline(timeout_s))
 
     def read(self, number: int = 0) -> list[bytes]:
-        """The bytes of memory ``number``."""
+        """Return the bytes of memory ``number``."""
         return [storage.cpu().numpy().tobytes() for storage in self._memories[number].storages]
 
     def abort(self) -> None:

@@ -47,14 +47,14 @@ class Served:
         return _HTTP.post(self.url + path, json=json, **options)
 
     def complete(self, ids: list[int], max_tokens: int = 12, **fields: Any) -> dict[str, Any]:
-        """A greedy completion with log-probabilities; the response's first choice."""
+        """Return the first choice of a greedy completion with log-probabilities."""
         response = self.post("/v1/completions", {**_request(ids, max_tokens), "logprobs": 0, **fields})
         assert response.status_code == 200, response.text
         choice: dict[str, Any] = response.json()["choices"][0]
         return choice
 
     def stream(self, ids: list[int], max_tokens: int) -> Iterator[dict[str, Any]]:
-        """A greedy completion as it is made: parts of the first choice."""
+        """Yield the parts of the first choice of a greedy completion as they are made."""
         body = {**_request(ids, max_tokens), "stream": True}
         with _HTTP.stream("POST", self.url + "/v1/completions", json=body) as response:
             assert response.status_code == 200, response.read()
@@ -64,7 +64,7 @@ class Served:
                     yield from json.loads(data)["choices"][:1]
 
     def answers(self, prompts: list[list[int]]) -> list[tuple[list[int], list[float]]]:
-        """Tokens and log-probabilities of each prompt."""
+        """Return tokens and log-probabilities for each prompt."""
         choices = [self.complete(ids) for ids in prompts]
         return [(choice["token_ids"], choice["logprobs"]["token_logprobs"]) for choice in choices]
 
@@ -73,7 +73,7 @@ class Served:
         return str(self.get("/weight_info").json()["weight_version"])
 
     def tokens_made(self) -> int:
-        """Tokens that the server has generated since it started."""
+        """Return how many tokens the server has generated since it started."""
         found = re.search(r"^vllm:generation_tokens_total\{.*\} (\S+)$", self.get("/metrics").text, re.MULTILINE)
         assert found is not None
         return int(float(found.group(1)))
@@ -105,7 +105,7 @@ def vllm_server(
     kv_cache_nbytes: int = 32 << 20,
     backend: Sequence[str] = BACKEND,
 ) -> Iterator[Served]:
-    """Start, wait until it is healthy, and end the whole process group afterwards."""
+    """Start a server, wait until the server is healthy, and end the whole process group afterwards."""
     port, token = free_port(), secrets.token_hex(8)
     log = model.parent / f"server-{port}.log"
     command = [
@@ -135,7 +135,7 @@ def vllm_server(
 
 
 def wait_healthy(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
-    """Wait until a server of either kind answers; AssertionError with the end of its log when it does not come up."""
+    """Wait until a server of either kind answers. AssertionError has the end of the server's log when the server does not come up."""
     end = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < end:
         if process.poll() is not None:

@@ -42,7 +42,8 @@ _MAP_FIXED, _MAP_NORESERVE = 0x10, 0x4000
 
 
 class ArenaRef(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How another process finds an arena, and recognises it: process and descriptor numbers are used again."""
+    """How another process finds an arena and recognises the arena. Recognising is needed because numbers of processes and descriptors
+    are used again."""
 
     pid: int
     descriptor: int
@@ -99,7 +100,7 @@ class Arena:
         _shared[mapping] = _Mapped(self.bytes.data_ptr(), self.bytes.numel(), descriptor)
 
     def close(self) -> None:
-        """Idempotent. The memory goes with its last user."""
+        """Close the descriptor. A second call does nothing. The memory is freed with its last user."""
         mapping = self._mapping()
         if not self._is_open or mapping is None or os.getpid() != self.ref.pid:
             return
@@ -154,9 +155,10 @@ def _map_privately() -> None:
 
 
 def map_arena(ref: ArenaRef) -> torch.Tensor:
-    """The bytes of another process's arena, read-only in spite of what torch believes: writing them is a segfault.
+    """Map the bytes of another process's arena for reading. torch does not know that the memory is read-only: writing to it is a
+    segfault.
 
-    Unmapped with the last view. Raises PeerLost when that process, or its arena, is gone.
+    The map is undone with the last view. Raises PeerLost when that process, or its arena, is gone.
     """
     descriptor = _open(ref)
     try:

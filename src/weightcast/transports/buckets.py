@@ -19,7 +19,7 @@ from weightcast.plan import Copy, split
 
 
 class Piece(msgspec.Struct, frozen=True, kw_only=True):
-    """A copy (or a part of one), the type that its values travel in, and the byte of the bucket where they begin."""
+    """A copy, or a part of one; the type in which its values travel; and the byte of the bucket where the values begin."""
 
     copy: Copy
     dtype: str
@@ -27,7 +27,7 @@ class Piece(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that travel."""
+        """The bytes that travel."""
         return self.copy.region.numel * itemsize_of(self.dtype)
 
 
@@ -36,7 +36,7 @@ MAX_BUCKET_NBYTES = 2**34
 
 
 class Bucket(msgspec.Struct, frozen=True, kw_only=True):
-    """What one buffer carries; ``nbytes`` of it travel."""
+    """What one buffer carries. ``nbytes`` bytes of the buffer travel."""
 
     pieces: tuple[Piece, ...]
     nbytes: int
@@ -54,7 +54,8 @@ def check_bucket_nbytes(bucket_nbytes: int) -> None:
 
 
 def schedule(copies: Iterable[Copy], bucket_nbytes: int) -> tuple[Bucket, ...]:
-    """Fill buckets greedily in the order of ``copies``; a copy larger than a bucket is cut. Empty copies vanish."""
+    """Fill buckets in the order of ``copies``, each as full as it gets. A copy larger than a bucket is cut, and empty copies are left
+    out."""
     check_bucket_nbytes(bucket_nbytes)
     buckets: list[Bucket] = []
     pieces: list[Piece] = []
@@ -81,7 +82,7 @@ def _travels_as(copy: Copy) -> str:
 
 
 def into_bucket(piece: Piece) -> Copy:
-    """The copy from the source's memory into a memory whose one storage is the bucket's buffer."""
+    """Return the copy from the source's memory into a memory whose one storage is the bucket's buffer."""
     copy = piece.copy
     return msgspec.structs.replace(
         copy,
@@ -94,7 +95,7 @@ def into_bucket(piece: Piece) -> Copy:
 
 
 def out_of_bucket(piece: Piece) -> Copy:
-    """The copy from a memory whose one storage is the bucket's buffer to the destination."""
+    """Return the copy from a memory whose one storage is the bucket's buffer to the destination."""
     copy = piece.copy
     return msgspec.structs.replace(
         copy,

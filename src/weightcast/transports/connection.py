@@ -54,7 +54,7 @@ class Connection:
             _advance(pending, nbytes)
 
     def receive_bytes(self, nbytes: int, deadline: Deadline, what: str) -> bytes:
-        """The next ``nbytes`` bytes."""
+        """Return the next ``nbytes`` bytes."""
         data = bytearray(nbytes)
         self.receive([memoryview(data)], deadline, what)
         return bytes(data)
@@ -69,7 +69,8 @@ class Connection:
                 return
 
     def start_tls(self, context: ssl.SSLContext, deadline: Deadline, *, server: bool) -> None:
-        """Go on encrypted; both sides call it. TransportError when the other side is not who the context wants."""
+        """Encrypt the connection from here on. Both sides call this. TransportError when the other side is not the one that the context
+        accepts."""
         what = "the TLS handshake"
         code = self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if code:
@@ -94,7 +95,7 @@ class Connection:
         self._attempt(handshake, select.POLLIN, deadline, what)
 
     def hang_up(self) -> None:
-        """End every call on this connection, here and at the peer."""
+        """End every call on this connection, on this side and on the peer's."""
         with contextlib.suppress(OSError):
             socket.socket.shutdown(self.socket, socket.SHUT_RDWR)
 

@@ -24,8 +24,8 @@ _ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 def local_facts(
     device: torch.device | str, address: str | None = None, *, files: Iterable[FileSpan | None] = ()
 ) -> Facts:
-    """Facts of this process for weights on ``device``, some of which may be parts of ``files``; ``address`` overrides where other
-    hosts reach it."""
+    """Return the facts of this process for weights on ``device``, some of which may be parts of ``files``. ``address`` replaces the
+    address at which other hosts reach this process."""
     device = torch.device(device)
     return Facts(
         host=host_identity(),
@@ -43,16 +43,16 @@ def local_facts(
 
 
 def host_identity() -> str:
-    """Equal for processes that can map each other's memory: one boot, one /dev/shm, one process table, one user.
+    """Return a text that is equal for processes that can map each other's memory: one boot, one /dev/shm, one process table, one user.
 
-    Containers on one machine differ in it unless they share their IPC and process namespaces.
+    Containers on one machine have different texts unless the containers share their IPC and process namespaces.
     """
     parts = [_boot_id(), _inode("/dev/shm"), _inode("/proc/self/ns/pid"), str(os.geteuid())]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 
 def outward_address() -> str:
-    """The address of the interface that other hosts are reached through; loopback when there is none."""
+    """Return the address of the interface through which other hosts are reached; the loopback address when there is none."""
     # Connecting a datagram socket picks a route and sends nothing; the addresses are reserved for documentation.
     for family, target in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
         try:
@@ -80,12 +80,12 @@ def _inode(path: str) -> str:
 
 
 def gpu_uuid(device: torch.device) -> str:
-    """Names a GPU in all processes of a host, whatever number each gives it."""
+    """Return the name that a GPU has in all processes of a host, whatever number each process gives the GPU."""
     return str(torch.cuda.get_device_properties(device).uuid)
 
 
 def visible_gpus() -> tuple[str, ...]:
-    """The UUIDs of this process's GPUs, in its own order."""
+    """Return the UUIDs of this process's GPUs, in this process's order."""
     return tuple(gpu_uuid(torch.device("cuda", index)) for index in range(torch.cuda.device_count()))
 
 

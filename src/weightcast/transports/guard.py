@@ -11,7 +11,7 @@ from weightcast.errors import TransportError
 
 
 class EndGuard:
-    """Remembers why an end died and refuses every later use. ``abort`` may come from any thread."""
+    """Remembers why an end died, and refuses every later use of the end. ``abort`` may come from any thread."""
 
     def __init__(self, end: str) -> None:
         self._end = end
@@ -37,7 +37,7 @@ class EndGuard:
 
     @contextmanager
     def use(self, what: str, deadline: Deadline) -> Iterator[None]:
-        """Around each use of the end; whatever leaves it as an exception, interrupts included, kills the end."""
+        """Wraps each use of the end. Any exception that leaves the block, interrupts included, kills the end."""
         self.check()
         try:
             deadline.check(what)

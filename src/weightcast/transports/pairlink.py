@@ -32,11 +32,11 @@ class PairLink:
 
     @classmethod
     def dial_to(cls, address: str, port: int, secret: bytes, deadline: Deadline, guard: EndGuard) -> PairLink:
-        """The worker's side."""
+        """The worker's side: dial the trainer and prove to each other who the two are."""
         return cls("trainer", dial(address, port, secret, deadline, guard))
 
     def meet(self, deadline: Deadline) -> None:
-        """Return when the other side has come here, too. Once, before any ``call``."""
+        """Return when the other side has come here as well. Call this once, before any ``call``."""
         what = f"meeting the {self._peer}"
         self._connection.send([_MET], deadline, what)
         if self._connection.receive_bytes(1, deadline, what) != _MET:
@@ -54,14 +54,14 @@ class PairLink:
             raise PeerLost(f"the {self._peer} is gone")
 
     def call(self) -> None:
-        """Tell the other side that this one goes on; ``num_calls`` tells it how often."""
+        """Tell the other side that this side goes on. The other side counts these calls by ``num_calls``."""
         try:
             self._connection.socket.send(b"\x01")
         except OSError as error:
             raise PeerLost(f"the {self._peer} is gone: {error}") from None
 
     def num_calls(self) -> int:
-        """How often the other side has called since the connection began. One thread at a time."""
+        """Return how often the other side has called since the connection began. Only one thread may ask at a time."""
         with contextlib.suppress(OSError):
             while calls := self._connection.socket.recv(4096, socket.MSG_DONTWAIT):
                 self._num_calls += len(calls)
@@ -69,7 +69,7 @@ class PairLink:
 
     @staticmethod
     def wait_any(links: Sequence[PairLink], timeout_s: float) -> None:
-        """Return when something has come, or broken, on one of these connections, or after the timeout."""
+        """Return when one of these connections has received something or has broken, or when the timeout is over."""
         poll = select.poll()
         with contextlib.suppress(OSError, ValueError):  # closed by another thread
             for link in links:

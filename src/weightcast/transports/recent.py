@@ -9,10 +9,10 @@ T = TypeVar("T")
 
 
 class Recent(Generic[T]):
-    """Values by memory number, or by number and part, at most ``size`` of them: a compiled copy keeps its memory alive, so old ones
-    must go.
+    """Values by memory number, or by memory number and part; at most ``size`` of them. A compiled copy keeps its memory alive, so old
+    values have to go.
 
-    Two are in use when a shadow and the live parameters take turns. ``parts`` is how many values there are for each memory.
+    Two memories are in use when a shadow and the live parameters take turns. ``parts`` is the number of values for each memory.
     """
 
     def __init__(self, size: int = 4, *, parts: int = 1) -> None:
@@ -20,7 +20,7 @@ class Recent(Generic[T]):
         self._values: dict[Hashable, T] = {}
 
     def get(self, number: Hashable, make: Callable[[], T]) -> T:
-        """The value of ``number``, made when it is not there; the one unused for longest makes room."""
+        """Return the value of ``number``, and make the value when it is not there. The value that was unused for longest makes room."""
         value = self._values.pop(number) if number in self._values else make()
         self._values[number] = value
         while len(self._values) > self._size:

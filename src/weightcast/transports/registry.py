@@ -24,13 +24,13 @@ NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
 class TransportRegistry:
-    """One object per transport, made when its name is first asked for.
+    """One object per transport, made when the transport's name is first asked for.
 
-    A transport whose import fails is remembered with the reason; whoever asks for it is told.
+    A transport whose import fails is remembered with the reason, and everybody who asks for the transport is told the reason.
     """
 
     def __init__(self, points: Iterable[EntryPoint] | None = None) -> None:
-        """``points``: instead of the entry points of installed packages."""
+        """``points`` stands in for the entry points of installed packages."""
         self._points = entry_points_of(ENTRY_POINT_GROUP, points)
         self._transports: dict[str, Transport] = {}
         self._failures: dict[str, str] = {}
@@ -44,22 +44,23 @@ class TransportRegistry:
         self._transports[name] = transport_class()
 
     def names(self) -> tuple[str, ...]:
-        """All transports that can be asked for by name, best first, whether they load or not."""
+        """Return all transports that can be asked for by name, the best first, whether or not they load."""
         known = {*self._points, *self._transports}
         return tuple(sorted(known, key=lambda name: (_rank(name), name)))
 
     def available(self) -> tuple[str, ...]:
-        """Names of the transports that load in this process, best first."""
+        """Return the names of the transports that load in this process, the best first."""
         return tuple(name for name in self.names() if self.failure(name) is None)
 
     def failure(self, name: str) -> str | None:
-        """Why the transport ``name`` does not load here; None when it does."""
+        """Return why the transport ``name`` does not load here; None when it loads."""
         if name not in self._transports and name not in self._failures:
             self._load(name)
         return self._failures.get(name)
 
     def get(self, name: str) -> Transport:
-        """The transport of that name; Unsupported says why it cannot be had, and which can."""
+        """Return the transport of that name. Unsupported says why this process cannot have the transport, and which transports it can
+        have."""
         reason = self.failure(name)
         if reason is not None:
             raise Unsupported(f"transport {name!r}: {reason}", hint=f"Available: {', '.join(self.available())}")
@@ -137,5 +138,5 @@ def _rank(name: str) -> int:
 
 @cache
 def registry() -> TransportRegistry:
-    """The registry of this process."""
+    """Return the registry of this process."""
     return TransportRegistry()

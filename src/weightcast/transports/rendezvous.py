@@ -43,7 +43,7 @@ _NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 class Listener:
-    """The trainer's side: listens on ``address`` at a free port until closed."""
+    """The trainer's side. Listens at a free port of ``address`` until it is closed."""
 
     def __init__(self, address: str, guard: EndGuard) -> None:
         self.secret = secrets.token_bytes(SECRET_NBYTES)
@@ -63,7 +63,7 @@ class Listener:
         self.port: int = self._socket.getsockname()[1]
 
     def accept(self, deadline: Deadline, lanes: int = 1) -> list[Connection]:
-        """The worker's connections, one for each lane."""
+        """Return the worker's connections, one for each lane."""
         callers: dict[int, Caller] = {}
         found: dict[int, socket.socket] = {}
         try:
@@ -111,7 +111,7 @@ class Listener:
 
 
 class Caller:
-    """Somebody who connected, until they have proved that they are the worker or have failed to."""
+    """Somebody who connected and has not proved yet to be the worker."""
 
     def __init__(self, connection: socket.socket, secret: bytes) -> None:
         connection.setblocking(False)
@@ -129,7 +129,7 @@ class Caller:
         return self.is_in or self._is_wrong or self._limit.passed
 
     def listen(self) -> None:
-        """Take what has come; never raises and never waits."""
+        """Take what has come. Never raises and never waits."""
         wanted = _HELLO_NBYTES if self.lane < 0 else _HELLO_NBYTES + _PROOF_NBYTES
         try:
             heard = self.socket.recv(wanted - len(self._heard))
@@ -163,8 +163,8 @@ class Caller:
 
 
 def dial(address: str, port: int, secret: bytes, deadline: Deadline, guard: EndGuard, *, lane: int = 0) -> Connection:
-    """The worker's side: connect, and prove each to the other who they are. A port where nobody listens is PeerLost at once; a
-    listener that does not know the secret is TransportError."""
+    """The worker's side: connect, and prove to each other who the two are. A port where nobody listens is PeerLost at once. A listener
+    that does not know the secret is TransportError."""
     what = f"connecting to {address}:{port}"
     connection = Connection(_open(address, port), guard)
     try:
@@ -202,5 +202,5 @@ def _open(address: str, port: int) -> socket.socket:
 
 
 def proof(secret: bytes, side: bytes, lane: int, worker_nonce: bytes, trainer_nonce: bytes) -> bytes:
-    """What only a side that knows the secret can say to these two nonces."""
+    """Return what only a side that knows the secret can answer to these two nonces."""
     return hmac.digest(secret, side + bytes([lane]) + worker_nonce + trainer_nonce, "sha256")

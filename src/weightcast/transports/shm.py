@@ -42,7 +42,7 @@ class _Span(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class ShmOffer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Where each storage of the trainer can be read. ``gaps_are_zero``: see Memory.is_arena."""
+    """Where each storage of the trainer can be read. ``gaps_are_zero`` is explained in Memory.is_arena."""
 
     arena: ArenaRef | None
     spans: tuple[_Span, ...]
@@ -73,7 +73,7 @@ class ShmMemory(Memory):
 
 
 class ShmTransport(Transport):
-    """CPU memory of one host; pulls."""
+    """CPU memory of one host. The worker pulls."""
 
     name = "shm"
     pulls = True
@@ -90,8 +90,8 @@ class ShmTransport(Transport):
         return None
 
     def adopt(self, memory: Memory) -> Memory:
-        """Copies all storages but those of files into one arena; the old ones can be dropped afterwards. Storages that are one
-        memory stay one."""
+        """Copy all storages into one arena, except for those of files. The old storages can be dropped afterwards. Storages that are
+        one memory stay one memory."""
         if isinstance(memory, ShmMemory):
             return memory
         if any(storage.device.type != "cpu" for storage in memory.storages):
@@ -140,7 +140,7 @@ class ShmTransport(Transport):
 
 
 class ShmTrainerEnd(TrainerEnd):
-    """Has nothing to do but to say where the memory is: what the trainer writes there, workers see."""
+    """Only says where the memory is. What the trainer writes there, workers see."""
 
     def __init__(self, copies: Sequence[Copy], memory: ShmMemory) -> None:
         self._guard = EndGuard("the trainer's end of a shm pair")
@@ -151,7 +151,7 @@ class ShmTrainerEnd(TrainerEnd):
         return self._offer
 
     def connect(self, deadline: Deadline) -> None:
-        """Returns at once: the worker connects to the memory, not to the process."""
+        """Return at once: the worker connects to the memory, not to the process."""
         with self._guard.use("connect", deadline):
             pass
 
@@ -171,7 +171,7 @@ class _Step(Protocol):
 
 
 class ShmWorkerEnd(WorkerEnd):
-    """Maps the arena and opens the files once, then replays."""
+    """Maps the arena and opens the files once, and then replays the plan in each round."""
 
     def __init__(self, copies: Sequence[Copy], offer: ShmOffer) -> None:
         self._guard = EndGuard("the worker's end of a shm pair")
@@ -225,7 +225,7 @@ class ShmWorkerEnd(WorkerEnd):
     def receive_proven(
         self, memory: Memory, manifest: Manifest, deadline: Deadline, part: int = 0
     ) -> tuple[int, int | None]:
-        """Copies and digests in one pass, where that is worth it and all bytes come out of the arena."""
+        """Copy and digest in one pass, where one pass is worth it and all bytes come out of the arena."""
         if not self._proves():
             return super().receive_proven(memory, manifest, deadline, part)
 
@@ -288,7 +288,7 @@ def _file_ref(file: FileSpan, storage: torch.Tensor) -> FileRef:
 
 
 def check_offer(offer: ShmOffer, copies: Iterable[Copy]) -> None:
-    """Raise ProtocolError where a copy would read outside of what is offered."""
+    """Raise ProtocolError where a copy would read outside of what the trainer offers."""
     limit = 0 if offer.arena is None else offer.arena.nbytes
     for number, span in enumerate(offer.spans):
         end = span.file.nbytes if span.file else limit - span.offset
@@ -307,13 +307,13 @@ def _end_nbytes(copy: Copy) -> int:
 
 
 def in_arena(copy: Copy, spans: Sequence[_Span]) -> Copy:
-    """The copy with its source counted from the start of the arena: storages that lie side by side can then be merged."""
+    """Return the copy with its source counted from the start of the arena, so that storages that lie side by side can be merged."""
     base = spans[copy.src_storage].offset // itemsize_of(copy.src_dtype)
     return msgspec.structs.replace(copy, src_storage=0, src_offset=base + copy.src_offset)
 
 
 def storages_are_filled(copies: Iterable[Copy], spans: Sequence[_Span]) -> bool:
-    """True when no storage has bytes that no copy reads: then all gaps between copies are the arena's own zeros."""
+    """True when a copy reads every byte of every storage. All gaps between copies are the arena's own zeros then."""
     runs = [as_run(copy) for copy in copies]
     filled = [0] * len(spans)
     for run in sorted((run for run in runs if run is not None), key=lambda run: run.src_offset):

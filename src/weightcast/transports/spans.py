@@ -19,7 +19,7 @@ from weightcast.transports.movers import Buffer, Mover
 
 
 class Loading:
-    """How a bucket is sent out of a memory: ``run()``, then send ``spans``."""
+    """How a bucket is sent out of a memory: call ``run()``, then send ``spans``."""
 
     def __init__(self, bucket: Bucket, memory: Memory, buffer: Buffer, mover: Mover) -> None:
         copies = [into_bucket(piece) for piece in bucket.pieces]
@@ -28,13 +28,13 @@ class Loading:
         self._pack = mover.step(packed, memory, Memory([buffer.near])) if packed else None
 
     def run(self, deadline: Deadline) -> None:
-        """Pack what cannot be sent from where it lies."""
+        """Pack the values that cannot be sent from where they lie."""
         if self._pack is not None:
             self._pack(deadline)
 
 
 class Unloading:
-    """How a bucket is received into a memory: receive into ``spans``, then ``run()``."""
+    """How a bucket is received into a memory: receive into ``spans``, then call ``run()``."""
 
     def __init__(self, bucket: Bucket, buffer: Buffer, memory: Memory, mover: Mover) -> None:
         copies = [out_of_bucket(piece) for piece in bucket.pieces]
@@ -43,7 +43,7 @@ class Unloading:
         self._unpack = mover.step(packed, Memory([buffer.near]), memory) if packed else None
 
     def run(self, deadline: Deadline) -> None:
-        """Bring to its place what could not be received there."""
+        """Copy to their places the values that could not be received there."""
         if self._unpack is not None:
             self._unpack(deadline)
 

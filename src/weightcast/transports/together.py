@@ -19,7 +19,7 @@ GRACE_S = 0.9
 
 
 class Blamed(Exception):
-    """Raised by the work to say whose fault its failure is: ``error`` is what that member's thread raises."""
+    """Raised by the work to say which member caused the failure. That member's thread raises ``error``."""
 
     def __init__(self, member: int, error: WeightcastError) -> None:
         super().__init__(str(error))
@@ -40,11 +40,11 @@ class Together:
 
     @property
     def failure(self) -> BaseException | None:
-        """Why the group is done for; None while it is not."""
+        """Why the group has failed; None while it has not."""
         return self._failure
 
     def fail(self, error: BaseException, blamed: int | None = None) -> None:
-        """Nobody waits any longer, now or later. The first failure is kept."""
+        """End all waits, present and later ones. The first failure is kept."""
         with self._changed:
             if self._failure is None:
                 self._failure, self._blamed = error, blamed
@@ -53,11 +53,10 @@ class Together:
     def do(
         self, member: int, what: str, deadline: Deadline, work: Callable[[], None], check: Callable[[], None]
     ) -> None:
-        """Return when all members have come here and one of them has done ``work``; ``check`` is called while waiting and may
-        raise.
+        """Return when all members have come here and one of them has done ``work``. ``check`` is called while waiting, and may raise.
 
-        A failure is raised by everybody: as it is by the member whose fault it was, or who did the work when it was
-        nobody's; as GroupBroken by the others. DeadlineExceeded that is nobody's fault is that for all.
+        Everybody raises a failure. The member that caused the failure raises the error as it is, or, where no member caused it, the
+        member that did the work. The others raise GroupBroken. A DeadlineExceeded that no member caused is raised as it is by all.
         """
         with self._changed:
             self._refuse(member)
