@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 
 import torch
@@ -78,20 +78,27 @@ def _context(device: torch.device) -> Iterator[ctypes.CDLL]:
 
 def allocation_of(address: int, device: torch.device) -> tuple[int, int]:
     """Start address and size of the allocation that an address lies in."""
-    base, nbytes = ctypes.c_uint64(), ctypes.c_size_t()
     with _context(device) as driver:
-        code = driver.cuMemGetAddressRange_v2(ctypes.byref(base), ctypes.byref(nbytes), address)
-        _check(code, f"address {address:#x} is not in GPU memory")
-    return base.value, nbytes.value
+        return _range_of(driver, address)
 
 
-def has_handle(address: int, device: torch.device) -> bool:
-    """Whether the allocation that an address lies in is of a kind that has a handle: expandable segments and cudaMallocAsync give none."""
+def allocations_of(addresses: Sequence[int], device: torch.device) -> list[tuple[int, int] | None]:
+    """``allocation_of`` many addresses; None for one whose allocation is of a kind that has no handle: expandable segments and
+    cudaMallocAsync give none."""
     capable = ctypes.c_int()
+    pointer, found = ctypes.addressof(capable), []
     with _context(device) as driver:
-        pointer = ctypes.addressof(capable)
-        _check(driver.cuPointerGetAttribute(pointer, _IS_LEGACY_IPC_CAPABLE, address), "cannot look at GPU memory")
-    return bool(capable.value)
+        for address in addresses:
+            _check(driver.cuPointerGetAttribute(pointer, _IS_LEGACY_IPC_CAPABLE, address), "cannot look at GPU memory")
+            found.append(_range_of(driver, address) if capable.value else None)
+    return found
+
+
+def _range_of(driver: ctypes.CDLL, address: int) -> tuple[int, int]:
+    base, nbytes = ctypes.c_uint64(), ctypes.c_size_t()
+    code = driver.cuMemGetAddressRange_v2(ctypes.byref(base), ctypes.byref(nbytes), address)
+    _check(code, f"address {address:#x} is not in GPU memory")
+    return base.value, nbytes.value
 
 
 def export_allocation(address: int, device: torch.device) -> bytes:

@@ -43,6 +43,8 @@ class Pair:
     end: WorkerEnd
     parts: tuple[int, ...]
     """The parts that come over this pair."""
+    pulls: bool
+    """Whether the end reads memory of the trainer's that this process has mapped."""
     awaits_windows: bool
     """Whether the end reads windows of a stream, each once the trainer has filled it."""
 
@@ -80,6 +82,8 @@ class Pairs:
         """How the last round's weights came: bytes, transport and seconds, for the log."""
         self._device, self._round, self._tell, self._why_gone = device, round, tell, why_gone
         self._pairs: list[Pair] = []
+        self._former: list[Pair] = []
+        """Those of the epoch before, while this epoch's are set up: what both have mapped is not unmapped in between."""
         self._num_ranks = 1
         self._pulls = True
         self._via = ""
@@ -99,6 +103,12 @@ class Pairs:
 
     def set_up(self, setup: Setup, plan: Plan, deadline: Deadline, warm_up: Callable[[list[WorkerEnd]], None]) -> None:
         """Make and connect this worker's ends of the pairs that the trainer offers. Raises PlanMismatch where the plan needs others."""
+        try:
+            self._set_up(setup, plan, deadline, warm_up)
+        finally:
+            self._close_former()
+
+    def _set_up(self, setup: Setup, plan: Plan, deadline: Deadline, warm_up: Callable[[list[WorkerEnd]], None]) -> None:
         offered = {offer.rank: offer for offer in setup.offers}
         if set(offered) != set(plan):
             raise PlanMismatch(f"the plan needs trainer ranks {sorted(plan)}, offers came from {sorted(offered)}")
@@ -110,7 +120,7 @@ class Pairs:
             end = transport.worker_end(offered[rank].data, copies)
             awaits_windows = transport.pulls and rank in setup.holdings.streamed
             with self._free:
-                self._pairs.append(Pair(rank, end, tuple(parts_of(copies)), awaits_windows))
+                self._pairs.append(Pair(rank, end, tuple(parts_of(copies)), transport.pulls, awaits_windows))
         with self._in_use():
             for pair in self._pairs:
                 with pair.named(self._num_ranks > 1):
@@ -127,14 +137,29 @@ class Pairs:
 
     def close(self) -> bool:
         """Close all ends once no call is inside one of them. When a call does not end, return False and leave the ends open."""
+        if not self.retire():
+            return False
+        self._close_former()
+        return True
+
+    def _close_former(self) -> None:
+        with self._free:
+            former, self._former = self._former, []
+        for pair in former:
+            pair.end.close()
+
+    def retire(self) -> bool:
+        """Leave an epoch for the next one, whose ``set_up`` closes the ends of this one that pull. False like ``close``."""
         with self._free:
             if not self._free.wait_for(lambda: not self._using, RELEASE_TIMEOUT_S):
                 logger.error("a transfer does not let go of its ends; they stay open")
                 return False
             self._entered = []
             pairs, self._pairs = self._pairs, []
+            self._former += [pair for pair in pairs if pair.pulls]
         for pair in pairs:
-            pair.end.close()
+            if not pair.pulls:
+                pair.end.close()  # its buffers make room for the next one's
         return True
 
     # -- a round

@@ -232,20 +232,20 @@ class Session:
             return not self._leaving.wait(self.round.may_return_s() + WAY_BACK_S)
         return not self._leaving.is_set()
 
-    def _leave_epoch(self, epoch: int) -> bool:
-        """Close the pairs of earlier epochs; False, and the trainer is told, where one of them is still in use."""
-        if self.pairs.close():
+    def _leave_epoch(self, epoch: int, leave: Callable[[], bool]) -> bool:
+        """Leave the pairs of earlier epochs; False, and the trainer is told, where one of them is still in use."""
+        if leave():
             return True
         error = TransportError("a transfer of an earlier epoch does not end", hint="Restart the engine if it stays")
         self.send_failure(RoundId(epoch=epoch, round=0), "setup", error)
         return False
 
     def _let_go(self, order: LetGo) -> None:
-        if self._leave_epoch(order.epoch):
+        if self._leave_epoch(order.epoch, self.pairs.close):
             self.link.send(Ready(epoch=order.epoch, plan_digest=""))
 
     def _set_up(self, setup: Setup) -> None:
-        if not self._leave_epoch(setup.epoch):
+        if not self._leave_epoch(setup.epoch, self.pairs.retire):
             return
         try:
             plan = compile_plan(self.manifest, Holdings.told(self.manifest, setup.holdings), self._landings)

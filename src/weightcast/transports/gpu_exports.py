@@ -69,13 +69,13 @@ class Exports:
         self._numbers: dict[int, int] = {}
         self._shared: list[SharedByTorch] = []
         used = {copy.src_storage for copy in copies if copy.nbytes}
-        spans = []
+        spans = [Span(segment=-1, offset=0, nbytes=storage.numel()) for storage in memory.storages]
         try:
-            for number, storage in enumerate(memory.storages):
-                if number in used:
-                    spans.append(self._export(storage))
-                else:
-                    spans.append(Span(segment=-1, offset=0, nbytes=storage.numel()))
+            for device in {memory.storages[number].device for number in used}:
+                numbers = [number for number in sorted(used) if memory.storages[number].device == device]
+                uuid, addresses = gpu_uuid(device), [memory.storages[number].data_ptr() for number in numbers]
+                for number, found in zip(numbers, driver.allocations_of(addresses, device), strict=True):
+                    spans[number] = self._export(memory.storages[number], found, uuid)
         except BaseException:
             self.close()
             raise
@@ -86,19 +86,19 @@ class Exports:
         while self._shared:
             self._shared.pop().close()
 
-    def _export(self, storage: torch.Tensor) -> Span:
+    def _export(self, storage: torch.Tensor, found: tuple[int, int] | None, uuid: str) -> Span:
+        """The storage as a part of the allocation that was found; None where torch has to name it."""
         address, nbytes = storage.data_ptr(), storage.numel()
-        if address in self._numbers:
-            return Span(segment=self._numbers[address], offset=0, nbytes=nbytes)
-        if not driver.has_handle(address, storage.device):
-            return self._export_by_torch(storage)
-        start, whole_nbytes = driver.allocation_of(address, storage.device)
+        start, whole_nbytes = (address, nbytes) if found is None else found
         if start not in self._numbers:
-            handle = driver.export_allocation(start, storage.device)
-            self._add(start, handle=handle, address=start, nbytes=whole_nbytes, gpu=gpu_uuid(storage.device))
+            if found is None:
+                self._share(storage, uuid)
+            else:
+                handle = driver.export_allocation(start, storage.device)
+                self._add(start, handle=handle, address=start, nbytes=whole_nbytes, gpu=uuid)
         return Span(segment=self._numbers[start], offset=address - start, nbytes=nbytes)
 
-    def _export_by_torch(self, storage: torch.Tensor) -> Span:
+    def _share(self, storage: torch.Tensor, uuid: str) -> None:
         address, nbytes = storage.data_ptr(), storage.numel()
         shared = SharedByTorch(address, nbytes, storage.device)
         self._shared.append(shared)
@@ -108,12 +108,11 @@ class Exports:
             handle=handle,
             address=address,
             nbytes=nbytes,
-            gpu=gpu_uuid(storage.device),
+            gpu=uuid,
             handle_offset=offset,
             counter=counter,
             counter_offset=counter_offset,
         )
-        return Span(segment=self._numbers[address], offset=0, nbytes=nbytes)
 
     def _add(self, start: int, **fields: object) -> None:
         self._numbers[start] = len(self._segments)
@@ -128,11 +127,10 @@ class Mapping:
         self._opened: list[int] = []
         self._shared: list[torch.UntypedStorage] = []
         same_process = offered.process == process_identity()
+        for uuid in {segment.gpu for segment in offered.segments}:
+            _refuse_unreachable(uuid, device)
         try:
-            starts = []
-            for segment in offered.segments:
-                _refuse_unreachable(segment.gpu, device)
-                starts.append(segment.address if same_process else self._open(segment))
+            starts = [segment.address if same_process else self._open(segment) for segment in offered.segments]
         except BaseException:
             self.close()
             raise
