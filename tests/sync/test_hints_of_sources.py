@@ -280,15 +280,15 @@ def _replace(module: Two) -> None:
     module.v = nn.Parameter(torch.randn(3))
 
 
-def _move(module: Two) -> None:
-    module.v.data = torch.randn(3)
+def _halve(module: Two) -> None:
+    module.v.data = torch.randn(3).half()
 
 
 @pytest.mark.parametrize(
     ("change", "said", "hint"),
     [
         (_replace, "'v' of the module was replaced", r"parameter\.copy_\(values\)\)\. Call connect\(\)"),
-        (_move, "parameters of the module were moved.*v", r"Call connect\(\) to publish the module as it is now"),
+        (_halve, "parameters of the module were moved.*v", r"Call connect\(\) to publish the module as it is now"),
     ],
 )
 def test_a_module_of_other_tensors(

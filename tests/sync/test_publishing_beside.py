@@ -120,6 +120,48 @@ def test_a_module_with_adapters_is_merged_at_the_moment_of_the_call() -> None:
         engine.stop()
 
 
+def test_a_trainer_that_wants_its_memory_back_gets_it_between_such_rounds() -> None:
+    model = small_model()
+    engine = LocalEngine("e", [DictModel(model.state_dict())])
+    try:
+        with Publisher(model, [engine], hold="round", timeout_s=30) as publisher:
+            for wait in (True, False, False, True, False):
+                with torch.no_grad():
+                    for value in model.parameters():
+                        value.data = torch.randn(value.shape)
+                truth = copied(model.state_dict())
+                round_ = publisher.publish(wait=wait)  # type: ignore[call-overload]
+                assert (round_ if wait else round_.wait()).digests_match
+                assert engine.models[0].holds(truth)
+    finally:
+        engine.stop()
+
+
+def test_where_there_is_no_room_for_a_snapshot_rounds_that_are_waited_for_go_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = small_model()
+    engine = LocalEngine("e", [DictModel(model.state_dict())])
+    try:
+        with Publisher(model, [engine], transport="shm", timeout_s=30) as publisher:
+            publisher.publish()
+            monkeypatch.setattr("weightcast.sources.snapshot.host_room_nbytes", lambda: 4096)
+            for _ in range(2):
+                with pytest.raises(
+                    StateError, match=r"no room for a snapshot of \d+ bytes \(4096 are free\)"
+                ) as caught:
+                    publisher.publish(wait=False)
+                assert "Publish without wait=False" in str(caught.value)
+                with torch.no_grad():
+                    model[0].weight.normal_()
+                assert publisher.publish().held_s is None
+                assert engine.models[0].holds(copied(model.state_dict()))
+            monkeypatch.undo()
+            assert publisher.publish(wait=False).wait().ok
+    finally:
+        engine.stop()
+
+
 def test_the_next_call_waits_for_the_round() -> None:
     model, gate = small_model(), Gate()
     engine = LocalEngine("e", [DictModel(model.state_dict())])

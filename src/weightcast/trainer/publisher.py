@@ -205,7 +205,7 @@ class Publisher:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None and self._publishing is not None:
+        if error is not None and self._publishing is not None and not self._turns.is_child:
             self._publishing.cancel()
         self.close()
 

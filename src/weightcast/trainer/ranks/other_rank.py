@@ -80,6 +80,9 @@ _Item = tuple[RankOrder, AnyOrder]
 class OtherRank:
     """One rank's part of the calls of a Publisher of several ranks. Not thread-safe: one call at a time."""
 
+    _failure: Exception | None = None
+    """Why this rank has nothing to publish in the call that runs."""
+
     def __init__(self, holder: Holder, info: JoinInfo, *, rank: int, size: int, address: str) -> None:
         source = holder.source
         self._holder, self._rank, self._address = holder, rank, address
@@ -88,7 +91,6 @@ class OtherRank:
         """Digests that rounds need of what this rank holds, by key."""
         self.last_report: Report | None = None
         self._release: Callable[[], object] | None = None
-        self._failure: Exception | None = None
         self._ends: dict[int, _KeptEnd] = {}
         self._orders: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
         self._lost: str | None = None
