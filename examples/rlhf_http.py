@@ -1,11 +1,12 @@
 """A served process learns what a trainer publishes: rollouts and weights both go over HTTP routes.
 
-    python examples/rlhf_http.py [--engine embedded|vllm] [--steps 8]
+    python examples/rlhf_http.py [--engine embedded|vllm|sglang] [--steps 8]
 
 The server is what you would start by hand:
 
     WEIGHTCAST_TOKEN=... weightcast serve MODEL
     WEIGHTCAST_TOKEN=... vllm serve MODEL --weight-transfer-config '{"backend": "weightcast"}'
+    WEIGHTCAST_TOKEN=... sglang serve MODEL
 """
 
 from __future__ import annotations
@@ -32,6 +33,10 @@ COMMANDS = {
         *("vllm", "serve", "--weight-transfer-config", '{"backend": "weightcast"}'),
         *("--dtype", "float32", "--enforce-eager", "--max-model-len", "64", "--kv-cache-memory-bytes", str(64 << 20)),
     ],
+    "sglang": [
+        *("sglang", "serve", "--device", "cpu", "--attention-backend", "torch_native", "--disable-cuda-graph"),
+        *("--dtype", "float32", "--context-length", "64", "--mem-fraction-static", "0.2", "--max-total-tokens", "4096"),
+    ],
 }
 START_TIMEOUT_S = 240.0
 
@@ -45,7 +50,11 @@ def serve(engine: str, folder: Path, token: str) -> Iterator[str]:
     program, *arguments = COMMANDS[engine]
     command = [str(Path(sys.executable).parent / program), *arguments, "--port", str(port)]
     command[2:2] = [str(folder), "--host", "127.0.0.1", "--served-model-name", "policy"]
-    environment = os.environ | {"WEIGHTCAST_TOKEN": token, "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    environment = os.environ | {
+        "WEIGHTCAST_TOKEN": token,
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "SGLANG_USE_CPU_ENGINE": "1",
+    }
     log = folder.parent / "server.log"
     with log.open("wb") as output:
         server = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
@@ -59,8 +68,12 @@ def serve(engine: str, folder: Path, token: str) -> Iterator[str]:
         server.wait(30)
 
 
-def sample(client: httpx.Client) -> list[list[int]]:
+def sample(client: httpx.Client, engine: str) -> list[list[int]]:
     """Sampled answers to all prompts, in one request."""
+    if engine == "sglang":
+        params = {"max_new_tokens": NUM_TOKENS, "temperature": 1.0, "ignore_eos": True}
+        wanted = {"input_ids": PROMPTS, "sampling_params": params}
+        return [one["output_ids"] for one in client.post("/generate", json=wanted).raise_for_status().json()]
     body = {
         "model": "policy",
         "prompt": PROMPTS,
@@ -92,7 +105,7 @@ def main() -> None:
                 report = publisher.publish()
                 assert report.digests_match, report
                 assert client.get("/weight_info").json()["weight_version"] == report.version
-                rewards.append(learner.step(PROMPTS, sample(client)))
+                rewards.append(learner.step(PROMPTS, sample(client, options.engine)))
                 print(f"step {step}: reward {rewards[-1]:.2f}; {report}")
     print(f"reward {rewards[0]:.2f} -> {rewards[-1]:.2f}")
 

@@ -134,21 +134,31 @@ class Launcher:
         """Start, wait until requests are answered, and end the whole process group afterwards."""
         port, token = free_port(), secrets.token_hex(8)
         log = model.parent / f"sglang-{port}.log"
-        wanted = {
-            "argv": arguments(model, port, *options),
-            "env": {"WEIGHTCAST_TOKEN": token, **(env or {})},
-            "log": str(log),
-        }
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(wanted) + "\n")
-        self._process.stdin.flush()
-        pid = int(self._answer())
+        pid = self._start(arguments(model, port, *options), {"WEIGHTCAST_TOKEN": token, **(env or {})}, log)
         try:
             server = Server(f"http://127.0.0.1:{port}", token, log, pid)
             wait_there(server)
             yield server
         finally:
             os.killpg(pid, signal.SIGKILL)
+            self.wait(pid)
+
+    def run(self, function: str, *argv: str, log: Path) -> int:
+        """Run ``module:function`` with these arguments in a process of its own, and return the process's id."""
+        return self._start(list(argv), {}, log, run=function)
+
+    def wait(self, pid: int) -> int:
+        """What a process ended with: its exit code, or a signal's number below zero."""
+        return self._ask({"wait": pid})
+
+    def _start(self, argv: list[str], env: dict[str, str], log: Path, **more: str) -> int:
+        return self._ask({"argv": argv, "env": env, "log": str(log), **more})
+
+    def _ask(self, wanted: dict[str, Any]) -> int:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(wanted) + "\n")
+        self._process.stdin.flush()
+        return int(self._answer())
 
     def close(self) -> None:
         self._process.kill()
@@ -157,7 +167,7 @@ class Launcher:
     def _answer(self, wanted: str = "") -> str:
         assert self._process.stdout is not None
         for line in self._process.stdout:
-            if line.strip() == wanted or (not wanted and line.strip().isdecimal()):
+            if line.strip() == wanted or (not wanted and line.strip().lstrip("-").isdecimal()):
                 return line.strip()
         raise AssertionError(f"the process that starts servers ended with {self._process.wait()}")
 

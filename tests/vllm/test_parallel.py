@@ -1,14 +1,11 @@
 """Several workers, several engines: all of them at one version, exactly."""
 
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from tests.support.embedded_server import embedded_server
 from tests.vllm.offline import FreshLoads
 from tests.vllm.stock import DEV_MODE, StockRoutes
 from tests.vllm.weights import replace, verified
@@ -17,7 +14,7 @@ from weightcast import Publisher
 from weightcast.errors import PlanMismatch, WeightcastError
 from weightcast.report import Report
 from weightcast.testing.models import build_tiny_model, random_state_dict, save_checkpoint
-from weightcast.testing.vllm_server import Served, free_port, vllm_server, wait_healthy
+from weightcast.testing.vllm_server import vllm_server
 
 PROMPTS = [[5, 17, 33, 2, 90], list(range(60, 100)), [7]]
 TWO_CORES = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
@@ -74,25 +71,6 @@ def check_shares(report: Report, weights: dict[str, torch.Tensor], *, sliced: bo
         assert all(0.49 < share < 0.52 for share in shares), shares
     else:
         assert shares == [1.0, 1.0]
-
-
-@contextmanager
-def embedded_server(model: Path, token: str) -> Iterator[tuple[Served, "subprocess.Popen[bytes]"]]:
-    """``weightcast serve`` of the model, and its process."""
-    port = free_port()
-    command = [
-        str(Path(sys.executable).parent / "weightcast"), "serve", str(model), "--port", str(port), "--token", token,
-        "--served-model-name", "policy",
-    ]  # fmt: skip
-    log = model.parent / f"embedded-{port}.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-    try:
-        wait_healthy(process, f"http://127.0.0.1:{port}", log)
-        yield Served(f"http://127.0.0.1:{port}", token, log, process.pid), process
-    finally:
-        process.kill()
-        process.wait(10)
 
 
 def embedded_answers(model: Path, weights: dict[str, torch.Tensor]) -> list[list[int]]:

@@ -27,6 +27,7 @@ from weightcast.server.openapi import describe
 from weightcast.server.operation import Operation, routes_of
 from weightcast.server.replies import RequestRefused, error_body, error_response, json_response
 from weightcast.server.rl_routes import RlRoutes
+from weightcast.server.sglang_routes import SglangRoutes
 from weightcast.server.token_routes import TokenRoutes
 
 
@@ -61,7 +62,7 @@ def _operations(context: ServerContext) -> list[Operation]:
         metrics=context.metrics,
         max_body_nbytes=context.config.max_body_nbytes,
     )
-    answering = (CompletionRoutes(context), ChatRoutes(context), TokenRoutes(context))
+    answering = (CompletionRoutes(context), ChatRoutes(context), TokenRoutes(context), SglangRoutes(context))
     groups = (*answering, InfoRoutes(context), RlRoutes(context), control)
     operations = [operation for group in groups for operation in group.operations()]
 

@@ -122,6 +122,8 @@ class RlRoutes:
     async def set_version(self, request: Request) -> Response:
         body = await self._read(request, VersionBody, optional=False)
         version = _version(body.new_version, "new_version")
+        if body.abort_all_requests:
+            await self._engine.abort(None)
         await self._engine.update_weight_version(version)
         return json_response({"success": True, "new_version": version})
 

@@ -32,9 +32,10 @@ class FinishBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class VersionBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """POST /update_weight_version."""
+    """POST /update_weight_version. ``abort_all_requests`` is SGLang's."""
 
     new_version: str | int
+    abort_all_requests: bool = False
 
 
 class CheckerBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):

@@ -17,18 +17,19 @@ from weightcast.engines.stock.front import StockControl, StockFront
 from weightcast.server.auth import TokenAuth, guards_of
 from weightcast.server.body import query_flag
 from weightcast.server.control_routes import control_router
+from weightcast.server.info_routes import readiness
 from weightcast.server.operation import Operation, routes_of
 from weightcast.server.replies import json_response
 from weightcast.untrusted.secret import usable_token
 
 TOKEN_VARIABLE = "WEIGHTCAST_TOKEN"
 PREFIX = "/weightcast"
-SIZE, INFO = "/get_world_size", "/weight_info"
+SIZE, INFO, READY = "/get_world_size", "/weight_info", "/ready"
 
 
 def is_own_path(path: str) -> bool:
     """Whether a route of weightcast's answers there."""
-    return path == PREFIX or path.startswith(PREFIX + "/") or path in (SIZE, INFO)
+    return path == PREFIX or path.startswith(PREFIX + "/") or path in (SIZE, INFO, READY)
 
 
 def serve_routes(app: Any, engine: SglangEngine) -> None:
@@ -38,6 +39,8 @@ def serve_routes(app: Any, engine: SglangEngine) -> None:
     control.attach(engine)
     app.router.routes.extend(control_router(control, auth).routes)
     app.router.routes.extend(routes_of(_open_operations(control.front), guards_of(auth)))
+    # SGLang's route of this path knows nothing of weights.
+    app.router.routes[:0] = routes_of([_ready_operation(control.front)], guards_of(auth))
 
 
 def _open_operations(front: StockFront[SglangEngine]) -> list[Operation]:
@@ -56,3 +59,15 @@ def _open_operations(front: StockFront[SglangEngine]) -> list[Operation]:
         asked(SIZE, world_size, "How many workers the engine has"),
         asked(INFO, weight_info, "Which version is live"),
     ]
+
+
+def _ready_operation(front: StockFront[SglangEngine]) -> Operation:
+    async def ready(request: Request) -> Response:
+        if not front.engine.is_ready():
+            return Response(status_code=503)
+        status = await front.status()
+        return readiness(status, status.model)
+
+    return Operation(
+        method="GET", path=READY, handler=ready, summary="200 when requests are served", tag="weightcast"
+    )  # fmt: skip

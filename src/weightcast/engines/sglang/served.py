@@ -112,6 +112,11 @@ class SglangEngine(StockEngine):
         """Schedulers have named it already where tokens carry versions."""
         self.manager._update_weight_version_if_provided(version)
 
+    def is_ready(self) -> bool:
+        """Whether SGLang itself takes requests. Older versions do not tell."""
+        tells = getattr(self.manager, "is_ready", None)
+        return tells is None or bool(tells())
+
     def num_requests(self) -> int | None:
         return len(self.manager.rid_to_state)
 

@@ -100,10 +100,9 @@ class SchedulerCalls:
         return outcomes
 
     def _scheduled(self, work: Callable[[], None]) -> list[Record]:
-        """The outcomes after ``work``, with its error if it raised one."""
+        """The outcomes after ``work``, with its error alone: what an update before it came to is none of this call's."""
         error = _error_of(work)
-        record = self.worker.call("status", {})
-        return self._gather(record if error is None else _with_error(record, error))
+        return self._gather(_with_error(self.worker.call("status", {}), error))
 
     def _refused(self, error: WeightcastError) -> Callable[[str, Mapping[str, Any]], Record]:
         return lambda action, payload: _with_error(self.worker.call("status", {}), error)
@@ -124,7 +123,8 @@ def _error_of(work: Callable[[], None]) -> WeightcastError | None:
     return None
 
 
-def _with_error(record: Record, error: WeightcastError) -> Record:
-    outcome = outcomes_from([record])[0]
-    changed: Record = msgspec.to_builtins(msgspec.structs.replace(outcome, error=ErrorForm.of(error)))
+def _with_error(record: Record, error: WeightcastError | None) -> Record:
+    """The record with this error, or none, in the place of the one that it has."""
+    form = None if error is None else ErrorForm.of(error)
+    changed: Record = msgspec.to_builtins(msgspec.structs.replace(outcomes_from([record])[0], error=form))
     return changed

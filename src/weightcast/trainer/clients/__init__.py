@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from weightcast.trainer.clients.making import make_client, make_clients, twins
     from weightcast.trainer.clients.ray import RayEngineClient
     from weightcast.trainer.clients.rpc import RpcEngineClient
+    from weightcast.trainer.clients.sglang import SglangClient
     from weightcast.trainer.clients.vllm import AsyncVllmClient, VllmClient
     from weightcast.trainer.clients.vllm_dev import VllmDevClient
 
@@ -28,6 +29,7 @@ __all__ = [
     "InProcessEngineClient",
     "RayEngineClient",
     "RpcEngineClient",
+    "SglangClient",
     "SyncEngine",
     "VllmClient",
     "VllmDevClient",
@@ -48,6 +50,7 @@ __getattr__, __dir__ = lazy_names(
         "InProcessEngineClient": "in_process",
         "RayEngineClient": "ray",
         "RpcEngineClient": "rpc",
+        "SglangClient": "sglang",
         "SyncEngine": "in_process",
         "VllmClient": "vllm",
         "VllmDevClient": "vllm_dev",

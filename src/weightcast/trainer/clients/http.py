@@ -31,8 +31,9 @@ if TYPE_CHECKING:
     from weightcast.manifest import Manifest
 
 _NO_ROUTES = (
-    "It has no weightcast routes: start it with weightcast serve, or vLLM with --weight-transfer-config on its command line. vLLM "
-    "serves them only where VLLM_PLUGINS, if it is set, names weightcast; without them trainer.clients.VllmDevClient(url) uses "
+    "It has no weightcast routes: start it with weightcast serve, vLLM with --weight-transfer-config on its command line, or SGLang with "
+    "weightcast installed beside it and one tokenizer process. vLLM serves them only where VLLM_PLUGINS, if it is set, names weightcast "
+    "(SGLang: SGLANG_PLUGINS); without them trainer.clients.VllmDevClient(url) uses "
     "vLLM's development routes"
 )
 

@@ -12,6 +12,7 @@ from weightcast.trainer.clients.base import EngineClient
 from weightcast.trainer.clients.http import HttpEngineClient
 from weightcast.trainer.clients.in_loop import AsyncEngineClient
 from weightcast.trainer.clients.in_process import InProcessEngineClient, SyncEngine
+from weightcast.trainer.clients.sglang import SglangClient, is_sglang
 from weightcast.trainer.clients.vllm import AsyncVllmClient, OfflineEngine, VllmClient
 
 
@@ -24,6 +25,8 @@ def make_client(engine: str | EngineClient | SyncEngine | OfflineEngine, *, toke
         return HttpEngineClient(engine, token=token)
     if type(engine).__module__.partition(".")[0] == "ray":
         raise InvalidInput("a Ray actor needs a client of its own", field="engines", hint="Give RayEngineClient(actor)")
+    if is_sglang(engine):
+        return SglangClient(engine)
     if asyncio.iscoroutinefunction(getattr(engine, "update_weights", None)):
         return _client_on_loop(engine)
     if isinstance(engine, OfflineEngine):
@@ -32,7 +35,7 @@ def make_client(engine: str | EngineClient | SyncEngine | OfflineEngine, *, toke
         raise InvalidInput(
             f"{quoted(repr(engine), NAME_CHARACTERS)} is no engine, but of type {type(engine).__name__}",
             field="engines",
-            hint="An engine is the URL of a server, an LLM or AsyncLLM object, or an EngineClient",
+            hint="An engine is the URL of a server, an LLM, AsyncLLM or sglang.Engine object, or an EngineClient",
         )
     return InProcessEngineClient(engine)
 

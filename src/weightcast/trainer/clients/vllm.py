@@ -11,18 +11,12 @@ from collections.abc import (
 )
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
-from weightcast.commit.joining import join, joining
 from weightcast.commit.order import RoundAnswer, RoundOrder
-from weightcast.commit.shells import AsyncCommitter
-from weightcast.commit.stock import GONE_HINT, StockPort
-from weightcast.commit.worker_outcome import WorkerOutcome, first_error
 from weightcast.deadline import Deadline
-from weightcast.errors import EngineError, WeightcastError
-from weightcast.trainer.clients.base import CommitOrder, CommitReply, EngineClient
 from weightcast.trainer.clients.helper import Helper
 from weightcast.trainer.clients.in_loop import LoopCalls
-from weightcast.trainer.clients.orders import round_order, way_back
-from weightcast.trainer.clients.rpc import RpcEngineClient, status_of
+from weightcast.trainer.clients.rpc import RpcEngineClient
+from weightcast.trainer.clients.stock import StockClient, named
 from weightcast.vllm_protocol.eras import (
     may_sleep,
     offline_engine,
@@ -115,63 +109,15 @@ class VllmClient(RpcEngineClient):
         return self._helper.run(lambda: _named(work, self.name), deadline)
 
 
-class AsyncVllmClient(EngineClient):
+class AsyncVllmClient(StockClient):
     """Calls a ``vllm.AsyncLLM`` whose event loop runs on another thread than the Publisher's calls."""
 
     kind = "vllm"
-    host = "127.0.0.1"
 
     def __init__(self, engine: Any, loop: asyncio.AbstractEventLoop) -> None:
-        self._port, self.target = StockPort(served_engine(engine)), engine
-        self.name = f"vllm-async-{next(_numbers)}"
-        self._calls = LoopCalls(loop, self.name)
-        self._committer = AsyncCommitter(self._port)
-
-    def init(self, init_info: Mapping[str, Any], deadline: Deadline) -> None:
-        steps = joining(init_info, self.world_size(deadline))
-        try:
-            join(steps, lambda action, payload: self._ask(action, payload, deadline), deadline)
-        except WeightcastError as error:
-            raise error.at(engine=self.name) from None
-
-    def world_size(self, deadline: Deadline) -> int:
-        return self._port.engine.world_size()
-
-    def commit(self, order: CommitOrder, deadline: Deadline) -> CommitReply:
-        return CommitReply(phases=self._calls.carry_out(self._committer, round_order(order, deadline), deadline).phases)
-
-    def rollback(self, epoch: int, round: int, deadline: Deadline) -> None:
-        self._calls.carry_out(self._committer, way_back(epoch, round, deadline), deadline)
-
-    def status(self, deadline: Deadline) -> Mapping[str, Any]:
-        return status_of(self._ask("status", {}, deadline))
-
-    def wake(self, tags: Sequence[str], deadline: Deadline) -> tuple[str, ...]:
-        asleep: tuple[str, ...] = _named(lambda: self._calls.run(self._port.wake(tags), deadline), self.name)
-        return asleep
-
-    def shutdown(self, deadline: Deadline) -> None:
-        self._raise_first(self._ask("shutdown", {}, deadline))
-
-    def _ask(self, action: str, payload: Mapping[str, Any], deadline: Deadline) -> list[WorkerOutcome]:
-        outcomes: list[WorkerOutcome] = _named(
-            lambda: self._calls.run(self._port.ask(action, payload), deadline), self.name
-        )
-        return outcomes
-
-    def _raise_first(self, outcomes: list[WorkerOutcome]) -> None:
-        error = first_error(outcomes)
-        if error is not None:
-            raise error.at(engine=self.name)
+        name = f"vllm-async-{next(_numbers)}"
+        super().__init__(served_engine(engine), LoopCalls(loop, name), name, engine)
 
 
 def _named(work: Callable[[], T], engine: str) -> T:
-    """``work``; what vLLM raises becomes EngineError, so that a round that it ends says which engine it was."""
-    try:
-        return work()
-    except WeightcastError as error:
-        error.at(engine=engine)
-        raise
-    except Exception as error:
-        hint = GONE_HINT if type(error).__name__ == "EngineDeadError" else None
-        raise EngineError(f"vLLM raised {type(error).__name__}: {error}", engine=engine, hint=hint) from error
+    return named(work, "vLLM", engine)

@@ -1,0 +1,106 @@
+"""``sglang.Engine`` objects as engines of a Publisher, and what is refused by name."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from tests.sglang.servers import Launcher
+
+from weightcast.engines.sglang.refused import NOT_EVERYWHERE, REFUSED, refuse_settings
+from weightcast.engines.sglang.versions import SUPPORTED
+from weightcast.errors import Unsupported
+from weightcast.testing.models import build_tiny_model
+
+HARMFUL: dict[str, Any] = {
+    "tokenizer_worker_num": 2,
+    "pp_size": 2,
+    "quantization": "fp8",
+    "speculative_algorithm": "EAGLE",
+    "enable_dp_attention": True,
+    "disaggregation_mode": "decode",
+    "cpu_offload_gb": 1,
+    "offload_group_size": 2,
+    "kt_weight_path": "/experts",
+    "enable_eplb": True,
+    "init_expert_location": "/locations.json",
+    "ep_num_redundant_experts": 2,
+    "elastic_ep_backend": "mooncake",
+    "enable_hierarchical_cache": True,
+    "enable_lmcache": True,
+    "enable_flexkv": True,
+    "dllm_algorithm": "LowConfidence",
+    "torchao_config": "int8wo",
+    "weight_cache_mode": "daemon",
+    "enable_lora": True,
+    "lora_paths": ["a"],
+}
+
+
+def test_an_engine_object_takes_rounds(launcher: Launcher, tmp_path: Path) -> None:
+    model = build_tiny_model(tmp_path / "m", "llama", dtype="float32")
+    result, log = tmp_path / "seen.json", tmp_path / "engine.log"
+    ended = launcher.wait(launcher.run("tests.sglang.offline:publishes", str(model), str(result), log=log))
+    assert ended == 0, log.read_text()[-4000:]
+    seen = json.loads(result.read_text())
+    assert len(seen) == 4
+    assert len({round["version"] for round in seen}) == 4
+    for round in seen:
+        assert round["matches"]
+        assert set(round["named"]) == {round["version"]}
+        assert round["got"] == round["wanted"]
+    assert [round.get("beside") for round in seen] == [None, True, None, True]
+
+
+@pytest.fixture(scope="module")
+def settings() -> dict[str, Any]:
+    """SGLang's settings as they are where nobody says otherwise."""
+    from sglang.srt.server_args import ServerArgs
+
+    return {name: getattr(ServerArgs(model_path="/nowhere"), name) for name in ServerArgs.__struct_fields__}
+
+
+def test_settings_are_refused_by_name(settings: dict[str, Any]) -> None:
+    assert set(HARMFUL) == {refused.setting for refused in REFUSED} | set(NOT_EVERYWHERE)
+    refuse_settings(_Args(settings))
+    for name, value in HARMFUL.items():
+        with pytest.raises(Unsupported, match=name):
+            refuse_settings(_Args({**settings, name: value}))
+
+
+def test_a_setting_that_is_not_known_any_more_is_told(settings: dict[str, Any]) -> None:
+    del settings["enable_eplb"]
+    with pytest.raises(Unsupported, match="no setting enable_eplb"):
+        refuse_settings(_Args(settings))
+
+
+@pytest.mark.parametrize(
+    ("version", "fits"), [("0.5.16", True), ("0.5.23.post1", True), ("0.5.15", False), ("0.6.0", False)]
+)
+def test_versions_out_of_range_are_told_the_range(version: str, fits: bool) -> None:
+    if fits:
+        SUPPORTED.check(version)
+        return
+    with pytest.raises(Unsupported) as caught:
+        SUPPORTED.check(version)
+    assert "0.5.16 to 0.5.23" in str(caught.value)
+
+
+class _Args:
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.__dict__.update(settings)
+
+
+def test_a_message_goes_through_both_encodings_of_sglang() -> None:
+    from sglang.srt.managers.io_struct import PauseGenerationReqInput, hook_custom_types, msgpack_decode, msgpack_encode
+
+    from weightcast.engines.sglang.messages import WeightcastAnswer, WeightcastOrder, packed, unpacked
+
+    hook_custom_types(WeightcastOrder, WeightcastAnswer)
+    order = WeightcastOrder(mode="in_place", number=7, action="update", payload=packed({"info": {"round": 1}}))
+    again = msgpack_decode(msgpack_encode(order))
+    assert type(again) is WeightcastOrder
+    assert isinstance(again, PauseGenerationReqInput), "an order waits for the end of a step, as a pause does"
+    assert (again.number, again.action, unpacked(again.payload)) == (7, "update", {"info": {"round": 1}})
+    assert msgspec.to_builtins(msgpack_decode(msgpack_encode(WeightcastAnswer(number=3)))) is not None

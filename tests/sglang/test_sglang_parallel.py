@@ -1,0 +1,120 @@
+"""Several workers: all of them at one version, exactly, and all back at the one before when one of them fails."""
+
+import threading
+from pathlib import Path
+
+import httpx
+import pytest
+from tests.sglang.launcher import FAULT
+from tests.sglang.reference import PROMPTS, Reference, replace
+from tests.sglang.servers import Launcher, Server
+from tests.support.verified import comparison
+
+from weightcast import Publisher
+from weightcast.errors import PlanMismatch, RoundFailed
+from weightcast.testing.models import build_tiny_model, random_state_dict
+
+TWO_CORES = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
+STORY = [3, 1, 4]
+NUM_TOKENS = 400
+
+
+@pytest.mark.parametrize("option", ["--tp-size", "--dp-size"])
+def test_two_workers(launcher: Launcher, tmp_path: Path, option: str) -> None:
+    model = build_tiny_model(tmp_path / "m", "qwen3", dtype="float32")
+    fault = tmp_path / "fault"
+    weights = random_state_dict(model)
+    with launcher.server(model, option, "2", env={**TWO_CORES, FAULT: str(fault)}) as server:
+        assert server.get("/get_world_size").json() == {"world_size": 2}
+        for mode in ("staged", "in_place"):
+            with Publisher(weights, [server.url], token=server.token, timeout_s=60, mode=mode) as publisher:
+                for _ in range(2):
+                    replace(weights, model)
+                    report = publisher.publish()
+                    assert report.digests_match
+                    assert [worker.rank for worker in report.engines[0].workers] == [0, 1]
+                    assert_serves(server, Reference(model, weights), report.version)
+                    found = comparison(server.url, server.token, Reference(model, weights).checkpoint)
+                    assert set(found.equal) == set(weights)
+        with Publisher(weights, [server.url], token=server.token, timeout_s=60, mode="staged") as publisher:
+            before, version = Reference(model, weights), publisher.publish().version
+            assert_a_request_goes_on_in_the_next_version(server, publisher, weights, model)
+            before, version = Reference(model, weights), server.status["weight_version"]
+            for rank in (1, 0):
+                replace(weights, model)
+                fault.write_text(str(rank))
+                with pytest.raises(RoundFailed, match=f"worker {rank}"):
+                    publisher.publish()
+                assert not fault.exists(), "the fault was met"
+                assert_serves(server, before, version)
+            report = publisher.publish()
+            assert_serves(server, Reference(model, weights), report.version)
+        with Publisher(weights, [server.url], token=server.token, timeout_s=20, mode="in_place") as publisher:
+            publisher.publish()
+            replace(weights, model)
+            fault.write_text("1")
+            with pytest.raises(RoundFailed) as caught:
+                publisher.publish()
+            assert not fault.exists(), "the fault was met"
+            assert_is_held(server, caught.value)
+            report = publisher.publish()
+            assert_serves(server, Reference(model, weights), report.version)
+        half = {name: value for name, value in weights.items() if name != "model.layers.1.mlp.up_proj.weight"}
+        with (
+            Publisher(half, [server.url], token=server.token, timeout_s=20) as publisher,
+            pytest.raises(PlanMismatch, match="gate_up_proj"),
+        ):
+            publisher.publish()
+        assert_serves(server, Reference(model, weights), report.version)
+
+
+def assert_serves(server: Server, fresh: Reference, version: str) -> None:
+    """Requests go round the replicas: each of them answers some."""
+    assert [server.answers(PROMPTS) for _ in range(2)] == [fresh.answers()] * 2
+    assert server.version == server.status["weight_version"] == version
+    assert {server.generate([7])["meta_info"]["weight_version"] for _ in range(4)} == {version}
+    assert not server.status["paused"]
+
+
+def assert_is_held(server: Server, failed: RoundFailed) -> None:
+    """One worker has the new weights, the other one the old ones: nothing is computed with them."""
+    assert server.url in failed.dirty
+    status = server.status
+    assert (status["ready"], status["dirty"], status["paused"]) == (False, True, True)
+    with pytest.raises(httpx.ReadTimeout):
+        server.post("/generate", {"input_ids": [7], "sampling_params": {"max_new_tokens": 1}}, timeout=1.5)
+    assert server.get("/ready").status_code == 503
+
+
+def assert_a_request_goes_on_in_the_next_version(
+    server: Server, publisher: Publisher, weights: dict, model: Path
+) -> None:
+    """Two requests, one for each replica: both are there when the round comes, and every token is of the version that it names."""
+    versions = {server.version: Reference(model, weights)}
+    begun = threading.Barrier(3)
+    last: list[dict] = [{}, {}]
+
+    def ask(number: int) -> None:
+        waits = True
+        for part in server.stream([*STORY, number], NUM_TOKENS):
+            last[number] = part
+            if waits and len(part["output_ids"]) > 3:
+                waits = False
+                begun.wait(60)
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    begun.wait(60)
+    replace(weights, model)
+    versions[publisher.publish().version] = Reference(model, weights)
+    for thread in threads:
+        thread.join(60)
+    for number, answer in enumerate(last):
+        tokens, spans = answer["output_ids"], answer["meta_info"]["weight_versions"]
+        assert len(tokens) == NUM_TOKENS
+        assert [span["version"] for span in spans] == list(versions)
+        for span in spans:
+            whole = [*STORY, number, *tokens]
+            expected = versions[span["version"]].next_tokens(whole, len(STORY) + 1)
+            assert tokens[span["start"] : span["end"]] == expected[span["start"] : span["end"]]
