@@ -105,7 +105,7 @@ def test_a_piped_table_has_whole_cells(engine: EngineProcess, gone: str) -> None
     head, served, lost = ended.stdout.splitlines()
     assert head.split() == ["engine", "model", "version", "digest", "state", "running", "waiting", "syncs"]
     assert served.startswith(engine.url)
-    assert lost.rstrip().endswith("Connection refused")
+    assert lost.rstrip().endswith("Connection refused. Is the server running?")
 
 
 def test_what_an_engine_does_not_know_is_a_dash(capsys: pytest.CaptureFixture[str]) -> None:

@@ -170,6 +170,10 @@ def test_a_publisher_that_is_closed(call: str) -> None:
         (StateError("another trainer", hint="Close it, or join with takeover=True"), "join with --takeover"),
         (StateError("no room", hint='Ask for mode="in_place"'), "Ask for --mode in_place"),
         (StateError("no room", hint="Call publish() again"), "Run the command again"),
+        (
+            StateError("a is NaN", hint='Find out; check_finite="count" publishes them and counts them in the report'),
+            "Find out; without --check-finite they are published",
+        ),
     ],
 )
 def test_a_hint_names_options_at_the_command_line(error: WeightcastError, said: str) -> None:

@@ -156,7 +156,7 @@ def status_table(clients: Sequence[HttpEngineClient], rows: Sequence[Row]) -> Ta
 
 def _cells(row: Row) -> list[Text]:
     if isinstance(row, WeightcastError):
-        error = _cell(f"{type(row).__name__}: {row.message}", "red")
+        error = _cell(f"{type(row).__name__}: {row.message}{f'. {row.hint}' if row.hint else ''}", "red")
         return [Text(""), Text(""), Text(""), error, *(Text("") for _ in COUNTS)]
     return [
         *(_cell(row.get(name)) for name in ("model", "weight_version", "digest")),

@@ -50,6 +50,7 @@ _SAID: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"\bwith takeover(=True)?\b|\btakeover=True\b", "with --takeover"),
     (r"\bmode=?\s?\"?(in_place|staged)\"?", r"--mode \1"),
     (r"\btransport=\"(\w+)\"", r"--transport \1"),
+    (r'\bcheck_finite="count" publishes them[^;.]*', "without --check-finite they are published"),
     (r"\btimeout_s\b", "--timeout"),
     (r"\b[Cc]all publish\(\) again|\b[Pp]ublish again|\b[Cc]all connect\(\) again", "Run the command again"),
 )
