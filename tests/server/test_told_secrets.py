@@ -26,7 +26,7 @@ from weightcast.server import ServerConfig
 from weightcast.testing.models import build_tiny_model
 from weightcast.transports.cuda_ipc import CudaIpcOffer
 from weightcast.transports.gpu_exports import MappingOffer
-from weightcast.transports.nccl import NcclOffer
+from weightcast.transports.nccl_cut import NcclOffer
 from weightcast.transports.tcp import TcpOffer
 from weightcast.weight_transfer.weightcast import WeightcastInitInfo
 
