@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from msgspec.structs import replace
 from safetensors.torch import save_file
 from test_several_ranks import agreed_seed, process_group
 from torch import nn
@@ -26,6 +27,7 @@ from weightcast.sources import ModuleSource
 from weightcast.testing.local_engine import DictModel, LocalEngine
 from weightcast.testing.models import build_tiny_model
 from weightcast.testing.ranks import run_ranks
+from weightcast.trainer.ranks import other_rank
 
 
 def policy() -> nn.Sequential:
@@ -346,6 +348,10 @@ def renew_on_ranks(rank: int, size: int, folder: str) -> list[str]:
             # Shards that lie elsewhere, on one rank or on both, are taken up where they are.
             with Publisher(model, engines, process_group=dist.group.WORLD, transport="tcp", timeout_s=30) as publisher:
                 publisher.publish()
+                if rank == 1:
+                    # As if its weights were on a GPU from here on: transports are chosen by where they lie now.
+                    facts = other_rank.local_facts
+                    other_rank.local_facts = lambda *given, **more: replace(facts(*given, **more), gpu="GPU-1")  # type: ignore[attr-defined]
                 for moving in ({1}, {0, 1}, {0}):
                     if rank in moving:
                         model.double().float()
@@ -355,6 +361,8 @@ def renew_on_ranks(rank: int, size: int, folder: str) -> list[str]:
                     versions.append(publisher.publish().version)
                     tensors = whole()
                     assert all(engine.models[0].holds(tensors) for engine in engines)
+                if rank == 0:
+                    assert [said.gpu for said in publisher._part._ranks.facts()] == ["", "GPU-1"]  # type: ignore[union-attr]
             with Publisher(model, engines, process_group=dist.group.WORLD, hold="round", timeout_s=30) as publisher:
                 for number in range(3):
                     if number == rank:

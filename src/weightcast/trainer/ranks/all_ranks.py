@@ -66,6 +66,8 @@ class Ranks:
         """That of the call that runs."""
         self._layouts: dict[int, LayoutTable] = {}
         """What the other ranks hold."""
+        self._facts: dict[int, Facts] = {}
+        """What the other ranks say of their processes, and of where their weights lie."""
         self._holdings: tuple[list[object], Holdings] | None = None
         self._pairs = itertools.count(1)
 
@@ -100,17 +102,18 @@ class Ranks:
     def _survey(self, deadline: Deadline) -> None:
         """Learn what every rank holds; together that has to be all of every tensor."""
         answers = self.line.ask_all(Survey(), deadline, phase="join")
-        layouts, manifests = {}, {}
+        layouts, manifests, facts = {}, {}, {}
         for rank, answer in answers.items():
             assert answer.layout is not None
             assert answer.manifest is not None
             answer.layout.check(answer.manifest)
-            layouts[rank], manifests[rank] = answer.layout, answer.manifest
+            assert answer.facts is not None
+            layouts[rank], manifests[rank], facts[rank] = answer.layout, answer.manifest, answer.facts
         manifest = joined_manifest({RANK_0: self._source.manifest, **manifests})
         layouts = {rank: layout.of_manifest(manifests[rank], manifest) for rank, layout in layouts.items()}
         check_complete(Holdings.of(manifest, {RANK_0: self._source.layout, **layouts}))
         self.line.ask_all(Agree(manifest=manifest), deadline, phase="join")
-        self.manifest, self._layouts = manifest, layouts
+        self.manifest, self._layouts, self._facts = manifest, layouts, facts
 
     def renew(self, deadline: Deadline) -> bool:
         """Have all ranks, this one too, look at their sources anew; True when one of them made another one.
@@ -144,7 +147,7 @@ class Ranks:
     def facts(self) -> list[Facts]:
         """Of all ranks that give something, for choosing a transport that each of them can use."""
         own = local_facts(self._source.device, files=self._source.memory.files)
-        return [own] if self._source.layout.is_streamed else [own, *self.line.facts()]
+        return [own] if self._source.layout.is_streamed else [own, *self._facts.values()]
 
     def adopt(self, transports: Sequence[str], deadline: Deadline) -> bool:
         """Have all other ranks make their memory reachable; whether one of them moved it."""

@@ -10,7 +10,6 @@ from typing import Protocol
 from weightcast.control.coordinator import Coordinator, Member
 from weightcast.deadline import Deadline
 from weightcast.errors import DeadlineExceeded, PeerLost, WeightcastError
-from weightcast.facts import Facts
 from weightcast.messages import Failed, RankAnswer, RankOrder
 from weightcast.trainer.ranks.orders import Answer, Order, decode_answer, encode
 
@@ -48,10 +47,6 @@ class Line:
     def ticket(self) -> str:
         """Admits every other rank once."""
         return self._coordinator.issue_ticket(RANKS, self._size - 1, is_trusted=True)
-
-    def facts(self) -> list[Facts]:
-        """What the other ranks said of their processes."""
-        return [member.hello.facts for member in self._members.values()]
 
     # -- calls of all ranks
 

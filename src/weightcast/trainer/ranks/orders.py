@@ -11,6 +11,7 @@ from weightcast.errors import (
     WakeFailed,
     WeightcastError,
 )
+from weightcast.facts import Facts
 from weightcast.layout.table import LayoutTable
 from weightcast.manifest import Manifest
 from weightcast.plan import CopyColumns
@@ -190,6 +191,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     error: ErrorForm | None = None
     manifest: Manifest | None = None
     layout: LayoutTable | None = None
+    facts: Facts | None = None
     moved: bool = False
     offers: tuple[bytes, ...] = ()
     value: int = 0

@@ -280,7 +280,8 @@ class OtherRank:
                     raise self._failure
             case Survey():
                 manifest = self._source.manifest
-                return Answer(manifest=manifest, layout=LayoutTable.of(self._source.layout, manifest))
+                facts = local_facts(self._source.device, files=self._source.memory.files)
+                return Answer(manifest=manifest, layout=LayoutTable.of(self._source.layout, manifest), facts=facts)
             case Renew():
                 renewed = self._holder.renew()
                 if renewed:
