@@ -302,6 +302,16 @@ def test_adapters_come_to_a_module_that_had_none_and_go_again() -> None:
         engine.stop()
 
 
+def test_adapters_of_several_kinds_in_one_model_are_all_merged() -> None:
+    model = get_peft_model(base(), lora(target_modules=["q_proj"]), mixed=True)
+    model.add_adapter("other", LoHaConfig(target_modules=["q_proj", "down_proj"]))
+    model.set_adapter(["default", "other"])
+    source = make_source(model)
+    scatter(model)
+    source.refresh()
+    assert_same(published(source), merged(model))
+
+
 def test_what_has_no_merged_form_is_refused_by_name() -> None:
     prompts = get_peft_model(base(), PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
     with pytest.raises(Unsupported, match="PROMPT_TUNING") as caught:

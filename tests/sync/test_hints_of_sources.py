@@ -371,7 +371,7 @@ def test_prepare_where_values_are_copied(
     for each in (publisher, module):
         monkeypatch.setattr(each._source, "device", torch.device("cuda"))
     Mistake(
-        make=publisher.prepare, error=Unsupported, said="nothing to prepare", hint="Publish the module itself",
+        make=publisher.prepare, error=Unsupported, said="nothing to prepare", hint="Leave prepare.. out, or publish a module without adapters",
         follow=module.prepare,
     ).play()  # fmt: skip
 

@@ -31,6 +31,12 @@ def _kind(module: str, name: str) -> Any:
     return getattr(sys.modules.get(module), name, None)
 
 
+def is_model(module: nn.Module) -> bool:
+    """Whether a module is what ``get_peft_model`` returns."""
+    kinds = (_kind("peft.peft_model", "PeftModel"), _kind("peft.mixed_model", "PeftMixedModel"))
+    return isinstance(module, tuple(kind for kind in kinds if kind is not None))
+
+
 def is_adapter(module: nn.Module) -> bool:
     """Whether a module is a layer of PEFT around a layer of the base model."""
     kind = _kind("peft.tuners.tuners_utils", "BaseTunerLayer")
@@ -45,9 +51,7 @@ def is_chooser(module: nn.Module) -> bool:
 
 def has_adapters(module: nn.Module) -> bool:
     """Whether PEFT has changed anything of a module."""
-    model = _kind("peft.peft_model", "PeftModel")
-    is_model = model is not None and any(isinstance(part, model) for part in module.modules())
-    return is_model or any(is_adapter(part) or is_chooser(part) for part in module.modules())
+    return any(is_model(part) or is_adapter(part) or is_chooser(part) for part in module.modules())
 
 
 def refuse_unmerged(names: Iterable[str]) -> None:
@@ -72,9 +76,9 @@ def inside(module: nn.Module, name: str) -> nn.Module:
 
 def _one_inside(module: Any, name: str) -> nn.Module:
     """What one wrapper stands for; a module that is none is itself."""
-    model, tuner = _kind("peft.peft_model", "PeftModel"), _kind("peft.tuners.tuners_utils", "BaseTuner")
+    tuner = _kind("peft.tuners.tuners_utils", "BaseTuner")
     found: Any = module
-    if model is not None and isinstance(module, model):
+    if is_model(module):
         found = module.base_model
         if tuner is None or not isinstance(found, tuner):
             how = getattr(module.active_peft_config, "peft_type", type(found).__name__)
@@ -149,6 +153,13 @@ def _layers(adapter: Any) -> list[Any]:
     return layers
 
 
+def _in_order(layers: list[Any]) -> list[Any]:
+    """Nested adapters in the order in which PEFT merges them: sums of floating-point numbers depend on it."""
+    wrapper = _kind("peft.tuners.lora.layer", "ParamWrapper")
+    is_wrapper = wrapper is not None and isinstance(layers[0], wrapper)
+    return layers if is_wrapper else [*layers[1:], layers[0]]
+
+
 def is_elementwise(adapter: nn.Module) -> bool:
     """Whether a merged weight is a sum of the base weight and what does not depend on base weights."""
     kinds = [_kind("peft.tuners.lora.layer", name) for name in ("Linear", "Embedding", "ParamWrapper")]
@@ -174,7 +185,7 @@ def merge(adapter: nn.Module, name: str, values: Mapping[str, torch.Tensor], see
     held = {key: nn.Parameter(value, requires_grad=False) for key, value in values.items()}
     alike = likeness(adapter, base_of(adapter), held, seen)
     try:
-        for layer in _layers(alike):
+        for layer in _in_order(_layers(alike)):
             if layer.disable_adapters and layer.merged:
                 layer.unmerge()
             elif not layer.disable_adapters and not layer.merged:

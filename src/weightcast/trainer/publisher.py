@@ -226,8 +226,8 @@ class Publisher:
                 return
             if self._source.is_copied:
                 raise Unsupported(
-                    "publish() copies the values of this source, there is nothing to prepare",
-                    hint="Publish the module itself",
+                    "publish() copies or computes the values of this source, there is nothing to prepare",
+                    hint="Leave prepare() out, or publish a module without adapters, whose tensors are read where they lie",
                 )
             for digest in self._part.expected.values():
                 digest.begin(self._source.memory)
