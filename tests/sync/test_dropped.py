@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import threading
 
@@ -47,7 +48,9 @@ def test_a_publisher_that_could_not_connect_and_was_dropped_leaves_nothing_open(
         engine.stop()
 
 
-def test_engines_of_a_dropped_publisher_are_told() -> None:
+def test_engines_of_a_dropped_publisher_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    """An end without ``close()`` is an orderly one, too: a script that is over says goodbye, and nobody has to look at its engines."""
+    caplog.set_level(logging.INFO, "weightcast")
     engine = LocalEngine("e", [DictModel(weights())])
     try:
         publisher = Publisher(weights(), [engine], timeout_s=10)
@@ -61,6 +64,8 @@ def test_engines_of_a_dropped_publisher_are_told() -> None:
             limit.check("hearing that the trainer left")
             threading.Event().wait(0.02)
         assert engine.workers[0].weight_version == version
+        (told,) = (record for record in caplog.records if "the trainer left" in record.message)
+        assert told.levelno == logging.INFO
         with Publisher(weights(), [engine], timeout_s=10) as successor:  # without takeover
             assert successor.publish().digests_match
     finally:

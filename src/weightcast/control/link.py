@@ -78,6 +78,8 @@ class ControlLink:
         self._silence_s = info.silence_s
         self._is_answered = False
         self._ended = False
+        self.said_goodbye = False
+        """The coordinator left in an orderly way; told before ``on_lost``."""
         self.settled = False
         """The coordinator left, and takes no round back any more; told before ``on_lost``."""
         self._joiner = Joiner()
@@ -134,7 +136,7 @@ class ControlLink:
         if isinstance(message, Heartbeat):
             return
         if isinstance(message, Bye):
-            self.settled = message.settled
+            self.said_goodbye, self.settled = True, message.settled
             self._lose(f"the trainer left: {message.reason}")
             return
         self._on_message(message)

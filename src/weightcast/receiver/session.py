@@ -191,7 +191,7 @@ class Session:
         if self.round.phase is not Phase.COMMITTING or self.pairs.needs_trainer:
             self.pairs.abort()
         self._tasks.put(None)
-        level = logging.INFO if self.link.settled else logging.WARNING
+        level = logging.INFO if self.link.said_goodbye else logging.WARNING
         logger.log(level, "%s; this engine goes on with what it serves", reason)
 
     def _why_gone(self, needs_trainer: bool) -> str | None:

@@ -209,8 +209,8 @@ function factsOf(engines) {
 
 function summaryOf(engines) {
   const fleet = engines.filter((engine) => engine.role !== "trainer");
-  const versions = new Set(fleet.map((engine) => (engine.status ? engine.status.weight_version : "?")));
-  return `${fleet.length} engine${fleet.length === 1 ? "" : "s"}, serving ${[...versions].join(", ")}`;
+  const versions = new Set(fleet.filter((engine) => engine.status).map((engine) => engine.status.weight_version));
+  return `${fleet.length} engine${fleet.length === 1 ? "" : "s"}, ${versions.size ? `serving ${[...versions].join(", ")}` : "none of them reached"}`;
 }
 
 function draw() {
