@@ -12,9 +12,7 @@ from weightcast.control.coordinator import Coordinator
 from weightcast.control.link import JoinInfo
 from weightcast.deadline import Deadline
 from weightcast.digest.versions import version_name, version_number
-from weightcast.errors import BaseMismatch, RoundFailed, StateError, Unsupported, WeightcastError, WeightsMoved
-from weightcast.manifest.dtypes import name_of
-from weightcast.manifest.names import shown
+from weightcast.errors import BaseMismatch, RoundFailed, StateError, WeightcastError
 from weightcast.report.model import Report
 from weightcast.sources import Source
 from weightcast.sources.holder import Holder
@@ -25,9 +23,9 @@ from weightcast.trainer.fleet.fleet import Fleet
 from weightcast.trainer.fleet.letting_go import close_pairs
 from weightcast.trainer.fleet.link import UNKNOWN, EngineLink
 from weightcast.trainer.fleet.numbers import Numbers
-from weightcast.trainer.fleet.places import refuse_idle
 from weightcast.trainer.fleet.presence import Presence, join_error, not_connected
 from weightcast.trainer.fleet.waking import Waking
+from weightcast.trainer.published import Published
 from weightcast.trainer.ranks import Ranks
 from weightcast.trainer.ranks.line import RANKS
 from weightcast.trainer.ranks.shared_digest import SharedDigest
@@ -41,10 +39,6 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 RELEASE_AT_LEAST_S = 2.0
 """How long engines have for letting go of memory, however late the call is."""
-
-
-def _nothing() -> None:
-    """What is left to check of a source that has checked everything."""
 
 
 class FirstRank:
@@ -69,6 +63,7 @@ class FirstRank:
         self._fleet = Fleet(holder, self._coordinator, settings, self._ranks)
         self._fleet.engines = links
         self._presence = Presence(self._fleet, settings)
+        self._published = Published(holder, self._ranks, self._fleet, self._presence, settings)
         self._numbers = Numbers(self._fleet, self.records.last_number)
         self._colocated = Colocated(self._fleet, self._ranks)
         self._rounds = 0
@@ -183,42 +178,15 @@ class FirstRank:
         self._colocated.has_let_go = True
         self._ranks.let_go(self._fleet.let_go, deadline, always=True)
 
-    def _check_settings(self) -> None:
-        """Raise InvalidInput for what can be told only once all ranks have said what they hold."""
-        refuse_idle(self._settings.unused, self._ranks.manifest)
-        if self._settings.check_finite and self._source.layout.is_streamed:
-            raise Unsupported("check_finite for a stream", hint="Check the tensors before the stream yields them")
-
-    def _renew(self, deadline: Deadline) -> None:
-        """Look at the source anew, on all ranks."""
-        manifest, source = self._ranks.manifest, self._source
-        is_other_form = True
-        try:
-            if not self._ranks.renew(deadline):
-                return
-            is_other_form = self._ranks.manifest != manifest
-        except WeightcastError:
-            # Other ranks may have taken up theirs.
-            if self._ranks.alone and self._source is source:
-                raise
-            self._take_up(is_other_form)
-            raise
-        self._take_up(is_other_form)
-
     def _renew_where_let_go(self, deadline: Deadline) -> None:
         """Look at sources anew that were let go of, so that their users could free memory."""
         if self._colocated.has_let_go:
-            self._renew(deadline)
+            self._published.renew(deadline)
             self._colocated.has_let_go = False
 
-    def _take_up(self, is_other_form: bool) -> None:
-        for engine in self._fleet.engines:
-            self._presence.forget(engine)  # an attempt that runs knows the former manifest
-        self._fleet.take_up(is_other_form=is_other_form)
-
     def _connect(self, deadline: Deadline) -> None:
-        self._renew(deadline)
-        self._check_settings()
+        self._published.renew(deadline)
+        self._published.check_settings()
         failures = self._presence.bring_up(self._fleet.engines, deadline)
         if self._presence.is_too_little(failures):
             raise join_error(failures)
@@ -237,22 +205,9 @@ class FirstRank:
                     logger.warning("%s was not brought to what the others serve: %s", engine.name, str(error))
 
     def _note_connected(self) -> None:
-        """The first time that engines are there, say where ``dtype`` rounds values that an engine could hold exactly."""
-        if not self._was_connected and self._source.dtype is not None:
-            self._warn_of_rounding(name_of(self._source.dtype))
+        if not self._was_connected:
+            self._published.warn_of_rounding()
         self._was_connected = True
-
-    def _warn_of_rounding(self, dtype: str) -> None:
-        manifest = self._ranks.manifest
-        for engine in self._fleet.engines:
-            if wider := engine.wider(manifest, dtype):
-                name, kept = min(wider.items())
-                logger.warning(
-                    "%s keeps %d of %d tensors wider than dtype=%s (%r in %s): what goes live there is rounded to %s. "
-                    "Leave dtype out to publish each value as it is given",
-                    *(engine.name, len(wider), len(manifest), dtype, name, kept, dtype),
-                )
-                return
 
     def _add(self, engine: str | EngineClient | SyncEngine, deadline: Deadline) -> Report | None:
         link = EngineLink(make_client(engine, token=self._settings.token))
@@ -265,7 +220,7 @@ class FirstRank:
                     hint="connect() brings back an engine that was lost; remove() it to add it anew",
                 )
         self._renew_where_let_go(deadline)
-        self._check_settings()
+        self._published.check_settings()
         current = self._numbers.current()
         self._fleet.engines.append(link)
         failures = self._presence.bring_up([link], deadline)
@@ -287,14 +242,16 @@ class FirstRank:
         if not self._fleet.engines:
             raise StateError("the fleet has no engine", hint="Give engines= or call add()")
         if not self._was_connected:
-            self._renew(deadline)
-            self._check_settings()
+            self._published.renew(deadline)
+            self._published.check_settings()
         elif self._colocated.has_let_go:
             self._renew_where_let_go(deadline)
         elif self._holder.is_new:
-            self._renew(deadline)
+            self._published.renew(deadline)
         elif any(engine.broken for engine in self._fleet.engines):
-            self._follow(self._source.check_form, deadline)  # or an engine is told of what the source has no more
+            self._published.follow(
+                self._source.check_form, deadline
+            )  # or an engine is told of what the source has no more
         timeline = Timeline(self._fleet.progress)
         asleep: dict[str, WeightcastError] = {}
         if waking is not None:
@@ -305,13 +262,13 @@ class FirstRank:
             absent = asleep | self._bring_up(asleep, deadline)
             self._refuse_too_little(absent)
             self._note_connected()
-            if self._follow(lambda: self._gather(deadline), deadline):
+            if self._published.follow(lambda: self._published.gather(deadline), deadline):
                 absent = asleep | self._bring_up(asleep, deadline)
                 self._refuse_too_little(absent)
-                self._gather(deadline)
-            check = self._source.check if self._ranks.alone and not self._source.layout.is_streamed else _nothing
+                self._published.gather(deadline)
+            check = self._published.last_check
         engines = [engine for engine in self._fleet.engines if engine.name not in absent]
-        counted = self._non_finite(deadline, timeline) if self._settings.check_finite else None
+        counted = self._published.non_finite(deadline, timeline) if self._settings.check_finite else None
         try:
             return self._round(engines, self.next_number(), deadline, timeline, absent, check, counted)
         except RoundFailed as failure:
@@ -325,26 +282,6 @@ class FirstRank:
             engines, self.next_number(), deadline, Timeline(self._fleet.progress), absent, check, counted
         )
 
-    def _follow(self, look: Callable[[], None], deadline: Deadline) -> bool:
-        """``look`` at the source; where its tensors have moved, take them up where they are. Whether that was so: engines then have to be
-        set up again, and keep their place in the fleet."""
-        try:
-            look()
-        except WeightsMoved:
-            self._renew(deadline)
-            return True
-        return False
-
-    def _gather(self, deadline: Deadline) -> None:
-        """Have all ranks hold the values to publish; a stream is read by the round."""
-        if self._source.layout.is_streamed:
-            return
-        if self._ranks.alone:
-            self._source.deadline = deadline
-            self._source.fill()
-        else:
-            self._ranks.refresh(deadline)
-
     def _refuse_too_little(self, absent: dict[str, WeightcastError]) -> None:
         """Raise where the fleet cannot go on without engines that are absent."""
         if self._presence.is_too_little(absent):
@@ -352,20 +289,6 @@ class FirstRank:
             if self._was_connected:
                 raise not_connected(self._fleet, self.next_number(), absent)
             raise join_error(absent)
-
-    def _non_finite(self, deadline: Deadline, timeline: Timeline) -> dict[str, int]:
-        """How many published values are NaN or infinite, by tensor; a StateError where such values are refused."""
-        with timeline.phase("check"):
-            check = partial(deadline.check, "the check for values that are NaN or infinite")
-            counted = self._fleet.content(deadline).non_finite(self._source.memory, check)
-        if counted and self._settings.check_finite is True:
-            told = [f"{name} ({count})" for name, count in counted.items()]
-            raise StateError(
-                f"{len(counted)} of {len(self._ranks.manifest)} tensors have values that are NaN or infinite: {shown(told)}",
-                phase="check",
-                hint='Find out where they come from; check_finite="count" publishes them and counts them in the report',
-            )
-        return counted
 
     def _bring_up(self, asleep: Mapping[str, WeightcastError], deadline: Deadline) -> dict[str, WeightcastError]:
         """Connect what is not connected, but for engines that could not be woken up: where all have to be there, nothing is tried."""
@@ -381,7 +304,7 @@ class FirstRank:
         deadline: Deadline,
         timeline: Timeline,
         absent: dict[str, WeightcastError],
-        check: Callable[[], None] = _nothing,
+        check: Callable[[], None] = lambda: None,
         non_finite: Mapping[str, int] | None = None,
     ) -> Report:
         self._rounds += 1
