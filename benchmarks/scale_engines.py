@@ -291,7 +291,7 @@ def main() -> None:
     table = Table("engines", "connect ms", "publish ms", "per engine", "trainer's core ms", "threads", "descriptors")
     for count in options.engines:
         table.add_row(*measure(count, options.rounds, options.processes))
-    Console().print(table)
+    Console(width=140).print(table)
 
 
 if __name__ == "__main__":

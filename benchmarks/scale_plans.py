@@ -81,12 +81,13 @@ class Layouts:
         self._group_of = np.array([-1 if expert < 0 else expert * GROUPS // EXPERTS for expert in experts])
 
     def held_by(self, rank: int, ranks: int) -> LayoutTable:
-        """Rows of the experts of the rank's group, and of everything else."""
-        group, place = rank % GROUPS, rank // GROUPS
+        """Rows of the experts of the rank's group, or of all its groups where there are more groups than ranks, and of everything else."""
+        groups = min(ranks, GROUPS)
+        group, place = rank % groups, rank // groups
         is_expert = self._group_of >= 0
-        parts = np.where(is_expert, max(1, ranks // GROUPS), ranks)
+        parts = np.where(is_expert, ranks // groups, ranks)
         places = np.where(is_expert, place, rank)
-        return self._rows(places, parts, ~is_expert | (self._group_of == group))
+        return self._rows(places, parts, ~is_expert | (self._group_of % groups == group))
 
     def wanted_by(self, worker: int) -> LayoutTable:
         """All of the experts of the worker's group, and everything else."""
@@ -198,7 +199,7 @@ def main() -> None:
                 command, check=True, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
             )
             table.add_row(*done.stdout.strip().split("\t"))
-    Console().print(table)
+    Console(width=140).print(table)
 
 
 if __name__ == "__main__":

@@ -18,16 +18,17 @@ from weightcast.errors import (
     WeightcastError,
 )
 from weightcast.layout import image_layout, most_placements
+from weightcast.layout.table import LayoutTable
 from weightcast.manifest import Manifest
 from weightcast.manifest.names import shown
 from weightcast.messages import MAX_FRAME_NBYTES, Landings, Welcome
-from weightcast.plan import Plan, compile_plan
+from weightcast.plan import Holdings, Plan, compile_plan
 from weightcast.sources.base import Source
 from weightcast.sources.holder import Holder
 from weightcast.trainer.fleet.choice import Choice
 from weightcast.trainer.fleet.groups import groups_of, mates_of
 from weightcast.trainer.fleet.link import EngineLink, WorkerLink
-from weightcast.trainer.fleet.places import places_of
+from weightcast.trainer.fleet.places import Places, places_of
 from weightcast.trainer.fleet.ties import Ties
 from weightcast.trainer.progress import Progress
 from weightcast.trainer.ranks import Ranks
@@ -61,6 +62,8 @@ class Fleet:
         self.expected: dict[str, ExpectedDigest | SharedDigest] = {}
         self._content_key: str | None = None
         self.ties = Ties(ranks)
+        self._places: tuple[Holdings | None, dict[tuple[LayoutTable, ...], Places]] = None, {}
+        """By the layouts of an engine's workers, for the holdings that were seen last."""
         self.progress = Progress(settings.on_progress)
         self.wait_s = 0.0
         """How long an engine may take to be there at all before it joins."""
@@ -159,8 +162,7 @@ class Fleet:
             assert isinstance(landings, Landings)
             landings.layout.check_landings(self.ranks.manifest)
             workers.append(WorkerLink(member, landings))
-        layouts = [table.layout(self.ranks.manifest) for table in {worker.landings.layout for worker in workers}]
-        engine.places = places_of(self.ranks.manifest, self.ranks.holdings, layouts, self.settings.unused)
+        engine.places = self._places_of(tuple(dict.fromkeys(worker.landings.layout for worker in workers)))
         others = [other.highest for other in self.engines if other is not engine]
         engine.greet(workers, max([self.number_used, engine.highest, *others]))
         if engine.places.unused:
@@ -174,6 +176,17 @@ class Fleet:
             logger.info(
                 "%s worker %d: %s, %s beside the live weights", engine.name, worker.member.rank, said.mode, beside
             )
+
+    def _places_of(self, tables: tuple[LayoutTable, ...]) -> Places:
+        """The places of an engine whose workers have these layouts; looked for once for all engines with the same ones."""
+        holdings, (seen, known) = self.ranks.holdings, self._places
+        if holdings is not seen:
+            known = {}
+            self._places = holdings, known
+        if tables not in known:
+            layouts = [table.layout(holdings.manifest) for table in tables]
+            known[tables] = places_of(holdings.manifest, holdings, layouts, self.settings.unused)
+        return known[tables]
 
     def probe(self, engines: Iterable[EngineLink]) -> None:
         """Notice workers of these engines whose connection has closed."""

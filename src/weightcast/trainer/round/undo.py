@@ -26,17 +26,20 @@ class WayBack:
 
     def take(self, engines: Sequence[EngineLink], deadline: Deadline) -> None:
         """Take these engines back, side by side, by the deadline; never raises for an engine's sake."""
-        with ThreadPoolExecutor(max(1, len(engines)), thread_name_prefix="weightcast-undo") as pool:
-            for future in [pool.submit(self._take_one, engine, deadline) for engine in engines]:
-                future.result()
-
-    def _take_one(self, engine: EngineLink, deadline: Deadline) -> None:
-        outcome = self._outcomes.of(engine)
         abort = Abort(epoch=self._epoch, round=self._round, reason="the trainer called it off")
-        for worker in engine.workers:
-            self._coordinator.send(worker.member, abort)
-        if outcome.may_be_committed:
-            self._roll_back(engine, outcome, deadline)
+        for engine in engines:
+            for worker in engine.workers:
+                self._coordinator.send(worker.member, abort)
+        committed = [engine for engine in engines if self._outcomes.of(engine).may_be_committed]
+        with ThreadPoolExecutor(max(1, len(committed)), thread_name_prefix="weightcast-undo") as pool:
+            for future in [pool.submit(self._roll_back, engine, deadline) for engine in committed]:
+                future.result()
+        for engine in engines:
+            self._note_left(engine)
+
+    def _note_left(self, engine: EngineLink) -> None:
+        """Have the engine's link say what the round has left of it."""
+        outcome = self._outcomes.of(engine)
         if isinstance(outcome.error, BaseMismatch):
             engine.version = UNKNOWN  # the next round asks it first
         if outcome.error is not None or not self._is_reusable(engine):
@@ -51,8 +54,9 @@ class WayBack:
             for worker in engine.workers
         )
 
-    def _roll_back(self, engine: EngineLink, outcome: EngineProgress, deadline: Deadline) -> None:
+    def _roll_back(self, engine: EngineLink, deadline: Deadline) -> None:
         """Have an engine that may have committed return to version n, and ask what it serves now."""
+        outcome = self._outcomes.of(engine)
         try:
             try:
                 engine.client.rollback(self._epoch, self._round, deadline)
