@@ -48,6 +48,7 @@ logger = logging.getLogger(__name__)
 TICKET_LIFE_S = 120.0
 TICKET_HINT = "Connect again: a ticket is good for one engine, once for each rank, and for two minutes"
 PROBE_S = 0.2
+(HEARTBEAT,) = cut(encode(Heartbeat()))
 LOOK_S = 0.1
 """How often a wait looks whether it still has a purpose."""
 MOST_MESSAGES = 256
@@ -265,7 +266,7 @@ class Coordinator:
         """Say something to members, so that those whose connection has closed are lost at once; takes at most a moment."""
         for member in members:
             if member.lost is None:
-                self.send(member, Heartbeat())
+                self._pump.send(member.identity, HEARTBEAT)
         self._pump.flush(PROBE_S)
 
     def clear_inboxes(self, members: Iterable[Member]) -> None:
@@ -376,4 +377,4 @@ class Coordinator:
         if closed:
             self._seldom.warn("control channel: closed connections of peers that were not admitted", about=str(closed))
         for member in self.members():
-            self.send(member, Heartbeat())
+            self._pump.send(member.identity, HEARTBEAT)

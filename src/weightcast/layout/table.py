@@ -92,7 +92,7 @@ class PlacementTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         numbers = self.numbers()
         sizes = numbers[BOX + self.dims : BOX + 2 * self.dims].astype(float).prod(axis=0)
         wanted = np.bincount(numbers[TENSOR], sizes, len(manifest))
-        return wanted / [max(1, spec.numel) for spec in manifest.tensors]
+        return np.asarray(wanted / np.maximum(manifest.shapes.prod(axis=0, dtype=float), 1.0), float)
 
     def placements(self, manifest: Manifest) -> Iterator[Placement]:
         """The rows as placements."""
