@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -10,7 +11,7 @@ from tests.sglang.servers import Launcher
 
 from weightcast.engines.sglang.refused import NOT_EVERYWHERE, REFUSED, refuse_settings
 from weightcast.engines.sglang.versions import SUPPORTED
-from weightcast.errors import Unsupported
+from weightcast.errors import EngineError, Unsupported
 from weightcast.testing.models import build_tiny_model
 
 HARMFUL: dict[str, Any] = {
@@ -90,6 +91,57 @@ def test_versions_out_of_range_are_told_the_range(version: str, fits: bool) -> N
 class _Args:
     def __init__(self, settings: dict[str, Any]) -> None:
         self.__dict__.update(settings)
+
+
+@pytest.mark.parametrize(
+    ("tags", "saves", "backup", "wanted"),
+    [(None, True, False, True), (["weights"], True, True, False), (["kv_cache"], True, False, None), (None, False, False, None)],
+)  # fmt: skip
+def test_a_scheduler_hears_that_weights_go(
+    tags: list[str] | None, saves: bool, backup: bool, wanted: bool | None
+) -> None:
+    from weightcast.engines.sglang import plugin
+    from weightcast.engines.sglang.worker import SchedulerCalls
+
+    calls = SchedulerCalls(Scheduled(enable_memory_saver=saves, enable_weights_cpu_backup=backup))
+    heard: list[bool] = []
+    calls.worker.before_sleep = lambda *, loses: heard.append(loses)  # type: ignore[method-assign]
+    manager = SimpleNamespace(scheduler=SimpleNamespace(weightcast=calls))
+    plugin._before_sleep(manager, SimpleNamespace(tags=tags))
+    assert heard == ([] if wanted is None else [wanted])
+
+
+def test_a_cache_that_is_not_flushed_changes_nothing_and_the_queue_is_kept() -> None:
+    from weightcast.engines.sglang.scheduler import standing_scheduler
+
+    scheduler = Scheduled()
+    scheduler.flushes = False
+    with pytest.raises(EngineError, match="keeps keys and values"):
+        standing_scheduler(scheduler).forget()
+    assert scheduler.waiting_queue == ["a request"]
+    assert scheduler.seen == [[]], "requests that wait hold no keys and values"
+    assert scheduler._engine_paused
+
+
+class Scheduled:
+    """As much of a scheduler of SGLang 0.5.16 as standing still needs."""
+
+    def __init__(self, **args: bool) -> None:
+        self.ps = SimpleNamespace(tp_rank=0, tp_size=1, pp_size=1, dp_rank=None)
+        self.server_args = SimpleNamespace(**args)
+        self.waiting_queue = ["a request"]
+        self.flushes, self._engine_paused = True, False
+        self.seen: list[list[str]] = []
+
+    def pause_generation(self, request: Any) -> None:
+        self._engine_paused = True
+
+    def continue_generation(self, request: Any) -> None:
+        self._engine_paused = False
+
+    def flush_cache(self, empty_cache: bool) -> bool:
+        self.seen.append(self.waiting_queue)
+        return self.flushes
 
 
 def test_a_message_goes_through_both_encodings_of_sglang() -> None:

@@ -81,6 +81,7 @@ def assert_is_held(server: Server, failed: RoundFailed) -> None:
     assert server.url in failed.dirty
     status = server.status
     assert (status["ready"], status["dirty"], status["paused"]) == (False, True, True)
+    assert server.post("/continue_generation", {}).status_code == 200
     with pytest.raises(httpx.ReadTimeout):
         server.post("/generate", {"input_ids": [7], "sampling_params": {"max_new_tokens": 1}}, timeout=1.5)
     assert server.get("/ready").status_code == 503

@@ -50,6 +50,7 @@ def register() -> None:
     hook_custom_types(WeightcastOrder, WeightcastAnswer)
     if SCHEDULER in sys.modules:
         HookRegistry.register(f"{SCHEDULER}.Scheduler.init_request_dispatcher", _in_scheduler, HookType.AFTER)
+        HookRegistry.register(f"{SCHEDULER}.Scheduler.continue_generation", _not_while_held, HookType.AROUND)
         manager = f"{UPDATER}.SchedulerWeightUpdaterManager"
         HookRegistry.register(f"{manager}.release_memory_occupation", _before_sleep, HookType.BEFORE)
         HookRegistry.register(f"{manager}.resume_memory_occupation", _undisturbed, HookType.AROUND)
@@ -78,6 +79,17 @@ def _in_scheduler(result: Any, scheduler: Any, *_: Any, **__: Any) -> None:
 
     scheduler.weightcast = SchedulerCalls(scheduler)
     scheduler._request_dispatcher += TypeBasedDispatcher([(WeightcastOrder, scheduler.weightcast.handle)])
+
+
+def _not_while_held(go_on: Any, scheduler: Any, *arguments: Any, **named: Any) -> Any:
+    """SGLang's own /continue_generation does not end a hold: only new weights do."""
+    calls = getattr(scheduler, "weightcast", None)
+    if calls is not None and calls.held:
+        logger.error(
+            "generation stays paused: the weights are of no version, and the next update that succeeds goes on"
+        )
+        return None
+    return go_on(scheduler, *arguments, **named)
 
 
 def _before_sleep(manager: Any, request: Any) -> None:

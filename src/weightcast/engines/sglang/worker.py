@@ -34,6 +34,8 @@ class SchedulerCalls:
 
     def __init__(self, scheduler: Any) -> None:
         self._standing = standing_scheduler(scheduler)
+        self.held = False
+        """The scheduler stands because its weights are of no version, or not those of the other workers."""
         step = self._standing
         self._rank = (step.dp_rank * step.pp_size) * step.tp_size + step.tp_rank
         self.worker = StockWorker(
@@ -63,6 +65,7 @@ class SchedulerCalls:
         if self.worker.engine is not None and version is None:
             self._standing.name(INITIAL_VERSION)
         self.worker.replaced(version or INITIAL_VERSION)
+        self.held = False
 
     # -- pieces
 
@@ -76,7 +79,11 @@ class SchedulerCalls:
             case "forget":
                 return self._scheduled(step.forget)
             case "resume":
+                self.held = False
                 return self._scheduled(step.resume)
+            case "hold":
+                self.held = bool(payload["held"])
+                return self._gather(self.worker.call(action, payload))
             case "label":
                 return self._scheduled(lambda: step.name(payload["version"]))
             case _:
@@ -92,6 +99,7 @@ class SchedulerCalls:
         call = self.worker.call if error is None else self._refused(error)
         outcomes = update_in_lockstep(call, payload["info"], self._gather)
         serving = Serving.of(outcomes_from(outcomes))
+        self.held = bool(serving.unfit)
         if not serving.unfit and serving.version is not None:
             if serving.error is None:
                 step.name(serving.version)
