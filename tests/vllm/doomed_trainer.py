@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from weightcast import Publisher
@@ -21,19 +22,24 @@ def die(*_: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def dying_for_staged(take: Callable[..., Any]) -> Callable[..., Any]:
+    """A way to wait for messages that ends the trainer where it waits for staged bytes."""
+
+    def waiting(*arguments: Any, **named: Any) -> Any:
+        if Staged in arguments:
+            die()
+        return take(*arguments, **named)
+
+    return waiting
+
+
 def die_waiting(moment: str) -> None:
     """Arm the moment's fault."""
     if moment == "commit":
         Round._commit = die  # type: ignore[method-assign, assignment]
     elif moment == "transfer":
-        take = Delivery.take
-
-        def waiting(delivery: Delivery, engine: Any, worker: Any, kind: Any, *more: Any) -> Any:
-            if kind is Staged:
-                die()
-            return take(delivery, engine, worker, kind, *more)
-
-        Delivery.take = waiting  # type: ignore[method-assign]
+        for name in ("take", "take_each"):
+            setattr(Delivery, name, dying_for_staged(getattr(Delivery, name)))
     else:
         send, sent = Connection.send, [0]
 
