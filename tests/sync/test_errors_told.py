@@ -33,7 +33,7 @@ from weightcast.trainer.clients import wire
 from weightcast.trainer.clients.base import CommitOrder, CommitReply
 from weightcast.trainer.clients.http import HttpEngineClient
 from weightcast.trainer.fleet.link import EngineLink
-from weightcast.trainer.round.commits import Commits
+from weightcast.trainer.round.commits import Commits, _Going
 
 CLASSES = [
     kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, WeightcastError)
@@ -230,7 +230,7 @@ def test_an_answer_that_stays_lost_is_told_as_that_when_time_runs_out() -> None:
     client: Any = SimpleNamespace(commit=commit, name="a")
     engine = EngineLink(client)
     with pytest.raises(AnswerLost, match="the connection broke") as caught:
-        commits._order(engine, cast(Any, SimpleNamespace(may_be_committed=True)))
+        commits._order_now(_Going(engine, cast(Any, SimpleNamespace(may_be_committed=True)), [], 0.0))
     assert isinstance(caught.value, PeerLost)
 
 
