@@ -155,21 +155,7 @@ class Receiver:
         self.highest = max(self.highest, version_number(approval.version))
         before = (self.version, self.content, self.dirty)
         start = time.perf_counter()
-        try:
-            if session.mode == "staged":
-                self._apply_staged(session, deadline)
-                nbytes, transfer_s = 0, 0.0
-            else:
-                nbytes, transfer_s = self._apply_in_place(session, id, approval, deadline)
-        except Exception as error:
-            self._round.failed(id, str(error))
-            session.send_failure(id, "commit", error, dirty=self.dirty)
-            if isinstance(error, WeightcastError):
-                # Without it a trainer in the same process takes a lost peer for an order that never arrived.
-                error.at(phase="commit", worker=self._rank)
-                raise
-            text = f"commit failed: {type(error).__name__}: {error}"
-            raise LoadError(text, phase="commit", worker=self._rank) from error
+        nbytes, transfer_s = self._apply(session, id, approval, deadline)
         apply_s = time.perf_counter() - start - transfer_s
         self._before = before
         self.version, self.content, self.dirty = approval.version, approval.content, False
@@ -184,6 +170,23 @@ class Receiver:
             self._prove(session, id, nbytes, transfer_s, apply_s)
         except Exception as error:  # noqa: BLE001 - the commit has happened: the trainer hears that it was not proven
             session.send_failure(id, "commit", error)
+
+    def _apply(self, session: Session, id: RoundId, approval: Approval, deadline: Deadline) -> tuple[int, float]:
+        """Make the round's bytes live; what was received for that, bytes and seconds. The trainer hears what fails."""
+        try:
+            if session.mode == "staged":
+                self._apply_staged(session, deadline)
+                return 0, 0.0
+            return self._apply_in_place(session, id, approval, deadline)
+        except Exception as error:
+            self._round.failed(id, str(error))
+            session.send_failure(id, "commit", error, dirty=self.dirty)
+            if isinstance(error, WeightcastError):
+                # Without it a trainer in the same process takes a lost peer for an order that never arrived.
+                error.at(phase="commit", worker=self._rank)
+                raise
+            text = f"commit failed: {type(error).__name__}: {error}"
+            raise LoadError(text, phase="commit", worker=self._rank) from error
 
     def rollback(self, id: RoundId) -> None:
         """Return to the version before a staged round if that round was committed; in any case make sure that the round is never

@@ -241,17 +241,7 @@ class FirstRank:
     def _publish(self, deadline: Deadline, waking: Waking | None = None) -> Report:
         if not self._fleet.engines:
             raise StateError("the fleet has no engine", hint="Give engines= or call add()")
-        if not self._was_connected:
-            self._published.renew(deadline)
-            self._published.check_settings()
-        elif self._colocated.has_let_go:
-            self._renew_where_let_go(deadline)
-        elif self._holder.is_new:
-            self._published.renew(deadline)
-        elif any(engine.broken for engine in self._fleet.engines):
-            self._published.follow(
-                self._source.check_form, deadline
-            )  # or an engine is told of what the source has no more
+        self._look_at_source(deadline)
         timeline = Timeline(self._fleet.progress)
         asleep: dict[str, WeightcastError] = {}
         if waking is not None:
@@ -281,6 +271,19 @@ class FirstRank:
         return self._round(
             engines, self.next_number(), deadline, Timeline(self._fleet.progress), absent, check, counted
         )
+
+    def _look_at_source(self, deadline: Deadline) -> None:
+        """Look at the source anew where something may have become of it since the last call."""
+        if not self._was_connected:
+            self._published.renew(deadline)
+            self._published.check_settings()
+        elif self._colocated.has_let_go:
+            self._renew_where_let_go(deadline)
+        elif self._holder.is_new:
+            self._published.renew(deadline)
+        elif any(engine.broken for engine in self._fleet.engines):
+            # Otherwise an engine would be told of what the source has no more.
+            self._published.follow(self._source.check_form, deadline)
 
     def _refuse_too_little(self, absent: dict[str, WeightcastError]) -> None:
         """Raise where the fleet cannot go on without engines that are absent."""

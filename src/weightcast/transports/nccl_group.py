@@ -48,27 +48,30 @@ class Group:
         self._comm = Communicator(self._device, self._check)
         self.nbytes = {part: nbytes_of(some) for part, some in parts_of(copies).items()}
         self.ends: list[NcclTrainerEnd] = []
-        unique_id, cuts = new_unique_id(), cuts_of(self._parts)
+        self._unique_id = new_unique_id()
         try:
             for member in range(count):
-                guard = EndGuard("the trainer's end of a nccl pair")
-                listener = Listener(address, guard)
-                offer = NcclOffer(
-                    unique_id=unique_id,
-                    rank=member + 1,
-                    world_size=count + 1,
-                    bucket_nbytes=bucket_nbytes,
-                    cuts=cuts,
-                    address=address,
-                    port=listener.port,
-                    secret=listener.secret,
-                )
-                self.ends.append(NcclTrainerEnd(self, member, guard, listener, offer))
+                self.ends.append(self._new_end(member, count, bucket_nbytes, address))
         except BaseException:
             for end in self.ends:
                 end.close()
             raise
-        self._unique_id = unique_id
+
+    def _new_end(self, member: int, count: int, bucket_nbytes: int, address: str) -> NcclTrainerEnd:
+        """The end of one member, which listens for its worker."""
+        guard = EndGuard("the trainer's end of a nccl pair")
+        listener = Listener(address, guard)
+        offer = NcclOffer(
+            unique_id=self._unique_id,
+            rank=member + 1,
+            world_size=count + 1,
+            bucket_nbytes=bucket_nbytes,
+            cuts=cuts_of(self._parts),
+            address=address,
+            port=listener.port,
+            secret=listener.secret,
+        )
+        return NcclTrainerEnd(self, member, guard, listener, offer)
 
     def connect(self, member: int, deadline: Deadline) -> None:
         """Meet all workers; every member's end calls it once its worker's connection is there."""

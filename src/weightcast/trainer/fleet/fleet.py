@@ -7,6 +7,7 @@ import secrets
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from weightcast.content.expected import ExpectedDigest
 from weightcast.control.coordinator import Coordinator, Member
@@ -137,45 +138,43 @@ class Fleet:
             engine.client.wait_until_there(deadline.part(at_most_s=self.wait_s))
         self.progress("connect", engine.name)
         world_size = engine.client.world_size(deadline)
-        ticket = self.coordinator.issue_ticket(
-            engine.name, world_size, large_nbytes=landings_nbytes(self.ranks.manifest)
-        )
+        invitation = self._invitation(engine, world_size, deadline)
         self.progress("join", engine.name)
-        engine.client.init(
-            {
-                "address": f"tcp://{self.settings.reached_at}:{self.coordinator.port}",
-                "public_key": self.coordinator.public_key,
-                "ticket": ticket,
-                "engine": engine.name,
-                "timeout_s": deadline.limit_s(),
-                "silence_s": self.coordinator.silence_s,
-                "takeover": self.settings.takeover and not engine.was_here,
-                "session": self._session,
-                "left": list(self._left),
-                "world_size": world_size,
-            },
-            deadline,
-        )
-        workers = []
-        for member in self.coordinator.wait_members(engine.name, world_size, deadline):
-            landings = self.coordinator.take(member, Landings, deadline, phase="join")
-            assert isinstance(landings, Landings)
-            landings.layout.check_landings(self.ranks.manifest)
-            workers.append(WorkerLink(member, landings))
+        engine.client.init(invitation, deadline)
+        workers = [
+            self._worker(member, deadline)
+            for member in self.coordinator.wait_members(engine.name, world_size, deadline)
+        ]
         engine.places = self._places_of(tuple(dict.fromkeys(worker.landings.layout for worker in workers)))
         others = [other.highest for other in self.engines if other is not engine]
         engine.greet(workers, max([self.number_used, engine.highest, *others]))
-        if engine.places.unused:
-            left_out = engine.places.unused
-            logger.info("%s does without %d published tensors: %s", engine.name, len(left_out), shown(left_out))
         self.progress("joined", engine.name)
-        logger.info("%s joined with %d workers, serving %s", engine.name, world_size, engine.version)
-        for worker in workers:
-            said = worker.landings
-            beside = f"{said.shadow_nbytes} bytes in {said.shadow}" if said.shadow_nbytes else "nothing"
-            logger.info(
-                "%s worker %d: %s, %s beside the live weights", engine.name, worker.member.rank, said.mode, beside
-            )
+        _log_joined(engine)
+
+    def _invitation(self, engine: EngineLink, world_size: int, deadline: Deadline) -> dict[str, Any]:
+        """The ``init_info`` with which an engine's workers reach this trainer. Its ticket admits each worker once."""
+        ticket = self.coordinator.issue_ticket(
+            engine.name, world_size, large_nbytes=landings_nbytes(self.ranks.manifest)
+        )
+        return {
+            "address": f"tcp://{self.settings.reached_at}:{self.coordinator.port}",
+            "public_key": self.coordinator.public_key,
+            "ticket": ticket,
+            "engine": engine.name,
+            "timeout_s": deadline.limit_s(),
+            "silence_s": self.coordinator.silence_s,
+            "takeover": self.settings.takeover and not engine.was_here,
+            "session": self._session,
+            "left": list(self._left),
+            "world_size": world_size,
+        }
+
+    def _worker(self, member: Member, deadline: Deadline) -> WorkerLink:
+        """A worker that was admitted, once it has said where tensors land."""
+        landings = self.coordinator.take(member, Landings, deadline, phase="join")
+        assert isinstance(landings, Landings)
+        landings.layout.check_landings(self.ranks.manifest)
+        return WorkerLink(member, landings)
 
     def _places_of(self, tables: tuple[LayoutTable, ...]) -> Places:
         """The places of an engine whose workers have these layouts; looked for once for all engines with the same ones."""
@@ -299,3 +298,14 @@ class Fleet:
 def landings_nbytes(manifest: Manifest) -> int:
     """How long a worker's landings may be as a message."""
     return min(MAX_FRAME_NBYTES, most_placements(manifest) * PLACEMENT_NBYTES)
+
+
+def _log_joined(engine: EngineLink) -> None:
+    if engine.places.unused:
+        left_out = engine.places.unused
+        logger.info("%s does without %d published tensors: %s", engine.name, len(left_out), shown(left_out))
+    logger.info("%s joined with %d workers, serving %s", engine.name, len(engine.workers), engine.version)
+    for worker in engine.workers:
+        said = worker.landings
+        beside = f"{said.shadow_nbytes} bytes in {said.shadow}" if said.shadow_nbytes else "nothing"
+        logger.info("%s worker %d: %s, %s beside the live weights", engine.name, worker.member.rank, said.mode, beside)
