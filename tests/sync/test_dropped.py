@@ -6,13 +6,18 @@ import gc
 import logging
 import os
 import threading
+import weakref
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from weightcast import Publisher
 from weightcast.deadline import Deadline
-from weightcast.errors import EngineError
+from weightcast.errors import EngineError, StateError
 from weightcast.testing.local_engine import DictModel, LocalEngine
 
 
@@ -70,3 +75,31 @@ def test_engines_of_a_dropped_publisher_are_told(caplog: pytest.LogCaptureFixtur
             assert successor.publish().digests_match
     finally:
         engine.stop()
+
+
+def _pairs(tensors: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from tensors.items()
+
+
+@pytest.mark.parametrize("kind", ["mapping", "module", "stream"])
+def test_a_closed_publisher_that_is_kept_keeps_nothing_of_its_source(kind: str) -> None:
+    module: nn.Module | None = nn.Linear(4, 3)
+    assert module is not None
+    tensors: dict[str, torch.Tensor] | None = {
+        name: torch.randn_like(value) for name, value in module.state_dict().items()
+    }
+    assert tensors is not None
+    engine = LocalEngine("e", [DictModel({name: torch.zeros_like(value) for name, value in tensors.items()})])
+    kept = [*module.parameters(), *tensors.values()]
+    alive = [weakref.ref(value) for value in kept]
+    source: Any = {"mapping": tensors, "module": module, "stream": partial(_pairs, tensors)}[kind]
+    publisher = Publisher(source, [engine], timeout_s=20)
+    assert publisher.publish().digests_match
+    publisher.close()
+    engine.stop()
+    del module, tensors, kept, source
+    gc.collect()
+    assert [ref() for ref in alive] == [None] * len(alive)
+    with pytest.raises(StateError, match=r"the publisher is closed\. Make a new Publisher"):
+        publisher.publish()
+    assert publisher.last_report is not None

@@ -4,12 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 
+import torch
+
 from weightcast.deadline import Deadline
 from weightcast.errors import StateError, Unsupported, WeightsMoved
+from weightcast.layout import Layout
 from weightcast.layout.memory import Memory
+from weightcast.manifest import Manifest
 from weightcast.sources.base import Source
 from weightcast.sources.snapshot import Snapshot
 from weightcast.transports.registry import registry
+
+
+class GivenUp(Source):
+    """What a publisher that is closed has in place of its source: nothing."""
+
+    def __init__(self) -> None:
+        self.manifest, self.layout, self.memory = Manifest.of(()), Layout(placements=(), storage_nbytes=()), Memory(())
+        self.device = torch.device("cpu")
+
+    def rebind(self, memory: Memory) -> None:
+        self.refresh()
+
+    def refresh(self) -> None:
+        raise StateError("the publisher is closed", hint="Make a new Publisher")
 
 
 class Holder:
@@ -146,6 +164,12 @@ class Holder:
         """Close the source and give up what transports made of its memory; idempotent."""
         self.source.close()
         self._release_adopted()
+
+    def give_up(self) -> None:
+        """``release``, and refer to nothing that the user gave, for good: a publisher that is closed may be referred to for long."""
+        self.release()
+        self.source = GivenUp()
+        self._make = lambda: self.source
 
     def _release_adopted(self) -> None:
         for name, memory in self._adopted.items():

@@ -197,7 +197,10 @@ class Publisher:
                 self._publishing.close()
             with torch.inference_mode(False):
                 is_over = self._publishing is None or self._publishing.done
-                self._part.close(settled=is_over and not self._turns.is_taken)
+                settled = is_over and not self._turns.is_taken
+                self._part.close(settled=settled)
+                if settled:
+                    self._holder.give_up()
 
     def __enter__(self) -> Publisher:
         return self
