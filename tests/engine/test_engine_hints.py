@@ -12,6 +12,7 @@ import torch
 from tests.support.mistakes import Mistake
 from torch import nn
 
+from weightcast import Publisher
 from weightcast.engines.embedded import LLM, EngineConfig, SamplingParams, attention, loading
 from weightcast.engines.embedded.given import check_given, device_of
 from weightcast.engines.embedded.live_model import EmbeddedModel
@@ -130,8 +131,11 @@ def test_weights_that_may_not_be_trusted(folder: Path, tmp_path: Path) -> None:
         make=lambda: LLM(tmp_path, num_threads=1), error=InvalidInput, said="cannot be loaded",
         hint=r"Convert the weights to safetensors.*--trust-remote-code", follow=convert,
     ).play()  # fmt: skip
-    told = loading._hint(ValueError("The repository contains custom code. Please pass trust_remote_code=True"))
-    assert "Read the code" in str(told)
+    for error, said in (
+        ("The repository contains custom code. Please pass trust_remote_code=True", "Read the code that comes with it"),
+        ("We couldn't connect to the hub", "Check the name and the network, or give the folder"),
+    ):
+        assert said in str(loading._hint(ValueError(error)))
 
 
 # -- models
@@ -236,11 +240,26 @@ def test_a_conversation_without_a_template(llm: LLM) -> None:
         text.tokenizer.chat_template = template
 
 
+def test_updates_before_a_trainer_came(folder: Path) -> None:
+    engine = LLM(folder, num_threads=1, max_model_len=32)
+
+    def publish() -> None:
+        with Publisher({n: v.clone() for n, v in engine.engine.model.state_dict().items()}, [engine]) as publisher:
+            assert publisher.publish().digests_match
+
+    try:
+        Mistake(
+            make=engine.start_weight_update, error=StateError, said="not initialised",
+            hint="Call init_weight_transfer_engine first", follow=publish,
+        ).play()  # fmt: skip
+    finally:
+        engine.shutdown()
+
+
 def test_an_engine_that_waits_for_its_first_weights(folder: Path) -> None:
     config = WeightTransferConfig(backend="weightcast", wait_for_weights=True)
     engine = LLM(folder, num_threads=1, max_model_len=32, weight_transfer_config=config)
     try:
-        from weightcast import Publisher
 
         def publish() -> None:
             with Publisher({n: v.clone() for n, v in engine.engine.model.state_dict().items()}, [engine]) as publisher:

@@ -426,22 +426,27 @@ def test_a_late_rank_and_a_frozen_one_are_named_by_the_deadline_and_calls_stay_i
         kind, text, seconds = leader.call("publish", 1.0, seed + 1)
         assert kind == "DeadlineExceeded"
         assert "trainer rank 1 did not answer" in text
+        assert "Every rank has to call connect() and publish(), in the same order" in text
         assert seconds < 3
         kind, text, seconds = follower.call("publish", 5.0, seed + 1)
         assert kind == "DeadlineExceeded"
         assert "trainer rank 1 did not answer" in text
+        assert "Every rank has to call connect() and publish(), in the same order" in text
         assert seconds < 2
         kind, text, seconds = follower.call("publish", 1.0, seed + 2)
         assert kind == "DeadlineExceeded"
         assert "trainer rank 0 did not end publish()" in text
+        assert "Every rank has to call connect() and publish(), in the same order" in text
         assert seconds < 4
         kind, text, _ = leader.call("publish", 5.0, seed + 2)
         assert kind == "StateError"
         assert "trainer rank 1: this rank has left the call" in text
+        assert "Every rank has to call connect() and publish(), in the same order" in text
         leader.start("publish", 5.0)
         kind, text, _ = follower.call("connect")
         assert kind == leader.result()[0] == "StateError"
         assert "it calls connect(), rank 0 calls publish()" in text
+        assert "Every rank has to call connect() and publish(), in the same order" in text
         assert [kind for kind, _, _ in all_call([leader, follower], "publish", 20.0, seed + 3)] == ["", ""]
         assert leader.call("serves", seed + 3)[0]
         follower.freeze()
@@ -462,6 +467,7 @@ def test_followers_learn_that_rank_0_is_gone(tmp_path: Path) -> None:
         kind, text, seconds = follower.result()
         assert kind == "PeerLost"
         assert "trainer rank 0 is gone" in text
+        assert "Start that rank again, then make a new Publisher on every rank" in text
         assert seconds < 5
 
 
@@ -495,7 +501,10 @@ def refusals(rank: int, size: int, folder: str) -> list[tuple[str, str]]:
                 told.append((type(error).__name__, str(error)))
         over = Path(folder) / "over"
         if rank == 0:
-            with pytest.raises(DeadlineExceeded, match="not every trainer rank came within 1 s"):
+            with pytest.raises(
+                DeadlineExceeded,
+                match=r"not every trainer rank came within 1 s.*Make a Publisher on every rank of the process group",
+            ):
                 Publisher({"w": whole}, process_group=group, timeout_s=1)
             over.touch()
         else:
@@ -520,4 +529,6 @@ def test_what_cannot_be_published_is_refused_by_name_on_every_rank(tmp_path: Pat
         for (kind, text), (wanted, part) in zip(told, expected, strict=True):
             assert kind == wanted
             assert part in text
+        assert all("Publish full tensors: a state dict with full_tensor()" in text for _, text in told[:2])
+        assert "A plain tensor counts as whole: give shards as DTensors" in told[2][1]
         assert "with process_group=" in told[4][1]

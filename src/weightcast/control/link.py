@@ -75,7 +75,7 @@ class ControlLink:
         self._on_message = on_message
         self._on_lost = on_lost
         self._limit = Deadline(info.timeout_s)
-        self._silence_s = info.silence_s
+        self._address, self._silence_s = info.address, info.silence_s
         self._is_answered = False
         self._ended = False
         self.said_goodbye = False
@@ -144,7 +144,10 @@ class ControlLink:
     def _disconnected(self, event: int, descriptor: int) -> None:
         while not self._pump.receive_all():  # what the trainer said before it left counts
             pass
-        self._lose(f"the trainer's connection closed, or it was silent for {self._silence_s:g} s")
+        if self._is_answered:
+            self._lose(f"the trainer's connection closed, or it was silent for {self._silence_s:g} s")
+        else:
+            self._lose(f"the connection to {self._address} closed before the trainer had answered")
 
     def _tick(self) -> None:
         if not self._is_answered and self._limit.passed:

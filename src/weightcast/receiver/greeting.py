@@ -15,6 +15,7 @@ from weightcast.messages import AnyMessage, Hello, Refused, Welcome
 GREETING_TIMEOUT_S = 5.0
 """A trainer that just asked an engine to join answers in milliseconds. ``welcome`` waits no longer: its caller may be the thread that
 runs the engine."""
+LOST_HINT = "Does the trainer still run, and are the address and the public key its own?"
 PATIENCE_S, PATIENCE_SHARE = 15.0, 0.5
 """How long a wait beside the engine may take, in seconds and as a share of the trainer's deadline: where all cores are busy a
 handshake takes seconds."""
@@ -87,7 +88,7 @@ class Greeting:
                 )
             answer = self._heard.pop(0)
         if isinstance(answer, str):
-            raise PeerLost(answer, phase="join")
+            raise PeerLost(answer, phase="join", hint=LOST_HINT)
         if isinstance(answer, Refused):
             raise answer.error.error(phase="join")
         if not isinstance(answer, Welcome):
