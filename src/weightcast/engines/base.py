@@ -114,9 +114,10 @@ class DigestsTensors(Protocol):
 
 
 class InferenceEngine(Protocol):
-    """What a server needs. All methods may be called from one event loop; ``generate`` calls run concurrently.
+    """What a server needs of an engine. All methods may be called from one event loop; ``generate`` calls run at the same time.
 
-    Errors: InvalidInput for bad arguments (nothing changes), StateError for the wrong moment, EngineError when the engine is gone.
+    InvalidInput is raised for bad arguments, and nothing changes then; StateError for a call at the wrong moment; EngineError when the
+    engine is gone.
     """
 
     @property
@@ -127,32 +128,34 @@ class InferenceEngine(Protocol):
 
     @property
     def tokenizer(self) -> Any:
-        """A transformers tokenizer, or None: then only token ids go in and out."""
+        """The transformers tokenizer. None where the engine has no tokenizer: the engine then takes and returns token ids only."""
         ...
 
     def generate(
         self, prompt: str | Sequence[int], sampling_params: SamplingParams, request_id: str | None = None
     ) -> AsyncIterator[RequestOutput]:
-        """Stream cumulative outputs (FINAL_ONLY: the last one), the last one finished. Closing the iterator early aborts the request."""
+        """Yield outputs that hold everything so far, the last of them finished (with FINAL_ONLY that one alone). Closing the iterator
+        early aborts the request."""
         ...
 
     async def abort(self, request_ids: Sequence[str] | None = None) -> int:
-        """Abort some or (None) all requests; their iterators end with finish_reason "abort". Returns how many ended."""
+        """Abort these requests, or all requests for None. The requests' iterators end with finish_reason "abort". Returns how many
+        requests ended."""
         ...
 
     async def pause_generation(self, mode: PauseMode = "abort", clear_cache: bool = True) -> None:
-        """Stop stepping. abort: end all requests; wait: finish them first; keep: freeze them. New requests queue.
-        With ``clear_cache`` the keys and values of frozen requests are recomputed after resume. Idempotent."""
+        """Stop the engine's steps. Mode "abort" ends all requests, "wait" finishes them first, "keep" freezes them. New requests wait.
+        With ``clear_cache`` the engine recomputes keys and values of frozen requests after it resumes. A second call does nothing."""
         ...
 
     async def resume_generation(self) -> None:
-        """Go on; idempotent."""
+        """Let the engine go on. A second call does nothing."""
         ...
 
     async def is_paused(self) -> bool: ...
 
     async def reset_prefix_cache(self, reset_running_requests: bool = False) -> bool:
-        """Forget cached keys and values; with the flag also those of running requests, which recompute them."""
+        """Forget cached keys and values. With the flag also forget those of running requests, which the engine then recomputes."""
         ...
 
     async def init_weight_transfer_engine(self, init_info: Mapping[str, Any]) -> None: ...
@@ -174,7 +177,7 @@ class InferenceEngine(Protocol):
         ...
 
     async def checksums(self) -> dict[str, str]:
-        """Hex digest per live parameter."""
+        """Return the hex digest of each live parameter."""
         ...
 
     async def status(self) -> EngineStatus: ...

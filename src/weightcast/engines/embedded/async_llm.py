@@ -29,9 +29,9 @@ _SHORT_PROMPT = 4096
 
 
 class AsyncLLM:
-    """A model that serves many requests at once and takes new weights while it does. Takes EngineConfig's arguments.
+    """A model that serves many requests at once and takes new weights while it does. Takes the arguments of EngineConfig.
 
-    Constructing it loads the model and blocks; do that before the event loop is busy. Call ``shutdown`` at the end.
+    Making an AsyncLLM loads the model and blocks; do that before the event loop is busy. Call ``shutdown`` at the end.
     """
 
     def __init__(self, model: Any, **arguments: Any) -> None:
@@ -48,7 +48,7 @@ class AsyncLLM:
 
     @property
     def dtype(self) -> str:
-        """The type that the model computes in; "auto" has become one."""
+        """The type that the model computes in. For "auto" this is the type that the engine chose."""
         return self.engine.dtype
 
     @property
@@ -61,10 +61,11 @@ class AsyncLLM:
         sampling_params: SamplingParams,
         request_id: str | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Stream cumulative outputs, the last one finished (FINAL_ONLY: that one only); closing the iterator early aborts the request.
+        """Yield outputs that hold everything so far, the last of them finished (with FINAL_ONLY that one alone). Closing the iterator
+        early aborts the request.
 
-        InvalidInput and StateError (not ready, queue full) are raised by the first step of the iterator. A slow reader misses
-        intermediate outputs, never the last one.
+        The iterator's first step raises InvalidInput, and StateError when the engine is not ready or its queue is full. A slow reader
+        misses outputs in between, and never the last one.
         """
         latest = _Latest(asyncio.get_running_loop())
         stream = sampling_params.output_kind is RequestOutputKind.CUMULATIVE

@@ -30,7 +30,7 @@ _IGNORABLE = frozenset(
 
 @dataclass(slots=True, kw_only=True)
 class DecodeGroup:
-    """One token each of sequences on one shelf: packed tokens [start, stop)."""
+    """Sequences on one shelf that get one token each: the packed tokens [start, stop)."""
 
     shelf: Shelf
     start: int
@@ -46,7 +46,7 @@ class DecodeGroup:
 
 @dataclass(slots=True, kw_only=True)
 class PromptGroup:
-    """``rows`` prompts of equal length on one shelf, from their first token on: packed tokens [start, stop)."""
+    """``rows`` prompts of equal length on one shelf, from their first token on: the packed tokens [start, stop)."""
 
     shelf: Shelf
     start: int
@@ -88,7 +88,7 @@ class _Rules:
 
 
 def register_attention() -> None:
-    """Make the function known to transformers under ATTENTION_NAME; repeatable."""
+    """Register the function with transformers under ATTENTION_NAME. A second call does nothing."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(ATTENTION_NAME, packed_attention)
@@ -108,7 +108,7 @@ def packed_attention(
     step: StepContext | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Store this layer's keys and values and attend; same arguments and result as transformers' own functions."""
+    """Store this layer's keys and values, then attend. Arguments and result are those of transformers' own attention functions."""
     context = _checked(module, step, attention_mask, dropout, is_causal, others)
     layer = module.layer_idx
     assert isinstance(layer, int)

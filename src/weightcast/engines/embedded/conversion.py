@@ -67,9 +67,9 @@ class CheckpointLoader:
         self._places: dict[str, tuple[str, str | None]] = {}
 
     def load(self, tensors: Iterable[tuple[str, torch.Tensor]], *, skip_unknown: bool = False) -> None:
-        """Fill live tensors in place, casting to their dtypes. Any subset of whole parameters may be given.
+        """Fill live tensors in place, and cast values to the live tensors' types. Any subset of whole parameters may be given.
 
-        Raises LoadError, before anything is written, for unknown names (unless skipped), wrong shapes, and fused
+        Raises LoadError, before anything is written, for unknown names (unless they are skipped), for wrong shapes, and for fused
         parameters of which only some pieces are given.
         """
         given: dict[str, torch.Tensor] = {}
@@ -88,12 +88,12 @@ class CheckpointLoader:
                 self._live[target].detach().copy_(value)
 
     def problems(self, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-        """What is wrong with tensors of these shapes, one sentence each; names without a place in the model are not."""
+        """Return what is wrong with tensors of these shapes, one sentence each. A name without a place in the model is no problem here."""
         groups, _ = self._grouped(shapes)
         return self._problems(groups, shapes)
 
     def unknown(self, names: Iterable[str]) -> list[str]:
-        """The names without a place in the model."""
+        """Return the names without a place in the model."""
         return self._grouped(names)[1]
 
     def checkpoint_names(self, live_names: Sequence[str]) -> list[str]:

@@ -57,7 +57,8 @@ class EngineCore:
         self._drained: list[Future[None]] = []
 
     def add(self, request: Request) -> None:
-        """Queue a request. Raises StateError when the engine may not serve or is full, InvalidInput for a taken id."""
+        """Queue a request. Raises StateError when the engine may not serve or is full, and InvalidInput for an id that another request
+        has."""
         reason = self.transfer.not_ready
         if reason:
             raise StateError(f"the engine does not serve now: {reason}", hint="Publish to it")
@@ -109,7 +110,7 @@ class EngineCore:
         self._settle_drain()
 
     def abort(self, request_ids: Seq[str] | None = None) -> int:
-        """End some or all requests; those that are not known are skipped. Returns how many ended."""
+        """End these requests, or all requests. Ids that are not known are skipped. Returns how many requests ended."""
         names = list(self.requests) if request_ids is None else [n for n in request_ids if n in self.requests]
         for name in names:
             self._end(self.requests[name], "abort", None)
@@ -117,7 +118,7 @@ class EngineCore:
         return len(names)
 
     def cancel(self, requests: Iterable[Request]) -> None:
-        """Abort these requests, and no others that may have the same ids."""
+        """Abort these very requests, and no others that may have the same ids."""
         for request in requests:
             if self.requests.get(request.request_id) is request:
                 self._end(request, "abort", None)
@@ -129,7 +130,7 @@ class EngineCore:
         self._settle_drain()
 
     def pause(self, mode: PauseMode, clear_cache: bool) -> Future[None]:
-        """Stop stepping; the future is done when the engine stands still (with "wait": when all known requests ended)."""
+        """Stop the steps. The future is done when the engine stands still; with mode "wait" that is when all known requests have ended."""
         done: Future[None] = Future()
         done.set_running_or_notify_cancel()  # a waiter that gives up must not cancel it under our hands
         if mode not in ("abort", "wait", "keep"):
@@ -165,7 +166,7 @@ class EngineCore:
         return True
 
     def weights_may_have_changed(self) -> None:
-        """After any foreign code between steps: keys and values from before are not shared with new sequences."""
+        """Called after any foreign code between two steps: new sequences share no keys and values that were computed before."""
         self._epoch += 1
         if self.transfer.dirty:
             self.fail_all(self.transfer.not_ready)

@@ -115,7 +115,7 @@ class Engine:
                 raise InvalidInput(f"token id {token} is not in the vocabulary of {vocab}", field=field)
 
     def submit(self, requests: Sequence[Request]) -> Future[None]:
-        """Queue requests in one go; the future raises if one is not taken (those before it are)."""
+        """Queue requests together. The future raises when a request is refused; the requests before the refused one are queued."""
 
         def add() -> None:
             for request in requests:
@@ -147,12 +147,12 @@ class Engine:
         return self._thread.call(lambda: self.core.abort(request_ids))
 
     def cancel(self, requests: Sequence[Request]) -> None:
-        """Abort requests whose caller went away; nobody waits for the answer, and a dead engine has none left."""
+        """Abort requests whose caller went away. Nobody waits for an answer, and a dead engine has no requests left."""
         with contextlib.suppress(EngineError):
             self._thread.call(lambda: self.core.cancel(requests))
 
     def pause(self, mode: PauseMode, clear_cache: bool) -> Future[Future[None]]:
-        """The inner future is done when the engine stands still."""
+        """Stop the steps. The inner future is done when the engine stands still."""
         return self._thread.call(lambda: self.core.pause(mode, clear_cache))
 
     def resume(self) -> Future[None]:
@@ -162,7 +162,7 @@ class Engine:
         return self._thread.call(lambda: self.core.reset_cache(reset_running))
 
     def run_between_steps(self, command: Callable[[], T]) -> Future[T]:
-        """Run anything on the engine's thread between two forward passes; it may change weights."""
+        """Run a function on the engine's thread between two forward passes. The function may change weights."""
 
         def run() -> T:
             try:
@@ -173,7 +173,7 @@ class Engine:
         return self._thread.call(run)
 
     def init_transfer(self, init_info: Any) -> Future[None]:
-        """Join a trainer. Its first answer is waited for on a thread of its own, and steps go on meanwhile."""
+        """Join a trainer. A thread of its own waits for the trainer's first answer, and steps go on meanwhile."""
         info, joined = unwrap(init_info, "init_info"), Future[None]()
 
         def join() -> None:
@@ -214,7 +214,7 @@ class Engine:
         return self._thread.call(lambda: self._transfer.tensor_digests(manifest))
 
     def status(self) -> EngineStatus:
-        """A snapshot; needs no answer of the engine's thread, so that it also works during a long step."""
+        """Return a snapshot. Needs no answer of the engine's thread, and therefore works during a long step."""
         scheduler, fatal = self.core.scheduler, self._thread.fatal
         reason = self._transfer.not_ready
         if not self._thread.alive:
@@ -241,7 +241,7 @@ class Engine:
         )
 
     def shutdown(self, timeout_s: float = _STOP_TIMEOUT_S) -> None:
-        """End all requests (finish_reason "abort") and the thread; idempotent."""
+        """End all requests (finish_reason "abort") and the thread. A second call does nothing."""
         self._finalizer.detach()
         self._thread.stop(timeout_s)
 

@@ -17,7 +17,7 @@ MOST_THREADS = 1024
 
 
 def check_given(config: EngineConfig) -> None:
-    """Raise InvalidInput or Unsupported for what cannot work here, whatever the model is."""
+    """Raise InvalidInput or Unsupported for what cannot work on this machine, whatever the model is."""
     device = device_of(config.device)
     WeightTransferEngineFactory.engine_class(config.transfer.backend).check_device(device)
     check_folder(config.model, "model", "config.json")
@@ -32,7 +32,7 @@ def check_given(config: EngineConfig) -> None:
 
 
 def device_of(given: str | None) -> torch.device:
-    """The device of that name, or the one that the engine chooses; InvalidInput when it is not there."""
+    """Return the device of that name, or the device that the engine chooses. InvalidInput when the device is not there."""
     if given is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -59,7 +59,7 @@ def device_of(given: str | None) -> torch.device:
 
 
 def check_folder(given: Any, field: str, file: str) -> None:
-    """Raise InvalidInput where ``given`` can only mean a folder, and is none; hubs are asked for all other names."""
+    """Raise InvalidInput where ``given`` can only mean a folder and no folder is there. For any other name the hub is asked later."""
     if isinstance(given, str) and not given:
         raise InvalidInput(f"{field} is empty", field=field, hint="Give a folder or the name of a model on a hub")
     if not isinstance(given, str | Path):

@@ -25,7 +25,7 @@ _WHITE_SPACE = r"[ \t\r\n]{1,64}"
 
 
 class Grammar:
-    """A form, and how much of it the tokens so far have filled."""
+    """A form of an answer, and how much of the form the tokens so far have filled."""
 
     def __init__(self, matcher: LLMatcher) -> None:
         self._matcher = matcher
@@ -36,7 +36,7 @@ class Grammar:
         return self._matcher.get_error()
 
     def allowed(self, vocab_size: int) -> torch.Tensor:
-        """True for each token of the vocabulary that may come next; the end of the text only where the form is complete."""
+        """Return True for each token of the vocabulary that may come next. The end of the text may come only where the form is complete."""
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         flags = np.zeros(vocab_size, dtype=bool)
         found = np.unpackbits(bits, bitorder="little")[:vocab_size]
@@ -44,11 +44,11 @@ class Grammar:
         return torch.from_numpy(flags)
 
     def accept(self, token: int) -> bool:
-        """Go on by a token that was sampled. False: ``error`` says why the form does not go on with this token."""
+        """Go on by a token that was sampled. Returns False when the form does not go on with this token; ``error`` says why."""
         return self._matcher.consume_token(token)
 
     def copy(self) -> Grammar:
-        """The same form in the same place, to be filled independently."""
+        """Return the same form at the same place. The two are filled independently from then on."""
         return Grammar(self._matcher.deep_copy())
 
 
@@ -63,7 +63,7 @@ class Grammars:
         self._loaded: LLTokenizer | None = None
 
     def compile(self, form: StructuredOutputs) -> Grammar:
-        """The form at its beginning. InvalidInput when the form makes no sense; takes long for large ones. Any thread may call."""
+        """Return a form at its beginning. InvalidInput when the form makes no sense. A large form takes long. Any thread may call."""
         tokenizer = self._vocabulary()
         from llguidance import LLMatcher
 

@@ -17,7 +17,7 @@ _FIRST_ROWS = 4
 
 
 class Occupant(Protocol):
-    """What the cache knows of a sequence: where its keys and values lie, and of how many tokens."""
+    """What the cache knows of a sequence: where the sequence's keys and values lie, and for how many tokens there are some."""
 
     shelf: Shelf | None
     row: int
@@ -67,7 +67,8 @@ class Shelf:
 
 
 class KvCache:
-    """All shelves, and who sits where. ``capacity`` bounds the allocated tokens; nothing is allocated before use."""
+    """All shelves, and which sequence has which row. ``capacity`` bounds the tokens that are allocated; nothing is allocated before it
+    is used."""
 
     def __init__(self, capacity_tokens: int, max_model_len: int, max_rows: int) -> None:
         self.capacity_tokens = capacity_tokens
@@ -84,7 +85,7 @@ class KvCache:
         return sum(shelf.num_rows * shelf.room for shelf in self.shelves)
 
     def place(self, sequence: Occupant, num_tokens: int) -> bool:
-        """Give a sequence a cleared row for ``num_tokens``; False, with nothing changed, when there is no room."""
+        """Give a sequence a cleared row for ``num_tokens``. Returns False, and changes nothing, when there is no room."""
         shelf = self._shelf_for(num_tokens)
         if not self._make_row(shelf):
             return False
@@ -92,7 +93,8 @@ class KvCache:
         return True
 
     def extend(self, sequence: Occupant, num_tokens: int) -> bool:
-        """Let a placed sequence grow to ``num_tokens``, moving it if needed; False when there is no room."""
+        """Let a placed sequence grow to ``num_tokens``, and move the sequence to a longer row if needed. Returns False when there is no
+        room."""
         old = sequence.shelf
         assert old is not None
         if num_tokens <= old.room:
@@ -107,7 +109,7 @@ class KvCache:
         return True
 
     def fork(self, sequence: Occupant, source: Occupant, num_tokens: int) -> None:
-        """Copy the first tokens' keys and values of another placed sequence; both are placed."""
+        """Copy keys and values of the first tokens from another sequence. Both sequences are placed."""
         assert sequence.shelf is not None
         assert source.shelf is not None
         sequence.shelf.copy_row(sequence.row, source.shelf, source.row, num_tokens)

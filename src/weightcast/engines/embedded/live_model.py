@@ -41,9 +41,10 @@ class _Slot:
 
 
 class EmbeddedModel(LiveModel):
-    """All parameters and persistent buffers of ``model`` in one arena storage: aligned like an image, gaps zero.
+    """The model's parameters and persistent buffers in one arena, aligned like an image, with zeros in the gaps.
 
-    Construction moves them there (the model needs twice its memory for that moment); Parameter objects stay the same.
+    Making an EmbeddedModel moves the parameters into the arena, which takes twice the model's memory for that moment. Parameter objects
+    stay the same.
     """
 
     relocatable = True
@@ -64,13 +65,14 @@ class EmbeddedModel(LiveModel):
         self._move(range(len(self._slots)))
 
     def memory(self) -> Memory:
-        """The arena; another one after ``rebind``, and after a ``layout`` that changed the arena's order."""
+        """Return the arena. It is another one after ``rebind``, and after a ``layout`` that changed the order of tensors."""
         return self._memory
 
     def layout(self, manifest: Manifest) -> Layout:
-        """Landings in the arena; rebuilds the arena first when another order follows the manifest better.
+        """Return the landings in the arena. When another order of tensors follows the manifest better, the arena is built anew in that
+        order first.
 
-        So ask for ``memory()`` afterwards. Raises PlanMismatch for missing tensors, wrong shapes and incomplete experts.
+        Ask for ``memory()`` afterwards, therefore. Raises PlanMismatch for missing tensors, wrong shapes and incomplete experts.
         """
         recording = self._record(manifest)
         for name, reason in recording.reasons.items():
@@ -96,11 +98,11 @@ class EmbeddedModel(LiveModel):
         return self._loader.unknown(names)
 
     def checksums(self) -> dict[str, str]:
-        """Digest of each live tensor's bytes by its first name; tied ones appear once."""
+        """Return the digest of each live tensor's bytes by the tensor's first name. Tied tensors appear once."""
         return {slot.names[0]: f"{digest_tensor(slot.tensor):016x}" for slot in self._slots}
 
     def tensor_digests(self, manifest: Manifest) -> dict[str, TensorDigest]:
-        """What lies here of each tensor of a checkpoint; changes nothing. Raises what ``layout`` does."""
+        """Return what lies here of each tensor of a checkpoint. Changes nothing. Raises what ``layout`` raises."""
         recording = self._record(manifest)
         reasons = {name: f"goes through the loader: {reason}" for name, reason in recording.reasons.items()}
         return tensor_digests(manifest, [live_tensors(manifest, recording.layout.placements, reasons, self._memory)])

@@ -17,7 +17,7 @@ from weightcast.errors import Unsupported
 
 @dataclass(slots=True, kw_only=True)
 class StepLogits:
-    """Logits rows, in order: for each ``samples`` the row to sample from, then each ``scored`` prompt position's."""
+    """Rows of logits, in order: one row to sample from for each of ``samples``, then one row for each ``scored`` position of a prompt."""
 
     samples: list[Work]
     sample_logits: torch.Tensor
@@ -45,7 +45,7 @@ class _Pack:
 
 
 class ModelRunner:
-    """Runs the model over packed steps. Holds no reference to any parameter: they may be rebound between steps."""
+    """Runs the model over packed steps. Refers to no parameter, because parameters may be rebound between two steps."""
 
     def __init__(self, model: Any, cache: KvCache) -> None:
         self._model = model
@@ -54,7 +54,7 @@ class ModelRunner:
 
     @torch.no_grad()
     def forward(self, work: Seq[Work]) -> StepLogits:
-        """Compute the scheduled tokens and store their keys and values; advances ``num_computed``."""
+        """Compute the scheduled tokens, store their keys and values, and advance ``num_computed``."""
         ordered = self._ordered(work)
         pack = _Pack()
         ids = pack.add([t for item in ordered for t in _tokens(item)])

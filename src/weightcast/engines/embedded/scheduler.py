@@ -29,7 +29,7 @@ class Work:
 
 
 class Scheduler:
-    """Sequences running and waiting, both oldest first. A sequence is in exactly one of the two until it finishes."""
+    """The sequences that run and those that wait, both with the oldest first. A sequence is in exactly one of the two until it finishes."""
 
     def __init__(self, cache: KvCache, max_num_seqs: int, max_num_batched_tokens: int) -> None:
         self.cache = cache
@@ -48,20 +48,20 @@ class Scheduler:
         (self.running if sequence in self.running else self.waiting).remove(sequence)
 
     def preempt(self, sequence: Sequence) -> None:
-        """Send a running sequence back to wait; what it computed is forgotten."""
+        """Send a running sequence back to wait. What was computed for the sequence is forgotten."""
         self.cache.release(sequence)
         self.running.remove(sequence)
         sequence.forget()
         insort(self.waiting, sequence, key=_order)
 
     def preempt_all(self) -> None:
-        """Empty the cache; nothing is lost but the computation."""
+        """Empty the cache. Nothing is lost but the computation."""
         for sequence in list(self.running):
             self.preempt(sequence)
         self.cache.trim()
 
     def schedule(self, epoch: int, admit: Callable[[Sequence], bool]) -> list[Work]:
-        """Choose the next step's work and find room for it. ``admit`` may keep waiting sequences out."""
+        """Choose the work of the next step and find room for it. ``admit`` says of a waiting sequence whether it may start."""
         self._make_room()
         budget = self._max_tokens
         work: list[Work] = []

@@ -24,7 +24,7 @@ Sink = Callable[[RequestOutput], None]
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Request:
-    """One call to generate. ``sink`` gets outputs on the engine's thread: all of them, or only the last."""
+    """One call to generate. ``sink`` is called on the engine's thread with all outputs, or with the last one alone."""
 
     request_id: str
     prompt: str | None
@@ -108,7 +108,7 @@ class Sequence:
             self.spans.append((version, at, at + 1))
 
     def forget(self) -> None:
-        """Drop what is in the KV cache from the record; the row itself is released by the cache."""
+        """Note that nothing of the sequence is in the KV cache any more. The cache itself releases the row."""
         self.num_computed = 0
         self.kv_epoch = -1
 

@@ -29,7 +29,7 @@ _PROBE_WINDOW = 2
 
 
 def check_config(config: Any, max_model_len: int | None) -> None:
-    """Refuse what the config alone shows cannot be run: Unsupported names the model type and the reason."""
+    """Raise Unsupported, with the model type and the reason, for a model whose config alone shows that the model cannot be run exactly."""
     text = config.get_text_config()
     name = config.model_type
     if getattr(config, "is_encoder_decoder", False):
@@ -50,7 +50,7 @@ def check_config(config: Any, max_model_len: int | None) -> None:
 
 
 def check_model(model: Any) -> None:
-    """Refuse classes whose attention does not go through transformers' AttentionInterface."""
+    """Raise Unsupported for a class whose attention does not go through transformers' AttentionInterface."""
     if not getattr(type(model), "_supports_attention_backend", False):
         raise Unsupported(f"{type(model).__name__} does not call attention through AttentionInterface", hint=HINT)
     if not hasattr(model, "get_output_embeddings") or model.get_output_embeddings() is None:

@@ -38,18 +38,18 @@ class WeightTransfer:
 
     @property
     def digest(self) -> str | None:
-        """What the live version was committed with; None before the first sync, and when the backend does not know."""
+        """The digest that the live version was committed with; None before the first sync, and when the backend does not know."""
         digest = getattr(self._engine, "digest", None)
         return digest if isinstance(digest, str) and digest else None
 
     @property
     def num_weight_bytes(self) -> int | None:
-        """Bytes of weights received so far, if the backend counts them."""
+        """The bytes of weights received so far; None when the backend does not count bytes."""
         return 0 if self._engine is None else self._engine.num_weight_bytes
 
     @property
     def not_ready(self) -> str:
-        """Why nothing may be served now; empty when it may."""
+        """Why nothing may be served now; empty when requests may be served."""
         if self.dirty:
             return "the weights are of no version: an update failed half-way; the next successful one heals it"
         # A first round that was taken back leaves a backend that knows: its digest is that of no content.
@@ -73,7 +73,7 @@ class WeightTransfer:
         self._updated = False
 
     def update(self, update_info: Any) -> None:
-        """Hand over one update, or a list of them, one after the other."""
+        """Hand one update to the backend, or a list of updates, one after the other."""
         engine = self._initialised()
         infos = update_info if isinstance(update_info, list) else [update_info]
         if not infos:
@@ -86,9 +86,9 @@ class WeightTransfer:
         self._refresh()
 
     def finish(self, weight_version: str | None) -> None:
-        """End the round; outputs carry the new version from here on.
+        """End the round. Outputs carry the new version from here on.
 
-        A round in which no update succeeded is closed with StateError: it names no version and counts as no sync.
+        A round in which no update succeeded is closed with StateError: the round names no version and counts as no sync.
         """
         engine = self._initialised()
         engine.finish_weight_update(weight_version if self._updated else None)
@@ -140,7 +140,7 @@ class WeightTransfer:
 
 
 def unwrap(value: Any, name: str) -> Any:
-    """``{name: inner}``, an object with an attribute ``name``, or the inner value itself: the inner value."""
+    """Return the inner value of ``{name: inner}`` or of an object with an attribute ``name``; any other value is the inner value itself."""
     if isinstance(value, Mapping):
         return value[name] if set(value) == {name} else value
     return getattr(value, name, value)

@@ -46,7 +46,7 @@ class StockFront(Generic[EngineT]):
         await join_async(joining(init_info, self.engine.world_size()), self.port.ask)
 
     async def greet(self, init_info: Mapping[str, Any]) -> None:
-        """Have the workers greet a trainer; what then has them join does not wait for the trainer."""
+        """Have the workers greet a trainer. When the workers then join, their join does not wait for the trainer."""
         self.engine.require_backend()
         await join_async(greeting(init_info, self.engine.world_size()), self.port.ask)
 
@@ -58,11 +58,12 @@ class StockFront(Generic[EngineT]):
         return self.engine.world_size(include_dp)
 
     async def get_weight_version(self) -> str:
-        """What the workers say; the engine's own label may say anything. EngineError when the workers do not agree."""
+        """Return the version that the workers say they serve; the engine's own label may say something else. EngineError when the
+        workers do not agree."""
         return common_version(await self.port.ask("status"))
 
     async def is_empty(self) -> bool:
-        """Whether weights were lost in a sleep, so that no version is served."""
+        """Whether a sleep lost the weights, so that the engine serves no version."""
         return any(outcome.weight_version == NO_VERSION for outcome in await self.port.ask("status"))
 
     async def checksums(self) -> dict[str, str]:
@@ -76,13 +77,14 @@ class StockFront(Generic[EngineT]):
         }
 
     async def tensor_digests(self, manifest: Manifest) -> LiveDigests:
-        """What all workers together hold of each tensor of a checkpoint."""
+        """Return what all workers together hold of each tensor of a checkpoint."""
         outcomes = await self._asked("digests", {"tensors": msgspec.to_builtins(manifest.tensors)})
         tensors = tensor_digests(manifest, [outcome.tensors for outcome in outcomes])
         return LiveDigests(weight_version=common_version(outcomes), tensors=tensors)
 
     async def status(self) -> EngineStatus:
-        """What the workers say of their weights. Most counts are told by the engine's own metrics alone, and None here."""
+        """Return what the workers say of their weights. The engine tells most counts by its own metrics only; those counts are None
+        here."""
         outcomes = await self.port.ask("status")
         reason = why_unfit(outcomes)
         engine = self.engine
@@ -107,8 +109,8 @@ class StockFront(Generic[EngineT]):
         )
 
     async def name_or_hold(self, outcomes: list[WorkerOutcome]) -> None:
-        """Name what all workers serve and let a held engine go on; where that is no one version, see to it that nothing is
-        computed with it. For updates that did not come as an order."""
+        """Name the version that all workers serve, and let a held engine go on. Where the workers serve no version, or several, pause
+        the engine, so that it computes nothing with these weights. For updates that did not come as an order."""
         serving, deadline = Serving.of(outcomes), Deadline(OWED_S)
         if not serving.unfit:
             await self.port.name(common_version(outcomes), deadline)
@@ -161,7 +163,7 @@ class StockControl(Generic[FrontT]):
         return self._committer
 
     async def init(self, init_info: Mapping[str, Any]) -> None:
-        """Checked here already, so that bad input is told apart before any worker is asked."""
+        """Have the engine join a trainer. The init_info is checked before any worker is asked."""
         check_init_info(init_info)
         await self.front.init_weight_transfer_engine(init_info)
         self.committer.forget()

@@ -21,7 +21,7 @@ _OWN_DICTS = frozenset({"_parameters", "_buffers", "_modules"})
 
 @dataclass(frozen=True, slots=True)
 class Alias:
-    """A tensor that was a view of a parameter when the model was built; ``offset`` counts elements from the parameter's first."""
+    """A tensor that was a view of a parameter when the model was built. ``offset`` counts elements from the parameter's first element."""
 
     place: str
     layer: str
@@ -31,22 +31,24 @@ class Alias:
     strides: tuple[int, ...]
 
     def of(self, parameter: torch.Tensor) -> torch.Tensor:
-        """The same view of another tensor of the parameter's form."""
+        """Return the same view of another tensor that has the parameter's form."""
         return parameter.detach().as_strided(self.sizes, self.strides, int(parameter.storage_offset()) + self.offset)
 
 
 def reachable(model: nn.Module, helpers: str) -> dict[str, torch.Tensor]:
-    """Tensors by the place that they are kept at, such as ``layers.0.mixer.conv_weights`` or ``attn.impl.sinks``."""
+    """Return the tensors that a forward pass can read, by the place that keeps them, such as ``layers.0.mixer.conv_weights`` or
+    ``attn.impl.sinks``."""
     return {place: value for place, value in _places(model, helpers) if isinstance(value, torch.Tensor)}
 
 
 def reachable_numbers(model: nn.Module, helpers: str) -> dict[str, float]:
-    """Floating-point numbers by the place that they are kept at: scales that were read from a tensor once."""
+    """Return the floating-point numbers that a forward pass can read, by the place that keeps them. Scales are such numbers, read from
+    a tensor once."""
     return {place: value for place, value in _places(model, helpers) if isinstance(value, float)}
 
 
 def aliases(model: nn.Module, helpers: str) -> list[Alias]:
-    """The views of parameters that the model keeps beside them; ask right after it was built."""
+    """Return the views of parameters that the model keeps beside the parameters. Call this right after the model was built."""
     owners: dict[int, tuple[str, str, torch.Tensor]] = {}
     parameters = set()
     for name, layer in model.named_modules():

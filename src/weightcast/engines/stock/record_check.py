@@ -26,7 +26,7 @@ _PERIOD_NBYTES = 1_048_583
 def names_that_differ(
     load: Callable[[Iterable[tuple[str, torch.Tensor]]], None], manifest: Manifest, memory: Memory, recording: Recording
 ) -> set[str]:
-    """Names whose landings are not what ``load`` writes into ``memory``, the stand-ins that they were recorded in."""
+    """Return the names whose landings are not what ``load`` writes into ``memory``, the stand-ins in which the landings were recorded."""
     landings: dict[str, list[Placement]] = {}
     for placement in recording.layout.placements:
         landings.setdefault(placement.region.name, []).append(placement)

@@ -29,7 +29,8 @@ def refuse(config: Any, refused: Iterable[Refused], versions: VersionRange) -> N
 
 
 def setting_of(config: Any, setting: str, versions: VersionRange) -> Any:
-    """The value of a setting by its dotted name. Unsupported where the engine has no such setting: what it became is not known."""
+    """Return the value of a setting by its dotted name. Unsupported where the engine has no such setting, because nobody knows then
+    what became of the setting."""
     value = config
     for name in setting.split("."):
         try:

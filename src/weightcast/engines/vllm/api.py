@@ -46,13 +46,13 @@ RELOAD_LOGGER = "vllm.model_executor.model_loader.reload.layerwise"
 
 
 def load_format(layer: nn.Module) -> dict[str, torch.Tensor]:
-    """The layer's own parameters and buffers as they were built, on the meta device, with their weight loaders."""
+    """Return the layer's own parameters and buffers as they were built: on the meta device, with their weight loaders."""
     parameters, buffers = get_layerwise_info(layer).restore_metadata
     return {**parameters, **buffers}
 
 
 def stand_in(meta: torch.Tensor, layer: nn.Module) -> torch.Tensor:
-    """A tensor of the load format in zeroed memory that is reserved but never touched, for a loader that only records."""
+    """Return a tensor of the load format in zeroed memory, for a loader that only records. The memory is reserved and never touched."""
     extent = sum((size - 1) * stride for size, stride in zip(meta.shape, meta.stride(), strict=True)) + 1
     flat = torch.zeros(extent if meta.numel() else 0, dtype=meta.dtype, device="cpu")
     tensor = flat.as_strided(tuple(meta.shape), tuple(meta.stride()))
@@ -77,18 +77,19 @@ def derives_weights(layer: nn.Module) -> bool:
 
 
 def quant_method(layer: nn.Module) -> Any:
-    """The layer's quantisation method, the unquantised ones included; None for plain modules."""
+    """Return the layer's quantisation method, which plain linear layers have as well; None for other modules."""
     method = getattr(layer, "quant_method", None)
     return method if isinstance(method, QuantizeMethodBase) else None
 
 
 def has_defaults(layer: nn.Module) -> bool:
-    """Whether a checkpoint may leave out what the layer registers: the scales of a quantised key and value cache."""
+    """Whether a checkpoint may lack tensors that the layer registers. The scales of a quantised cache of keys and values are such
+    tensors."""
     return isinstance(quant_method(layer), BaseKVCacheMethod)
 
 
 def padding_nbytes(tensor: torch.Tensor) -> int:
-    """Bytes that no checkpoint fills, as the layer that made the parameter declared them."""
+    """Return how many bytes of a parameter no checkpoint fills. The layer that made the parameter declares this number."""
     return int(tensor.numel() - getattr(tensor, "weight_loader_numel", tensor.numel())) * tensor.itemsize
 
 
@@ -98,9 +99,10 @@ def keeps_load_format(method: Any) -> bool:
 
 
 def is_accelerator_unquantized(method: Any, device: torch.device) -> bool:
-    """Plain linear layers, embeddings and experts on CUDA whose step after loading leaves the weights as they are there.
+    """Whether the method is of a plain linear layer, embedding or experts layer on CUDA whose step after loading leaves the weights as
+    they are.
 
-    Experts' kernels differ in that: Triton's read what was loaded, FlashInfer's want it rearranged.
+    Experts differ by their kernels: Triton's kernels read what was loaded, FlashInfer's kernels want the weights rearranged.
     """
     from vllm.model_executor.layers.linear import UnquantizedLinearMethod
     from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
@@ -117,7 +119,8 @@ _PLAIN_EXPERTS = frozenset({"TRITON", "BATCHED_TRITON"})
 
 
 def is_packed_for_cpu(method: Any, device: torch.device) -> bool:
-    """Plain linear layers and embeddings on CPU: their step after loading packs the weight, and can be taken anew at will."""
+    """Whether the method is of a plain linear layer or embedding on CPU. Its step after loading packs the weight, and can be repeated
+    at will."""
     from vllm.model_executor.layers.linear import UnquantizedLinearMethod
     from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
@@ -125,7 +128,7 @@ def is_packed_for_cpu(method: Any, device: torch.device) -> bool:
 
 
 def is_embedding(method: Any) -> bool:
-    """Plain embeddings, those that serve as output heads included."""
+    """Whether the method is of a plain embedding, or of an embedding that serves as output head."""
     from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
     return type(method) is UnquantizedEmbeddingMethod
@@ -133,9 +136,9 @@ def is_embedding(method: Any) -> bool:
 
 @contextmanager
 def layerwise_reload(model: nn.Module, vllm_config: Any) -> Iterator[None]:
-    """Layers take checkpoint tensors inside, and each goes live when it has all of its tensors.
+    """While inside, layers take checkpoint tensors, and each layer goes live when all of its tensors are there.
 
-    When the body raises, layers that are not complete keep their former values, and the reload is over all the same.
+    When the body raises, layers that are not complete keep their former values, and the reload is over.
     """
     with set_current_vllm_config(vllm_config), torch.device(vllm_config.device_config.device):
         try:
@@ -176,7 +179,7 @@ def current_config(vllm_config: Any) -> Any:
 
 
 def checkpoint_tensors(vllm_config: Any, model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """The checkpoint that the engine was started with; Unsupported when its load format has none."""
+    """Yield the tensors of the checkpoint that the engine was started with. Unsupported when the engine's load format has no checkpoint."""
     loader = get_model_loader(vllm_config.load_config)
     if not hasattr(loader, "get_all_weights"):
         raise Unsupported(
@@ -191,8 +194,9 @@ _OF_PARAMETERS = frozenset({"data", "weight_loader"})
 
 
 def refuses(error: Exception, name: str) -> bool:
-    """Whether an exception of a loader says that the model has no place for the tensor of this name, which it took last. Loaders look
-    parameters up by names of their own, which have the numbers and the last part of the checkpoint's."""
+    """Whether an exception of a loader says that the model has no place for the tensor of this name, which is the tensor that the
+    loader took last. Loaders look up parameters by names of their own. These names have the numbers and the last part of the
+    checkpoint's name."""
     if isinstance(error, KeyError) and error.args:
         wanted = str(error.args[0])
         return re.findall(r"\d+", wanted) == re.findall(r"\d+", name) and wanted.split(".")[-1] == name.split(".")[-1]
@@ -249,8 +253,9 @@ def _tie(model: nn.Module) -> None:
 
 @contextmanager
 def keeping_parameters(model: nn.Module) -> Iterator[None]:
-    """Some loaders register a parameter anew while they load (an output head's bias). Inside, such a one is the same memory as the
-    one before it, so that what is recorded there is a landing. For recording only: processing may replace what it wants."""
+    """While inside, a parameter that a loader registers anew is the same memory as the parameter before it, so that what is recorded
+    there is a landing. Some loaders register an output head's bias anew. For recording only: processing may replace parameters as it
+    likes."""
     modules = {id(layer) for layer in model.modules()}
     here = threading.get_ident()
 
@@ -291,8 +296,8 @@ Look = Callable[[nn.Module], None]
 
 @contextmanager
 def before_processing(layer: nn.Module, look: Look) -> Iterator[None]:
-    """Have a look at the layer whenever its weights are loaded and not yet processed. Layers without a method have no such moment:
-    they compute with what was loaded, where it was."""
+    """Call a function with each layer whose weights are loaded and not yet processed. Layers without a method have no such moment,
+    because they compute with what was loaded, where it was loaded."""
     method = quant_method(layer)
     if method is None:
         yield
@@ -314,7 +319,7 @@ def before_processing(layer: nn.Module, look: Look) -> Iterator[None]:
 def load_anew(
     model: nn.Module, vllm_config: Any, device: torch.device, tensors: Iterator[tuple[str, torch.Tensor]]
 ) -> None:
-    """Load a model that was just built as vLLM's loader does when an engine starts."""
+    """Load a model that was just built, as vLLM's loader does when an engine starts."""
     with set_current_vllm_config(vllm_config), set_default_torch_dtype(vllm_config.model_config.dtype):
         model.load_weights(tensors)  # type: ignore[operator]
         if any(getattr(quant_method(layer), "uses_meta_device", False) for layer in model.modules()):

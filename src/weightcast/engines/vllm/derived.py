@@ -21,7 +21,7 @@ class Kept(NamedTuple):
 
 
 def kept_by_layer(found: Sequence[Alias], places: Mapping[str, torch.Tensor]) -> dict[str, list[Kept]]:
-    """What a model keeps, by the layer that owns the weight. ``places``: what the model can reach."""
+    """Return the tensors that a model keeps, by the layer that owns their weight. ``places`` has the tensors that the model can reach."""
     kept: dict[str, list[Kept]] = {}
     for alias in found:
         tensor = places.get(alias.place)
@@ -32,8 +32,8 @@ def kept_by_layer(found: Sequence[Alias], places: Mapping[str, torch.Tensor]) ->
 
 @contextmanager
 def renewed_by_reload(model: nn.Module, kept: Mapping[str, Sequence[Kept]]) -> Iterator[None]:
-    """A layerwise reload inside also brings to these tensors what it loads: a layer's weights pass by, in the form that they were
-    built in, right before they are processed."""
+    """While inside, a layerwise reload also copies what it loads into these tensors. The layer's weights pass by in the form in which
+    they were built, right before they are processed."""
     values: list[tuple[torch.Tensor, torch.Tensor]] = []
     with ExitStack() as stack:
         for name, parts in kept.items():

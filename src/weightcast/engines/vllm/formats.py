@@ -18,7 +18,7 @@ from weightcast.engines.vllm import api
 
 
 def classify(model: nn.Module, device: torch.device) -> dict[str, bool]:
-    """Whether each layer with tensors of its own is landable, by module name."""
+    """Say of each layer that has tensors of its own whether it is landable, by module name."""
     derived = _names_below_deriving(model)
     landable = {
         name: name not in derived and _is_landable(layer, device)
@@ -30,7 +30,7 @@ def classify(model: nn.Module, device: torch.device) -> dict[str, bool]:
 
 
 def tied_embeddings(model: nn.Module) -> list[nn.Module]:
-    """Embeddings that share their weight with another layer: a reload packs it for one of them only."""
+    """Return the embeddings that share their weight with another layer. A reload packs the shared weight for one of the layers only."""
     owners: dict[int, list[nn.Module]] = {}
     for layer in model.modules():
         weight = layer._parameters.get("weight")
@@ -86,10 +86,10 @@ def _parameters(layer: nn.Module) -> list[torch.Tensor]:
 
 @contextmanager
 def in_load_format(model: nn.Module, landable: dict[str, bool], *, live: bool) -> Iterator[list[LayerTensors]]:
-    """The model as its loader wants it: with stand-ins, which must not be computed with, for all layers, or (``live``) for those
-    that are not landable.
+    """While inside, the model is as its loader wants it. All layers have stand-ins for their tensors; with ``live`` only the layers
+    that are not landable. Stand-ins must not be computed with.
 
-    Live tensors are back in their places afterwards; nothing of theirs was touched.
+    Live tensors are back in their places afterwards, and nothing of theirs was touched.
     """
     borrowed = _Borrowed()
     try:

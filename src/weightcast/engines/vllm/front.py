@@ -16,7 +16,8 @@ class VllmFront(StockFront[ServedEngine]):
         super().__init__(served_engine(client))
 
     async def close_update(self, label: str | None) -> None:
-        """End an update of vLLM's own routes: named ``label`` when every worker carried it out, else the first error is raised."""
+        """End an update of vLLM's own routes. When every worker carried the update out, the version is named ``label``; otherwise the
+        first error is raised."""
         self.engine.require_backend()
         await self.raise_outcome(closes=False)
         await self.engine.close_update()
@@ -29,8 +30,8 @@ class VllmFront(StockFront[ServedEngine]):
             await self.engine.set_label(label)
 
     async def raise_outcome(self, *, closes: bool) -> None:
-        """Raise what the last call of vLLM's own routes came to, if any worker could not carry it out; what is then of no version is
-        held. ``closes``: as for a call that raises in vLLM's worker, no update is open after that."""
+        """Raise the error of the last call of vLLM's own routes if a worker could not carry that call out. An engine whose weights are
+        then of no version is held. With ``closes`` no update is open afterwards, as after a call that raises in vLLM's worker."""
         outcomes = await self.port.ask("status")
         error = first_error(outcomes)
         if error is None:

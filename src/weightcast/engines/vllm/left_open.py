@@ -14,8 +14,8 @@ CLOSES = "_weightcast_closes"
 
 
 def close_when_joined(is_ours: Callable[[Any], bool]) -> None:
-    """Have this process's worker forget an open update before a trainer joins; idempotent. ``is_ours`` is asked with the worker's
-    weight transfer engine: workers of other backends stay as they are."""
+    """Have this process's worker forget an open update before a trainer joins. A second call does nothing. ``is_ours`` is called with
+    the worker's weight transfer engine; workers of other backends stay as they are."""
     from vllm.v1.worker.gpu_worker import Worker
 
     join = getattr(Worker, "init_weight_transfer_engine", None)

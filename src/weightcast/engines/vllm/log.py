@@ -18,8 +18,8 @@ class _IntoVllmLog(logging.Handler):
 
 
 def log_like_vllm() -> None:
-    """Have weightcast's log of this process appear in vLLM's; idempotent. An application that has set up logging itself keeps it
-    as it is, and the root logger is left alone."""
+    """Have weightcast's log lines of this process appear in vLLM's log. A second call does nothing. An application that has set up
+    logging keeps its set-up, and the root logger is left alone."""
     logger = logging.getLogger("weightcast")
     if logger.handlers or logger.level != logging.NOTSET or logging.getLogger().handlers:
         return

@@ -61,7 +61,7 @@ class Kernels:
 
 
 class Mirror:
-    """The layers that take their weights from a mirror. ``live`` is the mirror of what they compute with now."""
+    """The layers that take their weights from a mirror. ``live`` is the mirror that the layers compute with now."""
 
     def __init__(self, layers: Mapping[str, nn.Module], slots: Mapping[str, Mapping[str, Slot]], live: Memory) -> None:
         self._layers = dict(layers)
@@ -72,12 +72,12 @@ class Mirror:
         """Whether something landed here, and layers compute with it."""
 
     def derive(self, memory: Memory) -> None:
-        """Pack what lies in another mirror, for ``go_live``; may run while the model computes."""
+        """Pack what lies in another mirror, for ``go_live``. May run while the model computes."""
         self._ready.pop(self._address(memory), None)
         self._ready[self._address(memory)] = {name: self._packed(name, memory) for name in self._layers}
 
     def go_live(self, memory: Memory) -> None:
-        """Compute with what was prepared from ``memory`` from now on; what was live before is ready to come back."""
+        """Compute from now on with what ``derive`` packed out of ``memory``. What was live before stays ready to come back."""
         ready = self._ready.pop(self._address(memory), None)
         if ready is None and self._layers:
             raise StateError("this mirror was not prepared")
@@ -86,7 +86,7 @@ class Mirror:
         self.live, self.is_filled = memory, True
 
     def refresh(self) -> None:
-        """Pack the live mirror, whose bytes were written in place, layer by layer; what was live before is gone."""
+        """Pack the live mirror layer by layer, after its bytes were written in place. What was live before is gone."""
         for name in self._layers:
             _exchange(self._layers[name], self._packed(name, self.live))
         self.is_filled = True
@@ -110,14 +110,14 @@ class Mirror:
         return Kernels(data={own: tensors[own].data for own in views if own in tensors}, attributes=attributes)
 
     def forget(self) -> None:
-        """Free what is ready besides what is live."""
+        """Free everything that is packed and not live."""
         self._ready.clear()
 
     def __contains__(self, layer: object) -> bool:
         return any(layer is own for own in self._layers.values())
 
     def views(self, name: str) -> dict[str, torch.Tensor]:
-        """A layer's tensors in the live mirror, once something landed there."""
+        """Return a layer's tensors in the live mirror; none before something landed there."""
         return self._views(name, self.live) if self.is_filled and name in self._layers else {}
 
     def _views(self, name: str, memory: Memory) -> dict[str, torch.Tensor]:
@@ -172,9 +172,9 @@ def _exchange(layer: nn.Module, kernels: Kernels) -> Kernels:
 def plan_mirror(
     layers: Sequence[LayerTensors], numbers: Mapping[int, int], landings: Sequence[Placement], manifest: Manifest
 ) -> tuple[Slots, list[Placement]]:
-    """The form of a mirror for all tensors that have landings, in the manifest's order, and the landings in it.
+    """Return the form of a mirror for all tensors that have landings, in the manifest's order, and the landings in that mirror.
 
-    ``numbers``: the number of the storage that each tensor of the layers was recorded in, by address.
+    ``numbers`` has, by address, the number of the storage in which each tensor of the layers was recorded.
     """
     slots = _slots_for(layers, numbers, landings, manifest)
     moved = landings_in(slots, layers, numbers, landings)
@@ -184,7 +184,7 @@ def plan_mirror(
 def landings_in(
     slots: Slots, layers: Sequence[LayerTensors], numbers: Mapping[int, int], landings: Sequence[Placement]
 ) -> list[Placement]:
-    """Landings in the layers' stand-ins moved to a mirror; those of tensors that lie in it in another form, or not at all, are left
+    """Return landings of the layers' stand-ins, moved to a mirror. Tensors that the mirror has in another form, or not at all, are left
     out."""
     starts: dict[int, int] = {}
     for name, own, tensor, number in _recorded(layers, numbers):

@@ -46,9 +46,10 @@ logger = logging.getLogger(__name__)
 
 
 class VllmModel(StockModel):
-    """A worker's model as vLLM built and loaded it. Call it on the worker's thread, between two steps; ``derive`` from any.
+    """A worker's model as vLLM built and loaded it. Call a VllmModel on the worker's thread, between two steps; ``derive`` may be
+    called from any thread.
 
-    On CPU, ``memory`` is the mirror that layers take their weights from, on other devices the weights themselves.
+    On CPU ``memory`` is the mirror that layers take their weights from. On other devices ``memory`` is the weights themselves.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class VllmModel(StockModel):
         device: torch.device,
         twin_of: tuple[set[str], list[Alias]] | None = None,
     ) -> None:
-        """``twin_of``: what is known of the engine's model already, when this is a twin of that."""
+        """``twin_of`` is given for a twin: what is known already of the engine's own model."""
         self.model = model
         self.device = device
         self.relocatable = device.type == "cpu"
@@ -85,7 +86,7 @@ class VllmModel(StockModel):
 
     @property
     def derived_nbytes(self) -> int:
-        """The packed form, and what the live mirror has reserved and not touched before its first use."""
+        """The bytes of the packed form, and the bytes that the live mirror has reserved and not touched before its first use."""
         return 2 * self._mirror.live.nbytes
 
     def rebind(self, memory: Memory) -> None:
@@ -105,10 +106,10 @@ class VllmModel(StockModel):
         self._mirror.forget()
 
     def layout(self, manifest: Manifest) -> Layout:
-        """Landings in the landable layers; everything that touches another layer goes through the loader.
+        """Return the landings in the landable layers. Every tensor that touches another layer goes through the loader.
 
-        Ask for ``memory()`` afterwards. Raises PlanMismatch when a layer would be filled in part, LoadError when vLLM's loader
-        refuses a tensor, Unsupported when a round would leave something that the model computes with at old values.
+        Ask for ``memory()`` afterwards. Raises PlanMismatch when a layer would be filled in part, LoadError when vLLM's loader refuses
+        a tensor, and Unsupported when a round would leave something that the model computes with at old values.
         """
         known = self._layouts.get(manifest.digest)
         if known is not None:
@@ -130,7 +131,7 @@ class VllmModel(StockModel):
         return layout
 
     def live_tensors(self, manifest: Manifest) -> dict[str, LiveTensor]:
-        """What lies here of each tensor of a checkpoint; changes nothing. Raises what ``layout`` does."""
+        """Return what lies here of each tensor of a checkpoint. Changes nothing. Raises what ``layout`` raises."""
         with self._landed(manifest) as (layers, numbers, recording, through, landings):
             if self.relocatable:
                 landings = (
@@ -230,7 +231,8 @@ class VllmModel(StockModel):
         return landings
 
     def load_weights(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
-        """Through vLLM's layerwise reload. Broad except on purpose: the loader is foreign code; LoadError says what it said."""
+        """Load tensors through vLLM's layerwise reload. The broad except is on purpose: the loader is foreign code, and LoadError says
+        what the loader raised."""
         try:
             with (
                 torch.no_grad(),
@@ -252,9 +254,10 @@ class VllmModel(StockModel):
         self.load_weights(api.checkpoint_tensors(self._vllm_config, self.model))
 
     def checksums(self) -> dict[str, str]:
-        """Digest of each live tensor, that of its load format for layers that take it from the mirror.
+        """Return the digest of each live tensor. For a layer that takes its weights from the mirror this is the digest of the load
+        format.
 
-        Layers that vLLM keeps in packed form outside of their parameters have none before the first sync.
+        Before the first sync, layers that vLLM keeps in packed form outside of their parameters have no digest.
         """
         return checksums_of(self.model, self._mirror.views)
 

@@ -51,7 +51,8 @@ REFUSED = (
 
 
 def worker_rank(vllm_config: Any) -> WorkerRank:
-    """``data_parallel_index * (tp * pp) + rank within the replica``; raises Unsupported for a set-up nobody mapped."""
+    """Return the worker's rank, which is ``data_parallel_index * (tp * pp) + rank within the replica``. Raises Unsupported for a set-up
+    that weightcast does not map."""
     refuse(vllm_config, REFUSED, SUPPORTED)
     _refuse_draft_model(vllm_config)
     parallel = vllm_config.parallel_config

@@ -84,11 +84,11 @@ def asks_for_backend(arguments: Sequence[str]) -> bool:
 
 
 def allow_routes() -> None:
-    """Let vLLM load weightcast's routes as well, and every other plug-in exactly as it would have.
+    """Let vLLM load weightcast's routes, and every other plug-in exactly as it would have without this call.
 
-    vLLM adds a plug-in's routes only where VLLM_PLUGINS names it, and that variable, once set, keeps out whatever it does not
-    name. So it is set, if it is not, to weightcast and all that would have been loaded without it. An operator's own list is
-    left alone.
+    vLLM adds a plug-in's routes only where VLLM_PLUGINS names the plug-in. Once that variable is set, it keeps out every plug-in that
+    it does not name. Where the variable is not set, this function sets it to weightcast and everything that vLLM would have loaded
+    without it. An operator's own list is left alone.
     """
     if ALLOW_LIST in os.environ:
         if BACKEND not in os.environ[ALLOW_LIST].split(","):

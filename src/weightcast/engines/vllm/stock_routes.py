@@ -19,7 +19,7 @@ TOLD = (INIT, "/start_weight_update", "/update_weights")
 
 
 class OwnRoute(Route):
-    """A route that is there while ``is_ours`` says so."""
+    """A route that exists while ``is_ours`` returns True."""
 
     def __init__(self, route: Route, is_ours: Callable[[], bool]) -> None:
         super().__init__(route.path, route.endpoint, methods=list(route.methods or ()))
@@ -35,8 +35,8 @@ def told(
     check: Callable[[], Awaitable[None]],
     before: Callable[[bytes], Awaitable[None]] | None = None,
 ) -> Callable[[Request], Awaitable[Response]]:
-    """A handler that answers as ``theirs`` does, unless ``before``, which gets the request's body, raises, or ``check`` does after
-    ``theirs`` succeeded."""
+    """Return a handler that answers as ``theirs`` does. ``before`` gets the request's body and may raise first; ``check`` is called
+    after ``theirs`` succeeded and may raise instead of the answer."""
 
     async def handler(request: Request) -> Response:
         sent: list[Message] = []

@@ -37,9 +37,10 @@ _PERIOD = 1_048_583
 
 
 class Values:
-    """Values for every tensor of a manifest, made when they are asked for: the same for the same names, and none of them extreme.
+    """Values for every tensor of a manifest, made when they are asked for. The same name always has the same values, and no value is
+    extreme.
 
-    ``alike`` maps names to others whose values they share.
+    ``alike`` maps names to other names whose values they share.
     """
 
     def __init__(self, manifest: Manifest, alike: Mapping[str, str]) -> None:
@@ -63,13 +64,13 @@ class Values:
         return torch.full((1,), 0.5, dtype=torch.float32, device="cpu").to(dtype_of(spec.dtype)).expand(spec.shape)
 
     def items(self, make: Callable[[str], torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-        """All names with what ``make`` makes for them, one at a time."""
+        """Yield all names with what ``make`` makes for them, one at a time."""
         return ((name, make(name)) for name in self._specs)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Original:
-    """The model that twins are made of: as the engine serves it, with its vLLM configuration."""
+    """The model that twins are made of, as the engine serves it, with its vLLM configuration."""
 
     model: nn.Module
     vllm_config: Any
@@ -98,9 +99,9 @@ def findings_of(
     alike: Mapping[str, str],
     adopt: Callable[[nn.Module, Any, list[Alias]], LiveModel],
 ) -> Findings:
-    """Publish to one twin, load another anew, and compare. ``adopt`` makes a twin a live model.
+    """Publish to one twin, load another twin anew, and compare the two. ``adopt`` makes a twin a live model.
 
-    Raises Unsupported when a twin cannot be built: nobody could tell then what a round leaves behind.
+    Raises Unsupported when a twin cannot be built, because nobody can tell then what a round leaves behind.
     """
     original, manifest = _small(original, manifest)
     values = Values(manifest, alike)
@@ -189,7 +190,7 @@ def _fresh(original: Original, values: Values) -> dict[str, object]:
 
 
 def publish(live: LiveModel, layout: Layout, make: Callable[[str], torch.Tensor]) -> None:
-    """Bring values into a model by the calls of a round."""
+    """Bring values into a model by the calls that a round makes."""
     memory = live.memory()
     if live.relocatable:
         memory = Memory([storage.clone() for storage in memory.storages], is_arena=memory.is_arena)
