@@ -19,7 +19,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # Many ranks shard, load and publish real modules; each would import these again, which takes longer than most of the tests.
 ranks.PRELOAD += [
     "tests.support.engine_process", "tests.support.trainer_process", "torch.distributed.fsdp", "transformers.modeling_utils",
-    "weightcast.engines.embedded",
+    "weightcast.engines.embedded", "weightcast.transports.tls",
 ]  # fmt: skip
 
 FIRST = [

@@ -18,6 +18,7 @@ from torch import nn
 
 from weightcast import Publisher, cpu
 from weightcast.errors import InvalidInput
+from weightcast.plan import replay
 from weightcast.sources import SourceLike
 from weightcast.testing.local_engine import DictModel, LocalEngine
 from weightcast.transports.files import CHECKPOINT_ROOT
@@ -32,8 +33,8 @@ class Policy(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed = nn.Embedding(620, 600)
-        self.tied = nn.Linear(600, 620, bias=False)
+        self.embed = nn.Embedding(62, 60)
+        self.tied = nn.Linear(60, 62, bias=False)
         self.tied.weight = self.embed.weight
         self.router = nn.Linear(20, 8)
         self.norm = nn.LayerNorm(20)
@@ -70,6 +71,12 @@ def mixed(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """An engine in bfloat16 that keeps its router in float32."""
     brief = zeros(tensors, torch.bfloat16)
     return brief | {name: torch.zeros_like(tensors[name]) for name in ("router.weight", "router.bias")}
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block between two casts is a quarter of the largest tensor."""
+    monkeypatch.setattr(replay, "CPU_BLOCK_NBYTES", 2**12)
 
 
 @pytest.fixture
