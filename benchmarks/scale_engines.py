@@ -275,7 +275,9 @@ def measure(count: int, rounds: int, processes: int) -> list[str]:
             publisher.publish()
             took.append(time.perf_counter() - start)
             busy.append(time.process_time() - before)
-        with Watch() as watch:  # in rounds that are not timed: looking through thousands of descriptors takes time of its own
+        with (
+            Watch() as watch
+        ):  # in rounds that are not timed: looking through thousands of descriptors takes time of its own
             for _ in range(WATCHED_ROUNDS):
                 publisher.publish()
     publish_ms, busy_ms = statistics.median(took) * 1e3, statistics.median(busy) * 1e3

@@ -13,7 +13,7 @@ from torch import nn
 
 from weightcast.sources import Source
 
-ARCHS.update(qwen3={"head_dim": 8}, gpt2={}, qwen3_tied={"head_dim": 8})
+MODELS: dict[str, dict[str, Any]] = {**ARCHS, "qwen3": {"head_dim": 8}, "qwen3_tied": {"head_dim": 8}}
 LINEAR = ["q_proj", "v_proj", "down_proj"]
 
 
@@ -24,7 +24,7 @@ def base(arch: str = "qwen3", dtype: torch.dtype = torch.float32) -> Any:
         config = AutoConfig.for_model("gpt2", vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64)
     else:
         tied = {"tie_word_embeddings": arch.endswith("_tied")}
-        config = AutoConfig.for_model(arch.removesuffix("_tied"), **{**COMMON, **ARCHS[arch], **tied})
+        config = AutoConfig.for_model(arch.removesuffix("_tied"), **{**COMMON, **MODELS[arch], **tied})
     return AutoModelForCausalLM.from_config(config).to(dtype)
 
 

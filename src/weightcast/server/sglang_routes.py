@@ -70,7 +70,14 @@ class SglangRoutes:
             post("/generate", self.generate, "Continue prompts, in SGLang's form", GenerateBody, **generate),
             post("/pause_generation", self.pause, "Stop generation", SglangPause),
             post("/continue_generation", self.go_on, "Go on with generation", SglangContinue),
-            post("/abort_request", self.abort, "End some or all requests", SglangAbort, changes_weights=False),
+            post(
+                "/abort_request",
+                self.abort,
+                "End some or all requests",
+                SglangAbort,
+                changes_weights=False,
+                media_type="text/plain",
+            ),
             post("/flush_cache", self.flush, "Forget cached keys and values", None, media_type="text/plain"),
             get("/flush_cache", self.flush, "Forget cached keys and values", **flush),
             get("/model_info", self.model_info, "The model and its version"),
@@ -118,7 +125,7 @@ class SglangRoutes:
         ids = None if body.abort_all else self._context.active.engine_ids([body.rid])
         if ids is None or ids:
             await self._engine.abort(ids)
-        return Response(status_code=200)
+        return PlainTextResponse("")
 
     async def flush(self, request: Request) -> Response:
         """400 while requests run, as SGLang answers: clients ask again."""

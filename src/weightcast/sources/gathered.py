@@ -6,6 +6,7 @@ before the first.
 
 from __future__ import annotations
 
+from datetime import timedelta
 from hashlib import sha256
 from typing import Any
 
@@ -20,6 +21,10 @@ from weightcast.sources.shards import shard_of
 OTHERS_DIFFER = "adapters of this rank are not those of the other ranks"
 """What a rank says also where it is another one that cannot go on."""
 ALIKE_HINT = "Change adapters on every rank in the same way before publish()"
+
+
+GLOO_CUTS = timedelta(milliseconds=2)
+"""Gloo cuts limits to whole milliseconds: a wait that ends by the deadline must not end before the deadline."""
 
 
 def all_agree(shard: torch.Tensor, said: bytes | None, deadline: Deadline) -> bool:
@@ -83,7 +88,7 @@ def _wait(work: Any, values: torch.Tensor, deadline: Deadline) -> None:
         if values.is_cuda:
             work.wait()
         else:
-            work.wait(deadline.limit())
+            work.wait(deadline.limit() + GLOO_CUTS)
     except RuntimeError as error:
         if deadline.passed:
             raise DeadlineExceeded(

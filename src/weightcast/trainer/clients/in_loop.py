@@ -44,7 +44,7 @@ class LoopCalls:
             return DeadlineExceeded(
                 f"the engine took longer than {deadline.timeout_s:g} s",
                 engine=self._name,
-                hint="Is something blocking its event loop, a thread that is joined there say? If the engine is only slow, give more timeout_s",
+                hint="Does something block its event loop? From a coroutine: await asyncio.to_thread(publisher.publish). If the engine is only slow, give more timeout_s",
             )
 
         return result_within(future, deadline, late)
