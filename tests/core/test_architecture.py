@@ -65,7 +65,7 @@ MAY_IMPORT = {
     "cli": "quoted room errors deadline logs manifest layout untrusted plan cuda transports report sources weight_transfer trainer.progress trainer.clients trainer.fleet trainer server engines.embedded weightcast",
     "integrations": "errors report sources trainer",
     "integrations.vllm": "errors report sources trainer",
-    "integrations.verl": "errors report integrations",
+    "integrations.verl": "errors deadline report trainer.clients integrations",
     "integrations.nemo_rl": "errors report trainer.clients integrations",
     "integrations.trl": "lazy errors deadline report sources trainer.clients trainer integrations",
     "__main__": "cli",

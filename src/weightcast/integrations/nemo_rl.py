@@ -16,7 +16,7 @@ from weightcast.errors import StateError
 from weightcast.integrations.given_streams import GivenStreams, publish_given
 from weightcast.integrations.plug_points import plug_point
 from weightcast.report.model import Report
-from weightcast.trainer.clients.ray import RayEngineClient
+from weightcast.trainer.clients.ray import RayEngineClient, actors_named
 
 MEMBERS = (
     "prepare",
@@ -99,13 +99,10 @@ class WeightcastCheckpointEngine(_base):  # type: ignore[misc]
 
 def engines_of(prefix: str) -> list[RayEngineClient]:
     """NeMo-RL's generation workers with this prefix that have an engine."""
-    import ray
-
-    pattern = re.compile(LEADERS.format(re.escape(prefix)))
-    names = sorted(name for name in ray.util.list_named_actors() if pattern.fullmatch(name))
-    if not names:
+    actors = [actor for _, actor in actors_named(re.compile(LEADERS.format(re.escape(prefix))))]
+    if not actors:
         raise StateError(
             f"Ray has no actor whose name begins with {prefix!r} and that generates",
             hint="Start generation before the first refit, or give actors= or engines= in refit_cfg",
         )
-    return [RayEngineClient(ray.get_actor(name)) for name in names]
+    return [RayEngineClient(actor) for actor in actors]

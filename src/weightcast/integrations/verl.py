@@ -13,10 +13,12 @@ import re
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
+from weightcast.deadline import Deadline
 from weightcast.errors import StateError
 from weightcast.integrations.given_streams import GivenStreams, publish_given
 from weightcast.integrations.plug_points import plug_point
 from weightcast.report.model import Report
+from weightcast.trainer.clients.ray import actors_named, answers_of
 
 BACKEND = "weightcast"
 WANTED = "verl>=0.9.1"
@@ -24,6 +26,7 @@ MEMBERS = ("prepare", "build_topology", "init_process_group", "finalize", "send_
 SERVER = re.compile(r"(?:vllm|sglang)_server_(\d+)_0(?:_.*)?")
 """Names of verl's actors that serve rollouts over HTTP, on the first node of each replica."""
 TOKEN = "WEIGHTCAST_TOKEN"
+ASK_S = 60.0
 
 _base: Any = plug_point("verl.checkpoint_engine.base:CheckpointEngine", package="verl", wanted=WANTED, members=MEMBERS)
 _registry: Any = plug_point(
@@ -101,17 +104,11 @@ class WeightcastCheckpointEngine(_base):  # type: ignore[misc]
 
 def server_urls() -> list[str]:
     """The URLs of verl's servers, in order of replicas; each is asked of its Ray actor."""
-    import ray
-
-    found = sorted(
-        (int(named[1]), actor)
-        for actor in ray.util.list_named_actors()
-        if (named := SERVER.fullmatch(actor)) is not None
-    )
+    found = sorted(actors_named(SERVER), key=lambda named: int(named[0][1]))
     if not found:
         raise StateError(
             "Ray has no actor of verl's that serves rollouts",
             hint="Sync once verl has started its servers, or give engine_kwargs.weightcast.engines",
         )
-    addresses = ray.get([ray.get_actor(actor).get_server_address.remote() for _, actor in found])
+    addresses = answers_of([actor.get_server_address.remote() for _, actor in found], Deadline(ASK_S))
     return [f"http://{f'[{host}]' if ':' in host else host}:{port}" for host, port in addresses]

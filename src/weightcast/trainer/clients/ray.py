@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import re
 import sys
 import threading
 import time
@@ -119,6 +120,25 @@ class RayEngineClient(EngineClient):
             engine=self.name,
             hint="An actor does one thing at a time: is it still generating, or loading its model?",
         )
+
+
+def actors_named(pattern: re.Pattern[str]) -> list[tuple[re.Match[str], Any]]:
+    """The actors of this Ray namespace whose whole names match, in order of their names, with the matches."""
+    import ray
+
+    matches = [match for name in sorted(ray.util.list_named_actors()) if (match := pattern.fullmatch(name))]
+    return [(match, ray.get_actor(match[0])) for match in matches]
+
+
+def answers_of(calls: Sequence[Any], deadline: Deadline) -> list[Any]:
+    """What actors answered to calls that were made of them."""
+    import ray
+
+    try:
+        answers: list[Any] = ray.get(list(calls), timeout=deadline.limit_s())
+    except ray.exceptions.GetTimeoutError:
+        raise DeadlineExceeded(f"actors took longer than {deadline.timeout_s:g} s to answer") from None
+    return answers
 
 
 class ActorCalls:
