@@ -50,7 +50,7 @@ async def across_an_update(llm: AsyncLLM, prompt: list[int], params: SamplingPar
 
     core.step = hold_after_eight  # type: ignore[method-assign]
     async for output in llm.generate(prompt, params):
-        if output.outputs[0].weight_versions[-1].version == "default" and len(output.outputs[0].token_ids) > 5:
+        if len(output.outputs[0].token_ids) > 5 and not asked.is_set():
             pausing = asyncio.create_task(llm.pause_generation("keep"))
             await asyncio.sleep(0)  # the order is in the engine's queue
             asked.set()

@@ -107,7 +107,7 @@ async def test_echo_with_logprobs(
         assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(ids), max_tokens)
         assert choice.prompt_token_ids == ids  # type: ignore[attr-defined]
     assert len(made) == max_tokens
-    assert text == PROMPT + tokenizer.decode(made)
+    assert text == PROMPT + tokenizer.decode(made, skip_special_tokens=True)
     assert tokens == [tokenizer.decode([token]) for token in ids + made]
     assert values is not None
     assert tops is not None

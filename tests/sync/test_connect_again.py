@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -396,6 +397,8 @@ def test_nothing_is_held_between_rounds_where_that_is_asked_for(
     transport: str, mode: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither side maps anything between calls; engines join once, also when weights moved, and one that holds on joins again."""
+    gc.collect()
+    others = mapped_arenas()  # of tests before this one
     engine, inits = LocalEngine("a", [DictModel(state(policy()))], mode=mode), _count_inits(monkeypatch)
     module = policy()
     source = module if kind == "module" else module.state_dict()
@@ -414,7 +417,7 @@ def test_nothing_is_held_between_rounds_where_that_is_asked_for(
                 monkeypatch.setattr(Session, "_let_go", lets_go)
                 assert (report.number, report.digests_match) == (number, True)
                 assert engine.models[0].holds(expected)
-                assert mapped_arenas() == 0 or number == 4
+                assert mapped_arenas() <= others or number == 4
                 assert all(torch.equal(value, expected[key]) for key, value in module.state_dict().items())
             assert inits == ["a"]
             randomise(module)
