@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from card import in_use, until_in_use_is_below
 from torch import nn
 
 from weightcast import Publisher
@@ -99,36 +100,43 @@ def test_a_module_is_published_from_wherever_it_is(engine: PeerEngine) -> None:
 HELD_NBYTES = 8 * 2**30
 
 
-@pytest.mark.parametrize("mode", ["staged", "in_place"])
-def test_what_is_offloaded_between_rounds_is_free(engine: PeerEngine, mode: str) -> None:
-    """As the GPU says itself, whichever process had the memory mapped; other tests take far less beside this one."""
+def test_what_is_offloaded_between_rounds_is_free() -> None:
+    """As the GPU says itself, whichever process had the memory mapped.
+
+    One mode after the other, in one test: other tests take far less of the card beside this one.
+    """
     shapes = {f"w{i}": ((2**15, 2**14), "bfloat16") for i in range(8)}
-    engine.build(shapes, device="cuda", mode=mode)
-    module = nn.ParameterDict(
-        {
-            name: nn.Parameter(torch.zeros(shape, dtype=torch.bfloat16, device="cuda"))
-            for name, (shape, _) in shapes.items()
-        }
-    )
-    with Publisher(module, [engine], transport="cuda_ipc", hold="round", timeout_s=100) as publisher:
-        for _ in range(2):
-            module.cuda()
-            with torch.no_grad():
-                for value in module.parameters():
-                    value.normal_()
-            assert publisher.publish().digests_match
-            torch.cuda.synchronize()
-            before = torch.cuda.mem_get_info()[0]
-            module.cpu()
-            torch.cuda.empty_cache()
-            assert torch.cuda.mem_get_info()[0] >= before + HELD_NBYTES - 2**30
-        live = engine.peer.call("contents", timeout_s=60)
-        assert live["w3"] == contents(module)["w3"]
+    for mode in ("staged", "in_place"):
+        module = nn.ParameterDict(
+            {
+                name: nn.Parameter(torch.empty(shape, dtype=torch.bfloat16, device="cuda"))
+                for name, (shape, _) in shapes.items()
+            }
+        )
+        with (
+            PeerEngine() as engine,
+            Publisher(module, [engine], transport="cuda_ipc", hold="round", timeout_s=100) as publisher,
+        ):
+            engine.build(shapes, device="cuda", mode=mode)
+            for _ in range(2):
+                module.cuda()
+                with torch.no_grad():
+                    for value in module.parameters():
+                        value.normal_()
+                assert publisher.publish().digests_match
+                torch.cuda.synchronize()
+                before = in_use()
+                module.cpu()
+                until_in_use_is_below(before - HELD_NBYTES + 2**30)
+            live = engine.peer.call("contents", timeout_s=60)
+            assert live["w3"] == contents(module)["w3"]
+        torch.cuda.empty_cache()
 
 
 @pytest.mark.skipif(IS_EXPANDABLE, reason="this is it")
-def test_all_of_that_with_expandable_segments() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short"]
+def test_all_of_that_with_expandable_segments(pytestconfig: pytest.Config) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command += ["-c", str(pytestconfig.inipath), "--rootdir", str(pytestconfig.rootpath), "--tb=short"]
     command += [__file__, "-k", "cuda_ipc or wherever or free"]
     done = subprocess.run(
         command, env=os.environ | {SETTING: "expandable_segments:True"}, capture_output=True, text=True, timeout=100
