@@ -31,6 +31,7 @@ from weightcast import Publisher
 from weightcast.deadline import Deadline
 from weightcast.report.model import Report
 from weightcast.testing.local_engine import DictModel, LocalEngine
+from weightcast.testing.ports import free_port
 from weightcast.trainer.clients.base import CommitOrder, CommitReply, EngineClient
 
 
@@ -130,11 +131,7 @@ def measure_memcpy(nbytes: int, rounds: int) -> float:
 
 
 def measure_loop(count: int, nbytes: int, rounds: int, threads: int) -> float:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     context = multiprocessing.get_context("spawn")
     child = context.Process(target=gloo_receiver, args=(port, count, nbytes, rounds + 1, threads))
     child.start()

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import os
 import secrets
-import socket
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,7 @@ import httpx
 from policy import NUM_TOKENS, PROMPTS, Learner, build
 
 from weightcast import Publisher, WeightcastError
+from weightcast.testing.ports import free_port
 
 COMMANDS = {
     "embedded": ["weightcast", "serve", "--device", "cpu"],
@@ -44,9 +44,7 @@ START_TIMEOUT_S = 240.0
 @contextmanager
 def serve(engine: str, folder: Path, token: str) -> Iterator[str]:
     """A server of its own process group; its URL."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     program, *arguments = COMMANDS[engine]
     command = [str(Path(sys.executable).parent / program), *arguments, "--port", str(port)]
     command[2:2] = [str(folder), "--host", "127.0.0.1", "--served-model-name", "policy"]

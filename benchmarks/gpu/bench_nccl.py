@@ -8,7 +8,6 @@ raw broadcast of the same bytes is that of medians.
 from __future__ import annotations
 
 import os
-import socket
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from weightcast.cuda.nccl import Communicator, new_unique_id
 from weightcast.deadline import Deadline
 from weightcast.layout.memory import Memory
 from weightcast.plan import Copy, split
+from weightcast.testing.ports import free_port
 from weightcast.testing.ranks import Peer
 from weightcast.testing.transport_cases import bulk_case
 from weightcast.transports.base import TrainerEnd, WorkerEnd
@@ -191,9 +191,7 @@ def two(table: Table, ranks: Sequence[Peer]) -> None:
         notes[name] = f"connect {open_ours(ranks, name, [(1, COPIES)], bucket):.0f} ms"
     if find_spec("vllm") is not None:
         for nbytes in (64 * MIB, 1024 * MIB):
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                port = probe.getsockname()[1]
+            port = free_port()
             name = f"vLLM's packed path, {nbytes // MIB} MiB"
             all_call(ranks, "join_vllm", name, port, nbytes)
             notes[name] = ""

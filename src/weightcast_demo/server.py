@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,7 @@ import httpx
 
 from weightcast.deadline import Deadline
 from weightcast.errors import DeadlineExceeded, EngineError
+from weightcast.testing.ports import free_port
 
 LAUNCH = ("-m", "weightcast.cli")
 """Arguments to Python that run the command line, wherever its script is installed."""
@@ -120,13 +120,6 @@ class ServerProcess:
                     time.sleep(0.1)
                 else:
                     return
-
-
-def free_port() -> int:
-    """A TCP port of loopback that nobody listens on right now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextlib.contextmanager

@@ -39,12 +39,13 @@ from weightcast.report.model import Report
 from weightcast.server import create_app
 from weightcast.sources import checkpoint_tensors
 from weightcast.testing.models import build_tiny_model
+from weightcast.testing.ports import free_port
 from weightcast.testing.scripted_engine import ScriptedEngine
 from weightcast.transports import facts
 from weightcast.transports.base import Facts
 from weightcast_demo.policy import build_policy, save_folder
 from weightcast_demo.record import Options
-from weightcast_demo.server import ServerProcess, free_port
+from weightcast_demo.server import ServerProcess
 from weightcast_demo.sorting import run_demo
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(180)]

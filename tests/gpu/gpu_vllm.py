@@ -6,7 +6,6 @@ import gc
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ import httpx
 import torch
 
 from weightcast.testing.models import build_tiny_model
+from weightcast.testing.ports import free_port
 
 PROMPTS = [[5, 17, 33, 2, 90], [44, 45, 46], list(range(60, 100)), [7]]
 NUM_TOKENS = 16
@@ -87,12 +87,6 @@ def through_loader(llm: Any) -> tuple[str, ...]:
     """Tensors without a direct landing, of an engine in this process."""
     worker = llm.llm_engine.model_executor.driver_worker.worker
     return tuple(worker.weight_transfer_engine.calls.engine.receiver._session.layout.through_loader)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Server:

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from gpu_vllm import answers, embedded_server, engine, free_port, through_loader, tiny_model, vllm_server
+from gpu_vllm import answers, embedded_server, engine, through_loader, tiny_model, vllm_server
 from tests.support.verified import comparison
 
 from weightcast import Publisher
 from weightcast.testing.models import random_state_dict, save_checkpoint
+from weightcast.testing.ports import free_port
 
 pytest.importorskip("vllm", reason="needs vLLM")
 pytest.importorskip("triton", reason="needs a CUDA build of torch")

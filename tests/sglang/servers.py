@@ -16,7 +16,8 @@ from typing import Any
 
 import httpx
 
-from weightcast.testing.vllm_server import free_port, wait_healthy
+from weightcast.testing.ports import free_port
+from weightcast.testing.vllm_server import wait_healthy
 
 MODELS = {"llama", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "gemma2", "gemma3_causal"}
 """Modules of SGLang's that the tests serve; importing all two hundred takes each process ten seconds."""

@@ -16,7 +16,7 @@ from weightcast.testing.models import build_tiny_model, random_state_dict
 
 TWO_CORES = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
 STORY = [3, 1, 4]
-NUM_TOKENS = 400
+NUM_TOKENS = 900
 
 
 @pytest.mark.parametrize("option", ["--tp-size", "--dp-size"])
@@ -103,11 +103,11 @@ def assert_a_request_goes_on_in_the_next_version(
                 waits = False
                 begun.wait(60)
 
+    replace(weights, model)
     threads = [threading.Thread(target=ask, args=(number,)) for number in range(2)]
     for thread in threads:
         thread.start()
     begun.wait(60)
-    replace(weights, model)
     versions[publisher.publish().version] = Reference(model, weights)
     for thread in threads:
         thread.join(60)

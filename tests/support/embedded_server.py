@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from weightcast.testing.vllm_server import Served, free_port, wait_healthy
+from weightcast.testing.ports import free_port
+from weightcast.testing.vllm_server import Served, wait_healthy
 
 
 @contextmanager

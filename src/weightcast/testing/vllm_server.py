@@ -7,7 +7,6 @@ import os
 import re
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+
+from weightcast.testing.ports import free_port
 
 START_TIMEOUT_S = 240.0
 BACKEND = ("--weight-transfer-config", '{"backend": "weightcast"}')
@@ -88,12 +89,6 @@ def _request(ids: list[int], max_tokens: int) -> dict[str, Any]:
         "ignore_eos": True,
         "return_token_ids": True,
     }
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager
