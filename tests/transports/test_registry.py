@@ -12,11 +12,14 @@ import torch
 from weightcast.errors import InvalidInput, Unsupported
 from weightcast.transports import Facts, TransportRegistry, cuda_ipc, gpu_exports, local_facts
 from weightcast.transports.registry import ENTRY_POINT_GROUP, registry
+from weightcast.transports.shm import ShmTransport
+from weightcast.transports.shm_cuda import ShmCudaTransport
 from weightcast.transports.tcp import TcpTransport
 
 
 class _Carrier(TcpTransport):
     name = "carrier"
+    preference = 0
 
 
 class _Picky(TcpTransport):
@@ -29,6 +32,39 @@ class _Picky(TcpTransport):
 class _Anywhere(_Carrier):
     def refusal(self, trainer: Facts, worker: Facts) -> str | None:
         return None
+
+
+class _NoIpc(cuda_ipc.CudaIpcTransport):
+    def __init__(self) -> None:
+        raise Unsupported("needs a unicorn")
+
+
+class _NoShm(ShmTransport):
+    def __init__(self) -> None:
+        raise Unsupported("needs a unicorn")
+
+
+class _NoShmCuda(ShmCudaTransport):
+    def __init__(self) -> None:
+        raise Unsupported("needs a unicorn")
+
+
+class _Swift(_Carrier):
+    name = "swift"
+    preference = 1000
+
+
+class _Slow(_Carrier):
+    name = "slow"
+    preference = -1
+
+
+class _Shy(_Carrier):
+    name = "shy"
+
+    @classmethod
+    def suits(cls, trainer: Facts, worker: Facts) -> bool:
+        return False
 
 
 def _with_entry_points(**values: str) -> TransportRegistry:
@@ -52,7 +88,8 @@ def test_a_failed_import_is_remembered_with_its_reason() -> None:
     found = _with_entry_points(
         tcp="weightcast.transports.tcp:TcpTransport", nccl="no_such_library:T", odd="pathlib:Path"
     )
-    assert found.names() == ("nccl", "tcp", "odd")
+    assert set(found.names()) == {"nccl", "tcp", "odd"}
+    assert found.names()[-1] == "tcp"
     assert found.available() == ("tcp",)
     with pytest.raises(Unsupported, match=r"'nccl': ModuleNotFoundError: No module named 'no_such_library'.*tcp"):
         found.get("nccl")
@@ -61,19 +98,49 @@ def test_a_failed_import_is_remembered_with_its_reason() -> None:
     assert found.choose(_facts(), _facts())[0].name == "tcp"
 
 
-def test_what_is_for_another_kind_of_memory_goes_without_saying() -> None:
+def test_what_does_not_suit_a_pair_goes_without_saying() -> None:
+    """Also of a transport that cannot be made here; one that cannot even be imported is told of."""
     found = _with_entry_points(
-        cuda_ipc="no_such_library:T",
-        shm="no_such_library:S",
-        shm_cuda="no_such_library:C",
+        cuda_ipc=f"{__name__}:_NoIpc",
+        shm=f"{__name__}:_NoShm",
+        shm_cuda=f"{__name__}:_NoShmCuda",
         tcp="weightcast.transports.tcp:TcpTransport",
     )
     here = ("cuda_ipc", "shm", "shm_cuda", "tcp")
     cpu, gpu = _facts(transports=here), _facts(device="cuda", gpu="GPU-a", transports=here)
-    lacks = "ModuleNotFoundError: No module named 'no_such_library'"
+    assert found.names() == here
     for trainer, worker, name in ((cpu, cpu, "shm"), (gpu, gpu, "cuda_ipc"), (cpu, gpu, "shm_cuda")):
-        assert found.choose(trainer, worker)[1] == f"tcp ({name}: {lacks})"
+        assert found.choose(trainer, worker)[1] == f"tcp ({name}: needs a unicorn)"
     assert found.choose(gpu, cpu)[1] == "tcp (first choice)"
+    lost = _with_entry_points(mine="no_such_library:M", tcp="weightcast.transports.tcp:TcpTransport")
+    why = "tcp (mine: ModuleNotFoundError: No module named 'no_such_library')"
+    assert lost.choose(gpu, cpu)[1] == why
+
+
+def test_transports_of_others_take_their_place_by_the_number_they_give() -> None:
+    """Whether they come as entry points or are registered by hand; the others do not know their names."""
+    found = _with_entry_points(
+        tcp="weightcast.transports.tcp:TcpTransport",
+        shm="weightcast.transports.shm:ShmTransport",
+        swift=f"{__name__}:_Swift",
+        slow=f"{__name__}:_Slow",
+    )
+    found.register("carrier", _Carrier)
+    assert found.names() == ("swift", "shm", "tcp", "carrier", "slow")
+    here = _facts(transports=found.names())
+    assert found.choose(here, here)[1] == "swift (first choice)"
+    assert found.choose(here, here, unusable={"swift": "it fell"})[1] == "shm (swift: it fell)"
+    there = msgspec.structs.replace(here, host="i")
+    assert found.choose(here, there, unusable={"swift": "it fell", "tcp": "it is full"})[0].name == "carrier"
+
+
+def test_what_has_to_be_asked_for_is_not_taken_for_want_of_anything_else() -> None:
+    found = _with_entry_points(shy=f"{__name__}:_Shy")
+    here = _facts(transports=("shy",))
+    with pytest.raises(Unsupported, match="shy: it has to be asked for by name"):
+        found.choose(here, here)
+    assert found.choose(here, here, "shy")[1] == "shy (asked for)"
+    assert registry().why_not("tls", local_facts("cpu"), local_facts("cpu")) == "it has to be asked for by name"
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:

@@ -104,6 +104,14 @@ class Transport(ABC):
     """True when ``receive`` reads the trainer's memory. False when ``send`` and ``receive`` have to run at the same time."""
     default_bucket_nbytes: int = DEFAULT_BUCKET_NBYTES
     """The size of a bucket when the user gives none. A transport that packs keeps two buckets on either side."""
+    preference: int = 0
+    """Of the transports that suit a pair and that it can use, the one with the highest number is taken. tcp, which any pair can use, has 40."""
+
+    @classmethod
+    def suits(cls, trainer: Facts, worker: Facts) -> bool:
+        """Whether the transport is meant for pairs like this one. Other pairs that can use the transport take it only where the user asks
+        for it by name, and are not told why they did not take it."""
+        return True
 
     @abstractmethod
     def refusal(self, trainer: Facts, worker: Facts) -> str | None:

@@ -48,6 +48,11 @@ class CudaIpcTransport(Transport):
 
     name = "cuda_ipc"
     pulls = True
+    preference = 90
+
+    @classmethod
+    def suits(cls, trainer: Facts, worker: Facts) -> bool:
+        return (trainer.device, worker.device) == ("cuda", "cuda")
 
     def __init__(self) -> None:
         if not torch.cuda.is_available():

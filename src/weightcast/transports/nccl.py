@@ -47,6 +47,12 @@ class NcclTransport(Transport):
 
     name = "nccl"
     pulls = False
+    preference = 50
+
+    @classmethod
+    def suits(cls, trainer: Facts, worker: Facts) -> bool:
+        return (trainer.device, worker.device) == ("cuda", "cuda")
+
     default_bucket_nbytes = 256 * 2**20  # queueing a bucket takes as long as NVLink takes for 30 MiB
 
     def __init__(self) -> None:

@@ -1,7 +1,11 @@
-"""Names to transports: built in, installed by third parties (entry point group ``weightcast.transports``) or registered."""
+"""Names to transports: built in, installed by third parties (entry point group ``weightcast.transports``) or registered.
+
+Which is taken where a pair can use several is the transports' own business: each gives a number.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib.metadata import EntryPoint
@@ -12,13 +16,6 @@ from weightcast.transports.base import Facts, Transport
 from weightcast.untrusted.plugins import entry_points_of, refusal
 
 ENTRY_POINT_GROUP = "weightcast.transports"
-
-PREFERENCE = ("cuda_ipc", "shm", "shm_cuda", "nccl", "tcp")
-"""Best first; others come after these, in alphabetical order."""
-FROM_TO = {"cuda_ipc": ("cuda", "cuda"), "nccl": ("cuda", "cuda"), "shm": ("cpu", "cpu"), "shm_cuda": ("cpu", "cuda")}
-"""The kinds of memory that a transport goes between, trainer's first, where it goes between these only. That it was not taken between
-others is no news."""
-
 
 NOTHING: Mapping[str, str] = MappingProxyType({})
 
@@ -33,23 +30,24 @@ class TransportRegistry:
         """``points`` stands in for the entry points of installed packages."""
         self._points = entry_points_of(ENTRY_POINT_GROUP, points)
         self._transports: dict[str, Transport] = {}
+        self._classes: dict[str, type[Transport]] = {}
         self._failures: dict[str, str] = {}
 
     def register(self, name: str, transport_class: type[Transport]) -> None:
         """Add a transport by hand. A name that is taken, or is not the class's own, raises InvalidInput."""
-        if name in self.names():
+        if name in self._known():
             raise InvalidInput(f"transport {name!r} is registered already", field="name")
         if getattr(transport_class, "name", None) != name:
             raise InvalidInput(f"{transport_class.__name__}.name is not {name!r}", field="name")
         self._transports[name] = transport_class()
 
     def names(self) -> tuple[str, ...]:
-        """Return all transports that can be asked for by name, the best first, whether or not they load."""
-        known = {*self._points, *self._transports}
-        return tuple(sorted(known, key=lambda name: (_rank(name), name)))
+        """Return all transports that can be asked for by name, the most preferred first, whether or not they load. One that cannot be
+        imported comes before all others: nobody knows what place it would have."""
+        return tuple(sorted(self._known(), key=lambda name: (-self._preference(name), name)))
 
     def available(self) -> tuple[str, ...]:
-        """Return the names of the transports that load in this process, the best first."""
+        """Return the names of the transports that load in this process, the most preferred first."""
         return tuple(name for name in self.names() if self.failure(name) is None)
 
     def failure(self, name: str) -> str | None:
@@ -69,8 +67,8 @@ class TransportRegistry:
     def choose(
         self, trainer: Facts, worker: Facts, wanted: str | None = None, unusable: Mapping[str, str] = NOTHING
     ) -> tuple[Transport, str]:
-        """The best transport that both sides can use, and why none better was taken, in words for a user. One that is for another
-        kind of memory than either side has goes without saying.
+        """The most preferred transport that suits both sides and that they can use, and why none of a higher preference was taken, in words
+        for a user. One that does not suit them goes without saying.
 
         ``unusable`` are transports that were tried, with the reason why they are passed over.
         ``wanted`` is honoured or refused by name: Unsupported carries the reason. It also says so when nothing fits.
@@ -86,16 +84,20 @@ class TransportRegistry:
             return transport, f"{wanted} (asked for)"
         passed_over: dict[str, str] = {}
         for name in self.names():
-            reason = unusable.get(name) or self._obstacle(name, trainer, worker)
+            reason = self.why_not(name, trainer, worker, unusable)
             if reason is None:
-                kinds = (trainer.device, worker.device)
-                why = _told({n: said for n, said in passed_over.items() if FROM_TO.get(n, kinds) == kinds})
+                why = _told({n: said for n, said in passed_over.items() if self._suits(n, trainer, worker)})
                 return self.get(name), f"{name} ({why})" if why else f"{name} (first choice)"
             passed_over[name] = reason
         raise Unsupported(
             f"no transport between trainer {trainer.pid} and worker {worker.pid}: {_told(passed_over)}",
             hint="`weightcast doctor` on both machines lists what works there",
         )
+
+    def why_not(self, name: str, trainer: Facts, worker: Facts, unusable: Mapping[str, str] = NOTHING) -> str | None:
+        """Return why a pair does not take the transport ``name`` by itself; None when the pair may."""
+        obstacle = unusable.get(name) or self._obstacle(name, trainer, worker)
+        return obstacle or (None if self._suits(name, trainer, worker) else "it has to be asked for by name")
 
     def _obstacle(self, name: str, trainer: Facts, worker: Facts) -> str | None:
         reason = self.failure(name)
@@ -106,18 +108,36 @@ class TransportRegistry:
                 return f"the {side} cannot load it"
         return self._transports[name].refusal(trainer, worker)
 
+    def _known(self) -> set[str]:
+        return {*self._points, *self._transports}
+
+    def _preference(self, name: str) -> float:
+        """Also of a transport that is imported and cannot be made here."""
+        self.failure(name)
+        known = self._transports.get(name) or self._classes.get(name)
+        number = getattr(known, "preference", None)
+        return number if isinstance(number, int) else math.inf
+
+    def _suits(self, name: str, trainer: Facts, worker: Facts) -> bool:
+        """Also of a transport that cannot be made here; True of one of which nothing is known."""
+        known = self._transports.get(name) or self._classes.get(name)
+        return known is None or known.suits(trainer, worker)
+
     def _load(self, name: str) -> None:
         """Import one entry point. Catches everything: an optional library may fail in any way, and is remembered."""
         point = self._points.get(name)
         if point is None:
             # Not remembered: the name may be registered later.
-            raise Unsupported(f"no transport {name!r}", hint=f"Known: {', '.join(self.names())}")
+            raise Unsupported(f"no transport {name!r}", hint=f"Known: {', '.join(sorted(self._known()))}")
         forbidden = refusal(point)
         if forbidden is not None:
             self._failures[name] = forbidden
             return
         try:
-            transport = point.load()()
+            loaded = point.load()
+            if isinstance(loaded, type) and issubclass(loaded, Transport):
+                self._classes[name] = loaded
+            transport = loaded()
         except Exception as error:  # noqa: BLE001
             told = error.message if isinstance(error, WeightcastError) else f"{type(error).__name__}: {error}"
             self._failures[name] = told
@@ -130,10 +150,6 @@ class TransportRegistry:
 
 def _told(passed_over: Mapping[str, str]) -> str:
     return "; ".join(f"{name}: {reason}" for name, reason in passed_over.items())
-
-
-def _rank(name: str) -> int:
-    return PREFERENCE.index(name) if name in PREFERENCE else len(PREFERENCE)
 
 
 @cache

@@ -77,6 +77,11 @@ class ShmTransport(Transport):
 
     name = "shm"
     pulls = True
+    preference = 80
+
+    @classmethod
+    def suits(cls, trainer: Facts, worker: Facts) -> bool:
+        return (trainer.device, worker.device) == ("cpu", "cpu")
 
     def refusal(self, trainer: Facts, worker: Facts) -> str | None:
         if trainer.host != worker.host:

@@ -35,6 +35,11 @@ class ShmCudaTransport(ShmTransport):
     """Host memory of one host, copied by a GPU of that host; pulls."""
 
     name = "shm_cuda"
+    preference = 70
+
+    @classmethod
+    def suits(cls, trainer: Facts, worker: Facts) -> bool:
+        return (trainer.device, worker.device) == ("cpu", "cuda")
 
     def refusal(self, trainer: Facts, worker: Facts) -> str | None:
         if trainer.host != worker.host:

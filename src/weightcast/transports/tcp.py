@@ -67,6 +67,7 @@ class TcpTransport(Transport):
 
     name = "tcp"
     pulls = False
+    preference = 40
     default_bucket_nbytes = 8 * 2**20
 
     def refusal(self, trainer: Facts, worker: Facts) -> str | None:

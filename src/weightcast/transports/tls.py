@@ -7,6 +7,7 @@ itself: ask for it by ``transport="tls"``. Certificates are made by the package 
 
 from __future__ import annotations
 
+from weightcast.transports.base import Facts
 from weightcast.transports.certificates import own_identity
 from weightcast.transports.tcp import TcpTransport
 
@@ -15,6 +16,12 @@ class TlsTransport(TcpTransport):
     """CPU memory over TLS; pushes."""
 
     name = "tls"
+    preference = 30
+
+    @classmethod
+    def suits(cls, trainer: Facts, worker: Facts) -> bool:
+        """Encryption has to be asked for."""
+        return False
 
     def identity(self) -> bytes:
         return own_identity()

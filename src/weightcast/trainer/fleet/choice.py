@@ -56,11 +56,9 @@ def _common_transport(
         return choices[0]
     reasons = []
     for name in registry().names():
-        try:
-            for facts in ranks:
-                transport, _ = registry().choose(facts, worker, name, unusable)
-        except Unsupported as error:
-            reasons.append(error.message)
-            continue
-        return transport, f"{name} (the best that all trainer ranks can use)"
+        obstacles = [registry().why_not(name, facts, worker, unusable) for facts in ranks]
+        obstacle = next((reason for reason in obstacles if reason is not None), None)
+        if obstacle is None:
+            return registry().get(name), f"{name} (the best that all trainer ranks can use)"
+        reasons.append(f"{name}: {obstacle}")
     raise Unsupported(f"no transport that all trainer ranks can use: {'; '.join(reasons)}")
