@@ -28,6 +28,12 @@ def plug_point(place: str, *, package: str, wanted: str, members: Iterable[str] 
     return found
 
 
+def put(place: str, value: object) -> None:
+    """Put something of our own at ``module:name``, which ``plug_point`` has found there."""
+    module, _, name = place.partition(":")
+    setattr(import_module(module), name, value)
+
+
 def _unsupported(place: str, package: str, wanted: str, why: str) -> Unsupported:
     hint = f"pip install '{wanted}'"
     try:

@@ -14,7 +14,7 @@ import torch
 
 from weightcast.deadline import Deadline
 from weightcast.integrations.given_streams import publish_to_its_end
-from weightcast.integrations.plug_points import plug_point
+from weightcast.integrations.plug_points import plug_point, put
 from weightcast.sources.streamed import StreamSource
 from weightcast.trainer.clients.http import HttpEngineClient
 from weightcast.trainer.publisher import Publisher
@@ -38,8 +38,8 @@ def use_in_server_mode(*, token: str | None = None, engines: Sequence[Any] = (),
     client = plug_point(f"{CLIENT}:VLLMClient", package="trl", wanted=WANTED, members=REPLACED)
     for module in (GENERATION, CLIENT):
         plug_point(f"{module}:is_vllm_available", package="trl", wanted=WANTED)
-        _set(module, "is_vllm_available", _not_needed)
-    _set(GENERATION, "VLLMClient", _client_class(client, token, tuple(engines), options))
+        put(f"{module}:is_vllm_available", _not_needed)
+    put(f"{GENERATION}:VLLMClient", _client_class(client, token, tuple(engines), options))
 
 
 def _client_class(base: Any, token: str | None, engines: tuple[Any, ...], options: dict[str, Any]) -> type:
@@ -82,9 +82,3 @@ def _client_class(base: Any, token: str | None, engines: tuple[Any, ...], option
 def _not_needed(min_version: str | None = None) -> bool:
     """What TRL asks of vLLM before it makes a client: server mode calls nothing of vLLM's once the client publishes."""
     return True
-
-
-def _set(module: str, name: str, value: object) -> None:
-    from importlib import import_module
-
-    setattr(import_module(module), name, value)
