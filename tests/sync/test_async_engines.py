@@ -8,7 +8,7 @@ import pytest
 from weightcast import Publisher
 from weightcast.engines.base import SamplingParams
 from weightcast.engines.embedded import AsyncLLM
-from weightcast.errors import InvalidInput, WeightcastError
+from weightcast.errors import InvalidInput, StateError
 from weightcast.testing.models import build_tiny_model, random_state_dict
 
 
@@ -38,9 +38,10 @@ async def test_a_publisher_that_blocks_the_loop_says_so(tmp_path: Path) -> None:
     path = build_tiny_model(tmp_path / "m", "qwen3")
     engine = AsyncLLM(path)
     try:
-        with Publisher(random_state_dict(path), [engine], timeout_s=2) as publisher:
-            with pytest.raises(WeightcastError, match="to_thread"):
-                publisher.publish()
+        with Publisher(random_state_dict(path), [engine], timeout_s=60) as publisher:
+            for call in (publisher.connect, publisher.publish):
+                with pytest.raises(StateError, match="to_thread"):
+                    call()
             report = await asyncio.to_thread(publisher.publish)
             assert await engine.get_weight_version() == report.version
     finally:

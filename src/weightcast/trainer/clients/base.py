@@ -71,6 +71,10 @@ class EngineClient(ABC):
         """Return once the engine can be asked to join; DeadlineExceeded says what there is instead. An object is there from the start."""
         return
 
+    def check_caller(self) -> None:
+        """Raise StateError when a call from the current thread would wait for itself, because the engine needs that thread to answer."""
+        return
+
     @abstractmethod
     def world_size(self, deadline: Deadline) -> int:
         """Return the number of workers that will join."""

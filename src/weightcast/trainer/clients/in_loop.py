@@ -29,14 +29,18 @@ class LoopCalls:
     def __init__(self, loop: asyncio.AbstractEventLoop, name: str) -> None:
         self._loop, self._name = loop, name
 
+    def check_caller(self) -> None:
+        """Raise StateError on the loop's own thread."""
+        if running_loop() is self._loop:
+            raise blocks_a_loop("this would block the event loop that the engine runs on", self._name)
+
     def run(self, work: Coroutine[Any, Any, Any], deadline: Deadline) -> Any:
         """Wait for ``work``; StateError on the loop's own thread, which would wait for itself."""
-        if _running_loop() is self._loop:
+        try:
+            self.check_caller()
+        except StateError:
             work.close()
-            raise StateError(
-                "this would block the event loop that the engine runs on",
-                hint="await asyncio.to_thread(publisher.publish)",
-            )
+            raise
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
 
         def late() -> DeadlineExceeded:
@@ -72,6 +76,9 @@ class AsyncEngineClient(EngineClient):
         self._calls = LoopCalls(loop, self.name)
         self._committer = AsyncCommitter(AsyncEnginePort(engine, wrapped=True))
 
+    def check_caller(self) -> None:
+        self._calls.check_caller()
+
     def world_size(self, deadline: Deadline) -> int:
         return int(self._calls.run(self._engine.get_world_size(), deadline))
 
@@ -94,7 +101,13 @@ class AsyncEngineClient(EngineClient):
         }
 
 
-def _running_loop() -> asyncio.AbstractEventLoop | None:
+def blocks_a_loop(reason: str, engine: str) -> StateError:
+    """The error of a call that would block an event loop."""
+    return StateError(reason, engine=engine, hint="await asyncio.to_thread(publisher.publish)")
+
+
+def running_loop() -> asyncio.AbstractEventLoop | None:
+    """The event loop that runs on this thread."""
     try:
         return asyncio.get_running_loop()
     except RuntimeError:

@@ -13,8 +13,8 @@ from typing import Any
 
 from weightcast.commit.stock import StockEngine
 from weightcast.deadline import Deadline
-from weightcast.errors import DeadlineExceeded, StateError, Unsupported
-from weightcast.trainer.clients.in_loop import LoopCalls
+from weightcast.errors import DeadlineExceeded, Unsupported
+from weightcast.trainer.clients.in_loop import LoopCalls, blocks_a_loop, running_loop
 from weightcast.trainer.clients.stock import StockClient
 
 LOOK_S = 0.01
@@ -52,13 +52,9 @@ class _DrivenLoop(LoopCalls):
 
     def run(self, work: Coroutine[Any, Any, Any], deadline: Deadline) -> Any:
         """Wait for ``work``, and have the loop run meanwhile where nobody else does."""
-        with suppress(RuntimeError):
-            if asyncio.get_running_loop() is not None:
-                work.close()
-                raise StateError(
-                    "this would block the event loop that runs on this thread",
-                    hint="await asyncio.to_thread(publisher.publish)",
-                )
+        if running_loop() is not None:
+            work.close()
+            raise blocks_a_loop("this would block the event loop that runs on this thread", self._name)
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         while not future.done():
             if deadline.remaining_s() <= 0:

@@ -31,6 +31,9 @@ class StockClient(EngineClient):
         self._calls = calls
         self._committer = AsyncCommitter(self._port)
 
+    def check_caller(self) -> None:
+        self._calls.check_caller()
+
     def init(self, init_info: Mapping[str, Any], deadline: Deadline) -> None:
         steps = joining(init_info, self.world_size(deadline))
         try:

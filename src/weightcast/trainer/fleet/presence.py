@@ -54,6 +54,8 @@ class Presence:
 
         Who died since the last round is noticed first, so that whoever took its place takes part in this one. With ``patience`` the others go on without those who are slow.
         """
+        for engine in engines:
+            engine.client.check_caller()
         self._fleet.probe(engines)
         failures = self._connect(engines, deadline, patience)
         if any(engine.name in failures and engine.joined and engine.lost() for engine in engines):
