@@ -15,7 +15,7 @@ CHAOS_ARGS ?=
 SOAK_ARGS ?=
 FUZZ_ARGS ?=
 PYTEST_ARGS ?=
-JOBS ?= 3
+JOBS ?= 4
 # A server with two workers keeps both cores of a small machine busy: files run one after the other.
 VLLM_JOBS ?= 0
 
@@ -54,7 +54,7 @@ lint: $(STAMP) ## ruff: rules and format
 type: $(STAMP) ## mypy, strict
 	$(BIN)/mypy
 
-# Tests wait for processes and deadlines a good part of their time: three files at once keep two cores busy.
+# Tests wait for processes and deadlines half of their time: four files at once keep two cores busy.
 pytest: $(STAMP) ## the test suite alone, JOBS files at once; PYTEST_ARGS="-k name", JOBS=0 for one process
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 

@@ -59,7 +59,7 @@ def _https_server(folder: Path) -> Iterator[str]:
     context.load_cert_chain(folder / "ca.pem", folder / "key.pem")
     server = HTTPServer(("127.0.0.1", 0), _Engine)
     server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:
         yield f"https://127.0.0.1:{server.server_address[1]}"

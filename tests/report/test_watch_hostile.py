@@ -73,7 +73,7 @@ class Server:
                 return
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._thread = threading.Thread(target=self._server.serve_forever)
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
         self._thread.start()
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
@@ -143,7 +143,7 @@ def test_a_compressed_answer_is_not_inflated_and_a_long_one_not_read(servers: tu
 @pytest.fixture
 def page(servers: tuple[Server, Server]) -> Iterator[WatchServer]:
     with WatchServer([servers[0].url]) as watching:
-        thread = threading.Thread(target=watching.serve_forever)
+        thread = threading.Thread(target=watching.serve_forever, args=(0.02,))
         thread.start()
         yield watching
         watching.shutdown()

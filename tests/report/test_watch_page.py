@@ -28,7 +28,7 @@ def engines() -> Iterator[list[EngineProcess]]:
 @pytest.fixture
 def watching(engines: list[EngineProcess], tmp_path: Path) -> Iterator[WatchServer]:
     with WatchServer([engine.url for engine in engines], log=tmp_path / "rounds.jsonl") as server:
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
         thread.start()
         yield server
         server.shutdown()

@@ -50,7 +50,7 @@ def hostile() -> Iterator[Callable[[int, Any], str]]:
                 return
 
         server = HTTPServer(("127.0.0.1", 0), Handler)
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
         thread.start()
         started.append((server, thread))
         return f"http://127.0.0.1:{server.server_port}"

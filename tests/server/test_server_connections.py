@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 import uvicorn
-from serve_process import serving
+from serve_process import START, serving
 
 from weightcast.server import ServerConfig, create_app
 from weightcast.server.connections import Connections, Limits
@@ -26,6 +26,11 @@ from weightcast.testing.scripted_engine import ScriptedEngine
 from weightcast.untrusted.seldom import SeldomFilter
 
 WAIT_S = 30.0
+IMPATIENT = f"""from functools import partial
+from weightcast.server import run
+run.Limits = partial(run.Limits, head_s=3.0, body_s=3.0)
+{START}"""
+"""The code of a server that gives strangers three seconds for a head and for a body."""
 QUICK = Limits(connections=24, head_s=0.5, body_s=0.5, body_nbytes_s=1e6, unread_s=0.5)
 
 
@@ -180,7 +185,7 @@ def test_a_process_with_few_descriptors_is_healthy_among_400_strangers(tmp_path:
         b"GET /health HTTP/1.1\r\nHost: 127",
         b"POST /pause HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 9\r\n\r\n{",
     ]
-    with serving(model, tmp_path, descriptors=256) as server, contextlib.ExitStack() as stack:
+    with serving(model, tmp_path, start=IMPATIENT, descriptors=256) as server, contextlib.ExitStack() as stack:
         strangers = []
         for number in range(400):
             strangers += stack.enter_context(connections(server.url, 1, halves[number % len(halves)]))

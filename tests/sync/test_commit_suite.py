@@ -142,9 +142,9 @@ def test_a_pause_of_the_owner_outlives_a_failure_that_is_healed(pausing: Way) ->
 def test_a_pause_that_takes_too_long_changes_nothing(pausing: Way, mode: str) -> None:
     before = commit(pausing)
     updates = pausing.num_updates
-    pausing.take_time("pause", 1.0)
+    pausing.take_time("pause", 0.5)
     with pytest.raises(DeadlineExceeded):
-        commit(pausing, 0.3, pause=mode)
+        commit(pausing, 0.2, pause=mode)
     assert eventually(lambda: pausing.computes)
     assert (pausing.version, pausing.num_updates) == (before.version, updates)
     pausing.take_time("pause", 0)
@@ -155,10 +155,10 @@ def test_a_pause_that_takes_too_long_changes_nothing(pausing: Way, mode: str) ->
 def test_an_order_that_outlasts_its_deadline_runs_to_its_end(way: Way) -> None:
     before = commit(way)
     updates = way.num_updates
-    way.take_time("apply", 0.8)
+    way.take_time("apply", 0.5)
     late = order()
     with pytest.raises(DeadlineExceeded):
-        way.client.commit(late, Deadline(0.3))
+        way.client.commit(late, Deadline(0.2))
     way.take_time("apply", 0)
     way.client.commit(late, Deadline(SOON))
     assert eventually(lambda: way.computes)
@@ -170,9 +170,9 @@ def test_an_order_that_outlasts_its_deadline_runs_to_its_end(way: Way) -> None:
 
 def test_resuming_that_takes_long_is_still_done(pausing: Way) -> None:
     commit(pausing)
-    pausing.take_time("resume", 0.8)
+    pausing.take_time("resume", 0.5)
     with pytest.raises(DeadlineExceeded):
-        commit(pausing, 0.3)
+        commit(pausing, 0.2)
     assert eventually(lambda: pausing.computes)
     pausing.take_time("resume", 0)
     commit(pausing)

@@ -14,7 +14,7 @@ import zmq
 from weightcast.control import Coordinator
 from weightcast.control.link import JoinInfo
 from weightcast.engines.embedded import LLM
-from weightcast.errors import DeadlineExceeded, StateError
+from weightcast.errors import DeadlineExceeded, PeerLost, StateError
 from weightcast.manifest import Manifest, TensorSpec
 from weightcast.messages import Welcome
 from weightcast.receiver.receiver import Receiver
@@ -32,7 +32,7 @@ def info(address: str, key: str, ticket: str = "t", **more: Any) -> dict[str, An
 def silent() -> Iterator[dict[str, Any]]:
     """Where somebody listens and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as server:
-        yield info(f"tcp://127.0.0.1:{server.getsockname()[1]}", zmq.curve_keypair()[0].decode(), timeout_s=6.0)
+        yield info(f"tcp://127.0.0.1:{server.getsockname()[1]}", zmq.curve_keypair()[0].decode(), timeout_s=2.5)
 
 
 @pytest.fixture
@@ -87,6 +87,20 @@ def test_a_greeting_that_nobody_takes_up_is_left_with_the_next_one(
     with pytest.raises(StateError, match="another trainer"):
         receiver.greet(JoinInfo(**silent))
     assert receiver.joined
+    receiver.leave()
+
+
+def test_a_second_name_is_refused_while_the_trainer_is_greeted_under_the_first(silent: dict[str, Any]) -> None:
+    receiver = Receiver(DictModel({"w": torch.randn(3)}))
+    first = receiver.greet(JoinInfo(**silent, session="s"))
+    twice = {**silent, "engine": "f", "session": "s"}
+    with pytest.raises(StateError, match="'e' and 'f' are one engine"):
+        receiver.greet(JoinInfo(**twice))
+    assert receiver._greeting is first
+    assert receiver.greet(JoinInfo(**twice, left=["e"])) is not first, "the trainer has dismissed the first name"
+    with pytest.raises(PeerLost):
+        first.welcome()  # whoever waits for a greeting that was left waits no longer
+    assert receiver.greet(JoinInfo(**{**twice, "engine": "g", "session": "another"})).has_hope
     receiver.leave()
 
 

@@ -102,7 +102,7 @@ class _Proxy(BaseHTTPRequestHandler):
 def test_a_proxy_that_answers_in_the_servers_place_is_waited_for(call: str) -> None:
     _Proxy.asked = 0
     with ThreadingHTTPServer(("127.0.0.1", 0), _Proxy) as proxy:
-        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        threading.Thread(target=proxy.serve_forever, args=(0.02,), daemon=True).start()
         url = f"http://127.0.0.1:{proxy.server_address[1]}"
         try:
             with (

@@ -67,6 +67,12 @@ class Greeting:
         with self._changed:
             return bool(self._heard) or self._limit.passed
 
+    @property
+    def has_hope(self) -> bool:
+        """Whether the trainer's welcome is there, or may still come."""
+        with self._changed:
+            return isinstance(self._heard[0], Welcome) if self._heard else not self._limit.passed
+
     def wait(self, at_most_s: float | None = None) -> None:
         """Return when ``is_over`` is True, or after ``at_most_s`` seconds."""
         limit = self._limit if at_most_s is None else Deadline(min(at_most_s, self._limit.limit_s()))
@@ -104,8 +110,11 @@ class Greeting:
                 self._pass_on(what)
 
     def close(self, reason: str) -> None:
-        """Leave the trainer. A second call does nothing."""
+        """Leave the trainer, and tell whoever waits for the trainer's answer. A second call does nothing."""
         self.link.close(reason)
+        with self._changed:
+            self._heard.insert(0, reason)
+            self._changed.notify_all()
 
     def _hear(self, what: AnyMessage | str) -> None:
         with self._changed:

@@ -84,14 +84,9 @@ class Receiver:
             raise StateError(
                 "another trainer publishes to this engine", phase="join", hint="Close it, or join with takeover"
             )
-        if (
-            old is not None
-            and old.lost is None
-            and info.session == old.id
-            and old.engine not in (info.engine, *info.left)
-        ):
+        if (other := self._name_with(info)) not in (None, info.engine, *info.left):
             raise StateError(
-                f"{old.engine!r} and {info.engine!r} are one engine",
+                f"{other!r} and {info.engine!r} are one engine",
                 phase="join",
                 hint="Give each engine once, under one name",
             )
@@ -111,6 +106,13 @@ class Receiver:
             ),
         )
         return self._greeting
+
+    def _name_with(self, info: JoinInfo) -> str | None:
+        """Under which name this engine has joined the trainer that asks, or is about to; None when that trainer is new."""
+        greeting, session = self._greeting, self._session
+        if greeting is not None and greeting.has_hope and greeting.info.session == info.session != "":
+            return greeting.info.engine
+        return session.engine if session is not None and session.lost is None and session.id == info.session else None
 
     def _serves(self) -> str | None:
         return None if self.dirty else self.content
