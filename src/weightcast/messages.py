@@ -125,11 +125,13 @@ class Begin(Message, frozen=True, kw_only=True, tag="begin"):
 
     ``base`` is the digest of the content that this worker serves, as far as the trainer knows (empty: none that was published); a
     worker that serves another one refuses the round. None where the trainer cannot tell: the round is for whatever is there.
+    ``changes``: the bytes that come may be changes of what the pair's last round brought, which is the base.
     """
 
     epoch: Count
     round: Count
     base: str | None
+    changes: bool
     timeout_s: Timeout
 
 

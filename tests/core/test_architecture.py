@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "layout": "errors manifest",
     "untrusted": "quoted errors manifest",
     "plan": "errors manifest layout",
+    "delta": "errors",
     "messages": "quoted errors deadline facts manifest layout untrusted plan",
     "digest": "manifest layout",
     "record": "quoted errors manifest layout",
@@ -36,7 +37,7 @@ MAY_IMPORT = {
     "cuda": "errors deadline layout digest plan",
     "content": "manifest layout digest plan cpu cuda",
     "control": "errors deadline untrusted messages",
-    "transports": "errors deadline facts manifest layout untrusted plan cpu cuda content",
+    "transports": "errors deadline facts manifest layout untrusted plan delta cpu cuda content",
     "report": "quoted errors deadline manifest untrusted",
     "commit": "quoted errors deadline logs untrusted content",
     "sources": "room quoted errors deadline manifest layout untrusted digest plan record cpu cuda transports",
@@ -82,11 +83,12 @@ PURE = (
     "messages",
     "digest",
     "plan",
+    "delta",
     "record",
 )
 """Packages that do arithmetic and checks: no sockets, no processes, no HTTP."""
 PURE_MODULES = ("commit/machine.py", "commit/order.py", "receiver/worker_round.py")
-PURE_LIBRARIES = {"torch", "numpy", "msgspec", "weightcast"} | set(sys.stdlib_module_names)
+PURE_LIBRARIES = {"torch", "numpy", "msgspec", "zstandard", "weightcast"} | set(sys.stdlib_module_names)
 IMPURE = {"socket", "http", "asyncio", "multiprocessing", "subprocess", "pickle", "zmq", "httpx"}
 
 

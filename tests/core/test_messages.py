@@ -56,7 +56,7 @@ EXAMPLES: list[Message] = [
     Landings(layout=LayoutTable.of(LAYOUT, MANIFEST), mode="staged", shadow_nbytes=512, shadow="cpu"),
     Setup(epoch=1, holdings=HELD, offers=(Offer(rank=0, transport="shm", data=b"\x00\xff"),), timeout_s=1.5),
     Ready(epoch=1, plan_digest="00"),
-    Begin(epoch=1, round=2, base="3-ab", timeout_s=2.0),
+    Begin(epoch=1, round=2, base="3-ab", changes=True, timeout_s=2.0),
     Filled(epoch=1, round=2, window=3),
     LetGo(epoch=3),
     Read(epoch=1, round=2, window=3),

@@ -66,6 +66,7 @@ class SharingTcp(TcpTransport):
     """``groups`` are those that were made in this process, each as its ends."""
 
     name = "shared_tcp"
+    carries_changes = False
 
     def __init__(self) -> None:
         self.groups: list[list[SharedEnd]] = []

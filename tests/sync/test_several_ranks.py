@@ -532,3 +532,34 @@ def test_what_cannot_be_published_is_refused_by_name_on_every_rank(tmp_path: Pat
         assert all("Publish full tensors: a state dict with full_tensor()" in text for _, text in told[:2])
         assert "A plain tensor counts as whole: give shards as DTensors" in told[2][1]
         assert "with process_group=" in told[4][1]
+
+
+def publish_changes(rank: int, size: int, folder: str) -> list[str]:
+    """Four rounds in which a few values of each tensor change; how the bytes went."""
+    with process_group(rank, size, folder):
+        seed = agreed_seed()
+        whole = checkpoint(seed)
+        held = sharded(whole, size, rank)
+        models = [DictModel({n: torch.zeros_like(v) for n, v in whole.items()}, rows=(i, 2)) for i in range(2)]
+        engines = [LocalEngine("a", models, mode="staged")] if rank == 0 else []
+        codecs = []
+        with Publisher(
+            held, engines, process_group=dist.group.WORLD, transport="tcp", delta=True, timeout_s=TIMEOUT_S
+        ) as publisher:
+            for number in range(4):
+                report = publisher.publish()
+                assert report.digests_match
+                assert rank or all(model.holds(whole) for model in models)
+                codecs += sorted({worker.codec for engine in report.engines for worker in engine.workers})
+                generator = torch.Generator().manual_seed(seed + number)
+                for value in whole.values():
+                    value.reshape(-1)[torch.randint(value.numel(), (2,), generator=generator)] += 0.01
+                overwrite(held, sharded_local(whole, held))
+        for engine in engines:
+            engine.stop()
+        return codecs
+
+
+def test_each_rank_sends_what_changed_of_its_part(tmp_path: Path) -> None:
+    told = run_ranks(publish_changes, 2, str(tmp_path), timeout_s=90)
+    assert told == [["dense", "delta", "delta", "delta"]] * 2

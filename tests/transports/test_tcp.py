@@ -207,8 +207,8 @@ def test_an_answer_that_was_heard_once_lets_nobody_in_again() -> None:
         listener.close()
 
 
-def _own_header(number: int, nbytes: int) -> bytes:
-    return struct.pack("!QQ", number, nbytes)
+def _own_header(number: int, nbytes: int, kind: int = 0) -> bytes:
+    return struct.pack("!QQB", number, nbytes, kind)
 
 
 @pytest.mark.parametrize(
@@ -218,6 +218,8 @@ def _own_header(number: int, nbytes: int) -> bytes:
         pytest.param(os.urandom(100_000), id="random"),
         pytest.param(_own_header(0, 1 << 63), id="a size beyond memory"),
         pytest.param(_own_header(7, 1024), id="another bucket"),
+        pytest.param(_own_header(0, 500, 1), id="changes of what is not there"),
+        pytest.param(_own_header(0, 1024, 2), id="an unknown kind"),
         pytest.param(bytes(4096), id="zeros"),
     ],
 )

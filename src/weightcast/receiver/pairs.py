@@ -165,10 +165,11 @@ class Pairs:
     # -- a round
 
     def receive(
-        self, id: RoundId, memory: Memory, manifest: Manifest, deadline: Deadline
+        self, id: RoundId, memory: Memory, manifest: Manifest, deadline: Deadline, *, changes: bool = False
     ) -> tuple[int, float, int | None]:
         """Receive a round from all trainer ranks at once. Returns the bytes, the seconds, and the digest of what landed, which is None
-        where the transports take no digest. StateError once the round is over."""
+        where the transports take no digest. StateError once the round is over. ``changes``: the memory holds what the round before
+        brought, and what has not changed since need not come."""
         start = time.perf_counter()
         self.has_written = False
         with self._in_use(id):
@@ -179,7 +180,7 @@ class Pairs:
                 wait_stream(self._device, deadline, "the engine's last step")
             self.has_written, self._was_written, self._entered = True, False, []
             try:
-                received = self._receive_from_all(id, memory, manifest, deadline)
+                received = self._receive_from_all(id, memory, manifest, deadline, changes)
             except Exception:
                 self.has_written = self._was_written or any(end.has_written for end in self._entered)
                 raise
@@ -193,31 +194,34 @@ class Pairs:
         return nbytes, transfer_s, digest
 
     def _receive_from_all(
-        self, id: RoundId, memory: Memory, manifest: Manifest, deadline: Deadline
+        self, id: RoundId, memory: Memory, manifest: Manifest, deadline: Deadline, changes: bool
     ) -> list[tuple[int, int | None]]:
         """Bytes and digest of every part of every pair."""
 
         def receive_beside(pair: Pair) -> list[tuple[int, int | None]]:
             # A thread's current GPU and stream are its own, too.
             with own_stream(self._device):
-                return self._receive_from(pair, id, memory, manifest, deadline)
+                return self._receive_from(pair, id, memory, manifest, deadline, changes)
 
         if len(self._pairs) == 1:
-            return self._receive_from(self._pairs[0], id, memory, manifest, deadline)
+            return self._receive_from(self._pairs[0], id, memory, manifest, deadline, changes)
         with ThreadPoolExecutor(len(self._pairs)) as pool:
             return [each for some in pool.map(receive_beside, self._pairs) for each in some]
 
     def _receive_from(
-        self, pair: Pair, id: RoundId, memory: Memory, manifest: Manifest, deadline: Deadline
+        self, pair: Pair, id: RoundId, memory: Memory, manifest: Manifest, deadline: Deadline, changes: bool
     ) -> list[tuple[int, int | None]]:
         """All parts that come over one pair, each window of a stream once the trainer says that it is filled."""
-        received = []
+        received: list[tuple[int, int | None]] = []
         for part in pair.parts:
             if pair.awaits_windows:
                 self.windows.wait(id, part, deadline, lambda: self._check_purpose(id))
             self._entered.append(pair.end)
             with pair.named(self._num_ranks > 1):
-                received.append(pair.end.receive_proven(memory, manifest, deadline, part))
+                if changes:
+                    received.append((pair.end.receive_changes(memory, deadline), None))
+                else:
+                    received.append(pair.end.receive_proven(memory, manifest, deadline, part))
             self._was_written = self._was_written or pair.end.has_written
             if pair.awaits_windows:
                 self._tell(Read(epoch=id.epoch, round=id.round, window=part))

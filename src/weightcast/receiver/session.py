@@ -88,6 +88,8 @@ class Session:
         self._serves, self._ended = serves, ended
         self._loaded = loaded
         self._seldom = Seldom(logger)
+        self._changes: RoundId | None = None
+        """The last round that was begun as one of changes."""
         self._epoch = 0
         self._leaving = threading.Event()
         self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -160,6 +162,7 @@ class Session:
         if self.round.id < id and begin.base not in (None, self._serves()):
             self._refuse_base(id, begin.base)
         elif self.round.begin(id, Deadline(begin.timeout_s)):
+            self._changes = id if begin.changes else self._changes
             if self.mode == "staged":
                 self._tasks.put(lambda: self._stage(begin))
         elif self.round.id < id:
@@ -275,7 +278,12 @@ class Session:
             if asleep:
                 raise StateError(f"the engine is asleep: {asleep}", hint="Wake its weights up, then publish again")
             memory = self.target.memory()
+            start = time.perf_counter()
+            if begin.changes:
+                self.target.catch_up()
+            catch_up_s = time.perf_counter() - start
             nbytes, transfer_s, digest = self.receive(id, memory, Deadline(begin.timeout_s))
+            transfer_s += catch_up_s
             start = time.perf_counter()
             digest = self.proven_digest = self.digest_of(memory) if digest is None else digest
             digest_s = time.perf_counter() - start
@@ -301,7 +309,7 @@ class Session:
     def receive(self, id: RoundId, memory: Memory, deadline: Deadline) -> tuple[int, float, int | None]:
         """Receive a round from all trainer ranks at once. Returns the bytes, the seconds, and the digest of what landed, which is None
         where the transports take no digest. StateError once the round is over."""
-        return self.pairs.receive(id, memory, self.manifest, deadline)
+        return self.pairs.receive(id, memory, self.manifest, deadline, changes=self._changes == id)
 
     def digest_of(self, memory: Memory) -> int:
         """Return the digest of all landings in a memory of this session's layout."""

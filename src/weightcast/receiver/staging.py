@@ -13,11 +13,14 @@ from weightcast.layout import Layout
 from weightcast.layout.memory import Memory
 from weightcast.manifest import Manifest
 from weightcast.messages import Mode
+from weightcast.plan.replay import Replay
 from weightcast.receiver.base import LiveModel
+from weightcast.receiver.exchange import distinct_copies
 from weightcast.receiver.loader_area import LoadedTensors, LoaderArea, area_sizes
 from weightcast.receiver.place import Place, choose_place, new_storage
 from weightcast.receiver.shadow import Shadow, combined
 from weightcast.receiver.taking import taking_memory
+from weightcast.transports.recent import Recent
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +77,8 @@ class Target:
         self.staged = place is not None
         self._is_arena = live.is_arena or not live.storages
         self._memories: dict[tuple[int, ...], Memory] = {}
+        self._placements = layout.placements
+        self._copies_of_live: Recent[Replay] = Recent()
         try:
             self.area = self._new_area(layout, loaded) if layout.through_loader else None
             self._shadow = self._new_shadow(manifest, layout, place) if place is not None and live.storages else None
@@ -110,6 +115,16 @@ class Target:
     def known_memory(self) -> Memory:
         """What ``memory()`` returned last, without a look at the engine: for threads beside the engine's."""
         return self._memory
+
+    def catch_up(self) -> None:
+        """Have the memory that the next round writes hold what is live. Done when the call returns."""
+        live = self.live_memory()
+        if self.staged and live.number != self._memory.number:
+            memory = self._memory
+            key = (live.number, memory.number)
+            copies = distinct_copies(self._placements)
+            self._copies_of_live.get(key, lambda: Replay(copies, live, memory)).run()
+            self.settle(Deadline(FILL_TIMEOUT_S))
 
     def compile(self) -> None:
         """Compile what ``swap`` runs, while the engine computes."""
@@ -149,6 +164,7 @@ class Target:
             self._shadow.close()
         self._shadow = self.area = None
         self._memories.clear()
+        self._copies_of_live.clear()
         self._memory = Memory([])
 
     def settle(self, deadline: Deadline) -> None:

@@ -14,6 +14,7 @@ from weightcast.errors import InvalidInput
 from weightcast.untrusted.known import known
 
 Outcome = Literal["committed", "aborted"]
+Codec = Literal["dense", "delta"]
 MOST_AT = 1e11
 """Seconds since 1970 that a clock may show."""
 
@@ -41,6 +42,8 @@ class Phase:
 class WorkerReport:
     """One worker's part of a round: the transport, the reason for it, bytes, seconds, and the digest of the worker's weights.
 
+    ``codec`` is "delta" where what changed since the round before was sent and "dense" where all values were; ``codec_reason`` says why,
+    where the publisher had a choice. ``sent_nbytes`` are the bytes that were sent; 0 where the worker read them itself.
     ``shadow`` names the kind of memory in which the worker keeps its staged copy, and ``shadow_nbytes`` the size of that copy.
     """
 
@@ -52,6 +55,9 @@ class WorkerReport:
     digest: str
     shadow: str = ""
     shadow_nbytes: int = 0
+    codec: Codec = "dense"
+    codec_reason: str = ""
+    sent_nbytes: int = 0
 
     def __post_init__(self) -> None:
         if self.rank < 0 or self.nbytes < 0 or not self.seconds >= 0:

@@ -20,6 +20,7 @@ Require = Literal["all", "live"]
 Pause = Literal["keep", "wait", "abort", "none"]
 CheckFinite = Literal[False, True, "count"]
 Hold = Literal["always", "round"]
+Delta = bool | Literal["auto"]
 CHOICES = {
     "mode": get_args(ModeWish),
     "pause": get_args(Pause),
@@ -52,6 +53,7 @@ class SettingsGiven(TypedDict, total=False):
     on_progress: Listener | None
     check_finite: CheckFinite
     hold: Hold
+    delta: Delta
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +94,10 @@ class Settings:
         hold: with "round" engines map nothing of the trainer's memory between calls, and the publisher refers to none of a module's or
             a mapping's, so that what the program moves or frees is free; each call then sets the pairs up anew, which takes some
             milliseconds. With "always" memory stays mapped until it moves.
+        delta: True: rounds over tcp and tls send what changed since the round before, where that is less than all values. Each trainer
+            rank keeps in host memory what it sent last, once for all workers with equal layouts; reports count these bytes in
+            ``own_nbytes``. "auto": only where rounds have shown that this is faster than all values. Whenever it is not certain that a
+            worker holds what was sent last, as after a round that failed, all values are sent. Not for streams.
     """
 
     token: str | None = field(default=None, repr=False)
@@ -112,6 +118,7 @@ class Settings:
     on_progress: Listener | None = field(default=None, repr=False)
     check_finite: CheckFinite = False
     hold: Hold = "always"
+    delta: Delta = False
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
@@ -119,6 +126,8 @@ class Settings:
         _require(self.shadows in (1, 2), "shadows", "1 or 2", self)
         is_choice = isinstance(self.check_finite, bool) or self.check_finite == "count"
         _require(is_choice, "check_finite", 'True, False or "count"', self)
+        is_choice = isinstance(self.delta, bool) or self.delta == "auto"
+        _require(is_choice, "delta", 'True, False or "auto"', self)
         for name in ("clear_cache", "takeover"):
             _require(isinstance(getattr(self, name), bool), name, "True or False", self)
         for name in ("transport", "address"):

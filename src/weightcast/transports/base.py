@@ -30,10 +30,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 from weightcast.deadline import Deadline
+from weightcast.errors import Unsupported
 from weightcast.facts import Facts
 from weightcast.layout.memory import Memory
 from weightcast.manifest import Manifest
 from weightcast.plan import Copy
+from weightcast.transports.kept import Kept
 
 DEFAULT_BUCKET_NBYTES = 64 * 2**20
 
@@ -54,6 +56,19 @@ class TrainerEnd(ABC):
     @abstractmethod
     def send(self, deadline: Deadline, part: int = 0) -> int:
         """Send one round's values of a part to the worker (push), or make them visible to the worker (pull). Returns the bytes sent."""
+
+    def keep(self, kept: Kept) -> None:
+        """Have ``send_kept`` be called from now on, in place of ``send``. What is sent is kept in ``kept``, which ends of the same rank
+        share. Called once, of ends whose transport ``carries_changes``."""
+        raise Unsupported(f"{type(self).__name__} does not keep what it sends")
+
+    def send_kept(self, number: int, deadline: Deadline, *, changes: bool) -> int:
+        """Send the values of round ``number`` and keep them. Returns the bytes that were sent.
+
+        ``changes``: the worker holds what this end sent last and calls ``receive_changes``, so that what has not changed since may be
+        left out.
+        """
+        raise Unsupported(f"{type(self).__name__} does not keep what it sends")
 
     @abstractmethod
     def abort(self) -> None: ...
@@ -89,6 +104,11 @@ class WorkerEnd(ABC):
         when the transport does not compute a digest on the way."""
         return self.receive(memory, deadline, part), None
 
+    def receive_changes(self, memory: Memory, deadline: Deadline) -> int:
+        """Do what ``receive`` does, into a memory that holds what this end received last, so that only what changed since may come.
+        Called of ends whose transport ``carries_changes``."""
+        raise Unsupported(f"{type(self).__name__} takes no changes")
+
     @abstractmethod
     def abort(self) -> None: ...
 
@@ -102,6 +122,8 @@ class Transport(ABC):
     name: str
     pulls: bool
     """True when ``receive`` reads the trainer's memory. False when ``send`` and ``receive`` have to run at the same time."""
+    carries_changes: bool = False
+    """Whether ends have ``send_kept`` and ``receive_changes``."""
     default_bucket_nbytes: int = DEFAULT_BUCKET_NBYTES
     """The size of a bucket when the user gives none. A transport that packs keeps two buckets on either side."""
     preference: int = 0

@@ -44,6 +44,9 @@ class Mover(Protocol):
 
     def step(self, copies: Sequence[Copy], src: Memory, dst: Memory) -> Step: ...
 
+    def run(self, work: Callable[[], object], deadline: Deadline) -> None:
+        """Do work on the weights' device; it is done when this returns."""
+
 
 class HostMover:
     """For weights in the host's memory."""
@@ -64,6 +67,9 @@ class HostMover:
             replay.run()
 
         return run
+
+    def run(self, work: Callable[[], object], deadline: Deadline) -> None:
+        work()
 
 
 class GpuMover:
@@ -88,13 +94,16 @@ class GpuMover:
         replay = CudaReplay(copies, src, dst, self._device)
 
         def run(deadline: Deadline) -> None:
-            done = new_event()
-            with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-                replay.run()
-                done.record(self._stream)
-            wait_event(done, deadline, "copying between a GPU and a page-locked buffer", self._check)
+            self.run(replay.run, deadline)
 
         return run
+
+    def run(self, work: Callable[[], object], deadline: Deadline) -> None:
+        done = new_event()
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            work()
+            done.record(self._stream)
+        wait_event(done, deadline, "copying between a GPU and a page-locked buffer", self._check)
 
 
 def mover_for(memory: Memory, copies: Sequence[Copy], check: Callable[[], None], *, is_source: bool) -> Mover:

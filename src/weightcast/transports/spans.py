@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from weightcast.deadline import Deadline
@@ -25,12 +27,20 @@ class Loading:
         copies = [into_bucket(piece) for piece in bucket.pieces]
         direct, packed = _split(copies, memory, mover, lambda run: (run.src_storage, run.src_offset))
         self.spans = _spans(bucket, direct, buffer.host)
+        self._bucket, self._direct, self._buffer = bucket, direct, buffer.host
         self._pack = mover.step(packed, memory, Memory([buffer.near])) if packed else None
 
     def run(self, deadline: Deadline) -> None:
         """Pack the values that cannot be sent from where they lie."""
         if self._pack is not None:
             self._pack(deadline)
+
+    def values(self) -> list[npt.NDArray[np.uint8]]:
+        """The bytes of each piece, after ``run()``: where they lie, or in the buffer."""
+        return [
+            _array(self._direct.get(number, self._buffer[piece.offset : piece.offset + piece.nbytes]))
+            for number, piece in enumerate(self._bucket.pieces)
+        ]
 
 
 class Unloading:
@@ -77,4 +87,8 @@ def _spans(bucket: Bucket, direct: Mapping[int, torch.Tensor], buffer: torch.Ten
 
 
 def _view(values: torch.Tensor) -> memoryview:
-    return memoryview(values.detach().numpy())  # type: ignore[arg-type]
+    return memoryview(_array(values))  # type: ignore[arg-type]
+
+
+def _array(values: torch.Tensor) -> npt.NDArray[np.uint8]:
+    return values.detach().numpy()

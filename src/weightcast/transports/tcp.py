@@ -9,11 +9,12 @@ Load-bearing properties:
 - Values that are contiguous and need no cast are sent straight from the source's memory and received straight into their place;
   others are packed into a lane's buffer, as is all that lies on a GPU, by that GPU: the buffer is page-locked then. Which way a side
   goes is its own business: the bytes on the wire are the same.
-- A bucket travels behind its number in the life of the pair and its size, so that two sides that lost step notice it.
+- A bucket travels behind its number in the life of the pair and its size, so that two sides that lost step notice it. Where the
+  worker holds what the bucket was in the round before, and says so, the bucket may travel as what changed since (see delta).
 - Unless the trainer asked for TLS, nothing on the wire is encrypted or protected against somebody who sits on the path.
 
-Wire, on lane ``i % lanes`` for the i-th bucket of a round: 16 bytes (bucket's number since connect, bytes that follow; both
-big-endian unsigned 64), then the bucket.
+Wire, on lane ``i % lanes`` for the i-th bucket of a round: 17 bytes (bucket's number since connect, bytes that follow, both
+big-endian unsigned 64; one byte, 1 for changes and otherwise 0), then the bucket, or its changes.
 """
 
 from __future__ import annotations
@@ -21,19 +22,25 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property, partial
 from typing import Annotated
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
 from weightcast.cuda.wait import DeviceWait
 from weightcast.deadline import Deadline
+from weightcast.delta import Form, decode
 from weightcast.errors import InvalidInput, PlanMismatch, ProtocolError, TransportError
 from weightcast.layout.memory import Memory
 from weightcast.plan import Copy, copies_digest, nbytes_of, parts_of
 from weightcast.transports.base import Facts, TrainerEnd, Transport, WorkerEnd
 from weightcast.transports.buckets import check_bucket_nbytes, schedule
+from weightcast.transports.changed import Changing
 from weightcast.transports.connection import Connection
 from weightcast.transports.guard import EndGuard
+from weightcast.transports.kept import Kept, KeptBuckets, forms_of
 from weightcast.transports.movers import Mover, mover_for
 from weightcast.transports.recent import Recent
 from weightcast.transports.rendezvous import SECRET_NBYTES, Listener, dial
@@ -43,7 +50,8 @@ from weightcast.untrusted.secret import repr_without
 
 LANES = 2
 MAX_LANES = 16
-_HEADER = struct.Struct("!QQ")
+_HEADER = struct.Struct("!QQB")
+_VALUES, _CHANGES = range(2)
 
 
 class TcpOffer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -68,6 +76,7 @@ class TcpTransport(Transport):
     name = "tcp"
     pulls = False
     preference = 40
+    carries_changes = True
     default_bucket_nbytes = 8 * 2**20
 
     def refusal(self, trainer: Facts, worker: Facts) -> str | None:
@@ -198,6 +207,10 @@ class TcpTrainerEnd(TrainerEnd):
             part: [Loading(bucket, memory, buffers[i % len(buffers)], mover) for i, bucket in enumerate(buckets)]
             for part, (buckets, _) in self._parts.of.items()
         }
+        self._key = (memory.number, copies_digest(copies), bucket_nbytes)
+        self._kept: KeptBuckets | None = None
+        self._sent = 0
+        """The last round that was sent and kept."""
         devices = {memory.storages[copy.src_storage].device for copy in copies}
         self._waits = [DeviceWait(device) for device in devices if device.type == "cuda"]
         self._listener = Listener(address, self._lanes.guard)
@@ -207,7 +220,7 @@ class TcpTrainerEnd(TrainerEnd):
             secret=self._listener.secret,
             bucket_nbytes=bucket_nbytes,
             lanes=lanes,
-            plan=copies_digest(copies),
+            plan=self._key[1],
             identity=identity,
         )
 
@@ -223,17 +236,42 @@ class TcpTrainerEnd(TrainerEnd):
     def send(self, deadline: Deadline, part: int = 0) -> int:
         with self._lanes.guard.use("send", deadline):
             (buckets, nbytes), loadings = self._parts.of[part], self._loadings[part]
-            for wait in self._waits:
-                wait.wait(deadline, "the work on the trainer's GPU", self._lanes.guard.check)
+            self._wait(deadline)
 
             def work(bucket: int, number: int, connection: Connection) -> None:
                 loading = loadings[bucket]
                 loading.run(deadline)
-                header = _HEADER.pack(number, buckets[bucket].nbytes)
+                header = _HEADER.pack(number, buckets[bucket].nbytes, _VALUES)
                 connection.send([header, *loading.spans], deadline, "sending over tcp")
 
             self._lanes.run(len(buckets), work)
             return nbytes
+
+    def keep(self, kept: Kept) -> None:
+        self._kept = kept.buckets(self._key, forms_of(self._parts.of[0][0]))
+
+    def send_kept(self, number: int, deadline: Deadline, *, changes: bool) -> int:
+        kept, loadings, before = self._kept, self._loadings[0], self._sent if changes else 0
+        assert kept is not None
+        with self._lanes.guard.use("send", deadline):
+            self._wait(deadline)
+            sent = [0] * len(loadings)
+
+            def work(bucket: int, place: int, connection: Connection) -> None:
+                change = kept.take(bucket, number, lambda: _fresh(loadings[bucket], deadline))
+                is_known = change is not None and before and change.first <= before <= change.last
+                data = change.data if change is not None and is_known else kept.image(bucket)
+                sent[bucket] = len(data)
+                header = _HEADER.pack(place, len(data), _CHANGES if is_known else _VALUES)
+                connection.send([header, data], deadline, "sending over tcp")
+
+            self._lanes.run(len(loadings), work)
+            self._sent = number
+            return sum(sent)
+
+    def _wait(self, deadline: Deadline) -> None:
+        for wait in self._waits:
+            wait.wait(deadline, "the work on the trainer's GPU", self._lanes.guard.check)
 
     def abort(self) -> None:
         self._lanes.abort()
@@ -241,9 +279,15 @@ class TcpTrainerEnd(TrainerEnd):
     def close(self) -> None:
         self._lanes.close()
         self._listener.close()
+        self._kept = None
         for wait in self._waits:
             wait.close()
         self._loadings = {}
+
+
+def _fresh(loading: Loading, deadline: Deadline) -> list[npt.NDArray[np.uint8]]:
+    loading.run(deadline)
+    return loading.values()
 
 
 class TcpWorkerEnd(WorkerEnd):
@@ -265,6 +309,12 @@ class TcpWorkerEnd(WorkerEnd):
             lanes.start_tls(offer.identity, deadline, server=False)
 
     def receive(self, memory: Memory, deadline: Deadline, part: int = 0) -> int:
+        return self._receive(memory, deadline, part, changes=False)
+
+    def receive_changes(self, memory: Memory, deadline: Deadline) -> int:
+        return self._receive(memory, deadline, 0, changes=True)
+
+    def _receive(self, memory: Memory, deadline: Deadline, part: int, *, changes: bool) -> int:
         with self._lanes.guard.use("receive", deadline):
             self.has_written = False
             buckets, nbytes = self._parts.of[part]
@@ -274,9 +324,15 @@ class TcpWorkerEnd(WorkerEnd):
 
             def work(bucket: int, number: int, connection: Connection) -> None:
                 what, unloading = "receiving over tcp", unloadings[bucket]
-                header = _HEADER.unpack(connection.receive_bytes(_HEADER.size, deadline, what))
-                if header != (number, buckets[bucket].nbytes):
-                    raise ProtocolError(f"bucket {header[0]} of {header[1]} bytes came where bucket {number} was due")
+                came, size, kind = _HEADER.unpack(connection.receive_bytes(_HEADER.size, deadline, what))
+                if changes and (came, kind) == (number, _CHANGES) and size < buckets[bucket].nbytes:
+                    data = connection.receive_bytes(size, deadline, what)
+                    found = decode(side.forms[bucket], data)
+                    self.has_written = True
+                    side.mover.run(partial(side.changing(bucket).apply, found), deadline)
+                    return
+                if (came, size, kind) != (number, buckets[bucket].nbytes, _VALUES):
+                    raise ProtocolError(f"bucket {came} of {size} bytes came where bucket {number} was due")
                 self.has_written = True
                 connection.receive(unloading.spans, deadline, what)
                 unloading.run(deadline)
@@ -303,6 +359,18 @@ class _Side:
         self._parts, self._memory, self.mover = parts, memory, mover
         self._buffers = mover.buffers(parts.buckets, lanes)
         self._unloadings: dict[int, list[Unloading]] = {}
+        self._changing: dict[int, Changing] = {}
+
+    @cached_property
+    def forms(self) -> list[Form]:
+        """Those of the buckets of weights that lie still."""
+        return forms_of(self._parts.of[0][0])
+
+    def changing(self, bucket: int) -> Changing:
+        """What applies changes of a bucket, compiled once."""
+        if bucket not in self._changing:
+            self._changing[bucket] = Changing(self._parts.of[0][0][bucket], self.forms[bucket], self._memory)
+        return self._changing[bucket]
 
     def unloadings(self, part: int) -> list[Unloading]:
         """Those of a part's buckets, compiled once."""

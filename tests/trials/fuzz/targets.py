@@ -12,10 +12,14 @@ from unittest.mock import patch
 
 import httpcore
 import msgspec
+import numpy as np
 
 from weightcast.control.link import JoinInfo
 from weightcast.control.pieces import Joiner, cut
 from weightcast.deadline import Deadline
+from weightcast.delta import Form, Kind, Stretch, find
+from weightcast.delta import decode as decode_changes
+from weightcast.delta import encode as encode_changes
 from weightcast.errors import ErrorForm, InvalidInput, PeerLost, ProtocolError, RoundFailed, StateError, WeightcastError
 from weightcast.facts import Facts
 from weightcast.layout import image_layout
@@ -89,6 +93,7 @@ MANIFEST = Manifest.of(
 )
 LAYOUT = image_layout(MANIFEST)
 TABLE = LayoutTable.of(LAYOUT, MANIFEST)
+FORM = Form([Stretch(0, 600, Kind(2, False)), Stretch(768, 64, Kind(4, True))], 832)
 TRANSPORTS = ("shm", "tcp")
 STATUSES = (200, 409, 500, 422, 404, 204)
 
@@ -161,6 +166,14 @@ def headers(data: bytes) -> None:
         assert stored is not None
         if stored.begin < (8 if before is None else before.end) or stored.end > len(data):
             raise AssertionError(f"{stored} lies outside of its place")
+
+
+def changes(data: bytes) -> None:
+    """What changed in a bucket is changes of its values, or ProtocolError."""
+    with suppress(ProtocolError):
+        for kind, positions, values in decode_changes(FORM, data):
+            if len(values) != len(positions) or positions[-1] >= FORM.ends[kind][-1]:
+                raise AssertionError(f"{len(values)} values, the last one at {positions[-1]}")
 
 
 def pieces(data: bytes) -> None:
@@ -306,6 +319,7 @@ TARGETS: dict[str, Target] = {
         setups,
         landings,
         offers,
+        changes,
         callers,
         headers,
         ranks,
@@ -348,6 +362,9 @@ def seeds(target: str) -> list[bytes]:
             msgspec.msgpack.encode(tcp),
             msgspec.msgpack.encode(ShmOffer(arena=None, spans=(), gaps_are_zero=True)),
         ]
+    if target == "changes":
+        steps = ({3: 1, 290: 255}, {7: 9, 770: 200}, dict.fromkeys(range(600), 1))
+        return [_encoded(step) for step in steps]
     if target == "headers":
         text = b'{"w":{"dtype":"F32","shape":[2,1],"data_offsets":[0,8]},"b":{"dtype":"U8","shape":[1],"data_offsets":[8,9]}}'
         return [len(text).to_bytes(8, "little") + text + bytes(9)]
@@ -375,6 +392,14 @@ def seeds(target: str) -> list[bytes]:
     return [b"\x00\x12\x01\x12\x02\x12\x04\x12\x05\x12\x00\x13\x06\x12\x00\x13", b""]
 
 
+def _encoded(step: dict[int, int]) -> bytes:
+    """What changes when these bytes of an image of zeros become others."""
+    image = np.zeros(FORM.nbytes, np.uint8)
+    image[list(step)] = list(step.values())
+    values = [image[stretch.offset : stretch.offset + stretch.nbytes] for stretch in FORM.stretches]
+    return encode_changes(FORM, find(FORM, np.zeros_like(image), values)) or b""
+
+
 def messages() -> list[Message]:
     """One message of each kind."""
     facts = Facts(host="h", pid=1, device="cpu")
@@ -394,7 +419,7 @@ def messages() -> list[Message]:
             timeout_s=1.5,
         ),
         Ready(epoch=1, plan_digest="00"),
-        Begin(epoch=1, round=2, base="3-ab", timeout_s=2.0),
+        Begin(epoch=1, round=2, base="3-ab", changes=True, timeout_s=2.0),
         Filled(epoch=1, round=2, window=3),
         LetGo(epoch=3),
         Read(epoch=1, round=2, window=3),

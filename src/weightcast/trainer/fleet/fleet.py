@@ -35,6 +35,7 @@ from weightcast.trainer.progress import Progress
 from weightcast.trainer.ranks import Ranks
 from weightcast.trainer.ranks.shared_digest import SharedDigest
 from weightcast.trainer.settings import Settings
+from weightcast.transports.kept import Kept
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +64,8 @@ class Fleet:
         self.expected: dict[str, ExpectedDigest | SharedDigest] = {}
         self._content_key: str | None = None
         self.ties = Ties(ranks)
+        self.kept = Kept()
+        """What this rank sent last, for rounds that send changes."""
         self._places: tuple[Holdings | None, dict[tuple[LayoutTable, ...], Places]] = None, {}
         """By the layouts of an engine's workers, for the holdings that were seen last."""
         self.progress = Progress(settings.on_progress)

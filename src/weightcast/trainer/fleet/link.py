@@ -18,6 +18,7 @@ from weightcast.messages import Failed, Landings, RankAnswer
 from weightcast.plan import Plan
 from weightcast.quoted import quoted
 from weightcast.trainer.clients.base import EngineClient
+from weightcast.trainer.fleet.codec import Codec
 from weightcast.trainer.fleet.places import Places
 from weightcast.transports.base import Transport
 
@@ -35,6 +36,8 @@ class SendingEnd(Protocol):
     def connect(self, deadline: Deadline) -> None: ...
 
     def send(self, deadline: Deadline, part: int = 0) -> int: ...
+
+    def send_kept(self, number: int, deadline: Deadline, *, changes: bool) -> int: ...
 
     def abort(self) -> None: ...
 
@@ -55,6 +58,8 @@ class WorkerLink:
     unusable: dict[str, str] = field(default_factory=dict)
     """Transports that were tried with this worker and cannot be used, and why."""
     end: SendingEnd | None = None
+    codec: Codec = field(default_factory=lambda: Codec(wish=False))
+    """Whether its rounds bring all values or changes, since its pairs were set up."""
     digest_key: str = ""
     at: tuple[int, int] = (0, 0)
     """The (epoch, round) that the pair is used for now; round 0 is the set-up."""

@@ -17,6 +17,7 @@ from weightcast.layout.table import LayoutTable
 from weightcast.manifest import ALIGNMENT
 from weightcast.messages import Message, Offer, Ready, Setup
 from weightcast.plan import Plan, compile_plan, parts_of
+from weightcast.trainer.fleet.codec import Codec
 from weightcast.trainer.fleet.fleet import Fleet
 from weightcast.trainer.fleet.groups import TransferGroup, groups_of, mates_of
 from weightcast.trainer.fleet.link import EngineLink, SendingEnd, WorkerLink
@@ -170,6 +171,7 @@ class _SetUp:
             return
         for (_, worker), (end, offers) in zip(group, opened, strict=True):
             worker.end = end
+            worker.codec = Codec(wish=self._fleet.settings.delta, refused=self._no_changes(transport))
             holdings, epoch = _plan_of(worker).holdings, self._fleet.epoch
             setup = Setup(epoch=epoch, holdings=holdings, offers=offers, timeout_s=deadline.limit_s())
             self._fleet.coordinator.send(worker.member, setup)
@@ -183,13 +185,17 @@ class _SetUp:
         if RANK_0 in plan:
             memory, address = self._fleet.source.memory, settings.reached_at
             own = transport.trainer_ends(count, plan[RANK_0], memory, bucket_nbytes=bucket_nbytes, address=address)
+        keeps = bool(settings.delta) and not self._no_changes(transport)
+        if keeps:
+            for end in own:
+                end.keep(self._fleet.kept)
         offered: list[tuple[Offer, ...]] = [
             (Offer(rank=RANK_0, transport=transport.name, data=end.offer()),) for end in own
         ] or [()] * count
         if ranks.alone and own:
             return list(zip(own, offered, strict=True))
         try:
-            pairs = ranks.pair(transport.name, plan, count, bucket_nbytes, self._deadline)
+            pairs = ranks.pair(transport.name, plan, count, bucket_nbytes, self._deadline, keeps=keeps)
         except WeightcastError:
             for end in own:
                 end.close()
@@ -199,6 +205,12 @@ class _SetUp:
             shared = SharedEnd(ranks.line, own[number] if own else None, numbers)
             everywhere.append((shared, (*offered[number], *others)))
         return everywhere
+
+    def _no_changes(self, transport: Transport) -> str:
+        """Why changes cannot be sent by a transport; empty where they can."""
+        if self._fleet.source.layout.is_streamed:
+            return "a stream passes by, and nothing of it is kept"
+        return "" if transport.carries_changes else f"{transport.name} brings all values"
 
     def _bucket_nbytes(self, transport: Transport) -> int:
         """That of the transport; for a stream no more than a part of a window."""

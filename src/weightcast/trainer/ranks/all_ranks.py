@@ -229,10 +229,10 @@ class Ranks:
         self.line.post_all(Keep(keys=tuple(sorted(keys))))
 
     def pair(
-        self, transport: str, plan: Plan, count: int, bucket_nbytes: int, deadline: Deadline
+        self, transport: str, plan: Plan, count: int, bucket_nbytes: int, deadline: Deadline, *, keeps: bool = False
     ) -> list[tuple[dict[int, int], list[Offer]]]:
         """Have the other ranks make their ends of the pairs with a group of ``count`` workers that want what the plan says; for
-        each worker the pair numbers by rank, and the offers."""
+        each worker the pair numbers by rank, and the offers. ``keeps``: they keep what they send."""
         made: list[tuple[dict[int, int], list[Offer]]] = [({}, []) for _ in range(count)]
         posted: dict[int, int] = {}
         for rank in plan:
@@ -244,6 +244,7 @@ class Ranks:
                     transport=transport,
                     copies=CopyColumns.of(plan[rank], self.manifest),
                     bucket_nbytes=bucket_nbytes,
+                    keeps=keeps,
                 )
                 posted[rank] = self.line.post(rank, order)
         try:

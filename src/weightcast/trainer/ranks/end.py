@@ -46,6 +46,18 @@ class SharedEnd:
         )
         return sum(sent) + others
 
+    def send_kept(self, number: int, deadline: Deadline, *, changes: bool) -> int:
+        own, sent = self._own, [0]
+
+        def send_own() -> None:
+            if own is not None:
+                sent.append(own.send_kept(number, deadline, changes=changes))
+
+        def order(pair: int) -> Send:
+            return Send(pair=pair, timeout_s=deadline.limit_s(), number=number, changes=changes)
+
+        return self._everywhere(order, send_own, deadline, "transfer") + sum(sent)
+
     def heard_failure(self, number: int) -> None:
         """Another rank could not do its part: nobody waits for the rest."""
         if self._first_failure is None:

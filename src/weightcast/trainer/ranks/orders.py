@@ -65,12 +65,13 @@ class Keep(Order, frozen=True, kw_only=True, tag="keep"):
 
 class Pair(Order, frozen=True, kw_only=True, tag="pair"):
     """Make your ends of the pairs with a group of workers that want these copies; their offers in the order of the pairs'
-    numbers in the answer's ``offers``."""
+    numbers in the answer's ``offers``. ``keeps``: keep what you send."""
 
     pairs: tuple[int, ...]
     transport: str
     copies: CopyColumns
     bucket_nbytes: int
+    keeps: bool = False
 
 
 class Connect(Order, frozen=True, kw_only=True, tag="connect"):
@@ -81,10 +82,12 @@ class Connect(Order, frozen=True, kw_only=True, tag="connect"):
 
 
 class Send(Order, frozen=True, kw_only=True, tag="send"):
-    """Send a pair's bytes; how many in the answer's ``value``."""
+    """Send a pair's bytes; how many in the answer's ``value``. ``number``: that of the round, where you keep what you send."""
 
     pair: int
     timeout_s: float
+    number: int | None = None
+    changes: bool = False
 
 
 class Refresh(Order, frozen=True, kw_only=True, tag="refresh"):

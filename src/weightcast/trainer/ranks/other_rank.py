@@ -64,6 +64,7 @@ from weightcast.trainer.ranks.orders import (
 )
 from weightcast.transports.base import TrainerEnd
 from weightcast.transports.facts import local_facts
+from weightcast.transports.kept import Kept
 from weightcast.transports.registry import registry
 from weightcast.untrusted.seldom import Seldom
 
@@ -89,6 +90,8 @@ class OtherRank:
         self._manifest: Manifest = source.manifest
         self.expected: dict[str, ExpectedDigest] = {}
         """Digests that rounds need of what this rank holds, by key."""
+        self.kept = Kept()
+        """What this rank sent last, for rounds that send changes."""
         self.last_report: Report | None = None
         self._release: Callable[[], object] | None = None
         self._ends: dict[int, _KeptEnd] = {}
@@ -329,6 +332,9 @@ class OtherRank:
                 address=self._address,
             )
         )
+        if order.keeps:
+            for end in ends:
+                end.keep(self.kept)
         self._ends.update(zip(order.pairs, map(_KeptEnd, ends), strict=True))
         return tuple(end.offer() for end in ends)
 
@@ -341,7 +347,7 @@ class OtherRank:
                     return Answer()
                 case Send():
                     with self._held(order.pair).use() as end:
-                        return Answer(value=end.send(Deadline(order.timeout_s)))
+                        return Answer(value=_sent(end, order))
                 case Digest():
                     check = partial(Deadline(order.timeout_s).check, "the digest of what this rank holds")
                     return Answer(value=self._expected(order.key).of(self._source.memory, check))
@@ -369,6 +375,13 @@ class OtherRank:
         if isinstance(order, Release):
             del self._ends[order.pair]
             self._pool.submit(held.close)
+
+
+def _sent(end: TrainerEnd, order: Send) -> int:
+    deadline = Deadline(order.timeout_s)
+    if order.number is None:
+        return end.send(deadline)
+    return end.send_kept(order.number, deadline, changes=order.changes)
 
 
 class _KeptEnd:

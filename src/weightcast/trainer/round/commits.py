@@ -229,6 +229,7 @@ class Commits:
         progress.digest = said.digest
         if worker.in_place:
             progress.nbytes, progress.seconds = said.nbytes, said.transfer_s
+            worker.codec.note(said.nbytes, said.transfer_s)
         self._proof.check(worker.digest_key, said.digest, "live")
 
 

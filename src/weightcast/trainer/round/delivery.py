@@ -57,12 +57,19 @@ class Delivery:
             self.turns.wait_filled(part, deadline, partial(self._over, engine))
             if not worker.pulls:
                 try:
-                    _send(worker, deadline, part)
+                    self._send(worker, deadline, part)
                 except TransportError as error:
                     self._ask_why(engine, worker, error, kind, phase)
             elif self._is_streamed:
                 self._wait_read(engine, worker, part, phase, deadline)
             self.turns.release(worker.member.key, part)
+
+    def _send(self, worker: WorkerLink, deadline: Deadline, part: int) -> None:
+        codec = worker.codec
+        if worker.end is not None and codec.is_kept:
+            codec.sent_nbytes = worker.end.send_kept(self.round, deadline, changes=codec.changes)
+        elif worker.end is not None:
+            codec.sent_nbytes = worker.end.send(deadline, part)
 
     def leave(self, worker: WorkerLink) -> None:
         """The worker reads no window any more."""
@@ -70,7 +77,7 @@ class Delivery:
 
     def _show(self, engine: EngineLink, worker: WorkerLink, part: int) -> None:
         try:
-            _send(worker, self.deadline, part)
+            self._send(worker, self.deadline, part)
         except TransportError as error:
             self._ask_why(engine, worker, error, Committed if worker.in_place else Staged, "begin")
 
@@ -88,8 +95,15 @@ class Delivery:
         """Open the round in these workers."""
         for engine, worker in pairs:
             worker.at = (self.epoch, self.round)
-            timeout_s = self.deadline.limit_s()
-            self.tell(worker, Begin(epoch=self.epoch, round=self.round, base=engine.base, timeout_s=timeout_s))
+            worker.codec.choose()
+            begin = Begin(
+                epoch=self.epoch,
+                round=self.round,
+                base=engine.base,
+                changes=worker.codec.changes,
+                timeout_s=self.deadline.limit_s(),
+            )
+            self.tell(worker, begin)
 
     def tell(self, worker: WorkerLink, message: Message) -> None:
         self._coordinator.send(worker.member, message)
@@ -154,8 +168,3 @@ class Delivery:
         if named is error:
             raise error
         raise named from error
-
-
-def _send(worker: WorkerLink, deadline: Deadline, part: int) -> None:
-    if worker.end is not None:
-        worker.end.send(deadline, part)

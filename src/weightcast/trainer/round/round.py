@@ -147,7 +147,7 @@ class Round:
                 digest=self._proof.content,
                 outcome="committed" if self._is_committed else "aborted",
                 non_finite=self._brief.non_finite,
-                own_nbytes=self._source.own_nbytes,
+                own_nbytes=self._source.own_nbytes + self._fleet.kept.nbytes,
                 held_s=self._source.held_s,
             )
         return self._report
@@ -255,6 +255,7 @@ class Round:
         assert isinstance(said, Staged)
         progress = self._outcomes.progress(worker)
         progress.nbytes, progress.seconds, progress.digest = said.nbytes, said.transfer_s, said.digest
+        worker.codec.note(said.nbytes, said.transfer_s)
         self._tell_progress()
 
     def _tell_progress(self) -> None:

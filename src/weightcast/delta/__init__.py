@@ -1,0 +1,7 @@
+"""Delta: what changed between two images of the same form, found, written as few bytes, and read back. Lossless for every type."""
+
+from weightcast.delta.changes import Changes, Found, find
+from weightcast.delta.coding import decode, encode
+from weightcast.delta.form import Form, Kind, Stretch
+
+__all__ = ["Changes", "Form", "Found", "Kind", "Stretch", "decode", "encode", "find"]
