@@ -294,3 +294,39 @@ def test_meta_tensors_are_named_for_what_they_are() -> None:
         assert "to_empty() and load_state_dict()" in str(caught.value)
     module[1].to_empty(device="cpu").load_state_dict(nn.Linear(2, 2).state_dict())
     make_source(module)
+
+
+def test_a_parametrized_weight_is_named_for_what_it_is_and_published_as_the_hint_says() -> None:
+    module = nn.Sequential(nn.Linear(5, 4), nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)))
+    for source, name in ((module, "1.weight"), (module[1], "weight")):
+        with pytest.raises(Unsupported, match=rf"'{name}' is computed from '.*original0' whenever") as caught:
+            make_source(source)
+        assert "__getitem__ makes the tensor" in str(caught.value)
+
+    class Computing(Mapping[str, torch.Tensor]):
+        names = ("0.weight", "0.bias", "1.weight", "1.bias")
+
+        def __getitem__(self, name: str) -> torch.Tensor:
+            path, last = name.split(".")
+            return getattr(module.get_submodule(path), last).detach()  # type: ignore[no-any-return]
+
+        def __iter__(self) -> Iterator[str]:
+            return iter(self.names)
+
+        def __len__(self) -> int:
+            return len(self.names)
+
+    def values() -> dict[str, torch.Tensor]:
+        return {name: value.clone() for name, value in Computing().items()}
+
+    engine = LocalEngine("e", [DictModel(values())])
+    try:
+        with Publisher(Computing(), [engine], timeout_s=20) as publisher:
+            for _ in range(3):
+                with torch.no_grad():
+                    for parameter in module.parameters():
+                        parameter.copy_(torch.randn(parameter.shape))
+                publisher.publish()
+                assert engine.models[0].holds(values())
+    finally:
+        engine.stop()

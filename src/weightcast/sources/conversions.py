@@ -77,6 +77,7 @@ def read_module(module: nn.Module) -> Content:
     refuse_absent(dict(module.named_parameters()))
     refuse_absent(state)
     names = plain_names(module, state)
+    _refuse_parametrized(names.values())
     tensors = {names[name]: value for name, value in state.items()}
     forms, rest = [], dict(tensors)
     for path, model in _library_models("", module):
@@ -85,6 +86,15 @@ def read_module(module: nn.Module) -> Content:
     forms += Content.plain(rest).forms
     used = {piece.tensor for form in forms for piece in form.pieces}
     return Content({name: value for name, value in tensors.items() if name in used}, forms)
+
+
+def _refuse_parametrized(names: Iterable[str]) -> None:
+    """Raise Unsupported for a tensor that torch computes from others whenever the module reads it (weight_norm, parametrize)."""
+    for name in names:
+        path, mark, rest = f".{name}".partition(".parametrizations.")
+        if mark:
+            computed = f"{path}.{rest.split('.')[0]}".removeprefix(".")
+            raise Unsupported(f"{computed!r} is computed from {name!r} whenever it is read", hint=LAZY_HINT)
 
 
 def checkpoint_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
