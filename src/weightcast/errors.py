@@ -2,7 +2,8 @@
 
     WeightcastError
     ├── InvalidInput          bad value from a caller; nothing changed                    (HTTP 422)
-    │   └── PromptTooLong     a prompt leaves no room for an answer                       (HTTP 400)
+    │   ├── PromptTooLong     a prompt leaves no room for an answer                       (HTTP 400)
+    │   └── UnknownModel      a request names a model, or a version of an adapter, that is not served (HTTP 404)
     ├── StateError            the call is fine, the moment is not                         (HTTP 409)
     │   ├── BaseMismatch      a round builds on other weights than the worker serves
     │   └── WeightsMoved      the trainer's tensors lie elsewhere than they did, in the same form
@@ -116,6 +117,13 @@ class PromptTooLong(InvalidInput):
         """``found`` says how long the prompt is: so many tokens, or so many characters."""
         most = f"This model's maximum context length is {max_model_len} tokens"
         return cls(f"{most}. However, your prompt contains {found}, which leaves no room for an answer", field="prompt")
+
+
+class UnknownModel(InvalidInput):
+    """A request names a model that is not served, or a version of an adapter that is not there any more."""
+
+    http_status = 404
+    default_hint = "GET /v1/models lists what is served"
 
 
 class StateError(WeightcastError):
@@ -370,6 +378,7 @@ _BY_NAME = {
     for kind in (
         InvalidInput,
         PromptTooLong,
+        UnknownModel,
         StateError,
         BaseMismatch,
         WeightsMoved,

@@ -52,7 +52,7 @@ class AsyncEnginePort:
         return _serving(await self._engine.status(), error)
 
     async def take_back(self, order: RoundOrder, deadline: Deadline) -> Serving:
-        return await self.apply(_way_back(order), deadline)
+        return await self.apply(order.way_back(), deadline)
 
     async def forget(self, deadline: Deadline) -> None:
         if not await self._engine.reset_prefix_cache(reset_running_requests=True):
@@ -96,7 +96,7 @@ class EnginePort:
         return _serving(self._engine.status(), error)
 
     def take_back(self, order: RoundOrder, deadline: Deadline) -> Serving:
-        return self.apply(_way_back(order), deadline)
+        return self.apply(order.way_back(), deadline)
 
     def forget(self, deadline: Deadline) -> None:
         if not self._engine.reset_prefix_cache(reset_running_requests=True):
@@ -121,10 +121,6 @@ NOT_FORGOTTEN = "the engine keeps keys and values that former weights computed"
 def _told(order: RoundOrder, deadline: Deadline, wrapped: bool) -> dict[str, Any]:
     info = update_info(order, deadline)
     return {"update_info": info} if wrapped else info
-
-
-def _way_back(order: RoundOrder) -> RoundOrder:
-    return RoundOrder(action="rollback", epoch=order.epoch, round=order.round)
 
 
 def _serving(status: ServedWeights, error: Exception | None) -> Serving:

@@ -14,7 +14,10 @@ CommitPause = Literal["keep", "wait", "abort", "none"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundOrder:
-    """Commit or roll back one round. ``version`` is empty for a roll-back."""
+    """Commit or roll back one round. ``version`` is empty for a roll-back.
+
+    ``adapter`` is the LoRA adapter that the round is of, and empty for the model. An adapter's round pauses nothing and forgets nothing.
+    """
 
     action: Literal["commit", "rollback"]
     epoch: int
@@ -23,6 +26,16 @@ class RoundOrder:
     pause: CommitPause = "keep"
     clear_cache: bool = True
     timeout_s: float = 60.0
+    adapter: str = ""
+
+    def __post_init__(self) -> None:
+        if self.adapter:
+            object.__setattr__(self, "pause", "none")
+            object.__setattr__(self, "clear_cache", False)
+
+    def way_back(self) -> RoundOrder:
+        """The order to take the same round back."""
+        return RoundOrder(action="rollback", epoch=self.epoch, round=self.round, adapter=self.adapter)
 
     def same_as(self, other: RoundOrder) -> bool:
         """Whether both orders want the same of the same round."""

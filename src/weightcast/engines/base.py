@@ -65,6 +65,21 @@ class RequestOutput:
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     error: str | None = None
     """Why the engine ended the request, when finish_reason is "error"."""
+    adapter: str | None = None
+    """Name and version of the LoRA adapter that the request ran on, such as ``policy@3-9f2c…``; None without one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterStatus:
+    """What an engine serves under the name of an adapter."""
+
+    weight_version: str
+    digest: str | None
+    """Hex digest the live version was committed with; None before the first sync."""
+    dirty: bool = False
+    ready: bool = True
+    versions: Mapping[str, int] = field(default_factory=dict)
+    """How many requests run on each version that is there, by its name, such as ``policy@3-9f2c…``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +109,8 @@ class EngineStatus:
     """Bytes of weights that were received; None where nobody counts them."""
     alive: bool = True
     """False once the engine will never serve again. One that waits for weights, or whose weights are of no version, is alive."""
+    adapters: Mapping[str, AdapterStatus] = field(default_factory=dict)
+    """The LoRA adapters that are served beside the model, by name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +127,29 @@ class DigestsTensors(Protocol):
 
     async def tensor_digests(self, manifest: Manifest) -> LiveDigests:
         """Digest the live values of each tensor where they lie. PlanMismatch when the tensors are another model's."""
+        ...
+
+
+@runtime_checkable
+class HoldsAdapters(Protocol):
+    """An engine that serves LoRA adapters beside its model. Optional beside InferenceEngine."""
+
+    @property
+    def adapter_names(self) -> Sequence[str]:
+        """The names of adapters of which a version is live."""
+        ...
+
+    @property
+    def joined_adapters(self) -> Sequence[str]:
+        """The names of adapters whose trainer has joined, now or before."""
+        ...
+
+    async def update_adapter(self, name: str, update_info: Mapping[str, Any]) -> None:
+        """Make a round of an adapter live, or take it back. Nothing else of the engine is touched."""
+        ...
+
+    async def remove_adapter(self, name: str) -> None:
+        """Serve an adapter no more; requests that run on it end as they would have."""
         ...
 
 

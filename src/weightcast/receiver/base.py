@@ -20,6 +20,9 @@ class LiveModel(ABC):
     relocatable: bool = False
     """True: parameters may be rebound to other storages (no captured graphs, no packed kernels hold their addresses)."""
 
+    always_staged: bool = False
+    """True: a round goes live by ``rebind`` alone, so it is staged on the device of the live weights, whatever was wished for."""
+
     def why_asleep(self) -> str:
         """Say why the weights cannot be touched now: the engine sleeps and has unmapped its weights. Empty when the weights can be
         touched."""
@@ -51,6 +54,14 @@ class LiveModel(ABC):
     @abstractmethod
     def rebind(self, memory: Memory) -> None:
         """Point all live parameters at another memory of the same layout. Copies nothing. Called only where ``relocatable`` is True."""
+
+    def spare(self, memory: Memory) -> Memory:
+        """Return the memory in which the next round may land: ``memory``, which ``rebind`` has left, or another one of the same layout
+        where something still reads that.
+
+        Called while the engine computes, on another thread than the engine's. StateError where there is no other one.
+        """
+        return memory
 
     def derive(self, memory: Memory) -> None:
         """Do the slow work of making ``memory`` live before ``rebind`` does so. All bytes of a round are in ``memory``.

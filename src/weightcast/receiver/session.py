@@ -277,6 +277,7 @@ class Session:
             asleep = self._model.why_asleep()
             if asleep:
                 raise StateError(f"the engine is asleep: {asleep}", hint="Wake its weights up, then publish again")
+            self.target.renew()
             memory = self.target.memory()
             start = time.perf_counter()
             if begin.changes:

@@ -40,6 +40,14 @@ class Shadow:
         """The bytes of all copies together."""
         return sum(copy.nbytes for copy in self._copies)
 
+    def renew(self) -> bool:
+        """Have a memory for the next round that nothing reads any more; whether it is another one than before."""
+        if not self.moves:
+            return False
+        before = self._copies[0]
+        self._copies[0] = self._model.spare(before)
+        return self._copies[0] is not before
+
     def compile(self) -> None:
         """Compile what ``swap`` runs while the engine computes, because the first ``swap`` would compile it while the engine waits."""
         if not self.moves:

@@ -42,10 +42,13 @@ def make_target(
 
     Raises ShadowError where "staged" does not fit. Workers of one host make their targets one after the other.
     """
+    wish = "staged" if model.always_staged else wish
     if wish == "staged" or (wish == "auto" and not model.asleep_nbytes):
         try:
             with taking_memory(model.device, deadline):
-                place = choose_place(model, area_sizes(layout, loaded), copies, host=wish == "staged")
+                place = choose_place(
+                    model, area_sizes(layout, loaded), copies, host=wish == "staged" and not model.always_staged
+                )
                 return "staged", Target(model, manifest, layout, place=place, loaded=loaded)
         except ShadowError as error:
             if wish == "staged":
@@ -110,6 +113,12 @@ class Target:
         if not self.staged and not self._is_current():
             self._memory = self._combine()
         return self._memory
+
+    def renew(self) -> None:
+        """Have ``memory()`` be one that nothing reads any more. Called before a round's bytes land, while the engine computes."""
+        if self._shadow is not None and self._shadow.renew():
+            self._memories.clear()
+            self._memory = self._combine()
 
     @property
     def known_memory(self) -> Memory:

@@ -10,13 +10,15 @@ from collections.abc import (
 )
 from typing import Any, Protocol, TypeVar
 
+from weightcast.commit.adapters import AsyncAdapterPort
 from weightcast.commit.engines import AsyncEnginePort
 from weightcast.commit.order import CommitPause, RoundAnswer, RoundOrder
 from weightcast.commit.shells import OWED_S, AsyncCommitter
 from weightcast.deadline import Deadline
-from weightcast.engines.base import DigestsTensors, EngineStatus, InferenceEngine, LiveDigests, PauseMode
-from weightcast.errors import DeadlineExceeded, Unsupported
+from weightcast.engines.base import DigestsTensors, EngineStatus, HoldsAdapters, InferenceEngine, LiveDigests, PauseMode
+from weightcast.errors import DeadlineExceeded, UnknownModel, Unsupported
 from weightcast.manifest import Manifest
+from weightcast.manifest.adapters import MERGED_HINT
 
 T = TypeVar("T")
 
@@ -57,10 +59,11 @@ class EngineCommitter:
     def __init__(self, engine: InferenceEngine) -> None:
         self._engine = engine
         self._committer = AsyncCommitter(AsyncEnginePort(engine, wrapped=False))
+        self._adapters: dict[str, AsyncCommitter] = {}
 
     async def init(self, init_info: Mapping[str, Any]) -> None:
         await self._engine.init_weight_transfer_engine(init_info)
-        self._committer.forget()
+        self._of(str(init_info.get("adapter") or "")).forget()
 
     async def shutdown(self) -> None:
         await self._engine.shutdown_weight_transfer_engine()
@@ -85,7 +88,19 @@ class EngineCommitter:
         return await self._engine.tensor_digests(manifest)
 
     async def carry_out(self, order: RoundOrder) -> RoundAnswer:
-        return await self._committer.carry_out(order)
+        return await self._of(order.adapter).carry_out(order)
+
+    def _of(self, adapter: str) -> AsyncCommitter:
+        """What carries out the orders for an adapter, or for the model where that is empty."""
+        if not adapter:
+            return self._committer
+        if adapter not in self._adapters:
+            if not isinstance(self._engine, HoldsAdapters):
+                raise Unsupported("this engine takes whole weights, and no adapters", hint=MERGED_HINT)
+            if adapter not in self._engine.joined_adapters:
+                raise UnknownModel(f"no trainer publishes an adapter {adapter[:80]!r} here", field="adapter")
+            self._adapters[adapter] = AsyncCommitter(AsyncAdapterPort(self._engine, adapter))
+        return self._adapters[adapter]
 
 
 def details_of(committer: AsyncCommitter) -> dict[str, Any]:

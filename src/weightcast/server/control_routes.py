@@ -51,6 +51,8 @@ class RollbackBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     pause: CommitPause = "keep"
     clear_cache: bool = True
     timeout_s: float = 60.0
+    adapter: Annotated[str, msgspec.Meta(max_length=64)] = ""
+    """The LoRA adapter that the round is of; empty for the model."""
 
 
 class WakeBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -241,6 +243,7 @@ def _order(body: RollbackBody, *, version: str) -> RoundOrder:
         pause=body.pause,
         clear_cache=body.clear_cache,
         timeout_s=_checked_timeout(body.timeout_s),
+        adapter=body.adapter,
     )
 
 

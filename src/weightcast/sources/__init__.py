@@ -10,6 +10,7 @@ from torch import nn
 
 from weightcast.errors import InvalidInput
 from weightcast.sources.absent import refuse_absent
+from weightcast.sources.adapter import AdapterSource
 from weightcast.sources.adapters import refuse_unmerged
 from weightcast.sources.base import Source
 from weightcast.sources.conversions import checkpoint_tensors, read_module
@@ -28,7 +29,12 @@ SourceLike = Source | nn.Module | Mapping[str, torch.Tensor] | str | Path | Stre
 
 
 def make_source(
-    source: SourceLike, *, dtype: torch.dtype | None = None, rename: Rename | None = None, keeps: bool = True
+    source: SourceLike,
+    *,
+    dtype: torch.dtype | None = None,
+    rename: Rename | None = None,
+    keeps: bool = True,
+    adapter: str | None = None,
 ) -> Source:
     """Make a Source of a module, a mapping of names to tensors, a checkpoint folder, a stream or a Source.
 
@@ -37,7 +43,12 @@ def make_source(
             published as they are, and a Source has its type already.
         rename: other names for checkpoint tensors (see renaming).
         keeps: False for a stream that another rank sends; the source then keeps no values.
+        adapter: publish this LoRA adapter of a PEFT model by itself, and not merged weights.
     """
+    if adapter is not None:
+        if rename is not None:
+            raise InvalidInput("rename has no effect on an adapter", field="rename", hint="Leave it out")
+        return AdapterSource(source, adapter, dtype=dtype)
     if dtype is not None and isinstance(source, Source | str | Path):
         raise InvalidInput(
             f"dtype has no effect on a {'Source' if isinstance(source, Source) else 'checkpoint folder'}",
@@ -82,6 +93,7 @@ def _mapping_source(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | No
 
 
 __all__ = [
+    "AdapterSource",
     "MergedSource",
     "ModuleSource",
     "Rename",

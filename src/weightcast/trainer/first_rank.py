@@ -210,7 +210,7 @@ class FirstRank:
         self._was_connected = True
 
     def _add(self, engine: str | EngineClient | SyncEngine, deadline: Deadline) -> Report | None:
-        link = EngineLink(make_client(engine, token=self._settings.token))
+        link = EngineLink(make_client(engine, token=self._settings.token, adapter=self._settings.adapter))
         for other in self._fleet.engines:
             if twins([other.client, link.client]):
                 if link.client is not other.client:

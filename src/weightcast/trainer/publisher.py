@@ -83,7 +83,7 @@ class Publisher:
             _check_engines(engines)
             keeps = meeting is None or meeting.rank == 0
             self._holder = Holder(
-                partial(make_source, source, dtype=dtype, rename=rename, keeps=keeps),
+                partial(make_source, source, dtype=dtype, rename=rename, keeps=keeps, adapter=self._settings.adapter),
                 lets_go=isinstance(source, torch.nn.Module | Mapping),
             )
             if meeting is None:
@@ -119,7 +119,7 @@ class Publisher:
         """Rank 0's part; other ranks learn how to reach it, or why it could not be made."""
         first: FirstRank | None = None
         try:
-            clients = make_clients(engines, token=self._settings.token)
+            clients = make_clients(engines, token=self._settings.token, adapter=self._settings.adapter)
             nearest = address_towards({client.host for client in clients}) if one_host else outward_address()
             settings = replace(self._settings, address=self._settings.address or nearest)
             first = FirstRank(self._holder, clients, settings, size=1 if meeting is None else meeting.size)

@@ -9,6 +9,7 @@ from typing import Literal, TypedDict, get_args
 
 from weightcast.deadline import MOST_S, is_seconds
 from weightcast.errors import InvalidInput
+from weightcast.manifest.adapters import check_name
 from weightcast.manifest.names import check_patterns
 from weightcast.messages import ModeWish
 from weightcast.trainer.progress import Listener
@@ -54,6 +55,7 @@ class SettingsGiven(TypedDict, total=False):
     check_finite: CheckFinite
     hold: Hold
     delta: Delta
+    adapter: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +100,10 @@ class Settings:
             rank keeps in host memory what it sent last, once for all workers with equal layouts; reports count these bytes in
             ``own_nbytes``. "auto": only where rounds have shown that this is faster than all values. Whenever it is not certain that a
             worker holds what was sent last, as after a round that failed, all values are sent. Not for streams.
+        adapter: publish a LoRA adapter of a PEFT model by itself, under this name: the adapter that has the name in the model, or the
+            model's only one. Requests for the name that start after ``publish`` run on the new version, and those in flight
+            keep theirs; nothing pauses, so ``pause`` and ``clear_cache`` mean nothing, and ``mode`` is staged. Versions are counted for
+            each adapter and are named ``policy@3-9f2c…`` where requests and outputs name them.
     """
 
     token: str | None = field(default=None, repr=False)
@@ -119,6 +125,7 @@ class Settings:
     check_finite: CheckFinite = False
     hold: Hold = "always"
     delta: Delta = False
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
@@ -128,6 +135,9 @@ class Settings:
         _require(is_choice, "check_finite", 'True, False or "count"', self)
         is_choice = isinstance(self.delta, bool) or self.delta == "auto"
         _require(is_choice, "delta", 'True, False or "auto"', self)
+        if self.adapter is not None:
+            check_name(self.adapter)
+            _require(self.mode != "in_place", "mode", '"auto" or "staged" for an adapter', self)
         for name in ("clear_cache", "takeover"):
             _require(isinstance(getattr(self, name), bool), name, "True or False", self)
         for name in ("transport", "address"):

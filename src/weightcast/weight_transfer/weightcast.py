@@ -10,7 +10,9 @@ from typing import Literal
 
 from weightcast.control.link import JoinInfo
 from weightcast.deadline import Deadline
-from weightcast.errors import InvalidInput, StateError
+from weightcast.errors import InvalidInput, StateError, Unsupported
+from weightcast.manifest.adapters import MERGED_HINT
+from weightcast.receiver.adapter_model import AdapterModel
 from weightcast.receiver.base import LiveModel
 from weightcast.receiver.greeting import Greeting
 from weightcast.receiver.receiver import Receiver
@@ -32,6 +34,8 @@ class WeightcastInitInfo(InitInfo, kw_only=True, forbid_unknown_fields=True):
     takeover: bool = False
     session: str = ""
     left: tuple[str, ...] = ()
+    adapter: str = ""
+    """The name of the LoRA adapter that the trainer publishes; empty for the model itself."""
     world_size: int | None = None
     """How many workers the trainer has join, all replicas of the engine included: replicas of vLLM do not know."""
 
@@ -87,6 +91,8 @@ class WeightcastEngine(WeightTransferEngine[WeightcastInitInfo, WeightcastUpdate
         self._label: str | None = None
 
     def greet(self, init_info: WeightcastInitInfo) -> Greeting:
+        if bool(init_info.adapter) != isinstance(self.model, AdapterModel):
+            raise Unsupported("this engine takes whole weights, and no adapters", hint=MERGED_HINT)
         if init_info.world_size is not None:
             self.worker = WorkerRank(rank=self.worker.rank, world_size=init_info.world_size)
         return self.receiver.greet(init_info.join_info(), self.worker.world_size)

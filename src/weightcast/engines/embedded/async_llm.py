@@ -60,16 +60,26 @@ class AsyncLLM:
         prompt: str | Sequence[int] | Mapping[str, Any],
         sampling_params: SamplingParams,
         request_id: str | None = None,
+        *,
+        adapter: str | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Yield outputs that hold everything so far, the last of them finished (with FINAL_ONLY that one alone). Closing the iterator
         early aborts the request.
 
         The iterator's first step raises InvalidInput, and StateError when the engine is not ready or its queue is full. A slow reader
-        misses outputs in between, and never the last one.
+        misses outputs in between, and never the last one. ``adapter`` is the LoRA adapter to run on: its name, or name@version.
         """
         latest = _Latest(asyncio.get_running_loop())
         stream = sampling_params.output_kind is RequestOutputKind.CUMULATIVE
-        make = partial(self.engine.request, prompt, sampling_params, latest.put, request_id=request_id, stream=stream)
+        make = partial(
+            self.engine.request,
+            prompt,
+            sampling_params,
+            latest.put,
+            request_id=request_id,
+            stream=stream,
+            adapter=adapter,
+        )
         # Tokens of a long text and a grammar take a while to make; the event loop goes on meanwhile.
         short = isinstance(prompt, str | Sequence) and len(prompt) <= _SHORT_PROMPT
         takes_long = not short or sampling_params.structured_outputs is not None
@@ -109,6 +119,20 @@ class AsyncLLM:
 
     async def shutdown_weight_transfer_engine(self) -> None:
         await self._wait(self.engine.shutdown_transfer())
+
+    @property
+    def adapter_names(self) -> list[str]:
+        return self.engine.adapter_names
+
+    @property
+    def joined_adapters(self) -> list[str]:
+        return self.engine.joined_adapters
+
+    async def update_adapter(self, name: str, update_info: Mapping[str, Any]) -> None:
+        await self._wait(self.engine.update_adapter(name, update_info))
+
+    async def remove_adapter(self, name: str) -> None:
+        await self._wait(self.engine.remove_adapter(name))
 
     async def get_world_size(self, include_dp: bool = True) -> int:
         return 1

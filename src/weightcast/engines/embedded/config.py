@@ -10,7 +10,10 @@ from weightcast.errors import InvalidInput, Unsupported
 from weightcast.manifest.dtypes import dtype_of
 from weightcast.weight_transfer.config import WeightTransferConfig
 
-_POSITIVE = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_tokens", "max_waiting", "num_threads")
+_POSITIVE = (
+    *("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_tokens", "max_waiting", "num_threads"),
+    *("max_adapters", "max_lora_rank"),
+)
 _PARALLEL = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
 
 
@@ -49,6 +52,10 @@ class EngineConfig:
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
     data_parallel_size: int = 1
+    max_adapters: int = 8
+    """How many versions of LoRA adapters may be there at a time. An adapter takes two while its trainer is connected, one otherwise, and
+    one more for each older version that requests run on."""
+    max_lora_rank: int = 64
     call_timeout_s: float = 600.0
     """Deadline of every call that is not generation: weight updates, pauses, commands between steps."""
 

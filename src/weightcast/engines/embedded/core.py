@@ -11,6 +11,8 @@ from concurrent.futures import Future
 import torch
 
 from weightcast.engines.base import FinishReason, Logprob, PauseMode
+from weightcast.engines.embedded.adapter_transfer import AdapterTransfers
+from weightcast.engines.embedded.adapters import Adapters
 from weightcast.engines.embedded.detokenize import Detokenizer
 from weightcast.engines.embedded.runner import ModelRunner, StepLogits
 from weightcast.engines.embedded.sampler import Sampled, sample, score
@@ -34,6 +36,8 @@ class EngineCore:
         scheduler: Scheduler,
         runner: ModelRunner,
         transfer: WeightTransfer,
+        adapters: Adapters,
+        adapter_transfers: AdapterTransfers,
         text: Text,
         eos: frozenset[int],
         max_model_len: int,
@@ -42,6 +46,8 @@ class EngineCore:
     ) -> None:
         self.scheduler = scheduler
         self.transfer = transfer
+        self.adapters = adapters
+        self.adapter_transfers = adapter_transfers
         self.requests: dict[str, Request] = {}
         self.paused = False
         self.num_generated = 0
@@ -78,6 +84,8 @@ class EngineCore:
         if seed is None:
             seed = self._seeds.getrandbits(64)
         request.sequences = [self._sequence(request, index, seed) for index in range(request.params.n)]
+        if request.adapter is not None:
+            request.adapter_version = self.adapters.take(request.adapter)
         self.requests[request.request_id] = request
         for sequence in request.sequences:
             self.scheduler.add(sequence)
@@ -302,8 +310,8 @@ class EngineCore:
 
     def _report(self, request: Request) -> None:
         finished = request.finished
-        if finished:
-            self.requests.pop(request.request_id, None)
+        if finished and self.requests.pop(request.request_id, None) is not None and request.adapter_version is not None:
+            self.adapters.release(request.adapter_version)
         if finished or request.stream:
             request.sink(request.output())
 

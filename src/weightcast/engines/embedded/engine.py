@@ -7,17 +7,20 @@ import logging
 import threading
 import uuid
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
 from weightcast.engines.base import EngineStatus, LiveDigests, PauseMode, SamplingParams
+from weightcast.engines.embedded.adapter_transfer import AdapterTransfers
+from weightcast.engines.embedded.adapters import Adapters
 from weightcast.engines.embedded.config import EngineConfig
 from weightcast.engines.embedded.core import EngineCore
 from weightcast.engines.embedded.given import check_given
 from weightcast.engines.embedded.grammar import Grammars
 from weightcast.engines.embedded.kv import KvCache
+from weightcast.engines.embedded.linears import watched
 from weightcast.engines.embedded.loading import eos_ids, kv_capacity, load_model, load_tokenizer, model_length
 from weightcast.engines.embedded.runner import ModelRunner
 from weightcast.engines.embedded.scheduler import Scheduler
@@ -46,19 +49,24 @@ class Engine:
         self.max_model_len = model_length(self.model, config.max_model_len)
         self.text = Text(load_tokenizer(config), self.max_model_len)
         self.model_name = config.served_model_name or _name_of(config.model)
-        kv_bytes = probe(self.model, longest=self.max_model_len)
+        with watched(self.model) as linears:
+            kv_bytes = probe(self.model, longest=self.max_model_len)
+        self._adapters = Adapters(self.model, linears, config.max_adapters, config.max_lora_rank)
         self._cache = KvCache(
             kv_capacity(config, self.max_model_len, kv_bytes, self.model.device),
             self.max_model_len,
             config.max_num_seqs,
         )
         self._transfer = WeightTransfer(config.transfer, self.model)
+        self._adapter_transfers = AdapterTransfers(config.transfer, self._adapters, reserved=self.model_name)
         eos = eos_ids(self.model, self.text.tokenizer)
         self._grammars = Grammars(self.text.tokenizer, eos, self.vocab_size)
         self.core = EngineCore(
             scheduler=Scheduler(self._cache, config.max_num_seqs, config.max_num_batched_tokens),
-            runner=ModelRunner(self.model, self._cache),
+            runner=ModelRunner(self.model, self._cache, self._adapters),
             transfer=self._transfer,
+            adapters=self._adapters,
+            adapter_transfers=self._adapter_transfers,
             text=self.text,
             eos=eos,
             max_model_len=self.max_model_len,
@@ -85,8 +93,12 @@ class Engine:
         request_id: str | None = None,
         stream: bool,
         bounded: bool = True,
+        adapter: str | None = None,
     ) -> Request:
-        """Check a prompt and its parameters against the model; raises InvalidInput."""
+        """Check a prompt and its parameters against the model; raises InvalidInput, which UnknownModel is for an adapter that is not
+        there."""
+        if adapter is not None:
+            self._adapter_transfers.check(adapter)
         text, ids = self.text.prompt(prompt)
         if not ids:
             raise InvalidInput("the prompt is empty", field="prompt")
@@ -106,6 +118,7 @@ class Engine:
             stream=stream,
             grammar=None if form is None else self._grammars.compile(form),
             bounded=bounded,
+            adapter=adapter,
         )
 
     def _check_vocabulary(self, field: str, tokens: Iterable[int]) -> None:
@@ -175,15 +188,18 @@ class Engine:
     def init_transfer(self, init_info: Any) -> Future[None]:
         """Join a trainer. A thread of its own waits for the trainer's first answer, and steps go on meanwhile."""
         info, joined = unwrap(init_info, "init_info"), Future[None]()
+        is_adapter = isinstance(info, Mapping) and info.get("adapter")
+        transfer = self._adapter_transfers if is_adapter else self._transfer
+        run = self._thread.call if is_adapter else self.run_between_steps
 
         def join() -> None:
             if not joined.set_running_or_notify_cancel():
                 return
             try:
-                greeting = self.run_between_steps(lambda: self._transfer.greet(info)).result()
+                greeting = run(lambda: transfer.greet(info)).result()
                 if greeting is not None:
                     greeting.wait()
-                joined.set_result(self.run_between_steps(lambda: self._transfer.init(info)).result())
+                joined.set_result(run(lambda: transfer.init(info)).result())
             except Exception as error:  # noqa: BLE001 - it is the caller's
                 joined.set_exception(error)
 
@@ -200,7 +216,28 @@ class Engine:
         return self.run_between_steps(lambda: self._transfer.finish(weight_version))
 
     def shutdown_transfer(self) -> Future[None]:
-        return self.run_between_steps(self._transfer.shutdown)
+        def leave() -> None:
+            self._transfer.shutdown()
+            self._adapter_transfers.shutdown()
+
+        return self.run_between_steps(leave)
+
+    @property
+    def adapter_names(self) -> list[str]:
+        """The adapters of which a version is live."""
+        return self._adapter_transfers.names
+
+    @property
+    def joined_adapters(self) -> list[str]:
+        """The adapters whose trainer has joined, now or before."""
+        return self._adapter_transfers.joined
+
+    def update_adapter(self, name: str, update_info: Any) -> Future[None]:
+        """Make a round of an adapter live, or take it back, between two steps. Keys and values stay, as do the weights of the model."""
+        return self._thread.call(lambda: self._adapter_transfers.update(name, unwrap(update_info, "update_info")))
+
+    def remove_adapter(self, name: str) -> Future[None]:
+        return self._thread.call(lambda: self._adapter_transfers.remove(name))
 
     def set_version(self, version: str) -> Future[None]:
         if not isinstance(version, str) or not version:
@@ -238,6 +275,7 @@ class Engine:
             backend=self._transfer.config.backend,
             num_weight_bytes=self._transfer.num_weight_bytes,
             alive=self._thread.alive,
+            adapters=self._adapter_transfers.status(),
         )
 
     def shutdown(self, timeout_s: float = _STOP_TIMEOUT_S) -> None:

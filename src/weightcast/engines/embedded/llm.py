@@ -55,23 +55,26 @@ class LLM:
         prompts: Any,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        adapter: str | None = None,
         use_tqdm: bool = False,
         timeout_s: float = 86400.0,
     ) -> list[RequestOutput]:
         """Finish all prompts and return their outputs in order.
 
         ``prompts`` is a text, a list of token ids, ``{"prompt": ...}``, ``{"prompt_token_ids": ...}``, or a list of these.
-        ``sampling_params`` is one object for all prompts, or one for each. ``use_tqdm`` is accepted and ignored. Raises EngineError when
+        ``sampling_params`` is one object for all prompts, or one for each. ``adapter`` is the LoRA adapter to run on: its name, or
+        name@version; UnknownModel where that is not served. ``use_tqdm`` is accepted and ignored. Raises EngineError when
         the engine ended a request with an error, and DeadlineExceeded, after aborting the requests, when the time is up.
         """
         items = _prompt_list(prompts)
-        return self._generate(items, _params_list(sampling_params, len(items)), Deadline(timeout_s))
+        return self._generate(items, _params_list(sampling_params, len(items)), Deadline(timeout_s), adapter)
 
     def chat(
         self,
         messages: Sequence[Any],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        adapter: str | None = None,
         use_tqdm: bool = False,
         timeout_s: float = 86400.0,
         **template: Any,
@@ -80,7 +83,7 @@ class LLM:
         several = bool(messages) and not isinstance(messages[0], Mapping)
         conversations = messages if several else [messages]
         prompts = [{"prompt_token_ids": self.engine.text.chat(each, **template)} for each in conversations]
-        return self._generate(prompts, _params_list(sampling_params, len(prompts)), Deadline(timeout_s))
+        return self._generate(prompts, _params_list(sampling_params, len(prompts)), Deadline(timeout_s), adapter)
 
     def abort(self, request_ids: Sequence[str] | None = None) -> int:
         """Abort some or all requests; their outputs end with finish_reason "abort"."""
@@ -123,6 +126,19 @@ class LLM:
     def shutdown_weight_transfer_engine(self) -> None:
         self._wait(self.engine.shutdown_transfer())
 
+    @property
+    def adapter_names(self) -> list[str]:
+        """The names of adapters of which a version is live."""
+        return self.engine.adapter_names
+
+    def update_adapter(self, name: str, update_info: Any) -> None:
+        """Make a round of an adapter live, or take it back. Nothing else of the engine is touched."""
+        self._wait(self.engine.update_adapter(name, update_info))
+
+    def remove_adapter(self, name: str) -> None:
+        """Serve an adapter no more; requests that run on it end as they would have."""
+        self._wait(self.engine.remove_adapter(name))
+
     def get_world_size(self, include_dp: bool = True) -> int:
         return 1
 
@@ -148,11 +164,11 @@ class LLM:
         self.engine.shutdown()
 
     def _generate(
-        self, prompts: Sequence[Any], params: Sequence[SamplingParams], deadline: Deadline
+        self, prompts: Sequence[Any], params: Sequence[SamplingParams], deadline: Deadline, adapter: str | None
     ) -> list[RequestOutput]:
         done: queue.SimpleQueue[RequestOutput] = queue.SimpleQueue()
         requests = [
-            self.engine.request(prompt, param, done.put, stream=False, bounded=False)
+            self.engine.request(prompt, param, done.put, stream=False, bounded=False, adapter=adapter)
             for prompt, param in zip(prompts, params, strict=True)
         ]
         names = [request.request_id for request in requests]

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from weightcast.engines.embedded.adapters import Adapters, AdapterVersion, StepPart
 from weightcast.engines.embedded.attention import AttentionGroup, DecodeGroup, PieceGroup, PromptGroup, StepContext
 from weightcast.engines.embedded.kv import KvCache, Shelf
 from weightcast.engines.embedded.scheduler import Work
@@ -47,8 +48,9 @@ class _Pack:
 class ModelRunner:
     """Runs the model over packed steps. Refers to no parameter, because parameters may be rebound between two steps."""
 
-    def __init__(self, model: Any, cache: KvCache) -> None:
+    def __init__(self, model: Any, cache: KvCache, adapters: Adapters) -> None:
         self._model = model
+        self._adapters = adapters
         self._cache = cache
         self.device: torch.device = model.device
 
@@ -62,15 +64,21 @@ class ModelRunner:
         samples, scored, wanted = _wanted(ordered)
         rows = pack.add(wanted)
         plans = self._plan_groups(ordered, pack)
+        versions = _plan_versions(ordered, wanted, pack)
         sent = pack.on(self.device)
         context = StepContext(groups=[plan.group(sent) for plan in plans])
-        output = self._model(
-            input_ids=sent[ids].unsqueeze(0),
-            position_ids=sent[positions].unsqueeze(0),
-            use_cache=False,
-            logits_to_keep=sent[rows],
-            step=context,
-        )
+        parts = [
+            StepPart(version=version, rows=_sent(sent, mine), kept=_sent(sent, kept))
+            for version, mine, kept in versions
+        ]
+        with self._adapters.computing(parts):
+            output = self._model(
+                input_ids=sent[ids].unsqueeze(0),
+                position_ids=sent[positions].unsqueeze(0),
+                use_cache=False,
+                logits_to_keep=sent[rows],
+                step=context,
+            )
         self._check(output.logits, len(wanted))
         for item in work:
             item.sequence.num_computed += item.count
@@ -160,6 +168,28 @@ def _kind(item: Work) -> tuple[int, int, int]:
     if item.sequence.num_computed == 0:
         return 1, shelf, item.count
     return 2, shelf, item.sequence.row
+
+
+def _plan_versions(
+    ordered: Seq[Work], wanted: Seq[int], pack: _Pack
+) -> list[tuple[AdapterVersion, slice | None, slice | None]]:
+    """The rows of each adapter's version in the step, and among those whose logits are wanted; None where these are all."""
+    owners = [item.sequence.request.adapter_version for item in ordered for _ in range(item.count)]
+    versions = [version for version in dict.fromkeys(owners) if version is not None]
+    if len(versions) == 1 and None not in owners:
+        return [(versions[0], None, None)]
+    return [
+        (
+            version,
+            pack.add([row for row, owner in enumerate(owners) if owner is version]),
+            pack.add([at for at, row in enumerate(wanted) if owners[row] is version]),
+        )
+        for version in versions
+    ]
+
+
+def _sent(sent: torch.Tensor, part: slice | None) -> torch.Tensor | None:
+    return None if part is None else sent[part]
 
 
 def _tokens(item: Work) -> list[int]:

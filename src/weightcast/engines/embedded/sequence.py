@@ -14,6 +14,7 @@ from weightcast.engines.base import (
     SamplingParams,
     VersionSpan,
 )
+from weightcast.engines.embedded.adapters import AdapterVersion
 from weightcast.engines.embedded.detokenize import Detokenizer
 from weightcast.engines.embedded.grammar import Grammar
 from weightcast.engines.embedded.kv import Shelf
@@ -34,6 +35,10 @@ class Request:
     stream: bool
     grammar: Grammar | None = None
     """The form of the answers, at its beginning: each sequence follows a copy."""
+    adapter: str | None = None
+    """The adapter that is asked for: the name alone for what it stands for when the request is queued, or with a version."""
+    adapter_version: AdapterVersion | None = None
+    """What the request runs on, from its first step to its last."""
     bounded: bool = True
     """False: taken even when the queue is full."""
     arrival: int = 0
@@ -55,6 +60,7 @@ class Request:
             finished=self.finished,
             prompt_logprobs=None if self.prompt_logprobs is None else list(self.prompt_logprobs),
             error=self.error,
+            adapter=None if self.adapter_version is None else self.adapter_version.label,
         )
 
 

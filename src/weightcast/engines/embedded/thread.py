@@ -116,3 +116,4 @@ class EngineThread:
             self.core.abort()
         self.core.resume()
         self.core.transfer.shutdown()
+        self.core.adapter_transfers.shutdown()

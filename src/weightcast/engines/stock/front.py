@@ -20,8 +20,9 @@ from weightcast.commit.worker_outcome import NO_VERSION, WorkerOutcome, common_v
 from weightcast.content.live_tensors import tensor_digests
 from weightcast.deadline import Deadline
 from weightcast.engines.base import EngineStatus, LiveDigests
-from weightcast.errors import EngineError, InvalidInput
+from weightcast.errors import EngineError, InvalidInput, Unsupported
 from weightcast.manifest import Manifest
+from weightcast.manifest.adapters import MERGED_HINT
 from weightcast.server.control import details_of
 from weightcast.untrusted.known import known
 from weightcast.weight_transfer.weightcast import WeightcastInitInfo
@@ -29,6 +30,7 @@ from weightcast.weight_transfer.weightcast import WeightcastInitInfo
 logger = logging.getLogger(__name__)
 
 BACKEND = "weightcast"
+NO_ADAPTERS = "this engine takes whole weights, and no adapters"
 
 EngineT = TypeVar("EngineT", bound=StockEngine)
 
@@ -169,6 +171,8 @@ class StockControl(Generic[FrontT]):
         self.committer.forget()
 
     async def carry_out(self, order: RoundOrder) -> RoundAnswer:
+        if order.adapter:
+            raise Unsupported(NO_ADAPTERS, hint=MERGED_HINT)
         self.front.engine.require_backend()
         return await self.committer.carry_out(order)
 
@@ -192,7 +196,9 @@ class StockControl(Generic[FrontT]):
 
 
 def check_init_info(init_info: Mapping[str, Any]) -> None:
-    """Raise InvalidInput, with the field, for an init_info that no worker could use."""
+    """Raise InvalidInput, with the field, for an init_info that no worker could use, and Unsupported for that of an adapter."""
+    if init_info.get("adapter"):
+        raise Unsupported(NO_ADAPTERS, hint=MERGED_HINT)
     try:
         msgspec.convert(dict(init_info), known(WeightcastInitInfo))
     except msgspec.ValidationError as error:

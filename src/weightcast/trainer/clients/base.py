@@ -17,6 +17,7 @@ from weightcast.errors import (
     EngineError,
     Unsupported,
 )
+from weightcast.manifest.adapters import MERGED_HINT
 from weightcast.quoted import NAME_CHARACTERS, quoted
 from weightcast.untrusted.known import known
 
@@ -64,8 +65,16 @@ class EngineClient(ABC):
     kind: str
     host: str
     """The host of the engine, as this process names it; the trainer chooses the address that workers dial by this host."""
+    adapter: str = ""
+    """The LoRA adapter that this client's calls are about; empty for the model itself."""
     target: object = None
     """The engine's object in this process, or a handle of that object. Two clients with equal targets reach one engine."""
+
+    def for_adapter(self, name: str) -> None:
+        """Have all further calls be about an adapter of the engine, before the first of them. Unsupported where the engine has none."""
+        raise Unsupported(
+            f"an engine of kind {self.kind} takes whole weights, and no adapters", engine=self.name, hint=MERGED_HINT
+        )
 
     def wait_until_there(self, deadline: Deadline) -> None:
         """Return once the engine can be asked to join; DeadlineExceeded says what there is instead. An object is there from the start."""

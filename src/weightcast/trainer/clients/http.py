@@ -52,6 +52,11 @@ class HttpEngineClient(EngineClient):
         self._endpoint = endpoint_of(url, token)
         self.host, self.name = self._endpoint.host, self._endpoint.url
 
+    def for_adapter(self, name: str) -> None:
+        if type(self) is not HttpEngineClient:
+            super().for_adapter(name)
+        self.adapter = name
+
     def wait_until_there(self, deadline: Deadline) -> None:
         wire.wait_until_there(self._endpoint, "/get_world_size?include_dp=true", deadline)
 
@@ -82,9 +87,9 @@ class HttpEngineClient(EngineClient):
         answer = self._heard("POST", COMMIT_PATH, call.deadline, call.response)
         return CommitReply(phases=answer.get("phases", {}))
 
-    @staticmethod
-    def _commit_body(order: CommitOrder, deadline: Deadline) -> dict[str, Any]:
+    def _commit_body(self, order: CommitOrder, deadline: Deadline) -> dict[str, Any]:
         return {
+            **self._which(),
             "epoch": order.epoch,
             "round": order.round,
             "version": order.version,
@@ -94,14 +99,22 @@ class HttpEngineClient(EngineClient):
         }
 
     def rollback(self, epoch: int, round: int, deadline: Deadline) -> None:
-        body = {"epoch": epoch, "round": round, "timeout_s": deadline.limit_s()}
+        body = {**self._which(), "epoch": epoch, "round": round, "timeout_s": deadline.limit_s()}
         self._call("POST", "/weightcast/rollback", deadline, body)
 
     def status(self, deadline: Deadline) -> Mapping[str, Any]:
         status = self._call("GET", "/weightcast/status", deadline)
+        if self.adapter:
+            adapters = status.get("adapters")
+            served = adapters.get(self.adapter) if isinstance(adapters, dict) else None
+            status = served if isinstance(served, dict) else {}
         if not isinstance(status.get("weight_version"), str) or not isinstance(status.get("dirty"), bool):
             raise self._no_engine("GET /weightcast/status answered 200 without saying what is served", _NO_ROUTES)
         return status
+
+    def _which(self) -> dict[str, str]:
+        """What an order says of the artifact that it is about."""
+        return {"adapter": self.adapter} if self.adapter else {}
 
     def checksums(self, deadline: Deadline) -> Mapping[str, Any]:
         """Return the status with its details, which include the digests of all live tensors. Needs the token."""

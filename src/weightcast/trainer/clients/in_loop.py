@@ -8,13 +8,14 @@ from collections.abc import Coroutine, Mapping
 from dataclasses import replace
 from typing import Any
 
+from weightcast.commit.adapters import AsyncAdapterPort
 from weightcast.commit.engines import AsyncEnginePort
 from weightcast.commit.order import RoundAnswer, RoundOrder
 from weightcast.commit.shells import AsyncCommitter
 from weightcast.deadline import LEAST_S, Deadline, result_within
 from weightcast.errors import DeadlineExceeded, StateError, WeightcastError
 from weightcast.trainer.clients.base import CommitOrder, CommitReply, EngineClient
-from weightcast.trainer.clients.orders import round_order, way_back
+from weightcast.trainer.clients.orders import round_order, told_of, way_back
 
 _numbers = itertools.count()
 
@@ -79,6 +80,11 @@ class AsyncEngineClient(EngineClient):
     def check_caller(self) -> None:
         self._calls.check_caller()
 
+    def for_adapter(self, name: str) -> None:
+        if not hasattr(self._engine, "update_adapter"):
+            super().for_adapter(name)
+        self.adapter, self._committer = name, AsyncCommitter(AsyncAdapterPort(self._engine, name))
+
     def world_size(self, deadline: Deadline) -> int:
         return int(self._calls.run(self._engine.get_world_size(), deadline))
 
@@ -86,19 +92,16 @@ class AsyncEngineClient(EngineClient):
         self._calls.run(self._engine.init_weight_transfer_engine({"init_info": dict(init_info)}), deadline)
 
     def commit(self, order: CommitOrder, deadline: Deadline) -> CommitReply:
-        return CommitReply(phases=self._calls.carry_out(self._committer, round_order(order, deadline), deadline).phases)
+        return CommitReply(
+            phases=self._calls.carry_out(self._committer, round_order(order, deadline, self.adapter), deadline).phases
+        )
 
     def rollback(self, epoch: int, round: int, deadline: Deadline) -> None:
-        self._calls.carry_out(self._committer, way_back(epoch, round, deadline), deadline)
+        self._calls.carry_out(self._committer, way_back(epoch, round, deadline, self.adapter), deadline)
 
     def status(self, deadline: Deadline) -> Mapping[str, Any]:
         status = self._calls.run(self._engine.status(), deadline)
-        return {
-            "weight_version": status.weight_version,
-            "digest": status.digest,
-            "dirty": status.dirty,
-            "ready": status.ready,
-        }
+        return told_of(status, self.adapter)
 
 
 def blocks_a_loop(reason: str, engine: str) -> StateError:

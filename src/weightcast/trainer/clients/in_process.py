@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from weightcast.commit.adapters import AdapterPort
 from weightcast.commit.engines import EnginePort, ServedWeights
 from weightcast.commit.order import RoundAnswer, RoundOrder
 from weightcast.commit.shells import Committer
@@ -13,7 +14,7 @@ from weightcast.deadline import Deadline
 from weightcast.errors import WeightcastError
 from weightcast.trainer.clients.base import CommitOrder, CommitReply, EngineClient
 from weightcast.trainer.clients.helper import Helper
-from weightcast.trainer.clients.orders import round_order, way_back
+from weightcast.trainer.clients.orders import round_order, told_of, way_back
 
 _numbers = itertools.count()
 
@@ -49,6 +50,11 @@ class InProcessEngineClient(EngineClient):
         self._pauser = Helper(f"{self.name}-pause")
         self._committer = Committer(EnginePort(engine, self._pauser.run))
 
+    def for_adapter(self, name: str) -> None:
+        if not hasattr(self._engine, "update_adapter"):
+            super().for_adapter(name)
+        self.adapter, self._committer = name, Committer(AdapterPort(self._engine, name))
+
     def world_size(self, deadline: Deadline) -> int:
         return self._helper.run(self._engine.get_world_size, deadline)
 
@@ -57,19 +63,14 @@ class InProcessEngineClient(EngineClient):
         self._helper.run(lambda: self._engine.init_weight_transfer_engine(info), deadline)
 
     def commit(self, order: CommitOrder, deadline: Deadline) -> CommitReply:
-        return CommitReply(phases=self._carry_out(round_order(order, deadline), deadline).phases)
+        return CommitReply(phases=self._carry_out(round_order(order, deadline, self.adapter), deadline).phases)
 
     def rollback(self, epoch: int, round: int, deadline: Deadline) -> None:
-        self._carry_out(way_back(epoch, round, deadline), deadline)
+        self._carry_out(way_back(epoch, round, deadline, self.adapter), deadline)
 
     def status(self, deadline: Deadline) -> Mapping[str, Any]:
         status = self._helper.run(self._engine.status, deadline)
-        return {
-            "weight_version": status.weight_version,
-            "digest": status.digest,
-            "dirty": status.dirty,
-            "ready": status.ready,
-        }
+        return told_of(status, self.adapter)
 
     def close(self) -> None:
         self._helper.close()

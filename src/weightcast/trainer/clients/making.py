@@ -16,9 +16,18 @@ from weightcast.trainer.clients.sglang import SglangClient, is_sglang
 from weightcast.trainer.clients.vllm import AsyncVllmClient, OfflineEngine, VllmClient
 
 
-def make_client(engine: str | EngineClient | SyncEngine | OfflineEngine, *, token: str | None = None) -> EngineClient:
+def make_client(
+    engine: str | EngineClient | SyncEngine | OfflineEngine, *, token: str | None = None, adapter: str | None = None
+) -> EngineClient:
     """Make a client for a URL or an engine object; return a client as it is. Call this on the running event loop of an asynchronous
-    engine."""
+    engine. ``adapter``: what the client's calls are about, where that is not the model."""
+    client = _client(engine, token)
+    if adapter is not None:
+        client.for_adapter(adapter)
+    return client
+
+
+def _client(engine: Any, token: str | None) -> EngineClient:
     if isinstance(engine, EngineClient):
         return engine
     if isinstance(engine, str):
@@ -40,9 +49,9 @@ def make_client(engine: str | EngineClient | SyncEngine | OfflineEngine, *, toke
     return InProcessEngineClient(engine)
 
 
-def make_clients(engines: Iterable[Any], *, token: str | None = None) -> list[EngineClient]:
+def make_clients(engines: Iterable[Any], *, token: str | None = None, adapter: str | None = None) -> list[EngineClient]:
     """Make a client for each of a user's engines. InvalidInput when two of them are one engine."""
-    clients = [make_client(engine, token=token) for engine in engines]
+    clients = [make_client(engine, token=token, adapter=adapter) for engine in engines]
     if same := twins(clients):
         for client in clients:
             client.close()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from weightcast.commit.order import RoundOrder, commit_pause
 from weightcast.deadline import Deadline
 from weightcast.trainer.clients.base import CommitOrder
 
 
-def round_order(order: CommitOrder, deadline: Deadline) -> RoundOrder:
+def round_order(order: CommitOrder, deadline: Deadline, adapter: str = "") -> RoundOrder:
     """A commit, as engines of this process are ordered it."""
     return RoundOrder(
         action="commit",
@@ -17,9 +19,16 @@ def round_order(order: CommitOrder, deadline: Deadline) -> RoundOrder:
         pause=commit_pause(order.pause),
         clear_cache=order.clear_cache,
         timeout_s=deadline.limit_s(),
+        adapter=adapter,
     )
 
 
-def way_back(epoch: int, round: int, deadline: Deadline) -> RoundOrder:
+def told_of(status: Any, adapter: str) -> dict[str, Any]:
+    """What an engine object's status says of the model, or of an adapter, as a trainer reads it."""
+    served = status.adapters[adapter] if adapter else status
+    return {name: getattr(served, name) for name in ("weight_version", "digest", "dirty", "ready")}
+
+
+def way_back(epoch: int, round: int, deadline: Deadline, adapter: str = "") -> RoundOrder:
     """The order to take a round back."""
-    return RoundOrder(action="rollback", epoch=epoch, round=round, timeout_s=deadline.limit_s())
+    return RoundOrder(action="rollback", epoch=epoch, round=round, timeout_s=deadline.limit_s(), adapter=adapter)

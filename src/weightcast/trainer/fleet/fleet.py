@@ -170,6 +170,7 @@ class Fleet:
             "session": self._session,
             "left": list(self._left),
             "world_size": world_size,
+            **({"adapter": self.settings.adapter} if self.settings.adapter else {}),
         }
 
     def _worker(self, member: Member, deadline: Deadline) -> WorkerLink:

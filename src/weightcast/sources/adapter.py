@@ -1,0 +1,232 @@
+"""AdapterSource: publish one LoRA adapter of a PEFT model by itself, from where its matrices lie.
+
+Nothing of the base model is read. PEFT is not imported: its classes are known where the user's program has imported them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from weightcast.errors import InvalidInput, StateError, Unsupported
+from weightcast.layout.memory import Memory
+from weightcast.manifest.adapters import (
+    CONFIG_NAME,
+    MERGED_HINT,
+    AdapterConfig,
+    config_bytes,
+    factor_names,
+    merge_scalings,
+)
+from weightcast.sources.adapters import is_adapter, is_chooser, is_model
+from weightcast.sources.base import Source
+from weightcast.sources.conversions import Content
+from weightcast.sources.module import ModuleSource
+from weightcast.sources.sharded import ShardedSource
+from weightcast.sources.shards import is_distributed, local_of
+from weightcast.sources.tree import AGAIN_HINT
+from weightcast.sources.wrappers import plain_names, unwrapped
+
+
+class _Published(nn.Module):
+    """The user's module, and the bytes of the adapter's config beside it."""
+
+    config: torch.Tensor
+
+    def __init__(self, module: nn.Module, config: torch.Tensor) -> None:
+        super().__init__()
+        self.model = module
+        self.register_buffer("config", config)
+
+
+class Adapter:
+    """One LoRA adapter of a PEFT model: its matrices under the names of PEFT's checkpoints, and its config at this moment."""
+
+    def __init__(self, module: object, name: str) -> None:
+        """``name``: that of the adapter in the model, or any where the model has one adapter only. Unsupported names what cannot be
+        served as an adapter."""
+        if not isinstance(module, nn.Module) or not is_model(unwrapped(module)):
+            raise InvalidInput(
+                f"adapter= is for what get_peft_model() returns, not for a {type(module).__name__}",
+                field="source",
+                hint="Give the PEFT model, or publish whole weights without adapter=",
+            )
+        self.model = model = cast("Any", unwrapped(module))
+        self.name = _chosen(list(model.peft_config), name)
+        self.layers: dict[str, Any] = {}
+        """PEFT's layers that this adapter has a part in, by the base model's name."""
+        _refuse_kind(model.peft_config[self.name], self.name)
+        base = model.base_model.model
+        for path, part in base.named_modules():
+            if is_chooser(part) and self.name in _choices_of(part):
+                raise _unsupported(self.name, f"trains {path!r} as a whole (modules_to_save, trainable_token_indices)")
+            if is_adapter(part) and self._has(part, path):
+                self.layers[path] = part
+        if not self.layers:
+            raise InvalidInput(f"the adapter {self.name!r} has no LoRA layers", field="adapter", hint=MERGED_HINT)
+        plain = plain_names(base, [f"{path}.weight" for path in self.layers])
+        self.layers = {plain[f"{path}.weight"].removesuffix(".weight"): part for path, part in self.layers.items()}
+
+    def _has(self, layer: Any, path: str) -> bool:
+        """Whether a layer of PEFT computes with this adapter; Unsupported for one that an engine could not compute."""
+        name = self.name
+        if name in getattr(layer, "lora_embedding_A", ()):
+            raise _unsupported(name, f"is for the embedding {path!r}")
+        if name not in getattr(layer, "lora_A", ()):
+            return False
+        if hasattr(layer, "parameter_name"):
+            raise _unsupported(name, f"is for the parameter {layer.parameter_name!r} of {path!r} (target_parameters)")
+        if layer.use_dora.get(name) or name in layer.lora_variant:
+            raise _unsupported(name, f"is a variant of LoRA in {path!r}, such as DoRA")
+        factors = (layer.lora_A[name], layer.lora_B[name])
+        if not all(isinstance(each, nn.Linear) for each in factors):
+            raise _unsupported(name, f"is for a {type(layer.get_base_layer()).__name__}, {path!r}")
+        if any(each.bias is not None for each in factors):
+            raise _unsupported(name, f"has a bias in {path!r} (lora_bias)", "Make the adapter with lora_bias=False")
+        return True
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The matrices by their names in a checkpoint."""
+        found: dict[str, torch.Tensor] = {}
+        for path, layer in self.layers.items():
+            a, b = factor_names(path)
+            found[a], found[b] = layer.lora_A[self.name].weight, layer.lora_B[self.name].weight
+        return found
+
+    def config(self) -> AdapterConfig:
+        """What the matrices mean now; ``scaling`` is what PEFT's layers compute with."""
+        said = self.model.peft_config[self.name]
+        scaling, scalings = merge_scalings(
+            {path: float(layer.scaling[self.name]) for path, layer in self.layers.items()}
+        )
+        return AdapterConfig(
+            r=int(said.r),
+            lora_alpha=float(said.lora_alpha),
+            use_rslora=bool(said.use_rslora),
+            target_modules=tuple(sorted({path.rpartition(".")[2] for path in self.layers})),
+            scaling=scaling,
+            scalings=scalings,
+        )
+
+
+class AdapterSource(Source):
+    """Publishes one adapter of a PEFT model, its config included, which is looked at in every round.
+
+    Everything else is what a module's source does with the tensors of the adapter.
+    """
+
+    def __init__(self, module: object, name: str, *, dtype: torch.dtype | None = None) -> None:
+        self._adapter = adapter = Adapter(module, name)
+        tensors = adapter.tensors()
+        device = local_of(next(iter(tensors.values()))).device
+        self._said = config_bytes(adapter.config())
+        self._published = _Published(adapter.model, _as_tensor(self._said, device))
+        named: Mapping[str, torch.Tensor] = {**tensors, CONFIG_NAME: self._published.config}
+        self._inner: Source
+        if any(map(is_distributed, tensors.values())):
+            self._inner = ShardedSource(Content.plain(named), dtype=dtype, module=self._published)
+        else:
+            self._inner = ModuleSource(self._published, dtype=dtype, names=named)
+        self.manifest, self.device, self.dtype = self._inner.manifest, self._inner.device, self._inner.dtype
+        self.is_copied, self.is_private = self._inner.is_copied, self._inner.is_private
+        self._take_over()
+
+    def _take_over(self) -> None:
+        self.layout, self.memory = self._inner.layout, self._inner.memory
+
+    def _look_at_config(self, *, writes: bool = True) -> None:
+        """Publish the config of this moment; StateError where its form is another one. Without ``writes`` only that is looked at."""
+        said = config_bytes(self._adapter.config())
+        if said == self._said:
+            return
+        if len(said) != len(self._said):
+            raise StateError("the config of the adapter is longer than at connect()", hint=AGAIN_HINT)
+        if not writes:
+            return
+        self._published.config.copy_(_as_tensor(said, self._published.config.device))
+        self._said = said
+
+    @property
+    def own_nbytes(self) -> int:
+        return len(self._said) + self._inner.own_nbytes
+
+    def consolidate(self) -> None:
+        self._inner.consolidate()
+        self._take_over()
+
+    def rebind(self, memory: Memory) -> None:
+        self._inner.rebind(memory)
+        self._take_over()
+
+    def refresh(self) -> None:
+        self._look_at_config()
+        self._inner.refresh()
+
+    def fill(self) -> None:
+        self._look_at_config()
+        self._inner.fill()
+
+    def gather(self) -> None:
+        self._look_at_config()
+        self._inner.gather()
+
+    def check(self) -> None:
+        self._inner.check()
+
+    def check_form(self) -> None:
+        self._look_at_config(writes=False)
+        self._inner.check_form()
+
+    def follow(self) -> bool:
+        if not self._inner.follow():
+            return False
+        self._take_over()
+        return True
+
+    def let_go(self) -> bool:
+        if not self._inner.let_go():
+            return False
+        self._take_over()
+        return True
+
+    def close(self) -> None:
+        self._inner.close()
+        super().close()
+
+
+def _chosen(names: list[str], wanted: str) -> str:
+    if wanted in names:
+        return wanted
+    if len(names) == 1:
+        return names[0]
+    raise InvalidInput(
+        f"the model has several adapters, and none of them is named {wanted!r}",
+        field="adapter",
+        hint=f"Give the name of one of them: {', '.join(names)}",
+    )
+
+
+def _refuse_kind(config: Any, name: str) -> None:
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    if kind != "LORA":
+        raise _unsupported(name, f"is of type {kind}, and engines serve LORA only")
+    if getattr(config, "bias", "none") != "none":
+        raise _unsupported(name, f"trains biases of the base model (bias={config.bias!r})")
+
+
+def _choices_of(chooser: Any) -> tuple[str, ...]:
+    """The adapters that a wrapper of a whole module, or of trained tokens, has a part for."""
+    own = getattr(chooser, "token_adapter", None)
+    parts = chooser.modules_to_save if own is None else own.trainable_tokens_delta
+    return tuple(parts)
+
+
+def _unsupported(name: str, what: str, hint: str = MERGED_HINT) -> Unsupported:
+    return Unsupported(f"the adapter {name!r} {what}, which cannot be served as an adapter", hint=hint)
+
+
+def _as_tensor(data: bytes, device: torch.device) -> torch.Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
