@@ -168,6 +168,28 @@ def test_two_versions_and_none_in_one_batch(build: Build, start: Start, arch: st
                 assert torch.equal(live_tensors(llm)[name], value), name
 
 
+@pytest.mark.parametrize("settings", [{}, {"transport": "tcp"}, {"transport": "tcp", "delta": True}])
+def test_rounds_while_requests_stay(build: Build, start: Start, settings: Any) -> None:
+    """Each round lands in memory that no request reads, also where it brings only what changed since the round before."""
+    folder, reference = build()
+    trainer, llm = adapted(reference), start(folder)
+    running, truth = [], []
+    with Publisher(trainer, [llm], adapter="policy", timeout_s=20, **settings) as publisher:
+        scatter(trainer)
+        publisher.publish()
+        for _ in range(4):
+            ids = prompt()
+            truth.append(greedy_on(merged(trainer), ids, NUM_TOKENS))
+            llm.resume_generation()
+            running.append(Running(llm, ids, "policy", num_tokens=2))
+            with torch.no_grad():
+                trainer.base_model.model.model.layers[1].self_attn.o_proj.lora_B["policy"].weight.normal_()
+            publisher.publish()
+            assert all(torch.equal(live_tensors(llm)[name], value) for name, value in saved(trainer).items())
+    llm.resume_generation()
+    assert [each.finished().outputs[0].token_ids for each in running] == truth
+
+
 def test_what_is_not_a_number_stays_in_its_version(build: Build, start: Start) -> None:
     folder, reference = build()
     trainer, llm = adapted(reference), start(folder)
