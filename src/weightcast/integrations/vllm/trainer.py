@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from vllm.distributed.weight_transfer.base import TrainerInitInfo, TrainerWeightTransferEngine, WeightSource
 from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
@@ -40,7 +40,7 @@ class WeightcastTrainerInfo(TrainerInitInfo):  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         # vLLM loads plug-ins in engines only; a trainer that asks for this backend has made one of these.
-        register()
+        register(WeightcastTrainer)
 
 
 class WeightcastTrainer(TrainerWeightTransferEngine[WeightcastTrainerInfo]):  # type: ignore[misc]
@@ -53,10 +53,19 @@ class WeightcastTrainer(TrainerWeightTransferEngine[WeightcastTrainerInfo]):  # 
         self.publisher = publisher
 
     @classmethod
-    def trainer_init(
-        cls, init_info: WeightcastTrainerInfo, *, client: Any, source: WeightSource | None = None
-    ) -> WeightcastTrainer:
+    def trainer_init(cls, init_info: WeightcastTrainerInfo, *, client: Any, source: WeightSource | None = None) -> Self:
         """Connect to the engines; on every rank."""
+        trainer = cls.unconnected(init_info, client=client, source=source)
+        try:
+            trainer.publisher.connect()
+        except BaseException:
+            trainer.publisher.close()
+            raise
+        return trainer
+
+    @classmethod
+    def unconnected(cls, init_info: WeightcastTrainerInfo, *, client: Any, source: WeightSource | None) -> Self:
+        """A trainer whose first round connects to the engines."""
         if source is None:
             raise InvalidInput("weightcast sends a WeightSource, and none was given", field="source")
         if init_info.rank > 0 and init_info.process_group is None:
@@ -68,11 +77,6 @@ class WeightcastTrainer(TrainerWeightTransferEngine[WeightcastTrainerInfo]):  # 
             process_group=init_info.process_group,
             **init_info.options,
         )
-        try:
-            publisher.connect()
-        except BaseException:
-            publisher.close()
-            raise
         return cls(publisher, client=client, source=source, is_sender=init_info.is_sender)
 
     def send_weights(self) -> Report:
@@ -84,10 +88,11 @@ class WeightcastTrainer(TrainerWeightTransferEngine[WeightcastTrainerInfo]):  # 
         self.publisher.close()
 
 
-def register() -> None:
-    """Make the backend known to vLLM's factory of trainers; idempotent."""
-    if WeightcastTrainerInfo.backend not in WeightTransferTrainerFactory._registry:
-        WeightTransferTrainerFactory.register_engine(WeightcastTrainerInfo.backend, WeightcastTrainer)
+def register(trainer: type[WeightcastTrainer]) -> None:
+    """Make a trainer known to vLLM's factory under its backend's name; idempotent."""
+    backend = trainer.init_info_cls.backend
+    if backend not in WeightTransferTrainerFactory._registry:
+        WeightTransferTrainerFactory.register_engine(backend, trainer)
 
 
 def _engines_of(init_info: WeightcastTrainerInfo, client: Any) -> Sequence[Any]:
