@@ -5,6 +5,7 @@ Expected values are computed by plain torch and compared with live tensors byte 
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -111,11 +112,28 @@ def check(fleet: list[LocalEngine], published: Mapping[str, torch.Tensor]) -> No
             assert model.holds(published)
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["torch", "kernels"])
-@pytest.mark.parametrize("mode", ["staged", "in_place"])
-@pytest.mark.parametrize("transport", ["shm", "tcp"])
-@pytest.mark.parametrize("dtype", [None, *TYPES], ids=str)
-@pytest.mark.parametrize("kind", ["module", "state dict"])
+# A half of all cases: every four of the five have all their values together. Each case has ten engines.
+@pytest.mark.parametrize(
+    ("kind", "dtype", "transport", "mode", "fused"),
+    [
+        pytest.param(
+            kind,
+            dtype,
+            transport,
+            mode,
+            fused,
+            id=f"{kind}-{dtype}-{transport}-{mode}-{'kernels' if fused else 'torch'}",
+        )
+        for (a, kind), (b, dtype), (c, transport), (d, mode), (e, fused) in itertools.product(
+            enumerate(["module", "state dict"]),
+            enumerate([None, *TYPES]),
+            enumerate(["shm", "tcp"]),
+            enumerate(["staged", "in_place"]),
+            enumerate([False, True]),
+        )
+        if (a + b + c + d + e) % 2 == 0
+    ],
+)
 def test_what_is_live_is_the_published_value_in_the_engines_type(
     kind: str,
     dtype: torch.dtype | None,

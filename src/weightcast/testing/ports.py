@@ -13,7 +13,8 @@ EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 def free_port(host: str = "127.0.0.1") -> int:
     """Return a TCP port that nobody uses now, outside of the ports that outgoing connections are given."""
-    ports = [port for port in USUAL if port not in ephemeral()] or list(USUAL)
+    outgoing = ephemeral()
+    ports = [port for port in USUAL if port not in outgoing] or list(USUAL)
     for port in random.SystemRandom().sample(ports, len(ports)):
         with socket.socket() as probe:
             try:
