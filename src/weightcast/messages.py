@@ -72,13 +72,19 @@ class Hello(Message, frozen=True, kw_only=True, tag="hello"):
     __repr__ = repr_without("ticket")
 
 
+Part = Literal["draft"]
+"""A part of an engine's weights that a trainer may publish nothing for."""
+
+
 class Welcome(Message, frozen=True, kw_only=True, tag="welcome"):
-    """Coordinator: what is published. ``shadows`` is how many staged copies to keep where there is room."""
+    """Coordinator: what is published. ``shadows`` is how many staged copies to keep where there is room; ``keep`` names parts of
+    engines that keep their weights."""
 
     session: str
     manifest: Manifest
     mode: ModeWish
     shadows: Annotated[int, msgspec.Meta(ge=1, le=2)]
+    keep: tuple[Part, ...]
 
 
 class Landings(Message, frozen=True, kw_only=True, tag="landings"):

@@ -65,7 +65,7 @@ class Worker:
 @pytest.fixture
 def coordinator() -> Iterator[Coordinator]:
     made = Coordinator(silence_s=1.0)
-    made.greet_with(lambda member: Welcome(session="s", manifest=MANIFEST, mode="auto", shadows=1))
+    made.greet_with(lambda member: Welcome(session="s", manifest=MANIFEST, mode="auto", shadows=1, keep=()))
     yield made
     made.close()
 

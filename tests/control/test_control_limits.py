@@ -33,7 +33,7 @@ LARGE = 4 * FRAME_NBYTES
 @pytest.fixture
 def coordinator() -> Iterator[Coordinator]:
     made = Coordinator()
-    made.greet_with(lambda member: Welcome(session="s", manifest=MANIFEST, mode="auto", shadows=1))
+    made.greet_with(lambda member: Welcome(session="s", manifest=MANIFEST, mode="auto", shadows=1, keep=()))
     yield made
     made.close()
 

@@ -84,7 +84,7 @@ class Trainer:
     def __init__(self) -> None:
         self.coordinator = Coordinator(silence_s=SILENCE_S)
         self.coordinator.greet_with(
-            lambda member: Welcome(session="s", manifest=Manifest.of([]), mode="auto", shadows=1)
+            lambda member: Welcome(session="s", manifest=Manifest.of([]), mode="auto", shadows=1, keep=())
         )
         self.busy: Callable[[Any], None] = lambda message: None
 

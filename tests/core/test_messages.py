@@ -52,7 +52,7 @@ EXAMPLES: list[Message] = [
     Bye(reason="done", settled=True),
     Refused(error=ErrorForm(kind="AuthError", message="no")),
     Hello(ticket="t", engine="e", rank=0, world_size=2, facts=FACTS, version="3-ab", digest="", dirty=False, highest=3),
-    Welcome(session="s", manifest=MANIFEST, mode="auto", shadows=1),
+    Welcome(session="s", manifest=MANIFEST, mode="auto", shadows=1, keep=()),
     Landings(layout=LayoutTable.of(LAYOUT, MANIFEST), mode="staged", shadow_nbytes=512, shadow="cpu"),
     Setup(epoch=1, holdings=HELD, offers=(Offer(rank=0, transport="shm", data=b"\x00\xff"),), timeout_s=1.5),
     Ready(epoch=1, plan_digest="00"),

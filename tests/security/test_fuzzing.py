@@ -114,6 +114,7 @@ MESSAGES: st.SearchStrategy[Message] = st.one_of(
         manifest=st.just(MANIFEST),
         mode=st.sampled_from(["auto", "staged", "in_place"]),
         shadows=st.integers(1, 2),
+        keep=st.sampled_from([(), ("draft",)]),
     ),
     st.builds(Heartbeat),
 )
@@ -145,6 +146,7 @@ def test_a_trainer_that_says_anything_in_any_order_changes_nothing(engine: Local
                 manifest=MANIFEST,
                 mode=mode,  # type: ignore[arg-type]
                 shadows=1,
+                keep=(),
             )
         )
         try:

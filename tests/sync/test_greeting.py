@@ -38,7 +38,7 @@ def silent() -> Iterator[dict[str, Any]]:
 @pytest.fixture
 def coordinator() -> Iterator[Coordinator]:
     made = Coordinator()
-    made.greet_with(lambda member: Welcome(session="s", manifest=MANIFEST, mode="auto", shadows=1))
+    made.greet_with(lambda member: Welcome(session="s", manifest=MANIFEST, mode="auto", shadows=1, keep=()))
     yield made
     made.close()
 

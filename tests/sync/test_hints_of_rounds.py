@@ -151,7 +151,7 @@ def test_a_loader_that_raises(weights: dict[str, torch.Tensor]) -> None:
 def coordinator() -> Iterator[Coordinator]:
     made = Coordinator()
     manifest = Manifest.of([TensorSpec(name="w", dtype="float32", shape=(2,))])
-    made.greet_with(lambda member: Welcome(session="s", manifest=manifest, mode="auto", shadows=1))
+    made.greet_with(lambda member: Welcome(session="s", manifest=manifest, mode="auto", shadows=1, keep=()))
     yield made
     made.close()
 

@@ -33,9 +33,15 @@ def engine(path: Path, **options: Any) -> Iterator[Any]:
     """A ``vllm.LLM`` over a model folder, with the weightcast backend."""
     from vllm import LLM
 
-    usual = {"max_model_len": 256, "max_num_seqs": 8, "kv_cache_memory_bytes": 32 << 20, "enforce_eager": True}
+    usual = {
+        "max_model_len": 256,
+        "max_num_seqs": 8,
+        "kv_cache_memory_bytes": 32 << 20,
+        "enforce_eager": True,
+        "disable_log_stats": True,
+    }
     backend = {"backend": "weightcast"}
-    llm = LLM(model=str(path), weight_transfer_config=backend, disable_log_stats=True, **{**usual, **options})
+    llm = LLM(model=str(path), weight_transfer_config=backend, **{**usual, **options})
     try:
         yield llm
     finally:

@@ -76,17 +76,27 @@ def test_a_setting_that_vllm_does_not_have_is_refused_by_name() -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "fits"), [("eagle", False), ("draft_model", False), ("mtp", False), ("ngram", True), ("suffix", True)]
+    ("method", "stages", "refused"),
+    [
+        ("eagle", 1, ""),
+        ("draft_model", 1, ""),
+        ("mtp", 1, ""),
+        ("ngram", 2, ""),
+        ("suffix", 1, ""),
+        ("medusa", 1, r"of this kind \(medusa\).*speculative_config"),
+        ("eagle3", 2, "pipeline parallelism"),
+    ],
 )
-def test_a_draft_model_is_refused_by_name(method: str, fits: bool) -> None:
+def test_what_nobody_can_bring_to_a_version_is_refused_by_name(method: str, stages: int, refused: str) -> None:
     real = config()
     real.speculative_config = object.__new__(SpeculativeConfig)
     real.speculative_config.method = method
-    if fits:
-        assert worker_rank(real).rank == 0
-    else:
-        with pytest.raises(Unsupported, match=rf"draft model \({method}\).*speculative_config"):
+    real.parallel_config.pipeline_parallel_size = stages
+    if refused:
+        with pytest.raises(Unsupported, match=refused):
             worker_rank(real)
+    else:
+        assert worker_rank(real).rank == 0
 
 
 @pytest.mark.parametrize("version", ["0.25.1", "0.34.0", "1.0.0", "0.9.2", "0.34.0.dev12+g1a2b3c4"])

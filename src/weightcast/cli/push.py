@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -49,6 +49,12 @@ class Pause(StrEnum):
     none = "none"
 
 
+class Kept(StrEnum):
+    """A part of engines that may keep its weights."""
+
+    draft = "draft"
+
+
 def command(
     checkpoint: Annotated[Path, typer.Argument(help="Folder with safetensors files.", exists=True, file_okay=False)],
     to: Annotated[list[str], typer.Option("--to", help="URL of an engine's server; repeat it for several.")],
@@ -63,6 +69,22 @@ def command(
     pause: Annotated[Pause, typer.Option(help="Requests in flight: freeze, finish, end, or leave alone.")] = Pause.keep,
     unused: UnusedOption = None,
     rename: RenameOption = None,
+    draft: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the model that engines speculate with, which goes live in the same commit.",
+            exists=True,
+            file_okay=False,
+            show_default=False,
+        ),
+    ] = None,
+    keep: Annotated[
+        list[Kept] | None,
+        typer.Option(
+            help="A part of engines that keeps its weights although the checkpoint has nothing for it.",
+            show_default=False,
+        ),
+    ] = None,
     check_finite: Annotated[
         bool,
         typer.Option("--check-finite", help="Refuse values that are NaN or infinite, by the names of their tensors."),
@@ -83,7 +105,7 @@ def command(
     """Stream CHECKPOINT into running engines: all of them serve it afterwards, or none does."""
     with reported_errors(as_json=as_json), contextlib.nullcontext() if quiet else ShownProgress() as progress:
         report = _push(
-            checkpoint,
+            {"": checkpoint} | ({} if draft is None else {"draft.": draft}),
             to,
             chosen_token(token, token_file),
             device=device,
@@ -93,6 +115,7 @@ def command(
             takeover=takeover,
             unused=unused or [],
             rename=rename or [],
+            keep=[part.value for part in keep or []],
             timeout_s=timeout,
             wait_s=wait,
             check_finite=check_finite,
@@ -107,7 +130,7 @@ def command(
 
 
 def _push(
-    checkpoint: Path,
+    folders: dict[str, Path],
     urls: list[str],
     token: str | None,
     *,
@@ -118,6 +141,7 @@ def _push(
     takeover: bool,
     unused: list[str],
     rename: list[str],
+    keep: list[Literal["draft"]],
     timeout_s: float,
     wait_s: float | None,
     check_finite: bool,
@@ -133,7 +157,7 @@ def _push(
     if progress is not None:
         progress.say("read")
     with Publisher(
-        SafetensorsSource(checkpoint, device=device, deadline=Deadline(timeout_s), rename=renames(rename)),
+        SafetensorsSource(folders, device=device, deadline=Deadline(timeout_s), rename=renames(rename)),
         engines=urls,
         token=token,
         transport=transport,
@@ -142,6 +166,7 @@ def _push(
         pause=pause.value,
         takeover=takeover,
         unused=unused,
+        keep=keep,
         check_finite=check_finite,
         on_progress=None if progress is None else progress.tell,
     ) as publisher:

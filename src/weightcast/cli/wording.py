@@ -47,6 +47,8 @@ _SAID: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"""\bunused=(\[(?:'[^']*'|"[^"]*"|[^\]'"])*\])""", _patterns),
     (r"""\bunused=('[^']*'|"[^"]*")""", _patterns),
     (r"""\brename=(\{(?:'[^']*'|"[^"]*"|[^}'"])*\})""", _prefixes),
+    (r"""\bPublisher\(\{"": model, "draft\.": draft\}, \.\.\.\)""", "--draft FOLDER"),
+    (r"""\bkeep=\["draft"\]""", "--keep draft"),
     (r"\bwith takeover(=True)?\b|\btakeover=True\b", "with --takeover"),
     (r"\bmode=?\s?\"?(in_place|staged)\"?", r"--mode \1"),
     (r"\btransport=\"(\w+)\"", r"--transport \1"),

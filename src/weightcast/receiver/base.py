@@ -47,6 +47,11 @@ class LiveModel(ABC):
         and the manifest lacks. Writes nothing.
         """
 
+    def keep(self, parts: Sequence[str]) -> None:
+        """From the next ``layout`` on, parts of these names keep their weights where the manifest has nothing for them: "draft" is the
+        model that the engine speculates with. An engine without such a part has nothing to do."""
+        return
+
     @abstractmethod
     def memory(self) -> Memory:
         """Return the storages that the live parameters lie in now, numbered as in ``layout``."""

@@ -108,6 +108,7 @@ class Session:
     def _join(self, answer: Welcome, deadline: Deadline) -> None:
         self.manifest = answer.manifest
         self.id = answer.session
+        self._model.keep(answer.keep)
         layout = self._model.layout(self.manifest)
         layout.check(self.manifest)
         self.layout: Layout = with_area(layout, self.manifest)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from weightcast.sources.base import Source
 from weightcast.sources.conversions import checkpoint_tensors, read_module
 from weightcast.sources.merged import MergedSource, merged_twin
 from weightcast.sources.module import ModuleSource
+from weightcast.sources.parts import PartsLike, as_one, folders_of, is_parts
 from weightcast.sources.renaming import Rename
 from weightcast.sources.safetensors import SafetensorsSource
 from weightcast.sources.sharded import ShardedSource
@@ -25,7 +27,17 @@ from weightcast.sources.streamed import Stream, StreamSource
 from weightcast.sources.windowed import WindowedSource
 from weightcast.sources.wrappers import ReadThrough, read_through
 
-SourceLike = Source | nn.Module | Mapping[str, torch.Tensor] | str | Path | StreamSource | Callable[[], Stream] | Stream
+SourceLike = (
+    Source
+    | nn.Module
+    | Mapping[str, torch.Tensor]
+    | PartsLike
+    | str
+    | Path
+    | StreamSource
+    | Callable[[], Stream]
+    | Stream
+)
 
 
 def make_source(
@@ -36,7 +48,7 @@ def make_source(
     keeps: bool = True,
     adapter: str | None = None,
 ) -> Source:
-    """Make a Source of a module, a mapping of names to tensors, a checkpoint folder, a stream or a Source.
+    """Make a Source of a module, a mapping of names to tensors, several of either by prefix, a checkpoint folder, a stream or a Source.
 
     Args:
         dtype: the type in which floating-point tensors are published, for modules, state dicts and streams. A checkpoint's files are
@@ -49,7 +61,8 @@ def make_source(
         if rename is not None:
             raise InvalidInput("rename has no effect on an adapter", field="rename", hint="Leave it out")
         return AdapterSource(source, adapter, dtype=dtype)
-    if dtype is not None and isinstance(source, Source | str | Path):
+    folders = folders_of(source)
+    if dtype is not None and (folders or isinstance(source, Source | str | Path)):
         raise InvalidInput(
             f"dtype has no effect on a {'Source' if isinstance(source, Source) else 'checkpoint folder'}",
             field="dtype",
@@ -59,6 +72,10 @@ def make_source(
         if rename is not None:
             raise InvalidInput("rename has no effect on a Source", field="rename", hint="Rename what it is made of")
         return source
+    if folders is not None:
+        return SafetensorsSource(folders, rename=rename)
+    if is_parts(source):
+        source, rename = as_one(source, rename)
     if isinstance(source, nn.Module):
         if (twin := merged_twin(source)) is not None:
             return MergedSource(twin, make_source(twin.module, dtype=dtype, rename=rename))
@@ -68,7 +85,7 @@ def make_source(
         return ModuleSource(source, dtype=dtype, names=content)
     if isinstance(source, Mapping):
         refuse_unmerged(source)
-        tensors = read_through(source, rename)
+        tensors = read_through(cast("Mapping[str, torch.Tensor]", source), rename)
         made = _mapping_source(tensors, dtype)
         if isinstance(tensors, ReadThrough):
             tensors.first = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import msgspec
@@ -112,27 +113,29 @@ class SafetensorsSource(Source):
 
     def __init__(
         self,
-        folder: str | Path,
+        folder: str | Path | Mapping[str, str | Path],
         *,
         device: torch.device | str = "cpu",
         deadline: Deadline | None = None,
         rename: Rename | None = None,
     ) -> None:
-        """``deadline`` ends the reading of headers of a folder with very many tensors."""
-        self.folder = Path(folder)
+        """``folder`` may be several folders by prefix, which ``rename`` sees before their names. ``deadline`` ends the reading of headers
+        of a folder with very many tensors."""
+        folders = folder if isinstance(folder, Mapping) else {"": folder}
+        self._folders = {prefix: Path(path) for prefix, path in folders.items()}
         wanted = _usable(device)
         self.device = torch.device("cpu")
         specs: list[TensorSpec] = []
         placements: list[Placement] = []
         storages: list[torch.Tensor] = []
         files: list[FileSpan | None] = []
-        for path in checkpoint_files(self.folder):
+        for prefix, path in self._files():
             if deadline is not None:
                 deadline.check(f"reading the header of {path.name}")
             header, nbytes = _header(path)
             if len(specs) + len(header.tensors) > MAX_TENSORS:
                 raise InvalidInput(
-                    f"{self.folder} has more than {MAX_TENSORS} tensors",
+                    f"{path.parent} has more than {MAX_TENSORS} tensors",
                     field="checkpoint",
                     hint="Publish a part of it",
                 )
@@ -140,7 +143,7 @@ class SafetensorsSource(Source):
             storages.append(_mapped(path, nbytes))
             files.append(FileSpan(path=str(path.resolve()), offset=0))
             for name, stored in header.tensors.items():
-                spec = TensorSpec(name=name, dtype=stored.dtype, shape=stored.shape)
+                spec = TensorSpec(name=prefix + name, dtype=stored.dtype, shape=stored.shape)
                 specs.append(spec)
                 storage, offset = number, stored.begin
                 if offset % itemsize_of(spec.dtype):
@@ -148,7 +151,7 @@ class SafetensorsSource(Source):
                     files.append(None)
                     storage, offset = len(storages) - 1, 0
                 placements.append(_placed(spec, storage, offset))
-        self._stamp = _stamp(self.folder)
+        self._stamp = self._current_stamp()
         if rename is not None:
             new = renamed((spec.name for spec in specs), rename)
             specs = [msgspec.structs.replace(spec, name=new[spec.name]) for spec in specs]
@@ -177,6 +180,15 @@ class SafetensorsSource(Source):
         self.memory, self.layout, self.device = arena, layout, arena.storages[0].device
         wait_for_stream(self.device)
 
+    def _files(self) -> Iterator[tuple[str, Path]]:
+        """The files of all folders, and the prefix of the names in each."""
+        for prefix, folder in self._folders.items():
+            yield from ((prefix, path) for path in checkpoint_files(folder))
+
+    def _current_stamp(self) -> list[tuple[str, int, int]]:
+        stats = [(path, path.stat()) for _, path in self._files()]
+        return [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+
     def tensor(self, name: str) -> torch.Tensor:
         """Return one tensor's values from the map of its file."""
         spec = self.manifest[name]
@@ -190,9 +202,9 @@ class SafetensorsSource(Source):
         self.check_form()
 
     def check_form(self) -> None:
-        if _stamp(self.folder) != self._stamp:
+        if self._current_stamp() != self._stamp:
             raise StateError(
-                f"the files of {self.folder} changed since connect()",
+                f"the files of {', '.join(map(str, self._folders.values()))} changed since connect()",
                 hint="Call connect() to publish the files as they are now",
             )
 
@@ -235,8 +247,3 @@ def _placed(spec: TensorSpec, storage: int, offset_nbytes: int) -> Placement:
         offset=offset_nbytes // itemsize_of(spec.dtype),
         strides=contiguous_strides(spec.shape),
     )
-
-
-def _stamp(folder: Path) -> list[tuple[str, int, int]]:
-    stats = [(path, path.stat()) for path in checkpoint_files(folder)]
-    return [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats]

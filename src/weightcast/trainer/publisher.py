@@ -38,7 +38,9 @@ class Publisher:
     """Publishes a module, a state dict, a checkpoint folder or a stream of tensors to engines, all or nothing.
 
     Args:
-        source: the weights to publish: a module, a mapping of names to tensors, a folder of safetensors, a stream, or a Source.
+        source: the weights to publish: a module, a mapping of names to tensors, a folder of safetensors, a stream, or a Source. Several
+            modules, or several mappings, are published as one by a mapping of prefixes to them: {"": model, "draft.": draft} brings the
+            model that an engine speculates with to the same version in the same commit.
         engines: URLs of servers, ``LLM`` objects of this process, or EngineClients.
         dtype: the type in which floating-point tensors of a module or a state dict are published (float64, float32, float16 or
             bfloat16). Each value is rounded to this type and then cast to the engine's type. None: each tensor is published in its own

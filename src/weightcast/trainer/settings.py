@@ -11,7 +11,7 @@ from weightcast.deadline import MOST_S, is_seconds
 from weightcast.errors import InvalidInput
 from weightcast.manifest.adapters import check_name
 from weightcast.manifest.names import check_patterns
-from weightcast.messages import ModeWish
+from weightcast.messages import ModeWish, Part
 from weightcast.trainer.progress import Listener
 from weightcast.transports.buckets import check_bucket_nbytes
 from weightcast.transports.registry import registry
@@ -50,6 +50,7 @@ class SettingsGiven(TypedDict, total=False):
     silence_s: float
     log: str | Path | None
     unused: Sequence[str]
+    keep: Sequence[Part]
     metrics_port: int | None
     on_progress: Listener | None
     check_finite: CheckFinite
@@ -86,6 +87,8 @@ class Settings:
             written fails no round. Version numbers go on from the file when no engine can be reached that knows the last number.
         unused: shell-style patterns of checkpoint names that engines do without, such as ["v_head.*"]. Any other tensor that has no
             place in an engine is a PlanMismatch. Reports list the tensors that were left out.
+        keep: parts of engines that keep their weights although this trainer publishes nothing for them. The one part there is is
+            "draft": the model that an engine speculates with. Without ``keep`` such an engine is a PlanMismatch.
         metrics_port: the port of the loopback interface on which Prometheus metrics are served. 0: a free port, which
             ``Publisher.metrics_port`` names.
         on_progress: called with a ``trainer.progress.Step`` when a step of connecting or publishing begins, on whatever thread takes
@@ -120,6 +123,7 @@ class Settings:
     silence_s: float = 5.0
     log: str | Path | None = None
     unused: Sequence[str] = ()
+    keep: Sequence[Part] = ()
     metrics_port: int | None = None
     on_progress: Listener | None = field(default=None, repr=False)
     check_finite: CheckFinite = False
@@ -153,6 +157,8 @@ class Settings:
             _require(is_seconds(getattr(self, name)), name, f"a positive number of seconds, at most {MOST_S:g}", self)
         _require(self.silence_s <= 86400, "silence_s", "a positive number of seconds, 86400 at most", self)
         object.__setattr__(self, "unused", check_patterns(self.unused))
+        is_parts = isinstance(self.keep, list | tuple) and set(self.keep) <= set(get_args(Part))
+        _require(is_parts, "keep", f"a list of {', '.join(map(repr, get_args(Part)))}", self)
         object.__setattr__(self, "token", usable_token(self.token))
 
     @property

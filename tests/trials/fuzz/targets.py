@@ -410,7 +410,7 @@ def messages() -> list[Message]:
         Hello(
             ticket="t", engine="e", rank=0, world_size=2, facts=facts, version="3-ab", digest="", dirty=False, highest=3
         ),
-        Welcome(session="s", manifest=MANIFEST, mode="auto", shadows=1),
+        Welcome(session="s", manifest=MANIFEST, mode="auto", shadows=1, keep=()),
         Landings(layout=TABLE, mode="staged", shadow_nbytes=512, shadow="cpu"),
         Setup(
             epoch=1,

@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from weightcast.engines.stock.layers import own_tensors
+from weightcast.engines.vllm.drafts import Draft
 from weightcast.engines.vllm.versions import SUPPORTED
 from weightcast.errors import Unsupported
 
@@ -178,15 +179,23 @@ def current_config(vllm_config: Any) -> Any:
     return set_current_vllm_config(vllm_config)
 
 
-def checkpoint_tensors(vllm_config: Any, model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the tensors of the checkpoint that the engine was started with. Unsupported when the engine's load format has no checkpoint."""
-    loader = get_model_loader(vllm_config.load_config)
+def checkpoint_tensors(
+    vllm_config: Any, model: nn.Module, draft_config: Any = None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors of the checkpoint that the engine was started with, or that its draft was, of this model configuration.
+    Unsupported when the engine's load format has no checkpoint."""
+    load_config = vllm_config.load_config
+    if draft_config is not None:
+        load_config = getattr(vllm_config.speculative_config, "draft_load_config", None) or load_config
+    loader = get_model_loader(load_config)
     if not hasattr(loader, "get_all_weights"):
         raise Unsupported(
-            f"weights of load format {vllm_config.load_config.load_format!r} cannot be loaded again",
+            f"weights of load format {load_config.load_format!r} cannot be loaded again",
             hint="The next successful publish() makes the engine serve again",
         )
-    weights: Iterator[tuple[str, torch.Tensor]] = loader.get_all_weights(vllm_config.model_config, model)
+    weights: Iterator[tuple[str, torch.Tensor]] = loader.get_all_weights(
+        draft_config or vllm_config.model_config, model
+    )
     return weights
 
 
@@ -229,6 +238,19 @@ def build_twin(
     if tied:
         _tie(model)
     return model, config
+
+
+def build_draft_twin(vllm_config: Any, device: torch.device, draft: Draft) -> nn.Module:
+    """The draft built anew, without weights and with all of its layers, beside a twin of its target whose configuration is given."""
+    config, prefix = vllm_config, ""
+    if draft.method == "draft_model":  # a model like any other, with a configuration of its own
+        config, prefix = copy.copy(vllm_config), "draft_model"
+        config.model_config, config.quant_config = draft.model_config, None
+    with set_default_torch_dtype(draft.model_config.dtype), device:
+        model: nn.Module = initialize_model(vllm_config=config, prefix=prefix, model_config=draft.model_config)
+    if shares_head(draft.model):
+        _tie(model)
+    return model
 
 
 def _with_layers(model_config: Any, count: int) -> Any:

@@ -14,6 +14,7 @@ from vllm.v1.worker.worker_base import WorkerBase
 import vllm
 from weightcast.engines.stock.worker import StockWorker, refusal
 from weightcast.engines.vllm import api
+from weightcast.engines.vllm.drafts import draft_of
 from weightcast.engines.vllm.left_open import close_when_joined
 from weightcast.engines.vllm.model import VllmModel
 from weightcast.engines.vllm.parallelism import worker_rank
@@ -35,12 +36,19 @@ class VllmBackend(VllmEngine):  # type: ignore[misc]
     def __init__(self, config: Any, vllm_config: Any, device: torch.device, model: torch.nn.Module) -> None:
         super().__init__(config, vllm_config, device, model)
         check_version(vllm.__version__)
-        self.calls = StockWorker(
-            worker_rank(vllm_config), lambda: VllmModel(self.model, self.vllm_config, self.device), api.sleeping_tags
-        )
+        self._worker: Any = None
+        self.calls = StockWorker(worker_rank(vllm_config), self._adopted, api.sleeping_tags)
         install_call()
         hear_sleep()
-        close_when_joined(lambda engine: isinstance(engine, VllmBackend))
+        close_when_joined(_met_by)
+
+    def meet(self, worker: Any) -> None:
+        """Take notice of the worker that this backend belongs to, which has the draft."""
+        self._worker = worker
+
+    def _adopted(self) -> VllmModel:
+        draft = None if self._worker is None else draft_of(self._worker)
+        return VllmModel(self.model, self.vllm_config, self.device, draft=draft)
 
     def parse_init_info(self, init_dict: dict[str, Any]) -> Any:
         return init_dict
@@ -72,6 +80,15 @@ class VllmBackend(VllmEngine):  # type: ignore[misc]
         raise NotImplementedError("use weightcast.Publisher")
 
 
+def _met_by(worker: Any) -> bool:
+    """Whether a worker's backend is weightcast's, which takes notice of its worker."""
+    backend = getattr(worker, "weight_transfer_engine", None)
+    if isinstance(backend, VllmBackend):
+        backend.meet(worker)
+        return True
+    return False
+
+
 def install_call() -> None:
     """Give this process's worker the method that ``collective_rpc`` reaches the backend by; idempotent."""
 
@@ -80,6 +97,7 @@ def install_call() -> None:
         if not isinstance(backend, VllmBackend):
             error = StateError("this vLLM worker was not started with weightcast's weight transfer")
             return refusal(int(getattr(worker, "rank", 0)), error)
+        backend.meet(worker)
         return backend.calls.call(action, {} if payload is None else payload)
 
     if not hasattr(WorkerBase, CALL):

@@ -15,7 +15,7 @@ CLOSES = "_weightcast_closes"
 
 def close_when_joined(is_ours: Callable[[Any], bool]) -> None:
     """Have this process's worker forget an open update before a trainer joins. A second call does nothing. ``is_ours`` is called with
-    the worker's weight transfer engine; workers of other backends stay as they are."""
+    the worker; workers of other backends stay as they are."""
     from vllm.v1.worker.gpu_worker import Worker
 
     join = getattr(Worker, "init_weight_transfer_engine", None)
@@ -25,7 +25,7 @@ def close_when_joined(is_ours: Callable[[Any], bool]) -> None:
     @wraps(join)
     def joined(worker: Any, *args: Any, **kwargs: Any) -> Any:
         engine = getattr(worker, "weight_transfer_engine", None)
-        if is_ours(engine) and getattr(worker, OPEN, False):
+        if is_ours(worker) and getattr(worker, OPEN, False):
             setattr(worker, OPEN, False)
             reset = getattr(engine, "reset_weight_update_target", None)
             if reset is not None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -32,6 +33,7 @@ from weightcast.engines.stock.record_check import names_that_differ
 from weightcast.engines.stock.worker import StockModel
 from weightcast.engines.vllm import api
 from weightcast.engines.vllm.derived import Kept, kept_by_layer, renewed_by_reload
+from weightcast.engines.vllm.drafts import PART, PREFIX, Draft, WithDraft, check_published
 from weightcast.engines.vllm.formats import classify, in_load_format, tied_embeddings
 from weightcast.engines.vllm.mirror import Mirror, Slots, landings_in, plan_mirror
 from weightcast.engines.vllm.twin import Findings, Original, findings_of
@@ -43,6 +45,20 @@ from weightcast.receiver.base import LiveModel
 from weightcast.record import Recording, record_layout
 
 logger = logging.getLogger(__name__)
+
+
+class _Extent(NamedTuple):
+    """As much of a worker's models as a round changes."""
+
+    model: nn.Module
+    landable: dict[str, bool]
+    weights: Memory
+    """The weights' memory, where tensors land in live weights."""
+
+    @classmethod
+    def of(cls, model: nn.Module, device: torch.device) -> _Extent:
+        landable = classify(model, device)
+        return cls(model, landable, Memory([]) if device.type == "cpu" else live_memory(model, landable))
 
 
 class VllmModel(StockModel):
@@ -58,21 +74,33 @@ class VllmModel(StockModel):
         vllm_config: Any,
         device: torch.device,
         twin_of: tuple[set[str], list[Alias]] | None = None,
+        draft: Draft | None = None,
     ) -> None:
-        """``twin_of`` is given for a twin: what is known already of the engine's own model."""
-        self.model = model
+        """``twin_of`` is given for a twin: what is known already of the engine's own model. ``draft`` is what the engine speculates
+        with."""
         self.device = device
         self.relocatable = device.type == "cpu"
         self._vllm_config = vllm_config
-        self._landable = classify(model, device)
-        self._weights = Memory([]) if self.relocatable else live_memory(model, self._landable)
+        self._alone = _Extent.of(model, device)
+        self._whole = self._alone if draft is None else _Extent.of(WithDraft(model, draft), device)
+        self._extent = self._whole
+        """What the last layout was for."""
+        self._kept_parts: tuple[str, ...] = ()
         self._form: Slots | None = None
         self._kept: dict[str, list[Kept]] = {}
         self._mirror = Mirror({}, {}, Memory([]))
         self._checked: dict[str, set[str]] = {}
         self._twin_of = twin_of
         self._findings: dict[str, Findings] = {}
-        self._layouts: dict[str, Layout] = {}
+        self._layouts: dict[tuple[str, bool], Layout] = {}
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that rounds change: with its draft, unless the draft keeps its weights."""
+        return self._extent.model
+
+    def keep(self, parts: Sequence[str]) -> None:
+        self._kept_parts = tuple(parts)
 
     def why_asleep(self) -> str:
         return "vLLM has unmapped its weights" if WEIGHTS in api.sleeping_tags() else ""
@@ -82,7 +110,7 @@ class VllmModel(StockModel):
         return api.sleeping_nbytes()
 
     def memory(self) -> Memory:
-        return self._mirror.live if self.relocatable else self._weights
+        return self._mirror.live if self.relocatable else self._extent.weights
 
     @property
     def derived_nbytes(self) -> int:
@@ -111,27 +139,68 @@ class VllmModel(StockModel):
         Ask for ``memory()`` afterwards. Raises PlanMismatch when a layer would be filled in part, LoadError when vLLM's loader refuses
         a tensor, and Unsupported when a round would leave something that the model computes with at old values.
         """
-        known = self._layouts.get(manifest.digest)
+        extent = self._alone if PART in self._kept_parts else self._whole
+        known = self._layouts.get((manifest.digest, extent is self._whole))
         if known is not None:
+            self._extent = extent
             return known
+        self._divide(manifest)
+        if isinstance(extent.model, WithDraft):
+            check_published(extent.model, manifest)
+        with self._looking_at(extent):
+            layout = self._recorded_layout(manifest)
+        self._extent = extent
+        if not self.relocatable:
+            # Sleep leaves parameters where they are: who joins again after it need not record again.
+            self._layouts = {(manifest.digest, extent is self._whole): layout}
+        return layout
+
+    def _recorded_layout(self, manifest: Manifest) -> Layout:
         places = reachable(self.model, api.HELPERS)
         with self._landed(manifest) as (layers, numbers, recording, through, landings):
             self._kept = kept_by_layer(self._aliases(manifest, recording, through), places)
             through -= kept_once(recording, through)
             if self.relocatable:
                 landings = self._mirror_of(layers, numbers, landings, manifest)
-        layout = Layout(
+        return Layout(
             placements=tuple(landings),
             storage_nbytes=tuple(storage.numel() for storage in self.memory().storages),
             through_loader=tuple(spec.name for spec in manifest.tensors if spec.name in through),
         )
-        if not self.relocatable:
-            # Sleep leaves parameters where they are: who joins again after it need not record again.
-            self._layouts = {manifest.digest: layout}
-        return layout
+
+    def _divide(self, manifest: Manifest) -> None:
+        """Find out which tensors without a prefix are the draft's, where it has no checkpoint of its own."""
+        whole = self._whole.model
+        if isinstance(whole, WithDraft) and whole.draft.is_of_same_checkpoint:
+            live = not self.relocatable
+            with self._looking_at(self._alone), self._recorded(manifest, live=live) as (_, _, _, recording):
+                whole.unclaimed = frozenset(recording.unused)
+
+    @contextmanager
+    def _looking_at(self, extent: _Extent) -> Iterator[None]:
+        """While inside, everything is about this extent of the model."""
+        before, self._extent = self._extent, extent
+        try:
+            yield
+        finally:
+            self._extent = before
 
     def live_tensors(self, manifest: Manifest) -> dict[str, LiveTensor]:
-        """Return what lies here of each tensor of a checkpoint. Changes nothing. Raises what ``layout`` raises."""
+        """Return what lies here of each tensor of a checkpoint, which may lack the draft's. Changes nothing. Raises what ``layout``
+        raises."""
+        whole = self._whole.model
+        if not isinstance(whole, WithDraft):
+            return self._live_tensors(manifest)
+        unclaimed = whole.unclaimed
+        try:
+            self._divide(manifest)
+            is_with_draft = any(whole.is_of_draft(spec.name) for spec in manifest.tensors)
+            with self._looking_at(self._whole if is_with_draft else self._alone):
+                return self._live_tensors(manifest)
+        finally:
+            whole.unclaimed = unclaimed
+
+    def _live_tensors(self, manifest: Manifest) -> dict[str, LiveTensor]:
         with self._landed(manifest) as (layers, numbers, recording, through, landings):
             if self.relocatable:
                 landings = (
@@ -163,11 +232,11 @@ class VllmModel(StockModel):
         """The model's layers in load format, numbers of their storages by address, those storages, and what was recorded."""
         with (
             api.current_config(self._vllm_config),
-            in_load_format(self.model, self._landable, live=live) as layers,
+            in_load_format(self.model, self._extent.landable, live=live) as layers,
             api.keeping_parameters(self.model),
         ):
             stand_ins = [t for layer in layers if not (live and layer.landable) for t in layer.tensors]
-            memory = Memory([*(self._weights.storages if live else ()), *storages_of(stand_ins)])
+            memory = Memory([*(self._extent.weights.storages if live else ()), *storages_of(stand_ins)])
             recording = record_layout(self._load, manifest, memory, self.device, api.refuses)
             numbers = {storage.data_ptr(): number for number, storage in enumerate(memory.storages)}
             yield layers, numbers, memory, recording
@@ -195,9 +264,7 @@ class VllmModel(StockModel):
             return self._twin_of[1]
         form = manifest.digest
         if form not in self._findings:
-            original = Original(
-                model=self.model, vllm_config=self._vllm_config, device=self.device, tied=api.shares_head(self.model)
-            )
+            original = Original(model=self.model, vllm_config=self._vllm_config, device=self.device)
             alike = {later: earlier for earlier, later in reversed(recording.overlaps)}
             used = Manifest.of([spec for spec in manifest.tensors if spec.name not in set(recording.unused)])
             try:
@@ -251,7 +318,13 @@ class VllmModel(StockModel):
             raise LoadError(f"vLLM's loader failed: {type(error).__name__}: {error}", phase="commit") from error
 
     def load_initial(self) -> None:
-        self.load_weights(api.checkpoint_tensors(self._vllm_config, self.model))
+        whole = self.model
+        if not isinstance(whole, WithDraft):
+            self.load_weights(api.checkpoint_tensors(self._vllm_config, whole))
+            return
+        of_draft = api.checkpoint_tensors(self._vllm_config, whole.draft.model, whole.draft.model_config)
+        named = ((PREFIX + name, tensor) for name, tensor in of_draft)
+        self.load_weights(chain(api.checkpoint_tensors(self._vllm_config, whole.target), named))
 
     def checksums(self) -> dict[str, str]:
         """Return the digest of each live tensor. For a layer that takes its weights from the mirror this is the digest of the load

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from weightcast.engines.stock.refused import Refused, refuse, setting_of
+from weightcast.engines.vllm.drafts import METHODS
 from weightcast.engines.vllm.versions import SUPPORTED
 from weightcast.errors import Unsupported
 from weightcast.weight_transfer.base import WorkerRank
@@ -54,18 +55,26 @@ def worker_rank(vllm_config: Any) -> WorkerRank:
     """Return the worker's rank, which is ``data_parallel_index * (tp * pp) + rank within the replica``. Raises Unsupported for a set-up
     that weightcast does not map."""
     refuse(vllm_config, REFUSED, SUPPORTED)
-    _refuse_draft_model(vllm_config)
+    _refuse_drafts(vllm_config)
     parallel = vllm_config.parallel_config
     rank = parallel.data_parallel_index * parallel.world_size + parallel.rank
     # Replicas of a dense model run as engines of their own and are not told how many they are; whoever has them join is.
     return WorkerRank(rank=rank, world_size=max(parallel.world_size_across_dp, rank + 1))
 
 
-def _refuse_draft_model(vllm_config: Any) -> None:
+def _refuse_drafts(vllm_config: Any) -> None:
+    """Refuse models to speculate with that nobody tried a round on, and drafts that are on one stage of several."""
     speculation = setting_of(vllm_config, "speculative_config", SUPPORTED)
-    if speculation is not None and speculation.method not in WEIGHTLESS_DRAFTS:
+    if speculation is None or speculation.method in WEIGHTLESS_DRAFTS:
+        return
+    if speculation.method not in METHODS:
         raise Unsupported(
-            f"a speculative draft model ({speculation.method}) would keep its old weights, which is not supported with "
+            f"a speculative model of this kind ({speculation.method}) would keep its old weights, which is not supported with "
             "weight transfer (speculative_config)",
-            hint="Speculate without a model (ngram, suffix), or not at all",
+            hint=f"Speculate with one of {', '.join(sorted(METHODS))}, without a model (ngram, suffix), or not at all",
+        )
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        raise Unsupported(
+            f"speculating with a model ({speculation.method}) and pipeline parallelism are not supported together with weight transfer",
+            hint="Set pipeline_parallel_size to 1, or speculate without a model (ngram, suffix)",
         )

@@ -20,6 +20,7 @@ from torch import nn
 from weightcast.content.layout_digest import digest_tensor
 from weightcast.engines.stock.reach import Alias, aliases, reachable, reachable_numbers
 from weightcast.engines.vllm import api
+from weightcast.engines.vllm.drafts import WithDraft, share_as
 from weightcast.errors import ShadowError, Unsupported
 from weightcast.layout import Layout
 from weightcast.layout.memory import Memory
@@ -75,13 +76,28 @@ class Original:
     model: nn.Module
     vllm_config: Any
     device: torch.device
-    tied: bool
     num_layers: int | None = None
     """So many layers show what all of them are like; None: a twin has as many as the model."""
 
+    @property
+    def target(self) -> nn.Module:
+        """The model without its draft."""
+        return self.model.target if isinstance(self.model, WithDraft) else self.model
+
+    def is_kept(self, name: str, count: int | None) -> bool:
+        """Whether a twin of so many layers has the tensor or the layer of this name. A draft has all of its layers."""
+        is_of_draft = isinstance(self.model, WithDraft) and self.model.is_of_draft(name)
+        return count is None or is_of_draft or _number_in(name) < count
+
     def twin(self) -> tuple[nn.Module, Any]:
         """The model built anew, without weights, and its configuration."""
-        return api.build_twin(self.vllm_config, self.device, tied=self.tied, num_layers=self.num_layers)
+        tied = api.shares_head(self.target)
+        twin, config = api.build_twin(self.vllm_config, self.device, tied=tied, num_layers=self.num_layers)
+        if isinstance(self.model, WithDraft):
+            draft = api.build_draft_twin(config, self.device, self.model.draft)
+            share_as(self.model, twin, draft)
+            twin = WithDraft(twin, self.model.draft._replace(model=draft), self.model.unclaimed)
+        return twin, config
 
 
 @dataclass(frozen=True)
@@ -125,12 +141,12 @@ def findings_of(
 def _small(original: Original, manifest: Manifest) -> tuple[Original, Manifest]:
     """A large model's twin has only the first layers, as many as it takes to have one of each kind. Raises ShadowError where there
     is no room for it."""
-    if sum(_sizes(original.model, None)) > WHOLE_NBYTES:
-        layers, count = _layers_of_each_kind(original.model)
+    if sum(_sizes(original)) > WHOLE_NBYTES:
+        layers, count = _layers_of_each_kind(original.target)
         if 0 < count < layers:
             original = replace(original, num_layers=count)
-            manifest = Manifest.of([spec for spec in manifest.tensors if _number_in(spec.name) < count])
-    sizes = _sizes(original.model, original.num_layers)
+            manifest = Manifest.of([spec for spec in manifest.tensors if original.is_kept(spec.name, count)])
+    sizes = _sizes(original)
     # On CPU layers are packed beside what was published; elsewhere one tensor after the other is.
     needed = 3 * sum(sizes) if original.device.type == "cpu" else sum(sizes) + 2 * max(sizes, default=0)
     free = free_nbytes(original.device)
@@ -143,12 +159,12 @@ def _small(original: Original, manifest: Manifest) -> tuple[Original, Manifest]:
     return original, manifest
 
 
-def _sizes(model: nn.Module, num_layers: int | None) -> list[int]:
-    """Bytes of this worker's tensors as they are loaded, of so many layers and what is outside of them."""
+def _sizes(original: Original) -> list[int]:
+    """Bytes of a twin's tensors as they are loaded."""
     return [
         meta.nbytes
-        for name, layer in model.named_modules()
-        if num_layers is None or _number_in(name) < num_layers
+        for name, layer in original.model.named_modules()
+        if original.is_kept(name, original.num_layers)
         for meta in api.load_format(layer).values()
     ]
 

@@ -95,6 +95,7 @@ class Fleet:
             manifest=self.ranks.manifest,
             mode=self.settings.mode,
             shadows=self.settings.shadows,
+            keep=tuple(self.settings.keep),
         )
 
     def take_up(self, *, is_other_form: bool) -> None:

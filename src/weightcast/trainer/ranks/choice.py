@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from weightcast.errors import InvalidInput
+from weightcast.sources.parts import parts_of
 from weightcast.sources.shards import is_distributed
 
 GivenGroup = dist.ProcessGroup | Literal["auto"] | None
@@ -49,7 +50,8 @@ def chosen_group(given: GivenGroup, source: object) -> dist.ProcessGroup | None:
 def _require_all_ranks(source: object) -> None:
     """Raise InvalidInput unless the source tells that all ranks have a part or a replica of it."""
     size = dist.get_world_size()
-    ranks = _ranks_of_shards(source) or _ranks_of_replicas(source)
+    parts = parts_of(source)
+    ranks = next(filter(None, (find(part) for find in (_ranks_of_shards, _ranks_of_replicas) for part in parts)), None)
     if ranks == frozenset(range(size)):
         return
     what = f"is of ranks {sorted(ranks)}" if ranks else "does not tell which of them publish it"
