@@ -7,6 +7,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,8 +17,9 @@ import weightcast.cpu
 import weightcast.cpu.digest
 from weightcast.content.layout_digest import LayoutDigest, digest_bytes
 from weightcast.content.proven_on_cpu import ProvenReplay
-from weightcast.cpu import kernels, kernels_for, runs
+from weightcast.cpu import compared, kernels, kernels_for, runs
 from weightcast.cpu.runs import Pieces
+from weightcast.delta import differing_by_numpy
 from weightcast.errors import DeadlineExceeded
 from weightcast.layout import Layout, Placement, Region, image_layout
 from weightcast.layout.memory import Memory
@@ -228,3 +230,17 @@ def test_the_digest_of_a_box_takes_little_memory_beside_it(monkeypatch: pytest.M
         largest = max((event.cpu_memory_usage for event in profile.events()), default=0)
         assert events or worth_nbytes == 0
         assert largest < memory.nbytes / 2
+
+
+@pytest.mark.parametrize("itemsize", [1, 2, 4, 8])
+@pytest.mark.parametrize("share", [0.0, 0.02, 1.0])
+def test_the_kernel_finds_the_changes_that_numpy_finds(itemsize: int, share: float) -> None:
+    rng = np.random.default_rng()
+    for numel in (0, 1, 7, 4097):
+        # At an address that is a multiple of an element only, as values lie in the memory of a trainer.
+        whole = rng.integers(0, 256, (numel + 1) * itemsize, np.uint8)
+        old, new = whole[itemsize:].copy(), whole.copy()[itemsize:]
+        changed = np.flatnonzero(rng.random(numel) < share)
+        new[changed * itemsize + rng.integers(0, itemsize, len(changed))] ^= 0x80
+        found = compared.differing(old, new, itemsize)
+        assert found.tolist() == changed.tolist() == differing_by_numpy(old, new, itemsize).tolist()

@@ -19,6 +19,19 @@ def kernels_for(nbytes: int) -> ModuleType | None:
 
 
 @cache
+def comparison_for(is_worth: bool) -> ModuleType | None:
+    """``weightcast.cpu.compared`` where numba is installed and it is worth loading; otherwise None, and numpy does it."""
+    if not is_worth:
+        return None
+    try:
+        from weightcast.cpu import compared
+    except ImportError:
+        return None
+    compared.load()
+    return compared
+
+
+@cache
 def _kernels() -> ModuleType | None:
     try:
         from weightcast.cpu import kernels

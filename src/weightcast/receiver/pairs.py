@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import Enum
 
 import torch
 
@@ -33,6 +34,14 @@ logger = logging.getLogger(__name__)
 
 RELEASE_TIMEOUT_S = 10.0
 """An aborted transfer lets go of its ends within a second; more means a transport that breaks its contract."""
+
+
+class Changes(Enum):
+    """Against what a round's changes are told, if they are."""
+
+    NONE = "all values come"
+    SINCE_THE_LAST = "the memory holds what the last round brought"
+    SINCE_THE_ONE_BEFORE = "the memory holds what the round before the last one brought"
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +102,11 @@ class Pairs:
         """Ends that this round was received from."""
         self._was_written = False
         """Whether one of them has written in a part that is through."""
+
+    @property
+    def can_repeat(self) -> bool:
+        """Whether all that the last round changed is at hand."""
+        return all(pair.end.can_repeat for pair in self._pairs)
 
     @property
     def needs_trainer(self) -> bool:
@@ -165,11 +179,11 @@ class Pairs:
     # -- a round
 
     def receive(
-        self, id: RoundId, memory: Memory, manifest: Manifest, deadline: Deadline, *, changes: bool = False
+        self, id: RoundId, memory: Memory, manifest: Manifest, deadline: Deadline, changes: Changes = Changes.NONE
     ) -> tuple[int, float, int | None]:
         """Receive a round from all trainer ranks at once. Returns the bytes, the seconds, and the digest of what landed, which is None
-        where the transports take no digest. StateError once the round is over. ``changes``: the memory holds what the round before
-        brought, and what has not changed since need not come."""
+        where the transports take no digest. StateError once the round is over. ``changes`` says what the memory holds, so that not all
+        values need come."""
         start = time.perf_counter()
         self.has_written = False
         with self._in_use(id):
@@ -194,7 +208,7 @@ class Pairs:
         return nbytes, transfer_s, digest
 
     def _receive_from_all(
-        self, id: RoundId, memory: Memory, manifest: Manifest, deadline: Deadline, changes: bool
+        self, id: RoundId, memory: Memory, manifest: Manifest, deadline: Deadline, changes: Changes
     ) -> list[tuple[int, int | None]]:
         """Bytes and digest of every part of every pair."""
 
@@ -209,7 +223,7 @@ class Pairs:
             return [each for some in pool.map(receive_beside, self._pairs) for each in some]
 
     def _receive_from(
-        self, pair: Pair, id: RoundId, memory: Memory, manifest: Manifest, deadline: Deadline, changes: bool
+        self, pair: Pair, id: RoundId, memory: Memory, manifest: Manifest, deadline: Deadline, changes: Changes
     ) -> list[tuple[int, int | None]]:
         """All parts that come over one pair, each window of a stream once the trainer says that it is filled."""
         received: list[tuple[int, int | None]] = []
@@ -218,8 +232,9 @@ class Pairs:
                 self.windows.wait(id, part, deadline, lambda: self._check_purpose(id))
             self._entered.append(pair.end)
             with pair.named(self._num_ranks > 1):
-                if changes:
-                    received.append((pair.end.receive_changes(memory, deadline), None))
+                if changes is not Changes.NONE:
+                    is_behind = changes is Changes.SINCE_THE_ONE_BEFORE
+                    received.append((pair.end.receive_changes(memory, deadline, is_behind=is_behind), None))
                 else:
                     received.append(pair.end.receive_proven(memory, manifest, deadline, part))
             self._was_written = self._was_written or pair.end.has_written

@@ -48,7 +48,7 @@ from weightcast.plan import Holdings, compile_plan
 from weightcast.receiver.base import LiveModel
 from weightcast.receiver.greeting import Greeting
 from weightcast.receiver.loader_area import LoadedTensors, with_area
-from weightcast.receiver.pairs import RELEASE_TIMEOUT_S, Pairs
+from weightcast.receiver.pairs import RELEASE_TIMEOUT_S, Changes, Pairs
 from weightcast.receiver.staging import make_target
 from weightcast.receiver.worker_round import Approval, Phase, RoundId, WorkerRound
 from weightcast.transports.base import WorkerEnd
@@ -90,6 +90,8 @@ class Session:
         self._seldom = Seldom(logger)
         self._changes: RoundId | None = None
         """The last round that was begun as one of changes."""
+        self._received: tuple[RoundId | None, RoundId | None] = None, None
+        """The last round of which everything came, and the one before."""
         self._epoch = 0
         self._leaving = threading.Event()
         self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -281,10 +283,11 @@ class Session:
             self.target.renew()
             memory = self.target.memory()
             start = time.perf_counter()
-            if begin.changes:
-                self.target.catch_up()
+            changes = self._catch_up() if begin.changes else Changes.NONE
             catch_up_s = time.perf_counter() - start
-            nbytes, transfer_s, digest = self.receive(id, memory, Deadline(begin.timeout_s))
+            self.target.holds = None
+            nbytes, transfer_s, digest = self._receive(id, memory, Deadline(begin.timeout_s), changes)
+            self.target.holds, self._received = id, (id, self._received[0])
             transfer_s += catch_up_s
             start = time.perf_counter()
             digest = self.proven_digest = self.digest_of(memory) if digest is None else digest
@@ -295,6 +298,15 @@ class Session:
         except Exception as error:  # noqa: BLE001 - as above: whatever fails here is the trainer's to know
             if self.round.abort(id, str(error)):
                 self.send_failure(id, "transfer", error)
+
+    def _catch_up(self) -> Changes:
+        """Have the shadow hold what the last round brought, or let the last round's changes be repeated there."""
+        last, before = self._received
+        if before is not None and self.target.holds == before and self.pairs.can_repeat:
+            return Changes.SINCE_THE_ONE_BEFORE
+        if last is None or self.target.holds != last:
+            self.target.catch_up()
+        return Changes.SINCE_THE_LAST
 
     def _send_staged(self, id: RoundId, digest: int, nbytes: int, transfer_s: float, digest_s: float) -> None:
         rate = nbytes / max(transfer_s, 1e-9) / 1e9
@@ -311,7 +323,12 @@ class Session:
     def receive(self, id: RoundId, memory: Memory, deadline: Deadline) -> tuple[int, float, int | None]:
         """Receive a round from all trainer ranks at once. Returns the bytes, the seconds, and the digest of what landed, which is None
         where the transports take no digest. StateError once the round is over."""
-        return self.pairs.receive(id, memory, self.manifest, deadline, changes=self._changes == id)
+        return self._receive(id, memory, deadline, Changes.SINCE_THE_LAST if self._changes == id else Changes.NONE)
+
+    def _receive(
+        self, id: RoundId, memory: Memory, deadline: Deadline, changes: Changes
+    ) -> tuple[int, float, int | None]:
+        return self.pairs.receive(id, memory, self.manifest, deadline, changes)
 
     def digest_of(self, memory: Memory) -> int:
         """Return the digest of all landings in a memory of this session's layout."""

@@ -48,6 +48,11 @@ class Shadow:
         self._copies[0] = self._model.spare(before)
         return self._copies[0] is not before
 
+    @property
+    def alternates(self) -> bool:
+        """Whether a swap copies out of one of two copies, which take turns."""
+        return not self.moves and len(self._copies) > 1
+
     def compile(self) -> None:
         """Compile what ``swap`` runs while the engine computes, because the first ``swap`` would compile it while the engine waits."""
         if not self.moves:

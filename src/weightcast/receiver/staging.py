@@ -20,6 +20,7 @@ from weightcast.receiver.loader_area import LoadedTensors, LoaderArea, area_size
 from weightcast.receiver.place import Place, choose_place, new_storage
 from weightcast.receiver.shadow import Shadow, combined
 from weightcast.receiver.taking import taking_memory
+from weightcast.receiver.worker_round import RoundId
 from weightcast.transports.recent import Recent
 
 logger = logging.getLogger(__name__)
@@ -90,6 +91,11 @@ class Target:
         # Rounds are received on another stream than the one that filled these.
         self.settle(Deadline(FILL_TIMEOUT_S))
         self._memory = self._combine()
+        self.holds: RoundId | None = None
+        """The round whose values ``memory()`` has, as far as that is known."""
+        self._live_holds: RoundId | None = None
+        self._other_holds: RoundId | None = None
+        """The same of the live weights, and of the other one of two copies."""
 
     def _new_area(self, layout: Layout, loaded: LoadedTensors | None) -> LoaderArea:
         """The area of the tensors that only the engine's own loader can place."""
@@ -119,6 +125,7 @@ class Target:
         if self._shadow is not None and self._shadow.renew():
             self._memories.clear()
             self._memory = self._combine()
+            self.holds = None
 
     @property
     def known_memory(self) -> Memory:
@@ -134,6 +141,7 @@ class Target:
             copies = distinct_copies(self._placements)
             self._copies_of_live.get(key, lambda: Replay(copies, live, memory)).run()
             self.settle(Deadline(FILL_TIMEOUT_S))
+            self.holds = self._live_holds
 
     def compile(self) -> None:
         """Compile what ``swap`` runs, while the engine computes."""
@@ -153,6 +161,10 @@ class Target:
         if self._shadow is not None:
             self._shadow.swap()
             self._memory = self._combine()
+        if self._shadow is not None and self._shadow.alternates:
+            self.holds, self._other_holds, self._live_holds = self._other_holds, self.holds, self.holds
+        else:
+            self.holds, self._live_holds = self._live_holds, self.holds
 
     def keep_loader_tensors(self) -> None:
         """Count the tensors that are staged for the loader as live from now on. The version before them stays until the next round

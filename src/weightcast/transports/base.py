@@ -104,9 +104,15 @@ class WorkerEnd(ABC):
         when the transport does not compute a digest on the way."""
         return self.receive(memory, deadline, part), None
 
-    def receive_changes(self, memory: Memory, deadline: Deadline) -> int:
+    can_repeat: bool = False
+    """Whether this end has all that the last round changed."""
+
+    def receive_changes(self, memory: Memory, deadline: Deadline, *, is_behind: bool = False) -> int:
         """Do what ``receive`` does, into a memory that holds what this end received last, so that only what changed since may come.
-        Called of ends whose transport ``carries_changes``."""
+
+        ``is_behind``: the memory holds what came the round before, and gets the last round's changes first, which the end
+        ``can_repeat``. Called of ends whose transport ``carries_changes``.
+        """
         raise Unsupported(f"{type(self).__name__} takes no changes")
 
     @abstractmethod

@@ -13,7 +13,9 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
-from weightcast.delta import Form, Found, Kind, Stretch, encode, find
+from weightcast.cpu import WORTH_NBYTES, comparison_for
+from weightcast.delta import Form, Found, Kind, Stretch, differing_by_numpy, encode, find
+from weightcast.delta.changes import Differing
 from weightcast.delta.form import UNSIGNED, Bytes
 from weightcast.manifest.dtypes import itemsize_of
 from weightcast.plan import shared_landings
@@ -49,7 +51,10 @@ class KeptBuckets:
     """The buckets of some pairs. Thread-safe: lanes of several pairs work on one bucket one after the other."""
 
     def __init__(self, forms: Sequence[Form]) -> None:
-        self._buckets = [_KeptBucket(form) for form in forms]
+        # Loaded here, and not in a round.
+        kernel = comparison_for(sum(form.nbytes for form in forms) >= WORTH_NBYTES)
+        differing = differing_by_numpy if kernel is None else kernel.differing
+        self._buckets = [_KeptBucket(form, differing) for form in forms]
 
     def take(self, bucket: int, number: int, fresh: Callable[[], Sequence[Bytes]]) -> Change | None:
         """Have a bucket hold the values of round ``number``, and return the change that leads there, where it is worth sending.
@@ -69,8 +74,8 @@ class KeptBuckets:
 
 
 class _KeptBucket:
-    def __init__(self, form: Form) -> None:
-        self._form = form
+    def __init__(self, form: Form, differing: Differing) -> None:
+        self._form, self._differing = form, differing
         self._turn = threading.Lock()
         self.image: Bytes | None = None
         self._first = self._last = 0
@@ -96,7 +101,7 @@ class _KeptBucket:
             self._change = None
             self._first = number
         else:
-            found = find(self._form, image, values)
+            found = find(self._form, image, values, self._differing)
             data = encode(self._form, found)
             self._change = None if data is None else Change(self._first, self._last, data)
             if found:

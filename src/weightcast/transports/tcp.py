@@ -299,6 +299,8 @@ class TcpWorkerEnd(WorkerEnd):
         self._parts = _Parts(copies, offer.bucket_nbytes)
         self._copies = tuple(copies)
         self._sides: Recent[_Side] = Recent()
+        self._last: list[bytes | None] = []
+        """The changes that the last round brought, by bucket; None for a bucket of which all values came."""
         self.has_written = False
 
     def connect(self, deadline: Deadline) -> None:
@@ -311,15 +313,20 @@ class TcpWorkerEnd(WorkerEnd):
     def receive(self, memory: Memory, deadline: Deadline, part: int = 0) -> int:
         return self._receive(memory, deadline, part, changes=False)
 
-    def receive_changes(self, memory: Memory, deadline: Deadline) -> int:
-        return self._receive(memory, deadline, 0, changes=True)
+    @property
+    def can_repeat(self) -> bool:  # type: ignore[override]
+        return bool(self._last) and all(data is not None for data in self._last)
 
-    def _receive(self, memory: Memory, deadline: Deadline, part: int, *, changes: bool) -> int:
+    def receive_changes(self, memory: Memory, deadline: Deadline, *, is_behind: bool = False) -> int:
+        return self._receive(memory, deadline, 0, changes=True, is_behind=is_behind)
+
+    def _receive(self, memory: Memory, deadline: Deadline, part: int, *, changes: bool, is_behind: bool = False) -> int:
         with self._lanes.guard.use("receive", deadline):
             self.has_written = False
             buckets, nbytes = self._parts.of[part]
             side = self._sides.get(memory.number, lambda: self._side_of(memory))
             side.mover.begin()
+            last, self._last = self._last, [None] * len(buckets)
             unloadings = side.unloadings(part)
 
             def work(bucket: int, number: int, connection: Connection) -> None:
@@ -327,9 +334,13 @@ class TcpWorkerEnd(WorkerEnd):
                 came, size, kind = _HEADER.unpack(connection.receive_bytes(_HEADER.size, deadline, what))
                 if changes and (came, kind) == (number, _CHANGES) and size < buckets[bucket].nbytes:
                     data = connection.receive_bytes(size, deadline, what)
-                    found = decode(side.forms[bucket], data)
+                    several = [
+                        decode(side.forms[bucket], each) for each in (last[bucket] if is_behind else None, data) if each
+                    ]
                     self.has_written = True
-                    side.mover.run(partial(side.changing(bucket).apply, found), deadline)
+                    for found in several:
+                        side.mover.run(partial(side.changing(bucket).apply, found), deadline)
+                    self._last[bucket] = data
                     return
                 if (came, size, kind) != (number, buckets[bucket].nbytes, _VALUES):
                     raise ProtocolError(f"bucket {came} of {size} bytes came where bucket {number} was due")
