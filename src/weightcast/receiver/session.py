@@ -88,8 +88,8 @@ class Session:
         self._serves, self._ended = serves, ended
         self._loaded = loaded
         self._seldom = Seldom(logger)
-        self._changes: RoundId | None = None
-        """The last round that was begun as one of changes."""
+        self._changes: tuple[RoundId, Changes] | None = None
+        """The last round that was begun as one of changes, and against what these are told."""
         self._received: tuple[RoundId | None, RoundId | None] = None, None
         """The last round of which everything came, and the one before."""
         self._epoch = 0
@@ -165,7 +165,8 @@ class Session:
         if self.round.id < id and begin.base not in (None, self._serves()):
             self._refuse_base(id, begin.base)
         elif self.round.begin(id, Deadline(begin.timeout_s)):
-            self._changes = id if begin.changes else self._changes
+            if begin.changes:
+                self._changes = (id, Changes.SINCE_THE_LAST)
             if self.mode == "staged":
                 self._tasks.put(lambda: self._stage(begin))
         elif self.round.id < id:
@@ -283,10 +284,11 @@ class Session:
             self.target.renew()
             memory = self.target.memory()
             start = time.perf_counter()
-            changes = self._catch_up() if begin.changes else Changes.NONE
+            if begin.changes:
+                self._changes = (id, self._catch_up())
             catch_up_s = time.perf_counter() - start
             self.target.holds = None
-            nbytes, transfer_s, digest = self._receive(id, memory, Deadline(begin.timeout_s), changes)
+            nbytes, transfer_s, digest = self.receive(id, memory, Deadline(begin.timeout_s))
             self.target.holds, self._received = id, (id, self._received[0])
             transfer_s += catch_up_s
             start = time.perf_counter()
@@ -323,11 +325,8 @@ class Session:
     def receive(self, id: RoundId, memory: Memory, deadline: Deadline) -> tuple[int, float, int | None]:
         """Receive a round from all trainer ranks at once. Returns the bytes, the seconds, and the digest of what landed, which is None
         where the transports take no digest. StateError once the round is over."""
-        return self._receive(id, memory, deadline, Changes.SINCE_THE_LAST if self._changes == id else Changes.NONE)
-
-    def _receive(
-        self, id: RoundId, memory: Memory, deadline: Deadline, changes: Changes
-    ) -> tuple[int, float, int | None]:
+        began, changes = self._changes or (None, Changes.NONE)
+        changes = changes if began == id else Changes.NONE
         return self.pairs.receive(id, memory, self.manifest, deadline, changes)
 
     def digest_of(self, memory: Memory) -> int:
