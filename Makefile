@@ -145,7 +145,8 @@ $(FRAMES_STAMP): tests/frameworks/requirements.txt tests/frameworks/alone.txt py
 	$(FRAMES_BIN)/python -c 'import torch' 2>/dev/null || $(FRAMES_BIN)/python -m pip install -q --no-compile $(TORCH)
 	$(FRAMES_BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $(FRAMES_VENV)/held.txt
 	$(FRAMES_BIN)/python -m pip install -q --no-compile -c $(FRAMES_VENV)/held.txt -r tests/frameworks/requirements.txt
-	$(FRAMES_BIN)/python -m pip install -q --no-compile --no-deps --ignore-requires-python -r tests/frameworks/alone.txt
+	$(FRAMES_BIN)/python -m pip install -q --no-compile --no-deps --no-build-isolation --ignore-requires-python \
+		-r tests/frameworks/alone.txt
 	$(FRAMES_BIN)/python -m pip install -q --no-compile --no-deps -e .
 	touch $@
 

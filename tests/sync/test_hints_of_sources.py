@@ -18,25 +18,13 @@ from torch import nn
 
 from weightcast import Publisher
 from weightcast.errors import InvalidInput, StateError, Unsupported
+from weightcast.integrations.deepspeed import gathered
 from weightcast.layout.memory import Memory
 from weightcast.sources import ModuleSource, SafetensorsSource, StreamSource, make_source
 from weightcast.sources.base import device_of
 from weightcast.testing.local_engine import DictModel, LocalEngine
 
 VALUES = {"w": torch.randn(6, 4), "v": torch.randn(3)}
-
-
-class Gathers(Mapping[str, torch.Tensor]):
-    """A mapping whose tensors exist while they are asked for."""
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return VALUES[name].detach().clone()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(VALUES)
-
-    def __len__(self) -> int:
-        return len(VALUES)
 
 
 class FullyShardedDataParallel(nn.Module):
@@ -101,8 +89,8 @@ SOURCES: dict[str, Callable[[], Mistake]] = {
     "meta": _meta,
     "ZeRO-3": lambda: Mistake(
         make=lambda: make_source({"a": _with(torch.empty(0), ds_shape=(3, 4))}), error=Unsupported,
-        said=r"ZeRO-3 parameter: its values of shape \(3, 4\)", hint="mapping with process_group=; its __getitem__ gathers",
-        follow=lambda: make_source(Gathers()),
+        said=r"ZeRO-3 parameter: its values of shape \(3, 4\)", hint=r"Publisher\(lambda: gathered\(module\)",
+        follow=lambda: make_source(lambda: gathered(nn.Linear(2, 3))),
     ),
     "dtype of a Source": lambda: Mistake(
         make=lambda: make_source(make_source(VALUES), dtype=torch.bfloat16), error=InvalidInput,

@@ -6,6 +6,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -234,54 +235,59 @@ def test_a_mapping_that_makes_its_tensors_is_asked_once_in_every_round(prefix: s
         engine.stop()
 
 
-class Partitioned(nn.Module):
+class Partitioned(nn.Linear):
     """A linear layer as ZeRO-3 leaves it, and DeepSpeed's way to the values."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.values = [torch.randn(3, 2)]  # a list: no part of the module
-        self.weight = nn.Parameter(torch.empty(0))
-        self.weight.ds_shape = torch.Size((3, 2))  # type: ignore[attr-defined]
+        super().__init__(2, 3)
+        self.register_buffer("kept", torch.randn(3))
+        self.register_buffer("forgotten", torch.randn(3), persistent=False)
+        self.values: dict[str, torch.Tensor] = {}
+        for name, parameter in self.named_parameters():
+            self.values[name] = torch.randn(parameter.shape)
+            parameter.ds_shape = parameter.shape  # type: ignore[attr-defined]
+            parameter.data = torch.empty(0)
 
     @contextlib.contextmanager
     def gathered(self, parameters: list[nn.Parameter]) -> Iterator[None]:
-        parameters[0].data = self.values[0]
+        names = {id(parameter): name for name, parameter in self.named_parameters()}
+        for parameter in parameters:
+            parameter.data = self.values[names[id(parameter)]].clone()
         yield
-        parameters[0].data = torch.empty(0)
+        for parameter in parameters:
+            parameter.data.fill_(float("nan"))
+            parameter.data = torch.empty(0)
 
 
 def test_zero_parameters_are_named_for_what_they_are_and_published_as_the_hint_says(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """tests/frameworks has DeepSpeed's own."""
+    from weightcast.integrations.deepspeed import gathered
+
     module = Partitioned()
     for source in (module, Parallel(module), dict(module.named_parameters())):
         with pytest.raises(Unsupported, match=r"weight' is a ZeRO-3 parameter: its values of shape \(3, 2\)") as caught:
             make_source(source)
-        assert "deepspeed.zero.GatheredParameters([parameter])" in str(caught.value)
+        assert "from weightcast.integrations.deepspeed import gathered" in str(caught.value)
     with monkeypatch.context() as patched:
         patched.setitem(sys.modules, "deepspeed", sys)
         with pytest.raises(Unsupported, match=r"'weight' is empty, as DeepSpeed's ZeRO-3 leaves"):
             make_source(module.state_dict())
+    with pytest.raises(Unsupported, match="deepspeed is not installed"):
+        next(gathered(module))
 
-    class Gathering(Mapping[str, torch.Tensor]):
-        def __getitem__(self, name: str) -> torch.Tensor:
-            parameter = dict(module.named_parameters())[name]
-            with module.gathered([parameter]):
-                return parameter.detach().clone()
-
-        def __iter__(self) -> Iterator[str]:
-            return (name for name, _ in module.named_parameters())
-
-        def __len__(self) -> int:
-            return 1
-
-    engine = LocalEngine("e", [DictModel({"weight": module.values[0]})])
+    for name in ("deepspeed", "deepspeed.runtime", "deepspeed.runtime.zero"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setattr(sys.modules["deepspeed.runtime.zero"], "GatheredParameters", module.gathered, raising=False)
+    engine = LocalEngine("e", [DictModel(module.values | {"kept": module.kept})])
     try:
-        with Publisher(Gathering(), [engine], timeout_s=20) as publisher:
+        with Publisher(lambda: gathered(Parallel(module)), [engine], timeout_s=20) as publisher:
             for _ in range(3):
-                module.values[0] = torch.randn(3, 2)
+                for value in (*module.values.values(), module.kept):
+                    value.copy_(torch.randn(value.shape))
                 publisher.publish()
-                assert engine.models[0].holds({"weight": module.values[0]})
+                assert engine.models[0].holds(module.values | {"kept": module.kept})
     finally:
         engine.stop()
 

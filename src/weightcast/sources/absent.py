@@ -12,8 +12,9 @@ from torch.nn.parameter import is_lazy
 from weightcast.errors import InvalidInput, Unsupported
 
 ZERO_HINT = (
-    "On every rank publish a mapping with process_group=; its __getitem__ gathers the parameter that it is asked for:\n"
-    "with deepspeed.zero.GatheredParameters([parameter]): return parameter.detach().clone()"
+    "On every rank publish a stream, which gathers layer by layer:\n"
+    "from weightcast.integrations.deepspeed import gathered\n"
+    "Publisher(lambda: gathered(module), engines, process_group=torch.distributed.group.WORLD)"
 )
 META_HINT = (
     "Load the weights first: from_pretrained() without device_map=, or to_empty() and load_state_dict()\n"
