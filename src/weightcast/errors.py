@@ -37,6 +37,9 @@ import msgspec
 
 from weightcast.quoted import NAME_CHARACTERS, TEXT_CHARACTERS, quoted, quoted_lines
 
+MERGED_HINT = "Publish the merged weights: Publisher(peft_model, engines) without adapter="
+"""What to do with an adapter that an engine cannot serve as one."""
+
 
 class WeightcastError(Exception):
     """The base of all errors. ``str()`` gives the message, the place where the error happened, and the hint that says what to do."""

@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "commit": "quoted errors deadline logs untrusted content",
     "sources": "room quoted errors deadline manifest layout untrusted digest plan record cpu cuda transports",
     "receiver": "at_exit room errors deadline logs facts manifest layout messages digest plan cuda content control transports untrusted commit",
-    "weight_transfer": "errors deadline manifest untrusted control receiver",
+    "weight_transfer": "errors deadline untrusted control receiver",
     "vllm_protocol": "",
     "vllm_protocol.eras": "errors commit",
     "vllm_protocol.nccl.wire": "errors deadline manifest",

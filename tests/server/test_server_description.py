@@ -46,7 +46,7 @@ async def test_bodies_that_are_named_alike_stay_apart(http: httpx.AsyncClient) -
         schema = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
         return set(document["components"]["schemas"][schema["$ref"].rpartition("/")[2]]["properties"])
 
-    assert fields("/weightcast/commit") == {"epoch", "round", "version", "pause", "clear_cache", "timeout_s"}
+    assert fields("/weightcast/commit") == {"epoch", "round", "version", "pause", "clear_cache", "timeout_s", "adapter"}
     assert fields("/finish_weight_update") == {"weight_version"}
     assert {"prompt", "logprobs", "return_token_ids"} <= fields("/v1/completions")
     assert {"messages", "top_logprobs"} <= fields("/v1/chat/completions")

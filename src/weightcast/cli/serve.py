@@ -81,6 +81,10 @@ def command(
     max_num_batched_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens in one forward pass.")] = None,
     kv_cache_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens whose keys and values fit.")] = None,
     max_waiting: Annotated[int | None, typer.Option(min=1, help="Requests that may wait for a place.")] = None,
+    max_adapters: Annotated[
+        int | None, typer.Option(min=1, help="Versions of LoRA adapters at a time; each adapter takes two.")
+    ] = None,
+    max_lora_rank: Annotated[int | None, typer.Option(min=1, help="Highest rank of an adapter.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of dummy weights and of unseeded requests.")] = 0,
     num_threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch.")] = None,
     wait_for_weights: Annotated[
@@ -125,6 +129,8 @@ def command(
         "kv_cache_tokens": kv_cache_tokens,
         "max_waiting": max_waiting,
         "num_threads": num_threads,
+        "max_adapters": max_adapters,
+        "max_lora_rank": max_lora_rank,
     }
     arguments: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     arguments |= {

@@ -159,10 +159,18 @@ def _cells(row: Row) -> list[Text]:
         error = _cell(f"{type(row).__name__}: {row.message}{f'. {row.hint}' if row.hint else ''}", "red")
         return [Text(""), Text(""), Text(""), error, *(Text("") for _ in COUNTS)]
     return [
-        *(_cell(row.get(name)) for name in ("model", "weight_version", "digest")),
+        *map(_cell, (row.get("model"), _versions(row), row.get("digest"))),
         _state(row),
         *(_cell(row.get(name)) for name in COUNTS.values()),
     ]
+
+
+def _versions(row: Mapping[str, Any]) -> str:
+    """The version of the model, and those of the LoRA adapters beside it."""
+    adapters = row.get("adapters")
+    served = adapters.items() if isinstance(adapters, dict) else ()
+    labels = [f"{name}@{each.get('weight_version')}" for name, each in served if isinstance(each, dict)]
+    return ", ".join([str(row.get("weight_version") or "-"), *labels])
 
 
 def _cell(value: object, style: str = "") -> Text:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from weightcast.errors import InvalidInput, PlanMismatch
+from weightcast.errors import MERGED_HINT, InvalidInput, PlanMismatch
 from weightcast.manifest.manifest import Manifest, TensorSpec, align
 
 CONFIG_NAME = "adapter_config.json"
@@ -18,7 +18,6 @@ CONFIG_NAME = "adapter_config.json"
 PREFIX = "base_model.model."
 """What PEFT puts before the base model's names."""
 _FACTORS = (".lora_A.weight", ".lora_B.weight")
-MERGED_HINT = "Publish the merged weights: Publisher(peft_model, engines) without adapter="
 MAX_CONFIG_NBYTES = 1 << 20
 MAX_NAME = 64
 

@@ -14,6 +14,7 @@ from starlette.responses import Response
 
 from weightcast.engines.base import InferenceEngine
 from weightcast.errors import WeightcastError
+from weightcast.server.adapter_routes import AdapterRoutes
 from weightcast.server.auth import TokenAuth, guards_of
 from weightcast.server.chat_routes import ChatRoutes
 from weightcast.server.completion_routes import CompletionRoutes
@@ -63,7 +64,7 @@ def _operations(context: ServerContext) -> list[Operation]:
         max_body_nbytes=context.config.max_body_nbytes,
     )
     answering = (CompletionRoutes(context), ChatRoutes(context), TokenRoutes(context), SglangRoutes(context))
-    groups = (*answering, InfoRoutes(context), RlRoutes(context), control)
+    groups = (*answering, InfoRoutes(context), AdapterRoutes(context), RlRoutes(context), control)
     operations = [operation for group in groups for operation in group.operations()]
 
     async def openapi(request: Request) -> Response:

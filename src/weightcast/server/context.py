@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-from weightcast.engines.base import InferenceEngine
+from weightcast.engines.base import HoldsAdapters, InferenceEngine
 from weightcast.server.active import ActiveRequests
 from weightcast.server.auth import TokenAuth
 from weightcast.server.config import ServerConfig
@@ -34,8 +34,15 @@ class ServerContext:
     def model_name(self) -> str:
         return self.config.served_model_name or self.engine.model_name
 
-    def check_model(self, name: str | None) -> None:
-        """RequestRefused (404) when a request names a model that is not the served one."""
-        if name is not None and name != self.model_name:
-            only = f"the model {name!r} is not served here, only {self.model_name!r}"
-            raise RequestRefused(404, only, kind="NotFound", param="model")
+    def adapter_of(self, name: str | None) -> str | None:
+        """The adapter that a request names, with its version if the request has one; None for the model itself. RequestRefused (404)
+        when a request names what is not served."""
+        if name is None or name == self.model_name:
+            return None
+        adapters = self.engine.adapter_names if isinstance(self.engine, HoldsAdapters) else ()
+        if name.partition("@")[0] in adapters:
+            return name
+        served = ", ".join(map(repr, (self.model_name, *adapters)))
+        raise RequestRefused(
+            404, f"the model {name!r} is not served here, only {served}", kind="NotFound", param="model"
+        )

@@ -16,11 +16,11 @@ from weightcast.commit.order import CommitPause, RoundAnswer, RoundOrder
 from weightcast.commit.shells import OWED_S, AsyncCommitter
 from weightcast.deadline import Deadline
 from weightcast.engines.base import DigestsTensors, EngineStatus, HoldsAdapters, InferenceEngine, LiveDigests, PauseMode
-from weightcast.errors import DeadlineExceeded, UnknownModel, Unsupported
+from weightcast.errors import MERGED_HINT, DeadlineExceeded, UnknownModel, Unsupported
 from weightcast.manifest import Manifest
-from weightcast.manifest.adapters import MERGED_HINT
 
 T = TypeVar("T")
+NO_ADAPTERS = "this engine takes whole weights, and no adapters"
 
 
 class EngineControl(Protocol):
@@ -62,8 +62,11 @@ class EngineCommitter:
         self._adapters: dict[str, AsyncCommitter] = {}
 
     async def init(self, init_info: Mapping[str, Any]) -> None:
+        adapter = init_info.get("adapter") or ""
+        if adapter and not isinstance(self._engine, HoldsAdapters):
+            raise Unsupported(NO_ADAPTERS, hint=MERGED_HINT)
         await self._engine.init_weight_transfer_engine(init_info)
-        self._of(str(init_info.get("adapter") or "")).forget()
+        self._of(adapter).forget()
 
     async def shutdown(self) -> None:
         await self._engine.shutdown_weight_transfer_engine()
@@ -96,7 +99,7 @@ class EngineCommitter:
             return self._committer
         if adapter not in self._adapters:
             if not isinstance(self._engine, HoldsAdapters):
-                raise Unsupported("this engine takes whole weights, and no adapters", hint=MERGED_HINT)
+                raise Unsupported(NO_ADAPTERS, hint=MERGED_HINT)
             if adapter not in self._engine.joined_adapters:
                 raise UnknownModel(f"no trainer publishes an adapter {adapter[:80]!r} here", field="adapter")
             self._adapters[adapter] = AsyncCommitter(AsyncAdapterPort(self._engine, adapter))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import (
     Annotated,
     Any,
@@ -18,6 +19,7 @@ from starlette.routing import Router
 from weightcast.deadline import Deadline
 from weightcast.errors import DeadlineExceeded, EngineError, InvalidInput
 from weightcast.manifest import Manifest, TensorSpec
+from weightcast.manifest.adapters import version_label
 from weightcast.report.page import LIVE_PAGE, PAGE_HEADERS, render
 from weightcast.server.auth import TokenAuth, guards_of, presented_token
 from weightcast.server.body import inside, query_flag, read_struct
@@ -210,10 +212,11 @@ class ControlRoutes:
         return Response(render(LIVE_PAGE), headers=PAGE_HEADERS, media_type="text/html")
 
     async def _carry_out(self, order: RoundOrder) -> Response:
-        history = self._history.record(order.action, order.epoch, order.round, order.version)
+        label = partial(version_label, order.adapter) if order.adapter else str
+        history = self._history.record(order.action, order.epoch, order.round, order.version and label(order.version))
         with self._timed(order.action), history as outcome:
             answer = await self._control.carry_out(order)
-            outcome.version, outcome.phases = answer.version, answer.phases
+            outcome.version, outcome.phases = label(answer.version), answer.phases
             if self._metrics is not None:
                 self._metrics.observe_phases(order.action, answer.phases)
         return json_response(answer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -55,8 +55,7 @@ class Generator:
 
     def job(self, http: Request, request: GenerationRequest, prompts: list[PromptItem], params: SamplingParams) -> Job:
         """A job with fresh ids; RequestRefused when the named model is not the served one."""
-        served = self._context.model_name
-        self._context.check_model(request.model)
+        adapter = self._context.adapter_of(request.model)
         if len(prompts) * params.n > MAX_SAMPLES:
             many = f"{len(prompts)} prompts with {params.n} answers each"
             raise InvalidInput(f"{many}; one request may want {MAX_SAMPLES} answers", field="prompt")
@@ -65,9 +64,9 @@ class Generator:
         full = f"{self._dialect.id_prefix}{name}"
         echo = isinstance(request, CompletionRequest) and bool(request.echo)
         return Job(
-            id=full, names=(full, name), created=int(time.time()), model=served, prompts=prompts, params=params,
+            id=full, names=(full, name), created=int(time.time()), model=adapter or self._context.model_name, prompts=prompts, params=params,
             request=request, tokenizer=self._context.engine.tokenizer, echo=echo,
-            echo_only=echo and request.max_tokens == 0,
+            echo_only=echo and request.max_tokens == 0, adapter=adapter,
         )  # fmt: skip
 
     async def answer(self, http: Request, job: Job) -> Response:
@@ -129,7 +128,10 @@ class Generator:
         return SseResponse(self._events(job, fanout, first), close)
 
     def _fanout(self, job: Job, ids: list[str], kind: RequestOutputKind) -> Fanout:
-        generate, params = self._context.engine.generate, replace(job.params, output_kind=kind)
+        generate: Callable[..., AsyncIterator[RequestOutput]] = self._context.engine.generate
+        params = replace(job.params, output_kind=kind)
+        if job.adapter is not None:
+            generate = partial(generate, adapter=job.adapter)
         return Fanout([partial(generate, prompt, params, id) for prompt, id in zip(job.prompts, ids, strict=True)])
 
     async def _events(self, job: Job, fanout: Fanout, changed: list[tuple[int, RequestOutput]]) -> AsyncIterator[bytes]:

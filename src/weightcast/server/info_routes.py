@@ -9,16 +9,15 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from weightcast.engines.base import EngineStatus
+from weightcast.engines.base import EngineStatus, HoldsAdapters
 from weightcast.errors import EngineError, InvalidInput, Unsupported
+from weightcast.manifest.adapters import version_label
 from weightcast.server.body import query_flag
 from weightcast.server.context import ServerContext
 from weightcast.server.operation import Operation, QueryParam
 from weightcast.server.replies import json_response
 
 _REFUSED = {
-    "/v1/load_lora_adapter": "LoRA adapters are not supported; merge the adapter and sync full weights",
-    "/v1/unload_lora_adapter": "LoRA adapters are not supported",
     "/start_draft_weight_update": "there is no draft model",
     "/collective_rpc": "calling worker methods over HTTP is not supported; use the weight routes",
     "/sleep": "this engine does not give up its memory; stop the server instead",
@@ -83,7 +82,13 @@ class InfoRoutes:
             "parent": None,
             "max_model_len": self._engine.max_model_len,
         }
-        return json_response({"object": "list", "data": [model]})
+        served = (await self._engine.status()).adapters if isinstance(self._engine, HoldsAdapters) else {}
+        adapters = [
+            {**model, "id": name, "root": version_label(name, status.weight_version), "parent": model["id"]}
+            for name, status in served.items()
+            if status.ready
+        ]
+        return json_response({"object": "list", "data": [model, *adapters]})
 
     async def health(self, request: Request) -> Response:
         """Alive is not ready: trainers wait for this before they send the weights that an engine waits for."""
@@ -118,7 +123,8 @@ class InfoRoutes:
 
     async def weight_info(self, request: Request) -> Response:
         status = await self._engine.status()
-        return json_response({"weight_version": status.weight_version, "digest": status.digest})
+        adapters = {"adapters": status.adapters} if status.adapters else {}
+        return json_response({"weight_version": status.weight_version, "digest": status.digest, **adapters})
 
     async def server_info(self, request: Request) -> Response:
         """What clients look for before a sync: the transfer backend, the dtype, and how logprobs are computed."""

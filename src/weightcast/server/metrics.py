@@ -133,6 +133,7 @@ class _EngineCollector(Collector):
         )
         info.add_metric([status.weight_version, status.digest or "", status.model], 1.0)
         yield info
+        yield from _adapter_metrics(status)
         for name, text, value in (
             ("ready", "Whether requests are served.", status.ready),
             ("dirty", "Whether live weights belong to no version.", status.dirty),
@@ -155,6 +156,27 @@ class _EngineCollector(Collector):
         if status.num_weight_bytes is not None:
             text, received = "Bytes of weights received.", float(status.num_weight_bytes)
             yield CounterMetricFamily("weightcast_weight_bytes", text, received)
+
+
+def _adapter_metrics(status: EngineStatus) -> Iterator[Metric]:
+    """What is served beside the model."""
+    info = GaugeMetricFamily(
+        "weightcast_adapter_version_info",
+        "The live version of each LoRA adapter, in labels.",
+        labels=["adapter", "version", "digest"],
+    )
+    requests = GaugeMetricFamily(
+        "weightcast_adapter_requests",
+        "Requests that run on each version of a LoRA adapter.",
+        labels=["adapter", "version"],
+    )
+    for name, served in status.adapters.items():
+        info.add_metric([name, served.weight_version, served.digest or ""], 1.0)
+        for version, count in served.versions.items():
+            requests.add_metric([name, version], float(count))
+    if status.adapters:
+        yield info
+        yield requests
 
 
 def _usage(status: EngineStatus) -> float | None:

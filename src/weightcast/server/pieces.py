@@ -24,6 +24,8 @@ class Job:
     params: SamplingParams
     request: GenerationRequest
     tokenizer: Any
+    adapter: str | None = None
+    """The adapter that it runs on, as the request names it; None: the model itself."""
     echo: bool = False
     """The prompt stands in front of every answer."""
     echo_only: bool = False
@@ -125,6 +127,8 @@ def choice_extras(job: Job, piece: Piece) -> dict[str, Any]:
         extras["token_ids"] = piece.token_ids
     if output.finish_reason is not None:
         extras["weight_versions"] = output.weight_versions
+        if piece.prompt.adapter is not None:
+            extras["adapter"] = piece.prompt.adapter
     return extras
 
 

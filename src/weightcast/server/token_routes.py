@@ -62,7 +62,7 @@ class TokenRoutes:
 
     async def tokenize(self, http: Request) -> Response:
         request, nbytes = await self._context.bodies.read(http, TokenizeRequest)
-        self._context.check_model(request.model)
+        self._context.adapter_of(request.model)
         ids = await aside(nbytes, lambda: self._ids(request))
         texts = self._tokenizer().convert_ids_to_tokens(ids) if request.return_token_strs else None
         max_model_len = self._context.engine.max_model_len
@@ -70,7 +70,7 @@ class TokenRoutes:
 
     async def detokenize(self, http: Request) -> Response:
         request, nbytes = await self._context.bodies.read(http, DetokenizeRequest)
-        self._context.check_model(request.model)
+        self._context.adapter_of(request.model)
         tokenizer = self._tokenizer()
         strange = [token for token in request.tokens if not 0 <= token <= _MAX_ID]
         if strange:

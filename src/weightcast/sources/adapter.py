@@ -11,11 +11,10 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from weightcast.errors import InvalidInput, StateError, Unsupported
+from weightcast.errors import MERGED_HINT, InvalidInput, StateError, Unsupported
 from weightcast.layout.memory import Memory
 from weightcast.manifest.adapters import (
     CONFIG_NAME,
-    MERGED_HINT,
     AdapterConfig,
     config_bytes,
     factor_names,

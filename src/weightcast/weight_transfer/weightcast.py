@@ -10,8 +10,7 @@ from typing import Literal
 
 from weightcast.control.link import JoinInfo
 from weightcast.deadline import Deadline
-from weightcast.errors import InvalidInput, StateError, Unsupported
-from weightcast.manifest.adapters import MERGED_HINT
+from weightcast.errors import MERGED_HINT, InvalidInput, StateError, Unsupported
 from weightcast.receiver.adapter_model import AdapterModel
 from weightcast.receiver.base import LiveModel
 from weightcast.receiver.greeting import Greeting

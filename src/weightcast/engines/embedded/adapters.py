@@ -17,9 +17,9 @@ from torch import nn
 from torch.nn.functional import linear
 
 from weightcast.engines.embedded.linears import Linears, shape_of
-from weightcast.errors import PlanMismatch, StateError, UnknownModel, Unsupported
+from weightcast.errors import MERGED_HINT, PlanMismatch, StateError, UnknownModel, Unsupported
 from weightcast.layout.memory import Memory
-from weightcast.manifest.adapters import MERGED_HINT, AdapterConfig, Factors
+from weightcast.manifest.adapters import AdapterConfig, Factors
 from weightcast.manifest.dtypes import dtype_of
 from weightcast.manifest.names import shown
 from weightcast.receiver.adapter_model import AdapterModel

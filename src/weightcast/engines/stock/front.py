@@ -20,17 +20,15 @@ from weightcast.commit.worker_outcome import NO_VERSION, WorkerOutcome, common_v
 from weightcast.content.live_tensors import tensor_digests
 from weightcast.deadline import Deadline
 from weightcast.engines.base import EngineStatus, LiveDigests
-from weightcast.errors import EngineError, InvalidInput, Unsupported
+from weightcast.errors import MERGED_HINT, EngineError, InvalidInput, Unsupported
 from weightcast.manifest import Manifest
-from weightcast.manifest.adapters import MERGED_HINT
-from weightcast.server.control import details_of
+from weightcast.server.control import NO_ADAPTERS, details_of
 from weightcast.untrusted.known import known
 from weightcast.weight_transfer.weightcast import WeightcastInitInfo
 
 logger = logging.getLogger(__name__)
 
 BACKEND = "weightcast"
-NO_ADAPTERS = "this engine takes whole weights, and no adapters"
 
 EngineT = TypeVar("EngineT", bound=StockEngine)
 

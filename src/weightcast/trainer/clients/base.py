@@ -11,13 +11,13 @@ import msgspec
 
 from weightcast.deadline import Deadline, Seconds
 from weightcast.errors import (
-    AnswerLost as AnswerLost,
-)
-from weightcast.errors import (
+    MERGED_HINT,
     EngineError,
     Unsupported,
 )
-from weightcast.manifest.adapters import MERGED_HINT
+from weightcast.errors import (
+    AnswerLost as AnswerLost,
+)
 from weightcast.quoted import NAME_CHARACTERS, quoted
 from weightcast.untrusted.known import known
 
