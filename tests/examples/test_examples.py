@@ -37,6 +37,10 @@ def test_streams_of_merged_adapters(run: Callable[..., str]) -> None:
     assert learnt(run("streams.py", timeout_s=90)) > 0.1
 
 
+def test_a_trainer_with_a_form_of_its_own(run: Callable[..., str]) -> None:
+    assert learnt(run("exported.py", timeout_s=90)) > 0.1
+
+
 def test_rlhf_http(run: Callable[..., str]) -> None:
     assert learnt(run("rlhf_http.py", timeout_s=90)) > 0.1
 

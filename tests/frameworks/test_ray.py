@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import ray
 import torch
+from tests.examples.example_runs import learnt, run_example
 from tests.frameworks.ray_actors import AsyncEngine, Engine
 from transformers import AutoModelForCausalLM
 
@@ -45,3 +46,7 @@ def test_actors_of_any_class_serve_what_was_published(folder: Path) -> None:
                     assert torch.equal(live[name], value), name
     with pytest.raises(InvalidInput, match="no engine in its attribute 'llm'"):
         RayEngineClient(looping).world_size(Deadline(30))
+
+
+def test_openrlhfs_actors() -> None:
+    assert learnt(run_example("openrlhf.py", timeout_s=300)) > 0.1

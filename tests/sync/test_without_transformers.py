@@ -1,12 +1,15 @@
-"""The trainer's side where transformers is not installed, or another release than the embedded engine wants, as beside verl."""
+"""The trainer's side where nothing of weightcast[server] is installed, or another transformers than the embedded engine wants, as beside verl."""
 
 import subprocess
 import sys
 
 CODE = """
 import sys
-sys.modules.update(dict.fromkeys(("transformers", "tokenizers", "accelerate", "peft", "trl", "ray")))  # none of them can be imported
+absent = ("transformers", "tokenizers", "jinja2", "starlette", "uvicorn", "accelerate", "peft", "trl", "ray")
+sys.modules.update(dict.fromkeys(absent))  # none of them can be imported
 import torch
+import weightcast.cli.doctor, weightcast.cli.push, weightcast.cli.report, weightcast.cli.status, weightcast.cli.verify, weightcast.cli.watch
+import weightcast.integrations.deepspeed, weightcast.trainer.clients
 from weightcast import Publisher, StreamSource
 from weightcast.testing.local_engine import DictModel, LocalEngine
 
