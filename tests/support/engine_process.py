@@ -47,9 +47,19 @@ SHAPES: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
 LOADED = ("norm", "layers.1.weight")
 
 
+SPARSE = 10**6
+"""Values of the seeds above this one differ from each other in few elements."""
+
+
 def values_of(seed: int, device: str = "cpu") -> dict[str, torch.Tensor]:
     """Random tensors; equal for equal seeds, on any device."""
     generator = torch.Generator().manual_seed(seed)
+    if seed > SPARSE:
+        found = values_of(0)
+        for value in found.values():
+            where = torch.rand(value.shape, generator=generator) < 0.01
+            value[where] = torch.randint(-(2**15), 2**15, (int(where.sum()),), generator=generator).to(value.dtype)
+        return {name: value.to(device) for name, value in found.items()}
     return {
         name: torch.randint(-(2**15), 2**15, shape, generator=generator).to(device, dtype)
         for name, (shape, dtype) in SHAPES.items()

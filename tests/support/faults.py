@@ -24,7 +24,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, Literal
 
@@ -32,6 +32,7 @@ import torch
 
 from weightcast.control.pump import Pump
 from weightcast.deadline import Deadline
+from weightcast.delta import Changes
 from weightcast.errors import InvalidInput
 from weightcast.layout.memory import Memory
 from weightcast.plan.replay import Replay
@@ -40,6 +41,7 @@ from weightcast.receiver.receiver import Receiver
 from weightcast.receiver.session import Session
 from weightcast.receiver.shadow import Shadow
 from weightcast.receiver.worker_round import RoundId
+from weightcast.transports.changed import Changing
 from weightcast.transports.spans import Unloading
 
 POINTS = (
@@ -165,6 +167,13 @@ class Faults:
         Session.receive = received  # type: ignore[method-assign, assignment]
         Replay.run = copied  # type: ignore[method-assign, assignment]
         Unloading.run = unloaded  # type: ignore[method-assign, assignment]
+        apply = Changing.apply
+
+        def changed(changing: Changing, several: Sequence[Changes]) -> None:
+            one_more()
+            apply(changing, several)
+
+        Changing.apply = changed  # type: ignore[method-assign, assignment]
 
     def _hook_gpu_copies(self) -> None:
         """On a GPU the first kernel may do all copies: the middle is where it was queued and nobody waited for it yet."""

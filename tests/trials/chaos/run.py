@@ -292,6 +292,7 @@ class Chaos:
                 self._urls(),
                 TOKEN,
                 transport=self._random.choice(["shm", "tcp", "auto"]),
+                delta=self._random.choice([False, True]),
                 require=self._random.choice(["live", "live", "all"]),
                 timeout_s=DEADLINE_S,
                 bucket_nbytes=16 * 2**10,

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from functools import partial
 
 from tests.support.faults import Action
-from tests.trials.matrix.field import Field
+from tests.trials.matrix.field import DELTA, Field
 from tests.trials.matrix.outcome import Finding
 from tests.trials.matrix.plays import engines, live, machines, traffic, trainers
 
 Play = Callable[..., Finding]
-CPU_TRANSPORTS = ("shm", "tcp")
+CPU_TRANSPORTS = ("shm", "tcp", DELTA)
 GPU_TRANSPORTS = ("cuda_ipc", "nccl")
 BOTH, STAGED = ("staged", "in_place"), ("staged",)
 KILL_POINTS = ("setup", "transfer:start", "transfer:middle", "transfer:end", "commit:start", "commit:end", "answer")
@@ -42,6 +42,11 @@ class Cell:
     def column(self) -> str:
         """Where it stands in the table."""
         return f"{self.transport} {self.mode}"
+
+    @property
+    def carried_by(self) -> str:
+        """The transport's own name: changes go over tcp."""
+        return "tcp" if self.transport == DELTA else self.transport
 
     @property
     def needs_network(self) -> bool:

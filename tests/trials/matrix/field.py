@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from tests.support.bare_engine import Snapshot
-from tests.support.engine_process import SLICE_NBYTES, TOKEN, EngineProcess, values_of
+from tests.support.engine_process import SLICE_NBYTES, SPARSE, TOKEN, EngineProcess, values_of
 from tests.support.processes import start_fork_server
 from tests.support.trainer_process import TrainerProcess
 from tests.trials.matrix.failure import Failure
@@ -31,6 +31,8 @@ UNHURRIED_S = 4.0
 RESUMES_S = 3.0
 """An engine that ended a commit goes on within this time."""
 UNKNOWN, DIRTY = "unknown", "dirty"
+DELTA = "delta"
+"""In the place of a transport: rounds over tcp that send what changed, between values few of which differ."""
 
 
 class Field:
@@ -56,7 +58,8 @@ class Field:
         self.deadline_s = DEADLINE_S if device == "cpu" else GPU_DEADLINE_S
         self.unhurried_s = max(UNHURRIED_S, self.deadline_s)
         self.options: dict[str, Any] = {
-            "transport": transport,
+            "transport": "tcp" if transport == DELTA else transport,
+            "delta": transport == DELTA,
             "mode": mode,
             "require": require,
             "address": address,
@@ -66,7 +69,7 @@ class Field:
         self._engine_options: dict[str, Any] = {"loader": loader, "relocatable": relocatable, "device": device}
         self._only_a: dict[str, Any] = {"num_workers": num_workers, "host": host, "netns": netns}
         self._stack = contextlib.ExitStack()
-        self.seed = 0
+        self.seed = SPARSE if transport == DELTA else 0
         self.tensors = values_of(0, device)
         self.seeds: dict[int, int] = {0: 0}
         self.publisher: Publisher | None = None
@@ -206,7 +209,9 @@ class Field:
     def heal(self, timeout_s: float | None = None) -> None:
         """The next round works, for everybody, and the one after it."""
         self.succeed(timeout_s)
-        self.succeed(timeout_s)
+        report = self.succeed(timeout_s)
+        codecs = {worker.codec for engine in report.engines for worker in engine.workers}
+        expect(codecs == {"delta" if self.transport == DELTA else "dense"}, f"what came is {codecs}")
 
     def replace(self) -> None:
         """The victim is dead; a new process takes its place."""

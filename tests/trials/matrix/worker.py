@@ -39,7 +39,7 @@ def _why_not(cell: Cell) -> str | None:
     if cell.needs_network:
         return obstacle()
     try:
-        registry().get(cell.transport)
+        registry().get(cell.carried_by)
     except WeightcastError as error:
         return f"{cell.transport}: {error}"
     return None
