@@ -72,6 +72,15 @@ def told(ended: subprocess.CompletedProcess[str] | Result) -> Any:
     return json.loads(ended.stdout)
 
 
+@pytest.mark.parametrize("option", ["--timeout", "--wait"])
+@pytest.mark.parametrize("seconds", ["1e12", "inf", "nan", "0"])
+def test_a_time_that_cannot_be_is_told_before_anything_is_loaded(option: str, seconds: str, tmp_path: Path) -> None:
+    ended = run_here("push", tmp_path, "--to", "http://127.0.0.1:9", option, seconds)
+    assert ended.exit_code == 2, ended.output
+    assert f"Invalid value for '{option}'" in ended.output
+    assert "loading" not in ended.output
+
+
 def test_the_version_in_both_ways() -> None:
     assert run("--version").stdout == f"weightcast {weightcast.__version__}\n"
     script = Path(sys.executable).with_name("weightcast")

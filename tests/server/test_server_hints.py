@@ -20,6 +20,7 @@ from weightcast.server.unix_socket import unix_socket
 from weightcast.testing.scripted_engine import ScriptedEngine
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+IDS = {"input_ids": [1, 2], "sampling_params": {"max_new_tokens": 1}}
 HI = [{"role": "user", "content": "hi"}]
 
 
@@ -52,6 +53,12 @@ async def _play(
         ("/start_weight_update", {"is_checkpoint_format": False}, 422, "Send weights under checkpoint names", None),
         ("/weight_checker", {"action": "reset"}, 422, "Compare checksums from before and after", None),
         ("/sleep", {}, 422, "Do without this route", None),
+        ("/generate", {**IDS, "return_logprob": True, "logprob_start_len": 0}, 422,
+         r"not in this dialect.*Leave logprob_start_len away, or ask /v1/completions", {**IDS, "return_logprob": True}),
+        ("/generate", {**IDS, "lora_path": "a"}, 422, "lora_path is not supported by this engine.*Leave the field away", IDS),
+        ("/generate", {**IDS, "image_data": "a"}, 422, "image_data is not supported.*Leave the field away", IDS),
+        ("/generate", {**IDS, "stream": True, "sampling_params": {"n": 2}}, 422,
+         "a stream has one answer a prompt.*Send n prompts, or do not stream", {**IDS, "sampling_params": {"n": 2, "max_new_tokens": 1}}),
     ],
 )  # fmt: skip
 async def test_requests(

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from weightcast.cli.shared import JsonOption, console, print_json, print_table
+from weightcast.deadline import MOST_S
 from weightcast.errors import WeightcastError
 
 State = Literal["ok", "note", "no"]
@@ -36,7 +37,7 @@ class Finding:
 
 def command(
     transfer: Annotated[bool, typer.Option(help="Move bytes between two processes by each transport.")] = True,
-    timeout: Annotated[float, typer.Option(min=1.0, help="Deadline of one transfer, in seconds.")] = 60.0,
+    timeout: Annotated[float, typer.Option(min=1.0, max=MOST_S, help="Deadline of one transfer, in seconds.")] = 60.0,
     as_json: JsonOption = False,
 ) -> None:
     """Report what works on this machine. Exit status 1 when no transport does."""

@@ -25,6 +25,7 @@ from weightcast.cli.shared import (
     print_table,
     reported_errors,
 )
+from weightcast.deadline import MOST_S
 
 if TYPE_CHECKING:
     from weightcast.report.model import Report, WorkerReport
@@ -95,6 +96,7 @@ def command(
         float | None,
         typer.Option(
             min=0.001,
+            max=MOST_S,
             help="Seconds to wait for servers that are not there yet, or still load their model, before the deadline counts.",
             show_default=False,
         ),

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from weightcast.cli.wording import in_options
+from weightcast.deadline import MOST_S
 from weightcast.errors import ErrorForm, InvalidInput, RoundFailed, WeightcastError
 
 TOKEN_VARIABLE = "WEIGHTCAST_TOKEN"
@@ -33,7 +34,9 @@ TokenFileOption = Annotated[
         "--token-file", help=f"File that holds the token (or the variable {TOKEN_VARIABLE}).", show_default=False
     ),
 ]
-TimeoutOption = Annotated[float, typer.Option("--timeout", min=0.001, help="Deadline of the whole call, in seconds.")]
+TimeoutOption = Annotated[
+    float, typer.Option("--timeout", min=0.001, max=MOST_S, help="Deadline of the whole call, in seconds.")
+]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one line of JSON instead; an error is its field error.")
 ]

@@ -24,6 +24,7 @@ from weightcast.cli.shared import (
     print_table,
     reported_errors,
 )
+from weightcast.deadline import MOST_S
 from weightcast.errors import WeightcastError
 from weightcast.quoted import quoted
 
@@ -45,8 +46,10 @@ def command(
         bool,
         typer.Option("--watch", help="Ask again and again until interrupted. Into a file: a line for each change."),
     ] = False,
-    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two questions with --watch.")] = 1.0,
-    timeout: Annotated[float, typer.Option(min=0.001, help="Deadline of one question, in seconds.")] = 5.0,
+    interval: Annotated[
+        float, typer.Option(min=0.1, max=MOST_S, help="Seconds between two questions with --watch.")
+    ] = 1.0,
+    timeout: Annotated[float, typer.Option(min=0.001, max=MOST_S, help="Deadline of one question, in seconds.")] = 5.0,
     as_json: JsonOption = False,
 ) -> None:
     """Show what each engine serves. Exit status 1 if one cannot be reached."""
