@@ -1,5 +1,7 @@
 """Models to speculate with: brought to the same version as their target by the same commit, and never left behind silently."""
 
+import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,10 @@ from tests.vllm.weights import fill
 
 from weightcast import Publisher
 from weightcast.deadline import Deadline
-from weightcast.errors import EngineError, PlanMismatch, RoundFailed
+from weightcast.engines.stock.reach import reachable
+from weightcast.engines.vllm import twin
+from weightcast.engines.vllm.api import HELPERS
+from weightcast.errors import EngineError, PlanMismatch, RoundFailed, WeightcastError
 from weightcast.testing.models import random_state_dict, save_checkpoint
 from weightcast.trainer.clients import CommitOrder, CommitReply, make_clients
 
@@ -168,3 +173,120 @@ def test_a_draft_that_an_engine_has_not(folders: tuple[Path, Path]) -> None:
         with Publisher(source, [llm], timeout_s=60, unused=["draft.*"]) as publisher:
             assert publisher.publish().unused
             assert_live(model_of(llm), source[""])
+
+
+def eagle_head(folder: Path) -> Path:
+    """An EAGLE head without embeddings and output head of its own."""
+    path = build(folder, "llama", num_hidden_layers=1)
+    return save_checkpoint(folder.parent / "head", fresh_head(path), like=path)
+
+
+def fresh_head(path: Path) -> Weights:
+    given = {name.removeprefix("model."): value for name, value in random_state_dict(path).items()}
+    layer = {name: value for name, value in given.items() if "layers.0." in name and "input_layernorm" not in name}
+    return {**layer, "fc.weight": torch.randn(64, 128).mul(0.1).bfloat16()}
+
+
+def mtp_model(folder: Path, num_layers: int = 2) -> Path:
+    """A DeepSeek-V3 whose checkpoint has an MTP block behind its layers."""
+    path = build(folder, "deepseek_v3", num_hidden_layers=num_layers)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 1}))
+    return save_checkpoint(folder.parent / "with-mtp", with_block(path), like=path)
+
+
+def with_block(path: Path) -> Weights:
+    """Fresh values of the model and its block, which has copies of embedding and head as published checkpoints do."""
+    model, other = random_state_dict(path), random_state_dict(path)
+    at = f"model.layers.{json.loads((path / 'config.json').read_text())['num_hidden_layers']}."
+    block = {name.replace("model.layers.1.", at): v for name, v in other.items() if name.startswith("model.layers.1.")}
+    norms = {name: torch.rand(64).add(0.5).bfloat16() for name in ("enorm", "hnorm", "shared_head.norm")}
+    return {
+        **model,
+        **block,
+        **{f"{at}{name}.weight": value for name, value in norms.items()},
+        f"{at}eh_proj.weight": torch.randn(64, 128).mul(0.1).bfloat16(),
+        f"{at}embed_tokens.weight": model["model.embed_tokens.weight"].clone(),
+        f"{at}shared_head.head.weight": model["lm_head.weight"].clone(),
+    }
+
+
+def contents(llm: Any) -> dict[str, torch.Tensor]:
+    """All that the two models can read, and what is packed in kernels."""
+    found = {}
+    for model in (model_of(llm), worker_of(llm).get_draft_model()):
+        key = type(model).__name__
+        found |= {
+            f"{key}.{place}": tensor.clone() for place, tensor in reachable(model, HELPERS).items() if tensor.numel()
+        }
+        packed = [(name, layer) for name, layer in model.named_modules() if hasattr(layer, "cpu_linear")]
+        found |= {
+            f"{key}.{name}()": weight_of(layer) for name, layer in packed if hasattr(layer, "input_size_per_partition")
+        }
+    return {place: tensor for place, tensor in found.items() if not re.search(r"kv_cache|buffer|workspace", place)}
+
+
+@pytest.mark.parametrize(("method", "mode"), [("eagle", "in_place"), ("mtp", "staged")])
+def test_heads_and_blocks_equal_a_fresh_load(tmp_path: Path, method: str, mode: str) -> None:
+    path = build(tmp_path / "m", "llama") if method == "eagle" else mtp_model(tmp_path / "m")
+    head = eagle_head(tmp_path / "d") if method == "eagle" else path
+    fresh = (lambda: random_state_dict(path)) if method == "eagle" else (lambda: with_block(path))
+    weights, of_draft = fresh(), fresh_head(head)
+    source: Any = {"": weights, "draft.": of_draft} if method == "eagle" else weights
+    how: dict[str, Any] = {"method": method, "num_speculative_tokens": 1}
+    seen = []
+
+    def speculating(path: Path, head: Path) -> Any:
+        model = {"model": str(head)} if method == "eagle" else {}
+        return offline.engine(path, speculative_config={**how, **model}, disable_log_stats=False)
+
+    with speculating(path, head) as llm, Publisher(source, [llm], timeout_s=60, mode=mode) as publisher:
+        for number in range(2):
+            fill(weights, fresh())
+            fill(of_draft, fresh_head(head))
+            report = publisher.publish()
+            assert report.digests_match
+            assert not report.unused
+            assert model_of(llm).model.embed_tokens is worker_of(llm).get_draft_model().model.embed_tokens
+            folders = (
+                save_checkpoint(tmp_path / f"push-{number}", weights, like=path),
+                save_checkpoint(tmp_path / f"head-{number}", of_draft, like=head),
+            )
+            seen.append((folders, accepted(llm), contents(llm)))
+    assert seen[0][1] != seen[1][1]
+    for (folder, of_head), got, live in seen:
+        with speculating(folder, of_head) as llm:
+            loaded = contents(llm)
+            assert loaded.keys() == live.keys()
+            assert [place for place, tensor in loaded.items() if not torch.equal(tensor, live[place])] == []
+            assert accepted(llm) == got
+
+
+def test_a_blocks_copy_of_the_embedding_is_the_embedding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM has the block share the target's; of a large model a twin with few layers is tried, and the whole block."""
+    made = []
+    original = twin.api.build_draft_twin
+
+    def counted(*arguments: Any) -> Any:
+        made.append(original(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(twin.api, "build_draft_twin", counted)
+    monkeypatch.setattr(twin, "WHOLE_NBYTES", 0)
+    path = mtp_model(tmp_path / "m", num_layers=3)
+    weights = with_block(path)
+    names = ("model.embed_tokens.weight", "model.layers.3.embed_tokens.weight")
+    with (
+        offline.engine(path, speculative_config={"method": "mtp", "num_speculative_tokens": 1}) as llm,
+        Publisher(weights, [llm], timeout_s=60) as publisher,
+    ):
+        publisher.publish()
+        assert made
+        assert all(list(model.model.layers) == ["3"] for model in made)
+        before = tokens(llm)
+        weights[names[1]].mul_(2)
+        with pytest.raises(WeightcastError) as caught:
+            publisher.publish()
+        told = str(next(iter(getattr(caught.value, "causes", {}).values()), caught.value))
+        assert all(name in told for name in names)
+        assert tokens(llm) == before

@@ -240,12 +240,13 @@ def build_twin(
     return model, config
 
 
-def build_draft_twin(vllm_config: Any, device: torch.device, draft: Draft) -> nn.Module:
-    """The draft built anew, without weights and with all of its layers, beside a twin of its target whose configuration is given."""
-    config, prefix = vllm_config, ""
+def build_draft_twin(vllm_config: Any, target_config: Any, device: torch.device, draft: Draft) -> nn.Module:
+    """The draft built anew, without weights and with all of its layers, beside a twin of its target whose configuration is given.
+    ``target_config`` is the model configuration of the engine's own target: an MTP block counts its layers from there."""
+    config, prefix = copy.copy(vllm_config), ""
+    config.model_config = target_config
     if draft.method == "draft_model":  # a model like any other, with a configuration of its own
-        config, prefix = copy.copy(vllm_config), "draft_model"
-        config.model_config, config.quant_config = draft.model_config, None
+        config.model_config, config.quant_config, prefix = draft.model_config, None, "draft_model"
     with set_default_torch_dtype(draft.model_config.dtype), device:
         model: nn.Module = initialize_model(vllm_config=config, prefix=prefix, model_config=draft.model_config)
     if shares_head(draft.model):

@@ -171,7 +171,7 @@ class VllmModel(StockModel):
     def _divide(self, manifest: Manifest) -> None:
         """Find out which tensors without a prefix are the draft's, where it has no checkpoint of its own."""
         whole = self._whole.model
-        if isinstance(whole, WithDraft) and whole.draft.is_of_same_checkpoint:
+        if self._twin_of is None and isinstance(whole, WithDraft) and whole.draft.is_of_same_checkpoint:
             live = not self.relocatable
             with self._looking_at(self._alone), self._recorded(manifest, live=live) as (_, _, _, recording):
                 whole.unclaimed = frozenset(recording.unused)

@@ -94,7 +94,7 @@ class Original:
         tied = api.shares_head(self.target)
         twin, config = api.build_twin(self.vllm_config, self.device, tied=tied, num_layers=self.num_layers)
         if isinstance(self.model, WithDraft):
-            draft = api.build_draft_twin(config, self.device, self.model.draft)
+            draft = api.build_draft_twin(config, self.vllm_config.model_config, self.device, self.model.draft)
             share_as(self.model, twin, draft)
             twin = WithDraft(twin, self.model.draft._replace(model=draft), self.model.unclaimed)
         return twin, config
