@@ -31,7 +31,7 @@ for part in "${parts[@]}"; do
                       run "$part" 150 python3 benchmarks/gpu/bench_two_gpus.py ;;
         matrix) run matrix 150 python3 -m tests.trials.matrix --transports cuda_ipc,nccl --jobs 12 \
                     --budget "${BUDGET:-115}" --cell-timeout 60 --out "$OUT" ;;
-        vllm-tests) T=150 tests vllm-tests "${LIMIT:-200}" "${JOBS:-6}" tests/gpu/test_gpu_{vllm{,_sleep,_left},trl}.py ${K:+-k "$K"} ;;
+        vllm-tests) T=150 tests vllm-tests "${LIMIT:-200}" "${JOBS:-6}" tests/gpu/test_gpu_{vllm{,_sleep,_left,_drafts},trl}.py ${K:+-k "$K"} ;;
         vllm-two) T=240 tests vllm-two "${LIMIT:-420}" 1 tests/gpu/test_gpu_two.py ${K:+-k "$K"} ;;
         vllm) for shape in ${SHAPES:-0.6B 8B MoE}; do   # a process each: what vLLM's ipc mapped is freed only with it
                   run "vllm-$shape" "${LIMIT:-200}" python3 benchmarks/gpu/bench_vllm.py "$shape"
