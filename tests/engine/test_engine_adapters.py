@@ -129,6 +129,7 @@ def live_tensors(llm: LLM, name: str = "policy") -> dict[str, torch.Tensor]:
         ("llama", "float64", {"target_modules": ["q_proj", "lm_head", "down_proj"], "rank_pattern": {"q_proj": 64}}),
         ("qwen3_tied", "float32", {"use_rslora": True, "alpha_pattern": {"k_proj": 3}}),
         ("gemma3", "float64", {"target_modules": ["q_proj", "v_proj", "gate_proj"]}),
+        ("deepseek_v3", "float64", {"target_modules": ["q_b_proj", "kv_b_proj", "o_proj"]}),
     ],
 )
 def test_two_versions_and_none_in_one_batch(build: Build, start: Start, arch: str, dtype: str, options: Any) -> None:
@@ -188,6 +189,26 @@ def test_rounds_while_requests_stay(build: Build, start: Start, settings: Any) -
             assert all(torch.equal(live_tensors(llm)[name], value) for name, value in saved(trainer).items())
     llm.resume_generation()
     assert [each.finished().outputs[0].token_ids for each in running] == truth
+
+
+def test_linear_layers_that_are_kept_the_other_way_round(start: Start) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, n_positions=64, eos_token_id=1))
+    with torch.no_grad():
+        for value in model.parameters():
+            value.add_(torch.randn(value.shape) * 0.2)
+    trainer, ids = adapted(model.double(), fan_in_fan_out=True, target_modules=["c_attn", "c_fc", "c_proj"]), prompt()
+    llm = start(model, dtype="float64")
+    with Publisher(trainer, [llm], adapter="policy", timeout_s=20, hold="round") as publisher:
+        for waits in (True, False, True):
+            scatter(trainer)
+            report = publisher.publish() if waits else publisher.publish(wait=False)
+            truth = greedy_on(merged(trainer), ids, NUM_TOKENS)
+            if not waits:
+                scatter(trainer)  # the round has a snapshot
+                report.wait()
+            assert tokens_of(llm, ids, "policy") == truth
 
 
 def test_what_is_not_a_number_stays_in_its_version(build: Build, start: Start) -> None:

@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from weightcast.deadline import Deadline
 from weightcast.errors import MERGED_HINT, InvalidInput, StateError, Unsupported
 from weightcast.layout.memory import Memory
 from weightcast.manifest.adapters import (
@@ -23,11 +24,15 @@ from weightcast.manifest.adapters import (
 from weightcast.sources.adapters import is_adapter, is_chooser, is_model
 from weightcast.sources.base import Source
 from weightcast.sources.conversions import Content
+from weightcast.sources.gathered import ALIKE_HINT, OTHERS_DIFFER, all_agree
 from weightcast.sources.module import ModuleSource
 from weightcast.sources.sharded import ShardedSource
 from weightcast.sources.shards import is_distributed, local_of
 from weightcast.sources.tree import AGAIN_HINT
 from weightcast.sources.wrappers import plain_names, unwrapped
+
+GATHER_S = 60.0
+"""How long ranks wait for each other where no call's deadline is known."""
 
 
 class _Published(nn.Module):
@@ -125,7 +130,8 @@ class AdapterSource(Source):
         self._published = _Published(adapter.model, _as_tensor(self._said, device))
         named: Mapping[str, torch.Tensor] = {**tensors, CONFIG_NAME: self._published.config}
         self._inner: Source
-        if any(map(is_distributed, tensors.values())):
+        self._shard = next(filter(is_distributed, tensors.values()), None)
+        if self._shard is not None:
             self._inner = ShardedSource(Content.plain(named), dtype=dtype, module=self._published)
         else:
             self._inner = ModuleSource(self._published, dtype=dtype, names=named)
@@ -135,6 +141,14 @@ class AdapterSource(Source):
 
     def _take_over(self) -> None:
         self.layout, self.memory = self._inner.layout, self._inner.memory
+
+    def _take_config(self) -> None:
+        """Publish the config of this moment, in which ranks that hold shards have to agree."""
+        if self._shard is not None:
+            said = config_bytes(self._adapter.config())
+            if not all_agree(self._shard, said, self.deadline or Deadline(GATHER_S)):
+                raise StateError(OTHERS_DIFFER, hint=ALIKE_HINT)
+        self._look_at_config()
 
     def _look_at_config(self, *, writes: bool = True) -> None:
         """Publish the config of this moment; StateError where its form is another one. Without ``writes`` only that is looked at."""
@@ -161,15 +175,15 @@ class AdapterSource(Source):
         self._take_over()
 
     def refresh(self) -> None:
-        self._look_at_config()
+        self._take_config()
         self._inner.refresh()
 
     def fill(self) -> None:
-        self._look_at_config()
+        self._take_config()
         self._inner.fill()
 
     def gather(self) -> None:
-        self._look_at_config()
+        self._take_config()
         self._inner.gather()
 
     def check(self) -> None:
