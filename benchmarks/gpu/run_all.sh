@@ -8,7 +8,7 @@ cd "$(dirname "$0")/../.."
 DEST=$OUT; export OUT="${TMPDIR:-/tmp}/gpu-out"; mkdir -p "$OUT"; rm -f "$OUT"/*.log
 keep() { tar -czf "$DEST/logs.tgz" -C "$OUT" . 2>/dev/null; cp -f "$OUT"/*.jsonl "$OUT"/matrix.* "$DEST" 2>/dev/null; true; }
 printf '[pytest]\nmarkers =\n  gpu\n  multigpu\n  alone\naddopts = -p no:cacheprovider\n' >"$OUT/pytest.ini"   # the project's own needs more plug-ins
-parts=("$@"); [ ${#parts[@]} -eq 0 ] && parts=(tests kernels attention publish streams ipc host moved beside adapters nccl two-gpus matrix vllm-tests vllm-two vllm stall)
+parts=("$@"); [ ${#parts[@]} -eq 0 ] && parts=(tests kernels attention publish streams ipc host moved beside adapters nccl two-gpus matrix vllm-tests vllm-memory-tests vllm-two vllm stall)
 failed=(${SETUP_FAILED:+set-up})
 has_vllm() { [ -d "$SITE/vllm" ] || python3 -c 'import importlib.util as u, sys; sys.exit(u.find_spec("vllm") is None)'; }
 run() { # NAME SECONDS COMMAND...
@@ -31,7 +31,9 @@ for part in "${parts[@]}"; do
                       run "$part" 150 python3 benchmarks/gpu/bench_two_gpus.py ;;
         matrix) run matrix 150 python3 -m tests.trials.matrix --transports cuda_ipc,nccl --jobs 12 \
                     --budget "${BUDGET:-115}" --cell-timeout 60 --out "$OUT" ;;
-        vllm-tests) T=150 tests vllm-tests "${LIMIT:-200}" "${JOBS:-6}" tests/gpu/test_gpu_{vllm{,_sleep,_left,_drafts},trl}.py ${K:+-k "$K"} ;;
+        vllm-tests) T=150 tests vllm-tests "${LIMIT:-200}" "${JOBS:-6}" tests/gpu/test_gpu_vllm{,_drafts}.py ${K:+-k "$K"} ;;
+        vllm-memory-tests) # one at a time: they compare what is in use on the whole card
+            T=290 tests vllm-memory-tests "${LIMIT:-500}" 1 tests/gpu/test_gpu_{vllm_{sleep,left},trl}.py ${K:+-k "$K"} ;;
         vllm-two) T=240 tests vllm-two "${LIMIT:-420}" 1 tests/gpu/test_gpu_two.py ${K:+-k "$K"} ;;
         vllm) for shape in ${SHAPES:-0.6B 8B MoE}; do   # a process each: what vLLM's ipc mapped is freed only with it
                   run "vllm-$shape" "${LIMIT:-200}" python3 benchmarks/gpu/bench_vllm.py "$shape"
