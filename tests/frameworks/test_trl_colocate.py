@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import gc
+import os
 import weakref
-from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from tests.support.sleepy_llm import SleepyLLM, told_by
 from torch import nn
@@ -18,6 +20,7 @@ from trl.generation import vllm_generation
 from weightcast.errors import RoundFailed, Unsupported
 from weightcast.integrations.trl import use_in_colocate_mode
 from weightcast.receiver.session import Session
+from weightcast.testing.ranks import run_ranks
 
 SYNCED = ["wake weights", "commit"]
 GENERATED = ["wake kv_cache", "generate", "sleep 2"]
@@ -30,16 +33,20 @@ def policy() -> nn.Module:
 
 
 @pytest.fixture
-def trl(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def trl(monkeypatch: pytest.MonkeyPatch) -> Any:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+        monkeypatch.delenv(name)  # TRL sets it, for vLLM
+    return beside_vllm(monkeypatch)
+
+
+def beside_vllm(monkeypatch: pytest.MonkeyPatch) -> Any:
     """TRL as it is beside vLLM, with its one call made."""
     patch = monkeypatch.setattr
     patch(vllm_generation, "is_vllm_available", lambda **_: True)
     patch(vllm_generation, "SamplingParams", SimpleNamespace, raising=False)
     patch(vllm_generation, "LLM", lambda **given: SleepyLLM(policy().state_dict(), **given), raising=False)
     patch(vllm_generation.VLLMGeneration, "sync_weights", vllm_generation.VLLMGeneration.sync_weights)
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "0")
-        monkeypatch.delenv(name)  # TRL sets it, for vLLM
     for _ in range(2):
         use_in_colocate_mode(timeout_s=20)
     return vllm_generation.VLLMGeneration
@@ -124,3 +131,34 @@ def test_what_cannot_be_is_told_and_nothing_is_kept(trl: Any) -> None:
     del generation
     gc.collect()
     assert kept() is None
+
+
+def a_rank(rank: int, size: int, store: str) -> None:
+    """Each process has an engine, and gathers with the others."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+    os.environ |= {"LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    dist.init_process_group("gloo", store=dist.FileStore(store, size), rank=rank, world_size=size)
+    with pytest.MonkeyPatch.context() as patch:
+        model = policy()
+        generation = generation_of(beside_vllm(patch), model, enable_sleep_mode=True)
+        own = type(generation)._iter_named_params
+
+        def gathering(self: Any) -> Any:
+            for name, value in own(self):
+                dist.broadcast(value, 0)
+                yield name, value
+
+        patch.setattr(type(generation), "_iter_named_params", gathering)
+        for _ in range(3):
+            train(model)
+            assert generation.sync_weights().digests_match
+            assert answers(generation) == {told_by(dict(model.named_parameters()))}
+        told: list[Any] = [None] * size
+        dist.all_gather_object(told, told_by(dict(model.named_parameters())))
+        assert len(set(told)) == 1
+        assert generation.llm.said == ["sleep 2", *(3 * [*SYNCED, *GENERATED])]
+    dist.destroy_process_group()
+
+
+def test_every_process_publishes_to_its_own_engine(tmp_path: Path) -> None:
+    run_ranks(a_rank, 2, str(tmp_path / "store"), timeout_s=120)
