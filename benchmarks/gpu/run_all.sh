@@ -23,7 +23,7 @@ tests() { run "$1" "$2" python3 -m pytest -v --timeout "${T:-110}" $(beside "$3"
 for part in "${parts[@]}"; do
     case $part in vllm*|stall) has_vllm || { echo "== $part: left out, there is no vLLM here"; continue; } ;; esac
     case $part in
-        tests) tests tests "${LIMIT:-240}" "${JOBS:-12}" tests/gpu/test_gpu_{transports,host_memory,moved,beside,adapters,lora,vllm_wire,publish,streams,embedded,proven,digest,finite,swap,ranks,deltas}.py \
+        tests) tests tests "${LIMIT:-240}" "${JOBS:-12}" tests/gpu/test_gpu_{transports,nixl,host_memory,moved,beside,adapters,lora,vllm_wire,publish,streams,embedded,proven,digest,finite,swap,ranks,deltas}.py \
                    tests/engine/test_engine_cuda.py ${K:+-k "$K"} ;;
         kernels) run kernels 150 python3 benchmarks/gpu/bench_kernels.py ${SWEEP:+--sweep} ;;
         publish|streams|ipc|host|moved|beside|adapters|adapter_rounds|nccl|attention) run "$part" 150 python3 "benchmarks/gpu/bench_$part.py" ;;

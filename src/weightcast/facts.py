@@ -23,6 +23,8 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     """Whether other processes can map its GPU memory, as far as the settings of torch's allocator tell."""
     nccl_host: str = ""
     """What NCCL takes for its host, empty without a GPU: it refuses two ranks that have one GPU of one host."""
+    rdma: bool = False
+    """Whether its host has RDMA devices."""
     transports: tuple[str, ...] = ()
     """Names this process could load and use."""
     folders: tuple[str, ...] = ()

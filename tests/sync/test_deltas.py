@@ -288,15 +288,3 @@ def test_without_being_asked_for_nothing_is_kept() -> None:
 def test_other_wishes_are_refused(wish: Any) -> None:
     with pytest.raises(InvalidInput, match='delta is True, False or "auto"'):
         Publisher({"w": torch.zeros(2)}, delta=wish)
-
-
-def test_pairs_that_live_for_one_round_keep_nothing() -> None:
-    source = weights()
-    model = DictModel({name: torch.zeros_like(value) for name, value in source.items()})
-    with serving([model], source, hold="round") as publisher:
-        for _ in range(2):
-            (worker,) = workers(report := publisher.publish())
-            assert (worker.codec, worker.codec_reason) == ("dense", "hold='round' sets pairs up anew for each round")
-            assert report.own_nbytes < 1.1 * nbytes_of(source)
-            assert model.holds(source)
-            step(source)

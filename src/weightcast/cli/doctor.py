@@ -21,7 +21,7 @@ from weightcast.errors import WeightcastError
 
 State = Literal["ok", "note", "no"]
 
-PACKAGES = ("weightcast", "torch", "transformers", "vllm", "ray", "nccl4py", "pyzmq", "msgspec")
+PACKAGES = ("weightcast", "torch", "transformers", "vllm", "ray", "nccl4py", "nixl-cu13", "pyzmq", "msgspec")
 MIN_OPEN_FILES = 1024
 
 

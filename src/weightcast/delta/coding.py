@@ -6,10 +6,9 @@ numbers here), then one zstd frame of all bodies, one after the other. A body ha
     gaps          for each change how many elements lie between it and the one before, one byte each; 255 says: see the wide gaps
     wide gaps     four bytes each
     values        differences of bits, folded so that small ones of either sign are small numbers, one byte each; 255 says: see the wide
-                  values. Where that is no shorter, and for absolute values: whole elements; the head says 2^32 - 1 wide values then
+                  values. Where that is no shorter, and for absolute values: whole elements, their first bytes first, then their
+                  second ones, and so on; the head says 2^32 - 1 wide values then
     wide values   whole elements
-
-Numbers of several bytes are written by bytes: first the lowest byte of each, then the next one of each, and so on.
 
 A weight's step is a few units of its last place, so that most changes are two bytes, which zstd halves. The bits of a float count like
 those of an integer, as its sign is in front: the difference of two floats of one sign is the number of floats between them.
@@ -58,21 +57,10 @@ def _body(found: Found) -> tuple[bytes, list[npt.NDArray[Any]]]:
         folded = _folded(found.new - found.old)
         values, wide_values = _narrow(folded, folded.dtype)
         if _is_shorter(len(values), len(wide_values), found.kind):
-            head = _HEAD.pack(len(gaps), len(wide_gaps), len(wide_values))
-            return head, [gaps, _planes(wide_gaps), values, _planes(wide_values)]
+            return _HEAD.pack(len(gaps), len(wide_gaps), len(wide_values)), [gaps, wide_gaps, values, wide_values]
     whole = found.new if found.kind.is_absolute else folded
-    return _HEAD.pack(len(gaps), len(wide_gaps), WHOLE), [gaps, _planes(wide_gaps), _planes(whole)]
-
-
-def _planes(numbers: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    """First all first bytes, then all second ones, and so on: the higher ones are alike."""
-    return np.ascontiguousarray(numbers.view(np.uint8).reshape(len(numbers), numbers.itemsize).T)
-
-
-def _of_planes(planes: npt.NDArray[np.uint8], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-    """The numbers that ``_planes`` has taken apart."""
-    count = len(planes) // dtype.itemsize
-    return np.ascontiguousarray(planes.reshape(dtype.itemsize, count).T).view(dtype).reshape(count)
+    planes = np.ascontiguousarray(whole.view(np.uint8).reshape(len(whole), found.kind.itemsize).T)
+    return _HEAD.pack(len(gaps), len(wide_gaps), WHOLE), [gaps, wide_gaps, planes]
 
 
 def _narrow(numbers: npt.NDArray[Any], wide: np.dtype[Any]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[Any]]:
@@ -167,12 +155,12 @@ def _expanded(frame: memoryview, nbytes: int) -> bytes:
 def _read(kind: Kind, form: Form, body: npt.NDArray[np.uint8], count: int, wide_gaps: int, wide_values: int) -> Changes:
     own = np.dtype(UNSIGNED[kind.itemsize]).newbyteorder("<")
     gaps, rest = body[:count], body[count:]
-    wide, rest = _of_planes(rest[: wide_gaps * _WIDE.itemsize], _WIDE), rest[wide_gaps * _WIDE.itemsize :]
+    wide, rest = rest[: wide_gaps * _WIDE.itemsize].view(_WIDE), rest[wide_gaps * _WIDE.itemsize :]
     positions = np.cumsum(_widened(gaps, wide, np.dtype(np.int64)) + 1) - 1
     if wide_values == WHOLE:
-        values = _of_planes(rest, own)
+        values = np.ascontiguousarray(rest.reshape(kind.itemsize, count).T).view(own).reshape(count)
     else:
-        values = _widened(rest[:count], _of_planes(rest[count:], own), own)
+        values = _widened(rest[:count], rest[count:].view(own), own)
     _check_inside(kind, form, positions)
     return Changes(kind, positions, values if kind.is_absolute else _unfolded(values))
 

@@ -41,6 +41,8 @@ class TransportSuite:
     device: str = "cpu"
     worker_device: str = ""
     """Where the worker's weights lie, if not where the trainer's do."""
+    meets: bool = False
+    """Of a pull: whether the two processes meet when they connect, and bytes come only while the trainer lives."""
     bucket_sizes: tuple[int, ...] = (256, 8192, 2**20)
     """Tried one by one; a pull transport needs one only."""
 
@@ -132,7 +134,7 @@ class TransportSuite:
     # ---- deadlines
 
     def test_connect_ends_at_its_deadline_when_nobody_comes(self) -> None:
-        self._skip_pull("the trainer's connect does not wait")
+        self._skip_pull("the trainer's connect does not wait", is_connect=True)
         case = bulk_case(1024)
         trainer = TrainerSide()
         offer = trainer.open(self.transport, self.device, case.copies, case.src_nbytes, SMALL_BUCKET_NBYTES)
@@ -162,7 +164,7 @@ class TransportSuite:
             assert _failure(shared_worker, "receive", 0, 5.0) == "TransportError"
 
     def test_a_frozen_peer_does_not_hold_connect_beyond_its_deadline(self, worker: Peer, trainer: Peer) -> None:
-        self._skip_pull("connect does not need the peer to run")
+        self._skip_pull("connect does not need the peer to run", is_connect=True)
         case = bulk_case(1024)
         offer = trainer.call("open", self.transport, self.device, case.copies, case.src_nbytes, SMALL_BUCKET_NBYTES)
         worker.call("open", self.transport, self.workers_device, offer, case.copies)
@@ -223,6 +225,11 @@ class TransportSuite:
             trainer.result()
             if self.pulls:
                 trainer.kill()
+                if self.meets:
+                    with _within(PROMPTLY_S), pytest.raises(PeerLost):
+                        worker.receive()
+                    _assert_dead(worker)
+                    return
                 assert worker.receive() == BULK_NBYTES
                 assert worker.read() == [values]
                 return
@@ -238,7 +245,7 @@ class TransportSuite:
     # ---- abort
 
     def test_abort_ends_a_blocked_connect(self) -> None:
-        self._skip_pull("connect does not wait")
+        self._skip_pull("connect does not wait", is_connect=True)
         case = bulk_case(1024)
         trainer = TrainerSide()
         trainer.open(self.transport, self.device, case.copies, case.src_nbytes, SMALL_BUCKET_NBYTES)
@@ -301,7 +308,7 @@ class TransportSuite:
         clean = worker.call("census")
         self._cycle(trainer, worker, case)
         trainer.kill()
-        if not self.pulls:
+        if self.meets or not self.pulls:
             assert _failure(worker, "receive", 0, 10.0) == "PeerLost"
         worker.call("close")
         assert worker.call("census") == clean
@@ -361,8 +368,8 @@ class TransportSuite:
         finally:
             trainer.close()
 
-    def _skip_pull(self, reason: str) -> None:
-        if self.pulls:
+    def _skip_pull(self, reason: str, *, is_connect: bool = False) -> None:
+        if self.pulls and not (is_connect and self.meets):
             pytest.skip(f"pull transport: {reason}")
 
 

@@ -102,7 +102,7 @@ class Settings:
         delta: True: rounds over tcp and tls send what changed since the round before, where that is less than all values. Each trainer
             rank keeps in host memory what it sent last, once for all workers with equal layouts; reports count these bytes in
             ``own_nbytes``. "auto": only where rounds have shown that this is faster than all values. Whenever it is not certain that a
-            worker holds what was sent last, as after a round that failed, all values are sent. Not for streams, and without effect beside hold="round".
+            worker holds what was sent last, as after a round that failed, all values are sent. Not for streams.
         adapter: publish a LoRA adapter of a PEFT model by itself, under this name: the adapter that has the name in the model, or the
             model's only one. Requests for the name that start after ``publish`` run on the new version, and those in flight
             keep theirs; nothing pauses, so ``pause`` and ``clear_cache`` mean nothing, and ``mode`` is staged. Versions are counted for

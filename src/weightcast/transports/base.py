@@ -123,7 +123,8 @@ class WorkerEnd(ABC):
 
 
 class Transport(ABC):
-    """A way to move bytes between two processes. A transport has no state; the registry holds one object of each class."""
+    """A way to move bytes between two processes. A transport has no state but what it made reachable and has not given up; the
+    registry holds one object of each class."""
 
     name: str
     pulls: bool

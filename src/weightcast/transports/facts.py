@@ -19,6 +19,7 @@ from weightcast.transports.registry import registry
 
 _ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 """Settings of torch's allocator, the one that counts first."""
+RDMA_DEVICES = "/sys/class/infiniband"
 
 
 def local_facts(
@@ -35,6 +36,7 @@ def local_facts(
         visible_gpus=visible_gpus() if device.type == "cuda" else (),
         mappable=device.type != "cuda" or memory_is_mappable(),
         nccl_host=os.environ.get("NCCL_HOSTID", host_identity()) if device.type == "cuda" else "",
+        rdma=has_rdma(),
         transports=registry().available(),
         folders=tuple(sorted({os.path.dirname(file.path) for file in files if file is not None})),
         roots=checkpoint_roots(),
@@ -77,6 +79,14 @@ def _inode(path: str) -> str:
     except OSError:
         return "none"
     return f"{stat.st_dev}:{stat.st_ino}"
+
+
+def has_rdma() -> bool:
+    """Whether the system has RDMA devices that this process sees."""
+    try:
+        return bool(os.listdir(RDMA_DEVICES))
+    except OSError:
+        return False
 
 
 def gpu_uuid(device: torch.device) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tests.trials.matrix.cells import CPU_TRANSPORTS, GPU_TRANSPORTS, Cell, cells
+from tests.trials.matrix.cells import CPU_TRANSPORTS, EXTRA_TRANSPORTS, GPU_TRANSPORTS, Cell, cells
 from tests.trials.matrix.results import Result, merge, read_results, write_results
 from tests.trials.matrix.runner import CELL_TIMEOUT_S, Runner
 from tests.trials.matrix.table import markdown, rich_table, write_between_markers
@@ -58,7 +58,7 @@ def main() -> int:
 
 def _chosen(given: argparse.Namespace) -> list[Cell]:
     transports = [name.strip() for name in given.transports.split(",") if name.strip()]
-    unknown = set(transports) - {*CPU_TRANSPORTS, *GPU_TRANSPORTS}
+    unknown = set(transports) - {*CPU_TRANSPORTS, *EXTRA_TRANSPORTS, *GPU_TRANSPORTS}
     if unknown:
         raise SystemExit(f"no transport {', '.join(sorted(unknown))} in the matrix")
     passed = {result.key for result in read_results(given.again) if result.state == "passed"} if given.again else set()

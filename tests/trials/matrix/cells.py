@@ -13,6 +13,8 @@ from tests.trials.matrix.plays import engines, live, machines, traffic, trainers
 
 Play = Callable[..., Finding]
 CPU_TRANSPORTS = ("shm", "tcp", DELTA)
+EXTRA_TRANSPORTS = ("nixl",)
+"""Of host memory as well, where their package is installed: ``--transports nixl``."""
 GPU_TRANSPORTS = ("cuda_ipc", "nccl")
 BOTH, STAGED = ("staged", "in_place"), ("staged",)
 KILL_POINTS = ("setup", "transfer:start", "transfer:middle", "transfer:end", "commit:start", "commit:end", "answer")
@@ -121,7 +123,7 @@ FAULTS: dict[str, tuple[Play, tuple[str, ...]]] = {
 }
 
 
-def cells(transports: Sequence[str] = CPU_TRANSPORTS + GPU_TRANSPORTS) -> list[Cell]:
+def cells(transports: Sequence[str] = CPU_TRANSPORTS + EXTRA_TRANSPORTS + GPU_TRANSPORTS) -> list[Cell]:
     """All cells, fault by fault. cuda_ipc maps memory of its own host, so no network lies between its two sides."""
     return [
         Cell(fault, transport, mode, play)

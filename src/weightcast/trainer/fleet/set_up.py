@@ -210,8 +210,6 @@ class _SetUp:
         """Why changes cannot be sent by a transport; empty where they can."""
         if self._fleet.source.layout.is_streamed:
             return "a stream passes by, and nothing of it is kept"
-        if self._fleet.settings.hold == "round":
-            return "hold='round' sets pairs up anew for each round"
         return "" if transport.carries_changes else f"{transport.name} brings all values"
 
     def _bucket_nbytes(self, transport: Transport) -> int:
