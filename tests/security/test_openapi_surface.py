@@ -81,15 +81,16 @@ def run(tries: settings, operation: APIOperation[Any, Any, Any], check: Callable
 
 def test_with_the_token(document: schemathesis.BaseSchema, server_url: str) -> None:
     resume = {"Authorization": f"Bearer {SECRETS['token']}"}
-    for operation in operations(document):
-        guard = guard_of(operation)
-        headers = {} if guard is None else {"Authorization": f"Bearer {SECRETS[guard]}"}
+    with httpx.Client(base_url=server_url, headers=resume, timeout=20) as client:
+        for operation in operations(document):
+            guard = guard_of(operation)
+            headers = {} if guard is None else {"Authorization": f"Bearer {SECRETS[guard]}"}
 
-        def try_out(headers: dict[str, str], case: schemathesis.Case) -> None:
-            case.call_and_validate(headers=headers, checks=CHECKS, timeout=20)
-            httpx.post(f"{server_url}/resume", headers=resume, timeout=20).raise_for_status()
+            def try_out(headers: dict[str, str], case: schemathesis.Case) -> None:
+                case.call_and_validate(headers=headers, checks=CHECKS, timeout=20)
+                client.post("/resume").raise_for_status()
 
-        run(TRIES, operation, partial(try_out, headers))
+            run(TRIES, operation, partial(try_out, headers))
 
 
 def test_without_the_token_guarded_routes_are_shut(document: schemathesis.BaseSchema) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
@@ -21,6 +21,7 @@ from weightcast.sources import Rename, Source, SourceLike, Stream, make_source
 from weightcast.sources.holder import Holder
 from weightcast.sources.streamed import Modes
 from weightcast.trainer.clients import EngineClient, SyncEngine, make_clients
+from weightcast.trainer.clients.making import check_engines
 from weightcast.trainer.first_rank import FirstRank
 from weightcast.trainer.fleet.addresses import address_beside, address_towards
 from weightcast.trainer.fleet.places import refuse_idle
@@ -82,7 +83,7 @@ class Publisher:
         try:
             self._settings = Settings(**settings)
             deadline = Deadline(self._settings.timeout_s)
-            _check_engines(engines)
+            check_engines(engines)
             keeps = meeting is None or meeting.rank == 0
             self._holder = Holder(
                 partial(make_source, source, dtype=dtype, rename=rename, keeps=keeps, adapter=self._settings.adapter),
@@ -378,20 +379,6 @@ class Publisher:
         if isinstance(self._part, OtherRank):
             raise StateError(f"this rank knows no {what}", hint="Ask trainer rank 0")
         return self._part
-
-
-def _check_engines(engines: object) -> None:
-    # A text is a sequence, too: of letters.
-    if isinstance(engines, str):
-        raise InvalidInput("engines is a list, not one URL", field="engines", hint="Give [url]")
-    if engines is None or isinstance(engines, Mapping):
-        what = "None" if engines is None else "a mapping"
-        hint = "Leave engines out where there are none yet, and call add()" if engines is None else "Give [url, ...]"
-        raise InvalidInput(f"engines is a list, not {what}", field="engines", hint=hint)
-    if not isinstance(engines, Iterable):
-        raise InvalidInput(
-            f"engines is a list, not one {type(engines).__name__}", field="engines", hint="Give [engine]"
-        )
 
 
 def _refuse_beside(stream: Stream | None, *, wake: bool, release: object) -> None:

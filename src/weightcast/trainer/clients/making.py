@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from weightcast.errors import InvalidInput
@@ -47,6 +47,21 @@ def _client(engine: Any, token: str | None) -> EngineClient:
             hint="An engine is the URL of a server, an LLM, AsyncLLM or sglang.Engine object, or an EngineClient",
         )
     return InProcessEngineClient(engine)
+
+
+def check_engines(engines: object) -> None:
+    """Raise InvalidInput unless a user gave a list of engines."""
+    # A text is a sequence, too: of letters.
+    if isinstance(engines, str):
+        raise InvalidInput("engines is a list, not one URL", field="engines", hint="Give [url]")
+    if engines is None or isinstance(engines, Mapping):
+        what = "None" if engines is None else "a mapping"
+        hint = "Leave engines out where there are none yet, and call add()" if engines is None else "Give [url, ...]"
+        raise InvalidInput(f"engines is a list, not {what}", field="engines", hint=hint)
+    if not isinstance(engines, Iterable):
+        raise InvalidInput(
+            f"engines is a list, not one {type(engines).__name__}", field="engines", hint="Give [engine]"
+        )
 
 
 def make_clients(engines: Iterable[Any], *, token: str | None = None, adapter: str | None = None) -> list[EngineClient]:
