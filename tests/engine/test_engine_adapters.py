@@ -24,6 +24,7 @@ from weightcast.errors import (
     LoadError,
     PlanMismatch,
     RoundFailed,
+    ShadowError,
     StateError,
     UnknownModel,
     Unsupported,
@@ -443,6 +444,30 @@ def test_what_is_no_adapter_for_engines_is_refused(build: Build, start: Start, o
     with Publisher(trainer, [llm], timeout_s=20) as publisher:  # as the hint says
         publisher.publish()
     assert tokens_of(llm, ids) == greedy_on(merged(trainer), ids, NUM_TOKENS)
+
+
+def test_a_join_that_fails_keeps_no_slot(build: Build, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, reference = build()
+    trainer, llm = adapted(reference), start(folder, max_adapters=2)
+
+    def full(*_: Any) -> None:
+        raise ShadowError("no memory for the staged copy")
+
+    with Publisher(trainer, [llm], adapter="first", timeout_s=10) as publisher, monkeypatch.context() as patch:
+        patch.setattr("weightcast.receiver.session.make_target", full)
+        with pytest.raises(ShadowError):
+            publisher.connect()
+    assert llm.status().adapters == {}
+    with Publisher(trainer, [llm], adapter="second", timeout_s=10) as publisher:
+        publisher.publish()
+    with Publisher(trainer, [llm], adapter="third", timeout_s=10) as publisher:
+        with pytest.raises(StateError, match="max_adapters"):
+            publisher.connect()
+        llm.shutdown_weight_transfer_engine()  # leaves the trainer of the model; adapters stay
+        assert llm.adapter_names == ["second"]
+        llm.remove_adapter("second")
+        publisher.publish()
+    assert llm.adapter_names == ["third"]
 
 
 def test_refusals(build: Build, start: Start) -> None:

@@ -50,8 +50,11 @@ class AdapterTransfers:
         try:
             engine.init_transfer_engine(info)
         except Exception:
-            if not engine.receiver.has_session and self._adapters.named(info.adapter).current is None:
-                self._engines.pop(info.adapter, None)
+            if not engine.receiver.has_session:
+                adapter = self._adapters.named(info.adapter)
+                adapter.forget()  # what was reserved for this trainer
+                if adapter.current is None:
+                    self._engines.pop(info.adapter, None)
             raise
 
     def update(self, name: str, update_info: Any) -> None:
@@ -95,11 +98,10 @@ class AdapterTransfers:
             )
         return found
 
-    def shutdown(self, name: str | None = None) -> None:
-        """Leave the trainer of an adapter, or the trainers of all of them."""
-        for known, engine in list(self._engines.items()):
-            if name in (None, known):
-                engine.shutdown()
+    def shutdown(self) -> None:
+        """Leave the trainers of all adapters."""
+        for engine in list(self._engines.values()):
+            engine.shutdown()
 
     def _parsed(self, init_info: Mapping[str, Any]) -> tuple[WeightcastEngine, Any]:
         name = check_name(init_info["adapter"])

@@ -216,11 +216,7 @@ class Engine:
         return self.run_between_steps(lambda: self._transfer.finish(weight_version))
 
     def shutdown_transfer(self) -> Future[None]:
-        def leave() -> None:
-            self._transfer.shutdown()
-            self._adapter_transfers.shutdown()
-
-        return self.run_between_steps(leave)
+        return self.run_between_steps(self._transfer.shutdown)
 
     @property
     def adapter_names(self) -> list[str]:
