@@ -278,12 +278,13 @@ def test_hostile_text_in_an_answer_is_text(page: sync_api.Page, site: Site) -> N
         told |= {"version": HOSTILE, "action": HOSTILE, "phases": told_phases((HOSTILE, "__proto__"))}
     hostile["rounds"].append({**hostile["rounds"][0], "error": HOSTILE})
     hostile["status"] |= {"weight_version": HOSTILE, "ready": False, "reason": HOSTILE}
+    hostile["status"] |= {"adapters": {HOSTILE: {"weight_version": HOSTILE}}}
     site.engines = [hostile, live_engine("trainer", [])]
     page.goto(SITE)
     page.locator("rect.version").first.wait_for()
     page.locator("rect.version").first.hover()
     assert HOSTILE in (page.locator("#tip").text_content() or "")
-    assert page.locator(".engine h3").first.text_content() == HOSTILE * 3
+    assert page.locator(".engine h3").first.text_content() == f"{HOSTILE * 4}@{HOSTILE}"
     assert page.locator(".tiles:has-text('2 of 2')").count() == 1, (
         "an engine that calls itself the trainer is an engine"
     )

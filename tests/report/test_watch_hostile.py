@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from weightcast.cli.watch import HANDLER_TIMEOUT_S, WatchServer, _Handler
-from weightcast.report.watched import MAX_ROUNDS
+from weightcast.report.watched import MAX_ADAPTERS, MAX_ROUNDS
 from weightcast.trainer.clients.wire import ANSWER_NBYTES
 
 ROUND = {
@@ -108,6 +108,7 @@ def test_a_server_that_answers_anything_counts_as_not_reached(servers: tuple[Ser
 def test_texts_are_cleaned_and_lists_cut(servers: tuple[Server, Server]) -> None:
     _, bad = servers
     status = {**STATUS, "weight_version": HOSTILE_TEXT, "ready": False, "reason": HOSTILE_TEXT}
+    status["adapters"] = {f"\x1b{i}": {"weight_version": HOSTILE_TEXT[:9]} for i in range(2 * MAX_ADAPTERS)}
     row = {
         **ROUND,
         "version": HOSTILE_TEXT,
@@ -116,7 +117,9 @@ def test_texts_are_cleaned_and_lists_cut(servers: tuple[Server, Server]) -> None
     }
     bad.body = json.dumps({"engines": [{"name": HOSTILE_TEXT, "status": status, "rounds": [row] * 20}] * 2}).encode()
     with WatchServer([bad.url]) as watching:
-        text = json.dumps(watching.rounds(), ensure_ascii=False)
+        rounds = watching.rounds()
+        text = json.dumps(rounds, ensure_ascii=False)
+        assert len(rounds["engines"][0]["status"]["adapters"]) == MAX_ADAPTERS
     assert text.isprintable()
     assert len(text) < 500_000
     bad.body = json.dumps({"engines": [{"status": STATUS, "rounds": [ROUND] * 5000}]}).encode()

@@ -18,8 +18,18 @@ from weightcast.untrusted.known import known
 MAX_ENGINES = 64
 MAX_ROUNDS = 200
 MAX_PHASES = 32
+MAX_ADAPTERS = 64
 
 Number = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+
+
+class WatchedAdapter(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine serves under the name of an adapter."""
+
+    weight_version: str
+
+    def __post_init__(self) -> None:
+        quote_fields(self)
 
 
 class WatchedStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,9 +40,13 @@ class WatchedStatus(msgspec.Struct, frozen=True, kw_only=True):
     reason: str = ""
     dirty: bool = False
     paused: bool = False
+    adapters: dict[str, WatchedAdapter] = {}
 
     def __post_init__(self) -> None:
         quote_fields(self)
+        first = list(self.adapters.items())[:MAX_ADAPTERS]
+        named = {quoted(name, NAME_CHARACTERS): adapter for name, adapter in first}
+        msgspec.structs.force_setattr(self, "adapters", named)
 
 
 class WatchedPhase(msgspec.Struct, frozen=True, kw_only=True):

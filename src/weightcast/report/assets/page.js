@@ -179,10 +179,15 @@ function sumOf(round, name) {
   return found.length ? (found.reduce((sum, phase) => sum + phase.seconds, 0) * 1e3).toFixed(2) : "–";
 }
 
+function adaptersOf(engine) {
+  const adapters = Object.entries((engine.status && engine.status.adapters) || {});
+  return adapters.map(([name, adapter]) => node("code", { class: "adapter" }, `${name}@${adapter.weight_version}`));
+}
+
 function drawEngine(engine, room) {
   const served = engine.status ? node("code", { class: "serves" }, engine.status.weight_version) : null;
   return node("div", { class: "engine", "data-engine": engine.name },
-    node("h3", {}, engine.name, engine.role === "trainer" ? null : badgeOf(engine), served),
+    node("h3", {}, engine.name, engine.role === "trainer" ? null : badgeOf(engine), served, ...adaptersOf(engine)),
     engine.error ? node("p", { class: "bad error" }, engine.error) : null,
     engine.note ? node("p", { class: "note" }, engine.note) : null,
     ...drawRounds(engine, room));
