@@ -18,6 +18,7 @@ from weightcast.errors import InvalidInput, PlanMismatch, StateError, TransportE
 from weightcast.manifest import Manifest, TensorSpec
 from weightcast.manifest.adapters import factors_of
 from weightcast.sources import make_source
+from weightcast.sources.adapters import _chosen
 from weightcast.testing.local_engine import DictModel, LocalEngine
 from weightcast.testing.scripted_engine import ScriptedEngine
 from weightcast.trainer.clients import RayEngineClient
@@ -58,6 +59,11 @@ def _manifest(*names: str) -> Manifest:
     return Manifest.of([TensorSpec(name=name, dtype="float32", shape=(2, 2)) for name in names])
 
 
+def _saved(*active: str) -> SimpleNamespace:
+    copies = {"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)}
+    return SimpleNamespace(modules_to_save=copies, active_adapters=active, disable_adapters=False)
+
+
 ACTOR = SimpleNamespace(policy=object())
 CALLS: dict[str, Callable[[LocalEngine], Mistake]] = {
     "an engine of an event loop, without one": lambda engine: Mistake(
@@ -84,6 +90,14 @@ CALLS: dict[str, Callable[[LocalEngine], Mistake]] = {
     "half an adapter": lambda engine: Mistake(
         make=lambda: factors_of(_manifest("base_model.model.q.lora_A.weight")), error=PlanMismatch, said="q lacks A or B",
         hint=MERGED, follow=_published(engine),
+    ),
+    "a wrapper of PEFT's that is not known": lambda engine: Mistake(
+        make=lambda: _chosen(SimpleNamespace(), "head"), error=Unsupported, said="'head' is a SimpleNamespace of PEFT, which is not known",
+        hint="[Mm]erge", follow=_published(engine),
+    ),
+    "two active copies of a module": lambda engine: Mistake(
+        make=lambda: _chosen(_saved("a", "b"), "head"), error=StateError, said=r"several active modules_to_save \(a, b\)",
+        hint=r"Activate one of them with set_adapter\(\)", follow=lambda: _chosen(_saved("b"), "head"),
     ),
     "new names of an adapter": lambda engine: Mistake(
         make=lambda: make_source(nn.Linear(2, 2), adapter="a", rename=str.upper), error=InvalidInput,
