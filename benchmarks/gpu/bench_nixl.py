@@ -1,4 +1,4 @@
-"""nixl beside cuda_ipc and tcp: one receive of the same bytes, trainer and worker in two processes of one host.
+"""nixl beside cuda_ipc and tcp: one receive of the same bytes, trainer and worker in two processes of one host. Without a GPU the rows of host memory are measured.
 
     python benchmarks/gpu/bench_nixl.py [--nbytes 2147483648] [--rounds 5]
 
