@@ -37,12 +37,15 @@ from tests.support.network import Cable, enter, obstacle
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from weightcast import Publisher
-from weightcast.delta import Form, Kind, Stretch, decode, encode, find
+from weightcast.cpu import comparison_for
+from weightcast.delta import Form, Kind, Stretch, decode, differing_by_numpy, encode, find
 from weightcast.delta.form import Bytes
 from weightcast.report.model import Report
 from weightcast.sources import ModuleSource
 
 BUCKET_NBYTES = 8 * 2**20
+KERNEL = comparison_for(True)
+DIFFERING = differing_by_numpy if KERNEL is None else KERNEL.differing
 COUNT = 200
 """Tensors of the module that is published."""
 
@@ -87,7 +90,7 @@ def measured(old: Bytes, new: Bytes) -> Step:
         was, now = old[start : start + BUCKET_NBYTES], new[start : start + BUCKET_NBYTES]
         form = Form([Stretch(0, len(was), Kind(2, False))], len(was))
         clock = time.perf_counter()
-        found = find(form, was, [now])
+        found = find(form, was, [now], DIFFERING)
         times[0] += time.perf_counter() - clock
         clock = time.perf_counter()
         data = encode(form, found)
