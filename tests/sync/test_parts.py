@@ -11,7 +11,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from weightcast import Publisher
-from weightcast.errors import InvalidInput, StateError
+from weightcast.cli.wording import in_options
+from weightcast.engines.vllm.drafts import Draft, WithDraft, check_published
+from weightcast.errors import InvalidInput, PlanMismatch, StateError
+from weightcast.manifest import Manifest, TensorSpec
 from weightcast.sources import make_source
 from weightcast.testing.local_engine import DictModel, LocalEngine
 from weightcast.trainer.ranks.choice import _require_all_ranks
@@ -133,3 +136,19 @@ def test_ranks_are_told_by_any_part(models: dict[str, Model], monkeypatch: pytes
     with pytest.raises(InvalidInput, match="does not tell"):
         _require_all_ranks(models)
     _require_all_ranks({**models, "": replicated})
+
+
+def test_a_draft_that_nobody_publishes_is_told_with_both_ways_out() -> None:
+    """The loader of a pair takes what is published for each of the two, and an error says what to do where there is nothing."""
+    whole = WithDraft(Model(4), Draft(Model(2), "eagle", None, is_of_same_checkpoint=False))
+    target = Manifest.of([TensorSpec(name="embed.weight", dtype="float32", shape=(7, 4))])
+    check_published(whole, Manifest.of([*target.tensors, TensorSpec(name="draft.fc", dtype="float32", shape=(2,))]))
+    with pytest.raises(PlanMismatch, match="eagle") as caught:
+        check_published(whole, target)
+    assert '{"": model, "draft.": draft}' in caught.value.hint
+    assert 'keep=["draft"]' in caught.value.hint
+    told = in_options(caught.value)
+    assert "--draft FOLDER" in told
+    assert "--keep draft" in told
+    with pytest.raises(InvalidInput, match="keep"):
+        Publisher(Model(4), ["http://127.0.0.1:9"], keep=["model"])  # type: ignore[list-item]
