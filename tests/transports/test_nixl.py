@@ -93,9 +93,12 @@ def _pair(trainer: Peer, case: TransportCase) -> Iterator[tuple[WorkerSide, Nixl
 def _in_the_middle(end: NixlWorkerEnd, act: Callable[[], None]) -> Iterator[None]:
     """Call ``act`` once the first bucket of a receive has landed."""
 
+    over = threading.Event()
+
     def watch() -> None:
         while not (end._readers and end._readers[0].has_written):
-            time.sleep(0.0002)
+            if over.wait(0.0002):
+                return
         act()
 
     thread = threading.Thread(target=watch)
@@ -103,6 +106,7 @@ def _in_the_middle(end: NixlWorkerEnd, act: Callable[[], None]) -> Iterator[None
     try:
         yield
     finally:
+        over.set()
         thread.join()
 
 
@@ -121,8 +125,8 @@ def test_a_trainer_that_is_stopped_in_the_middle_ends_by_the_deadline_and_writes
         with _in_the_middle(end, trainer.freeze):
             start = time.monotonic()
             with pytest.raises(DeadlineExceeded):
-                worker.receive(0, 1.0)
-            assert time.monotonic() - start < 1.0 + PROMPTLY_S
+                worker.receive(0, 4.0)
+            assert time.monotonic() - start < 4.0 + PROMPTLY_S
         assert end.has_written
         torn = _landed(worker).clone()
         got = torn.numpy().tobytes()
