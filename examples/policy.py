@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -17,6 +18,21 @@ PROMPTS = [[number, number + 1, number + 2] for number in range(20, 52)]
 def build(folder: Path) -> Path:
     """A model folder with random weights, for engine and trainer alike."""
     return build_tiny_model(folder / "policy", "qwen3", "float32", hidden_size=128, head_dim=32)
+
+
+def on_a_cpu(folder: str, context_length: int = 64) -> dict[str, Any]:
+    """What an ``sglang.Engine`` is made with on a machine without a GPU."""
+    return {
+        "model_path": folder,
+        "device": "cpu",
+        "dtype": "float32",
+        "attention_backend": "torch_native",
+        "disable_cuda_graph": True,
+        "mem_fraction_static": 0.2,
+        "max_total_tokens": 4096,
+        "max_running_requests": 32,
+        "context_length": context_length,
+    }
 
 
 def reward(answer: Sequence[int]) -> float:

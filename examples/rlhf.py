@@ -1,6 +1,6 @@
 """Reinforcement learning with Ray: one trainer and several LLM engines, each an actor.
 
-    python examples/rlhf.py [--engine embedded|vllm] [--engines 2] [--steps 8]
+    python examples/rlhf.py [--engine embedded|vllm|sglang] [--engines 2] [--steps 8]
 
 Each step all engines sample, the trainer learns from what they sampled, and one publish() brings all of them to the new version.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from policy import NUM_TOKENS, PROMPTS, Learner, build
+from policy import NUM_TOKENS, PROMPTS, Learner, build, on_a_cpu
 
 from weightcast import Publisher
 from weightcast.trainer.clients import RayEngineClient
@@ -48,6 +48,23 @@ class Engine:
         return [list(output.outputs[0].token_ids) for output in outputs], self.llm.get_weight_version()
 
 
+class SglangEngine:
+    """The same with an ``sglang.Engine``, whose calls are others."""
+
+    def __init__(self, folder: str) -> None:
+        os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
+        import sglang
+
+        self.llm: Any = sglang.Engine(**on_a_cpu(folder))
+
+    def sample(self, prompts: list[list[int]]) -> tuple[list[list[int]], str]:
+        """An answer to each prompt, and the version that gave them."""
+        params = {"max_new_tokens": NUM_TOKENS, "temperature": 1.0, "ignore_eos": True}
+        answers = self.llm.generate(input_ids=prompts, sampling_params=params)
+        (version,) = {answer["meta_info"]["weight_version"] for answer in answers}
+        return [answer["output_ids"] for answer in answers], version
+
+
 class Trainer:
     """Learns, and publishes what it learnt."""
 
@@ -70,7 +87,7 @@ class Trainer:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--engine", choices=("embedded", "vllm"), default="embedded")
+    parser.add_argument("--engine", choices=("embedded", "vllm", "sglang"), default="embedded")
     parser.add_argument("--engines", type=int, default=2)
     parser.add_argument("--steps", type=int, default=8)
     options = parser.parse_args()
@@ -82,7 +99,11 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as scratch:
         folder = str(build(Path(scratch)))
-        engines = [ray.remote(Engine).remote(options.engine, folder) for _ in range(options.engines)]
+        if options.engine == "sglang":
+            engines = [ray.remote(SglangEngine).remote(folder) for _ in range(options.engines)]
+        else:
+            engines = [ray.remote(Engine).remote(options.engine, folder) for _ in range(options.engines)]
+        ray.get([engine.__ray_ready__.remote() for engine in engines])  # loading may take longer than a publish() waits
         trainer = ray.remote(Trainer).remote(folder, engines)
         version, rewards = ray.get(trainer.publish.remote()), []
         for step in range(options.steps):

@@ -1,8 +1,8 @@
 """Weights are replaced while requests are in flight, and every token says which version made it.
 
-    python examples/rlhf_async.py [--engine embedded|vllm] [--steps 3]
+    python examples/rlhf_async.py [--engine embedded|vllm|sglang] [--steps 3]
 
-One long request after another runs in an AsyncLLM. Meanwhile a policy learns from short ones and is published after each step:
+One long request after another runs in an AsyncLLM, or in an ``sglang.Engine``. Meanwhile a policy learns from short ones and is published after each step:
 the long ones are frozen for a moment and go on with the new weights.
 """
 
@@ -14,9 +14,10 @@ import itertools
 import os
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from policy import NUM_TOKENS, PROMPTS, Learner, build
+from policy import NUM_TOKENS, PROMPTS, Learner, build, on_a_cpu
 
 from weightcast import Publisher
 
@@ -62,7 +63,29 @@ class Engine:
             await closing
 
 
-async def talk(engine: Engine, prompt: list[int], over: asyncio.Event) -> list[Any]:
+class SglangEngine:
+    """The same with an ``sglang.Engine``, whose calls are others. It runs on the event loop that it is made on."""
+
+    def __init__(self, folder: Path) -> None:
+        os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
+        import sglang
+
+        self.llm: Any = sglang.Engine(**on_a_cpu(str(folder), context_length=1024))
+
+    async def sample(self, prompt: list[int], max_tokens: int) -> Any:
+        """The finished output for one prompt: its tokens, and spans of them with their versions."""
+        params = {"max_new_tokens": max_tokens, "temperature": 1.0, "ignore_eos": True}
+        answer = await self.llm.async_generate(input_ids=prompt, sampling_params=params)
+        meta = answer["meta_info"]
+        whole = [{"version": meta["weight_version"], "start": 0, "end": len(answer["output_ids"])}]
+        spans = [SimpleNamespace(**span) for span in meta.get("weight_versions") or whole]
+        return SimpleNamespace(token_ids=answer["output_ids"], weight_versions=spans)
+
+    async def close(self) -> None:
+        self.llm.shutdown()
+
+
+async def talk(engine: Engine | SglangEngine, prompt: list[int], over: asyncio.Event) -> list[Any]:
     """Long answers, one after another, until the training is over."""
     answers = []
     while not over.is_set():
@@ -70,7 +93,7 @@ async def talk(engine: Engine, prompt: list[int], over: asyncio.Event) -> list[A
     return answers
 
 
-async def train(engine: Engine, folder: Path, steps: int) -> list[str]:
+async def train(engine: Engine | SglangEngine, folder: Path, steps: int) -> list[str]:
     """Learn from short answers and publish after each step; the versions in their order."""
     learner = Learner(folder)
     # Made on the loop that the engine runs on; it blocks, so it publishes from another thread.
@@ -90,7 +113,7 @@ async def train(engine: Engine, folder: Path, steps: int) -> list[str]:
 async def run(kind: str, steps: int) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = build(Path(scratch))
-        engine, over = Engine(kind, folder), asyncio.Event()
+        engine, over = SglangEngine(folder) if kind == "sglang" else Engine(kind, folder), asyncio.Event()
         try:
             talks = [asyncio.create_task(talk(engine, PROMPTS[number], over)) for number in range(NUM_LONG)]
             versions = ["default", *await train(engine, folder, steps)]
@@ -111,7 +134,7 @@ async def run(kind: str, steps: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--engine", choices=("embedded", "vllm"), default="embedded")
+    parser.add_argument("--engine", choices=("embedded", "vllm", "sglang"), default="embedded")
     parser.add_argument("--steps", type=int, default=3)
     options = parser.parse_args()
     os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "WARNING"}

@@ -6,10 +6,10 @@ import threading
 from pathlib import Path
 
 import torch
-from tests.sglang.reference import PROMPTS, Reference, replace
 
 from weightcast import Publisher
 from weightcast.testing.models import random_state_dict
+from weightcast.testing.reference import PROMPTS, Reference, replace
 
 PARAMS = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}
 

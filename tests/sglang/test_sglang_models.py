@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-from tests.sglang.reference import PROMPTS, Reference, replace
 from tests.sglang.servers import Launcher
 
 from weightcast import Publisher
 from weightcast.testing.models import build_tiny_model, random_state_dict
+from weightcast.testing.reference import PROMPTS, Reference, replace
 
 MODES: tuple[Literal["staged", "in_place"], ...] = ("staged", "in_place")
 
