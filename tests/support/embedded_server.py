@@ -13,13 +13,11 @@ from weightcast.testing.vllm_server import Served, wait_healthy
 
 
 @contextmanager
-def embedded_server(
-    model: Path, token: str, programs: Path | None = None
-) -> Iterator[tuple[Served, subprocess.Popen[bytes]]]:
-    """``weightcast serve`` of the model, and its process. ``programs`` is the folder of another environment's commands."""
+def embedded_server(model: Path, token: str) -> Iterator[tuple[Served, subprocess.Popen[bytes]]]:
+    """``weightcast serve`` of the model, and its process."""
     port = free_port()
     command = [
-        str((programs or Path(sys.executable).parent) / "weightcast"), "serve", str(model), "--port", str(port), "--token", token,
+        str(Path(sys.executable).parent / "weightcast"), "serve", str(model), "--port", str(port), "--token", token,
         "--served-model-name", "policy",
     ]  # fmt: skip
     log = model.parent / f"embedded-{port}.log"

@@ -59,9 +59,9 @@ class Served:
         body = {**_request(ids, max_tokens), "stream": True}
         with _HTTP.stream("POST", self.url + "/v1/completions", json=body) as response:
             assert response.status_code == 200, response.read()
-            for line in response.iter_lines():
-                data = line.removeprefix("data: ")
-                if data and data != "[DONE]":
+            for line in lines_of(response):
+                data = line.removeprefix(b"data: ")
+                if data and data != b"[DONE]":
                     yield from json.loads(data)["choices"][:1]
 
     def answers(self, prompts: list[list[int]]) -> list[tuple[list[int], list[float]]]:
@@ -78,6 +78,15 @@ class Served:
         found = re.search(r"^vllm:generation_tokens_total\{.*\} (\S+)$", self.get("/metrics").text, re.MULTILINE)
         assert found is not None
         return int(float(found.group(1)))
+
+
+def lines_of(response: httpx.Response) -> Iterator[bytes]:
+    """Yield the lines of a stream of events. Texts in the events may have other line breaks of Unicode's, which httpx would cut at."""
+    rest = b""
+    for part in response.iter_bytes():
+        *lines, rest = (rest + part).split(b"\n")
+        yield from (line.rstrip(b"\r") for line in lines)
+    yield rest
 
 
 def _request(ids: list[int], max_tokens: int) -> dict[str, Any]:
@@ -99,16 +108,12 @@ def vllm_server(
     max_model_len: int = 256,
     kv_cache_nbytes: int = 32 << 20,
     backend: Sequence[str] = BACKEND,
-    programs: Path | None = None,
 ) -> Iterator[Served]:
-    """Start a server, wait until the server is healthy, and end the whole process group afterwards.
-
-    ``programs`` is the folder of vLLM's command, if that is not of this process's environment.
-    """
+    """Start a server, wait until the server is healthy, and end the whole process group afterwards."""
     port, token = free_port(), secrets.token_hex(8)
     log = model.parent / f"server-{port}.log"
     command = [
-        str((programs or Path(sys.executable).parent) / "vllm"), "serve", str(model),
+        str(Path(sys.executable).parent / "vllm"), "serve", str(model),
         "--served-model-name", "policy", "--host", "127.0.0.1", "--port", str(port),
         "--enforce-eager", "--max-model-len", str(max_model_len), "--max-num-seqs", "8",
         "--kv-cache-memory-bytes", str(kv_cache_nbytes), "--no-enable-log-requests",
