@@ -8,7 +8,7 @@ cd "$(dirname "$0")/../.."
 DEST=$OUT; export OUT="${TMPDIR:-/tmp}/gpu-out"; mkdir -p "$OUT"; rm -f "$OUT"/*.log
 keep() { tar -czf "$DEST/logs.tgz" -C "$OUT" . 2>/dev/null; cp -f "$OUT"/*.jsonl "$OUT"/matrix.* "$DEST" 2>/dev/null; true; }
 printf '[pytest]\nmarkers =\n  gpu\n  multigpu\n  alone\naddopts = -p no:cacheprovider\n' >"$OUT/pytest.ini"   # the project's own needs more plug-ins
-parts=("$@"); [ ${#parts[@]} -eq 0 ] && parts=(tests kernels attention publish streams ipc host moved beside adapters nccl two-gpus matrix vllm-tests vllm-memory-tests vllm-two vllm stall)
+parts=("$@"); [ ${#parts[@]} -eq 0 ] && parts=(tests kernels attention publish streams ipc host moved beside adapters nccl two-gpus matrix vllm-tests vllm-memory-tests vllm-two vllm stall fp8)
 failed=(${SETUP_FAILED:+set-up})
 has_vllm() { [ -d "$SITE/vllm" ] || python3 -c 'import importlib.util as u, sys; sys.exit(u.find_spec("vllm") is None)'; }
 run() { # NAME SECONDS COMMAND...
@@ -21,7 +21,7 @@ run() { # NAME SECONDS COMMAND...
 beside() { python3 -c 'import xdist' 2>/dev/null && echo "-n $1"; }
 tests() { run "$1" "$2" python3 -m pytest -v --timeout "${T:-110}" $(beside "$3") -c "$OUT/pytest.ini" --rootdir . --tb=short --durations=5 "${@:4}"; }
 for part in "${parts[@]}"; do
-    case $part in vllm*|stall) has_vllm || { echo "== $part: left out, there is no vLLM here"; continue; } ;; esac
+    case $part in vllm*|stall|fp8) has_vllm || { echo "== $part: left out, there is no vLLM here"; continue; } ;; esac
     case $part in
         tests) tests tests "${LIMIT:-240}" "${JOBS:-12}" tests/gpu/test_gpu_{transports,nixl,host_memory,moved,beside,adapters,lora,vllm_wire,publish,streams,embedded,proven,digest,finite,swap,ranks,deltas}.py \
                    tests/engine/test_engine_cuda.py ${K:+-k "$K"} ;;
@@ -31,7 +31,7 @@ for part in "${parts[@]}"; do
                       run "$part" 150 python3 benchmarks/gpu/bench_two_gpus.py ;;
         matrix) run matrix 150 python3 -m tests.trials.matrix --transports cuda_ipc,nccl --jobs 12 \
                     --budget "${BUDGET:-115}" --cell-timeout 60 --out "$OUT" ;;
-        vllm-tests) T=150 tests vllm-tests "${LIMIT:-200}" "${JOBS:-6}" tests/gpu/test_gpu_vllm{,_drafts}.py ${K:+-k "$K"} ;;
+        vllm-tests) T=150 tests vllm-tests "${LIMIT:-200}" "${JOBS:-6}" tests/gpu/test_gpu_vllm{,_drafts,_fp8}.py ${K:+-k "$K"} ;;
         vllm-memory-tests) # one at a time: they compare what is in use on the whole card
             T=290 tests vllm-memory-tests "${LIMIT:-500}" 1 tests/gpu/test_gpu_{vllm_{sleep,left},trl}.py ${K:+-k "$K"} ;;
         vllm-two) T=240 tests vllm-two "${LIMIT:-420}" 1 tests/gpu/test_gpu_two.py ${K:+-k "$K"} ;;
@@ -39,10 +39,13 @@ for part in "${parts[@]}"; do
                   run "vllm-$shape" "${LIMIT:-200}" python3 benchmarks/gpu/bench_vllm.py "$shape"
               done ;;
         stall) run stall 200 python3 benchmarks/gpu/bench_stall.py ;;
+        fp8) run fp8-publish 200 python3 benchmarks/gpu/bench_fp8.py publish
+             run fp8-stall 200 python3 benchmarks/gpu/bench_fp8.py stall ;;
         *) echo "== $part: no such part"; failed+=("$part") ;;
     esac
 done
 for part in "${parts[@]}"; do
+    [ "$part" != fp8 ] || cat "$OUT"/fp8-*.log >"$OUT/fp8.log" 2>/dev/null
     [ "$part" != vllm ] || cat "$OUT"/vllm-[^t]*.log >"$OUT/vllm.log" 2>/dev/null
     [ -f "$OUT/$part.log" ] || continue
     echo "---- $part"

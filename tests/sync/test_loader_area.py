@@ -137,7 +137,9 @@ def test_rounds_and_their_way_back_allocate_nothing(monkeypatch: pytest.MonkeyPa
             if hasattr(module, "new_storage"):
                 monkeypatch.setattr(module, "new_storage", full)
         for _ in range(3):
-            assert publisher.publish().digests_match
+            report = publisher.publish()
+            assert report.digests_match
+            assert [worker.through_loader for e in report.engines for worker in e.workers] == [THROUGH, ()]
             assert model.holds(tensors)
             before = {name: value.clone() for name, value in tensors.items()}
             tensors.update(fresh())

@@ -11,6 +11,7 @@ from weightcast.errors import Unsupported
 from weightcast.layout import Layout
 from weightcast.layout.memory import Memory
 from weightcast.manifest import Manifest
+from weightcast.receiver.processing import Processing
 
 
 class LiveModel(ABC):
@@ -38,6 +39,12 @@ class LiveModel(ABC):
     def derived_nbytes(self) -> int:
         """The bytes that ``derive`` allocates beside the memory that it is given. A worker stages only where these bytes fit as well."""
         return 0
+
+    @property
+    def processing(self) -> Processing | None:
+        """The layers whose weights the engine processes after they landed, as of the last ``layout``. Their weights land in a storage behind those of
+        ``memory()``, which a target allocates; the layout counts this storage."""
+        return None
 
     @abstractmethod
     def layout(self, manifest: Manifest) -> Layout:

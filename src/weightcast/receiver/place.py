@@ -67,18 +67,21 @@ def choose_place(model: LiveModel, areas: Sequence[int], copies: int, *, host: b
     """
     nbytes, device = model.memory().nbytes, model.device
     free = max(0, free_nbytes(device) - model.asleep_nbytes)
-    beside = sum(areas) + model.derived_nbytes
+    processing = model.processing
+    more = [*areas] if processing is None else [*areas, processing.nbytes, processing.processed_nbytes]
+    scratch = 0 if processing is None else processing.scratch_nbytes
+    beside = sum(more) + model.derived_nbytes + scratch
     for count in range(1 if model.relocatable else copies, 0, -1):
         if (count * nbytes + beside) * CHECK_HEADROOM <= free:
             return Place(device, count)
     if device.type == "cuda" and host:
-        sizes = [*(storage.numel() for storage in model.memory().storages), *areas]
+        sizes = [*(storage.numel() for storage in model.memory().storages), *more]
         needed = sum(_pinned_nbytes(size) for size in sizes)
         in_host = free_nbytes(torch.device("cpu"))
-        if needed * CHECK_HEADROOM <= in_host:
+        if needed * CHECK_HEADROOM <= in_host and scratch <= free:
             return Place(torch.device("cpu"))
         raise ShadowError(
-            f"a staged copy takes {nbytes + sum(areas)} bytes; {free} are free on {device}, {in_host} in the host's memory",
+            f"a staged copy takes {nbytes + sum(more)} bytes; {free} are free on {device}, {in_host} in the host's memory",
             hint="Ask for mode in_place",
         )
     raise ShadowError(

@@ -348,8 +348,10 @@ class Receiver:
         session.proven_digest = session.digest_of(memory) if digest is None else digest
         self._check_digest(session, approval)
         self._model.refresh()
+        session.target.process_in_place()
         if session.target.area is not None:
             self._model.load_weights(session.target.area.tensors())
+        session.target.settle(deadline)
         return nbytes, transfer_s
 
     @staticmethod

@@ -283,18 +283,19 @@ class Session:
                 raise StateError(f"the engine is asleep: {asleep}", hint="Wake its weights up, then publish again")
             self.target.renew()
             memory = self.target.memory()
+            deadline = Deadline(begin.timeout_s)
             start = time.perf_counter()
             if begin.changes:
                 self._changes = (id, self._catch_up())
             catch_up_s = time.perf_counter() - start
             self.target.holds = None
-            nbytes, transfer_s, digest = self.receive(id, memory, Deadline(begin.timeout_s))
+            nbytes, transfer_s, digest = self.receive(id, memory, deadline)
             self.target.holds, self._received = id, (id, self._received[0])
             transfer_s += catch_up_s
             start = time.perf_counter()
             digest = self.proven_digest = self.digest_of(memory) if digest is None else digest
             digest_s = time.perf_counter() - start
-            self.target.warm_up()
+            self.target.warm_up(deadline)
             if self.round.staged(id):
                 self._send_staged(id, digest, nbytes, transfer_s, digest_s)
         except Exception as error:  # noqa: BLE001 - as above: whatever fails here is the trainer's to know

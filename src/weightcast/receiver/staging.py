@@ -79,11 +79,15 @@ class Target:
         self._model = model
         self.place = place
         self.staged = place is not None
-        self._is_arena = live.is_arena or not live.storages
+        self._processing = model.processing
+        self._is_arena = (live.is_arena or not live.storages) and (
+            self._processing is None or self._processing.is_padded
+        )
         self._memories: dict[tuple[int, ...], Memory] = {}
         self._placements = layout.placements
         self._copies_of_live: Recent[Replay] = Recent()
         try:
+            self._unprocessed = self._new_unprocessed()
             self.area = self._new_area(layout, loaded) if layout.through_loader else None
             self._shadow = self._new_shadow(manifest, layout, place) if place is not None and live.storages else None
         except (RuntimeError, MemoryError) as error:
@@ -103,6 +107,18 @@ class Target:
             layout, lambda nbytes: new_storage(nbytes, self.place, self._model), keeps=self.staged, loaded=loaded
         )
 
+    def _new_unprocessed(self) -> torch.Tensor | None:
+        """The memory of the weights that the engine processes after they landed."""
+        if self._processing is None:
+            return None
+
+        def allocate(nbytes: int) -> torch.Tensor:
+            return new_storage(nbytes, self.place, self._model)
+
+        unprocessed = allocate(self._processing.nbytes).zero_()
+        self._processing.reserve(unprocessed, allocate if self.staged else None)
+        return unprocessed
+
     def _new_shadow(self, manifest: Manifest, layout: Layout, place: Place) -> Shadow:
         """A second copy of the live storages, for the tensors that land there."""
         num_live = len(self._model.memory().storages)
@@ -112,7 +128,8 @@ class Target:
     @property
     def shadow_nbytes(self) -> int:
         """The bytes that the target takes beside the live weights."""
-        return sum(each.nbytes for each in (self._shadow, self.area) if each is not None)
+        beside = sum(each.nbytes for each in (self._shadow, self.area, self._unprocessed) if each is not None)
+        return beside + (self._processing.processed_nbytes if self._processing is not None and self.staged else 0)
 
     def memory(self) -> Memory:
         """Return the memory that the next round writes."""
@@ -147,11 +164,16 @@ class Target:
         """Compile what ``swap`` runs, while the engine computes."""
         if self._shadow is not None:
             self._shadow.compile()
+        if self._processing is not None and self.staged:
+            self._processing.compile()
 
-    def warm_up(self) -> None:
+    def warm_up(self, deadline: Deadline) -> None:
         """Have the model prepare for ``swap`` while the engine computes. All bytes of the round are staged."""
         if self._shadow is not None:
             self._shadow.warm_up()
+        if self._processing is not None:
+            self._processing.process()
+            self.settle(deadline)
 
     def swap(self) -> None:
         """Make the staged direct landings live and keep the former values. A second call undoes the first one.
@@ -165,6 +187,14 @@ class Target:
             self.holds, self._other_holds, self._live_holds = self._other_holds, self.holds, self.holds
         else:
             self.holds, self._live_holds = self._live_holds, self.holds
+        if self._processing is not None:
+            self._processing.exchange()
+            self.holds = None  # the unprocessed weights stay those of the last round: nothing can be repeated there
+
+    def process_in_place(self) -> None:
+        """Have the engine process what landed in place. On a GPU the work is queued on the current stream."""
+        if self._processing is not None:
+            self._processing.process_in_place()
 
     def keep_loader_tensors(self) -> None:
         """Count the tensors that are staged for the loader as live from now on. The version before them stays until the next round
@@ -183,7 +213,7 @@ class Target:
         """Give up everything beside the live weights. Only ``place`` and ``staged`` can be asked for afterwards."""
         if self._shadow is not None:
             self._shadow.close()
-        self._shadow = self.area = None
+        self._shadow = self.area = self._unprocessed = self._processing = None
         self._memories.clear()
         self._copies_of_live.clear()
         self._memory = Memory([])
@@ -195,7 +225,8 @@ class Target:
 
     def landed_digest(self) -> int | None:
         """Return the digest of what the last swap made live, where the swap took a digest; otherwise None."""
-        return None if self._shadow is None or self.area is not None else self._shadow.landed_digest()
+        whole = self._shadow is not None and self.area is None and self._unprocessed is None
+        return self._shadow.landed_digest() if self._shadow is not None and whole else None
 
     @property
     def moves(self) -> bool:
@@ -219,7 +250,7 @@ class Target:
     def _known(self, direct: Memory, area: torch.Tensor | None) -> Memory:
         """The memory of some storages; the same object whenever they come round again, so that what transports and
         digests compiled for it is found."""
-        storages = [*direct.storages] + ([area] if area is not None else [])
+        storages = [*direct.storages, *(each for each in (self._unprocessed, area) if each is not None)]
         key = tuple(storage.data_ptr() for storage in storages)
         if key not in self._memories:
             self._memories[key] = combined(storages, self._model, is_arena=self._is_arena)

@@ -45,6 +45,7 @@ class WorkerReport:
     ``codec`` is "delta" where what changed since the round before was sent and "dense" where all values were; ``codec_reason`` says why,
     where the publisher had a choice. ``sent_nbytes`` are the bytes that were sent; 0 where the worker read them itself.
     ``shadow`` names the kind of memory in which the worker keeps its staged copy, and ``shadow_nbytes`` the size of that copy.
+    ``through_loader`` names the tensors that the engine's own loader placed while the engine stood still, with ``#`` for each number.
     """
 
     rank: int
@@ -55,11 +56,13 @@ class WorkerReport:
     digest: str
     shadow: str = ""
     shadow_nbytes: int = 0
+    through_loader: tuple[str, ...] = ()
     codec: Codec = "dense"
     codec_reason: str = ""
     sent_nbytes: int = 0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "through_loader", tuple(self.through_loader))
         if self.rank < 0 or self.nbytes < 0 or not self.seconds >= 0:
             raise InvalidInput(f"worker {self.rank}: negative rank, bytes or seconds", field="nbytes")
 

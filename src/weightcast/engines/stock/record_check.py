@@ -102,7 +102,7 @@ def _same(given: torch.Tensor, live: torch.Tensor) -> bool:
     """Whether live values are the given ones, cast to the type that they have there. Random bytes are NaNs in places; a cast keeps no
     NaN's bits."""
     if given.dtype == live.dtype:
-        return torch.equal(live.contiguous().view(torch.uint8), given.contiguous().view(torch.uint8))
+        return torch.equal(live.flatten().view(torch.uint8), given.flatten().view(torch.uint8))
     return torch.equal(live.nan_to_num(), given.to(live.dtype).nan_to_num())
 
 

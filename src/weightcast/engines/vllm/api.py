@@ -35,6 +35,7 @@ try:
         _place_kernel_tensors,
         get_layerwise_info,
     )
+    from vllm.model_executor.model_loader.reload.meta import SKIP_TENSORS
     from vllm.model_executor.model_loader.reload.sanitize import restore_layer_refs
     from vllm.model_executor.model_loader.utils import initialize_model, process_weights_after_loading
     from vllm.utils.torch_utils import set_default_torch_dtype
@@ -43,6 +44,10 @@ except ImportError as error:
 
 HELPERS = "vllm."
 """How the names of vLLM's modules begin (see engines.stock.reach)."""
+NOT_RELOADED = frozenset(SKIP_TENSORS)
+"""Tensors of layers that a reload leaves alone."""
+PROCESSING = ("vllm.model_executor.", "compressed_tensors.")
+"""How the names of the modules begin whose objects process weights after loading."""
 RELOAD_LOGGER = "vllm.model_executor.model_loader.reload.layerwise"
 
 
@@ -54,9 +59,18 @@ def load_format(layer: nn.Module) -> dict[str, torch.Tensor]:
 
 def stand_in(meta: torch.Tensor, layer: nn.Module) -> torch.Tensor:
     """Return a tensor of the load format in zeroed memory, for a loader that only records. The memory is reserved and never touched."""
+    return dressed(zeros_like(meta, torch.device("cpu")), meta, layer)
+
+
+def zeros_like(meta: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return zeros of the form of a tensor on the meta device."""
     extent = sum((size - 1) * stride for size, stride in zip(meta.shape, meta.stride(), strict=True)) + 1
-    flat = torch.zeros(extent if meta.numel() else 0, dtype=meta.dtype, device="cpu")
-    tensor = flat.as_strided(tuple(meta.shape), tuple(meta.stride()))
+    flat = torch.zeros(extent if meta.numel() else 0, dtype=meta.dtype, device=device)
+    return flat.as_strided(tuple(meta.shape), tuple(meta.stride()))
+
+
+def dressed(tensor: torch.Tensor, meta: torch.Tensor, layer: nn.Module) -> torch.Tensor:
+    """Give a tensor the class and the attributes that a layer's tensor was built with. Returns the same tensor."""
     tensor.__class__ = meta.__class__
     tensor.__dict__ = meta.__dict__.copy()
     tensor.requires_grad_(False)
@@ -92,6 +106,16 @@ def has_defaults(layer: nn.Module) -> bool:
 def padding_nbytes(tensor: torch.Tensor) -> int:
     """Return how many bytes of a parameter no checkpoint fills. The layer that made the parameter declares this number."""
     return int(tensor.numel() - getattr(tensor, "weight_loader_numel", tensor.numel())) * tensor.itemsize
+
+
+def quantises(method: Any) -> bool:
+    """Whether the method stores weights in another form than they are loaded in, and computes the one from the other after loading."""
+    return (
+        type(method).__module__.startswith(PROCESSING)
+        and not isinstance(method, BaseKVCacheMethod)
+        and not type(method).__name__.startswith("Unquantized")
+        and not keeps_load_format(method)
+    )
 
 
 def keeps_load_format(method: Any) -> bool:

@@ -7,7 +7,7 @@ are only packed after loading (see mirror.py). All others go through vLLM's laye
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -27,6 +27,25 @@ def classify(model: nn.Module, device: torch.device) -> dict[str, bool]:
     }
     _spread_over_shared(model, landable)
     return landable
+
+
+def quantised(model: nn.Module, landable: Mapping[str, bool]) -> list[str]:
+    """Return the names of layers that are not landable because vLLM processes what was loaded, and that share no parameter."""
+    owners: dict[int, int] = {}
+    for layer in model.modules():
+        for tensor in _parameters(layer):
+            owners[id(tensor)] = owners.get(id(tensor), 0) + 1
+    derived = _names_below_deriving(model)
+    return [
+        name
+        for name, layer in model.named_modules()
+        if name in landable
+        and not landable[name]
+        and name not in derived
+        and api.load_format(layer)
+        and api.quantises(api.quant_method(layer))
+        and all(owners[id(tensor)] == 1 for tensor in _parameters(layer))
+    ]
 
 
 def tied_embeddings(model: nn.Module) -> list[nn.Module]:
@@ -85,16 +104,18 @@ def _parameters(layer: nn.Module) -> list[torch.Tensor]:
 
 
 @contextmanager
-def in_load_format(model: nn.Module, landable: dict[str, bool], *, live: bool) -> Iterator[list[LayerTensors]]:
+def in_load_format(
+    model: nn.Module, landable: dict[str, bool], processed: Container[str] = (), *, live: bool
+) -> Iterator[list[LayerTensors]]:
     """While inside, the model is as its loader wants it. All layers have stand-ins for their tensors; with ``live`` only the layers
-    that are not landable. Stand-ins must not be computed with.
+    that are not landable. Stand-ins must not be computed with. ``processed`` are layers that can be landed in beside the live ones.
 
     Live tensors are back in their places afterwards, and nothing of theirs was touched.
     """
     borrowed = _Borrowed()
     try:
         yield [
-            borrowed.layer(name, layer, landable[name], as_it_is=live and landable[name])
+            borrowed.layer(name, layer, landable[name] or name in processed, as_it_is=live and landable[name])
             for name, layer in model.named_modules()
             if name in landable
         ]

@@ -8,11 +8,12 @@ layer half filled is refused while nothing is written yet.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from itertools import chain
 from typing import Any, NamedTuple
 
+import msgspec
 import torch
 from torch import nn
 
@@ -34,8 +35,9 @@ from weightcast.engines.stock.worker import StockModel
 from weightcast.engines.vllm import api
 from weightcast.engines.vllm.derived import Kept, kept_by_layer, renewed_by_reload
 from weightcast.engines.vllm.drafts import PART, PREFIX, Draft, WithDraft, check_published
-from weightcast.engines.vllm.formats import classify, in_load_format, tied_embeddings
+from weightcast.engines.vllm.formats import classify, in_load_format, quantised, tied_embeddings
 from weightcast.engines.vllm.mirror import Mirror, Slots, landings_in, plan_mirror
+from weightcast.engines.vllm.processing import Processable, ProcessedLayers, plan_unprocessed
 from weightcast.engines.vllm.twin import Findings, Original, findings_of
 from weightcast.errors import LoadError, ShadowError, Unsupported, WeightcastError
 from weightcast.layout import Layout, Placement
@@ -47,18 +49,28 @@ from weightcast.record import Recording, record_layout
 logger = logging.getLogger(__name__)
 
 
+class Known(NamedTuple):
+    """What is known of an engine's own model before a twin of the model is made."""
+
+    distrusted: set[str]
+    aliases: list[Alias]
+    unfit: dict[str, str]
+
+
 class _Extent(NamedTuple):
     """As much of a worker's models as a round changes."""
 
     model: nn.Module
     landable: dict[str, bool]
+    processable: Processable
     weights: Memory
     """The weights' memory, where tensors land in live weights."""
 
     @classmethod
-    def of(cls, model: nn.Module, device: torch.device) -> _Extent:
+    def of(cls, model: nn.Module, device: torch.device, unfit: Mapping[str, str]) -> _Extent:
         landable = classify(model, device)
-        return cls(model, landable, Memory([]) if device.type == "cpu" else live_memory(model, landable))
+        processable = Processable(model, quantised(model, landable), device, unfit)
+        return cls(model, landable, processable, Memory([]) if device.type == "cpu" else live_memory(model, landable))
 
 
 class VllmModel(StockModel):
@@ -73,7 +85,7 @@ class VllmModel(StockModel):
         model: nn.Module,
         vllm_config: Any,
         device: torch.device,
-        twin_of: tuple[set[str], list[Alias]] | None = None,
+        twin_of: Known | None = None,
         draft: Draft | None = None,
     ) -> None:
         """``twin_of`` is given for a twin: what is known already of the engine's own model. ``draft`` is what the engine speculates
@@ -81,18 +93,20 @@ class VllmModel(StockModel):
         self.device = device
         self.relocatable = device.type == "cpu"
         self._vllm_config = vllm_config
-        self._alone = _Extent.of(model, device)
-        self._whole = self._alone if draft is None else _Extent.of(WithDraft(model, draft), device)
+        unfit = {} if twin_of is None else twin_of.unfit
+        self._alone = _Extent.of(model, device, unfit)
+        self._whole = self._alone if draft is None else _Extent.of(WithDraft(model, draft), device, unfit)
         self._extent = self._whole
         """What the last layout was for."""
         self._kept_parts: tuple[str, ...] = ()
+        self._processing: ProcessedLayers | None = None
         self._form: Slots | None = None
         self._kept: dict[str, list[Kept]] = {}
         self._mirror = Mirror({}, {}, Memory([]))
         self._checked: dict[str, set[str]] = {}
         self._twin_of = twin_of
         self._findings: dict[str, Findings] = {}
-        self._layouts: dict[tuple[str, bool], Layout] = {}
+        self._layouts: dict[tuple[str, bool], tuple[Layout, ProcessedLayers | None]] = {}
 
     @property
     def model(self) -> nn.Module:
@@ -132,6 +146,12 @@ class VllmModel(StockModel):
     def forget(self) -> None:
         """Free what was kept for the way back."""
         self._mirror.forget()
+        if self._processing is not None:
+            self._processing.forget()
+
+    @property
+    def processing(self) -> ProcessedLayers | None:
+        return self._processing
 
     def layout(self, manifest: Manifest) -> Layout:
         """Return the landings in the landable layers. Every tensor that touches another layer goes through the loader.
@@ -143,28 +163,38 @@ class VllmModel(StockModel):
         known = self._layouts.get((manifest.digest, extent is self._whole))
         if known is not None:
             self._extent = extent
-            return known
+            layout, self._processing = known
+            return layout
         self._divide(manifest)
         if isinstance(extent.model, WithDraft):
             check_published(extent.model, manifest)
-        with self._looking_at(extent):
-            layout = self._recorded_layout(manifest)
+        found: Layout | None = None
+        while found is None:
+            with self._looking_at(extent), suppress(_RuledOut):
+                found = self._recorded_layout(manifest)
         self._extent = extent
         if not self.relocatable:
             # Sleep leaves parameters where they are: who joins again after it need not record again.
-            self._layouts = {(manifest.digest, extent is self._whole): layout}
-        return layout
+            self._layouts = {(manifest.digest, extent is self._whole): (found, self._processing)}
+        return found
 
     def _recorded_layout(self, manifest: Manifest) -> Layout:
+        """Raises _RuledOut when some layers turned out to be unfit for being processed beside the engine: ask again."""
         places = reachable(self.model, api.HELPERS)
         with self._landed(manifest) as (layers, numbers, recording, through, landings):
             self._kept = kept_by_layer(self._aliases(manifest, recording, through), places)
             through -= kept_once(recording, through)
+            fit = self._extent.processable.layers
+            within = [layer for layer in layers if layer.name in fit]
+            slots, unprocessed, landings = plan_unprocessed(within, numbers, landings, manifest)
             if self.relocatable:
                 landings = self._mirror_of(layers, numbers, landings, manifest)
+        self._processing = ProcessedLayers(fit, slots, self.device) if slots.nbytes else None
+        sizes = [storage.numel() for storage in self.memory().storages]
+        unprocessed = [msgspec.structs.replace(each, storage=len(sizes)) for each in unprocessed]
         return Layout(
-            placements=tuple(landings),
-            storage_nbytes=tuple(storage.numel() for storage in self.memory().storages),
+            placements=(*landings, *unprocessed),
+            storage_nbytes=(*sizes, *(() if self._processing is None else (self._processing.nbytes,))),
             through_loader=tuple(spec.name for spec in manifest.tensors if spec.name in through),
         )
 
@@ -202,14 +232,17 @@ class VllmModel(StockModel):
 
     def _live_tensors(self, manifest: Manifest) -> dict[str, LiveTensor]:
         with self._landed(manifest) as (layers, numbers, recording, through, landings):
+            fit = [layer for layer in layers if layer.name in self._extent.processable.layers]
+            _, unprocessed, landings = plan_unprocessed(fit, numbers, landings, manifest)
             if self.relocatable:
                 landings = (
                     landings_in(self._form, layers, numbers, landings) if self._form and self._mirror.is_filled else []
                 )
         reasons = dict.fromkeys(through, "its layer goes through vLLM's loader")
+        reasons |= dict.fromkeys((p.region.name for p in unprocessed), "vLLM quantised it")
         reasons |= {name: f"goes through the loader: {reason}" for name, reason in recording.reasons.items()}
         lying, used = {p.region.name for p in landings}, {p.region.name for p in recording.layout.placements}
-        reasons |= dict.fromkeys(used - lying - through, "vLLM packed it for its kernels; publish once")
+        reasons |= dict.fromkeys(used - lying - through - {*reasons}, "vLLM packed it for its kernels; publish once")
         return live_tensors(manifest, landings, reasons, self.memory())
 
     @contextmanager
@@ -232,10 +265,12 @@ class VllmModel(StockModel):
         """The model's layers in load format, numbers of their storages by address, those storages, and what was recorded."""
         with (
             api.current_config(self._vllm_config),
-            in_load_format(self.model, self._extent.landable, live=live) as layers,
+            in_load_format(self.model, self._extent.landable, self._extent.processable.layers, live=live) as layers,
             api.keeping_parameters(self.model),
         ):
-            stand_ins = [t for layer in layers if not (live and layer.landable) for t in layer.tensors]
+            stand_ins = [
+                t for layer in layers if not (live and self._extent.landable[layer.name]) for t in layer.tensors
+            ]
             memory = Memory([*(self._extent.weights.storages if live else ()), *storages_of(stand_ins)])
             recording = record_layout(self._load, manifest, memory, self.device, api.refuses)
             numbers = {storage.data_ptr(): number for number, storage in enumerate(memory.storages)}
@@ -244,7 +279,7 @@ class VllmModel(StockModel):
     def _distrusted(self, manifest: Manifest) -> set[str]:
         """Names that land elsewhere than vLLM's own loader writes them; asked once for each form of a model."""
         if self._twin_of is not None:
-            return self._twin_of[0]
+            return self._twin_of.distrusted
         form = manifest.digest
         if form not in self._checked:
             with self._recorded(manifest, live=False) as (_, _, memory, recording):
@@ -261,7 +296,7 @@ class VllmModel(StockModel):
         tried for want of room and vLLM's loader takes part. Where it does not, the weights are written where they are read.
         """
         if self._twin_of is not None:
-            return self._twin_of[1]
+            return self._twin_of.aliases
         form = manifest.digest
         if form not in self._findings:
             original = Original(model=self.model, vllm_config=self._vllm_config, device=self.device)
@@ -270,11 +305,28 @@ class VllmModel(StockModel):
             try:
                 self._findings[form] = findings_of(original, used, alike, self._adopted_by(manifest))
             except ShadowError as error:
-                if through:
+                if through or self._extent.processable.layers:
                     raise
                 logger.warning("copies of weights that the model may keep were not looked for: %s", error)
                 return []
+            except Unsupported as error:
+                if self._extent.processable.rule_out([*self._extent.processable.layers], str(error)):
+                    raise _RuledOut from error
+                raise
         found = self._findings[form]
+        stale = [
+            place
+            for place in found.stale
+            if self._extent.processable.rule_out([place], "a fresh load makes it otherwise")
+        ]
+        kept = [
+            alias
+            for alias in found.aliases
+            if self._extent.processable.rule_out([alias.layer], f"{alias.place} is a view of it")
+        ]
+        if stale or kept:
+            del self._findings[form]
+            raise _RuledOut
         if found.stale:
             raise Unsupported(
                 f"after an update {len(found.stale)} tensors of this model would differ from those of a fresh load: "
@@ -285,7 +337,8 @@ class VllmModel(StockModel):
 
     def _adopted_by(self, manifest: Manifest) -> Callable[[nn.Module, Any, list[Alias]], LiveModel]:
         distrusted = self._distrusted(manifest)
-        return lambda twin, config, found: VllmModel(twin, config, self.device, (distrusted, found))
+        known = Known(distrusted, [], dict(self._extent.processable.unfit))
+        return lambda twin, config, found: VllmModel(twin, config, self.device, known._replace(aliases=found))
 
     def _mirror_of(
         self, layers: Sequence[LayerTensors], numbers: dict[int, int], landings: list[Placement], manifest: Manifest
@@ -336,6 +389,10 @@ class VllmModel(StockModel):
 
     def _load(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         self.model.load_weights(tensors)  # type: ignore[operator]
+
+
+class _RuledOut(Exception):
+    """Fewer layers than before can be processed beside the engine."""
 
 
 @contextmanager

@@ -207,9 +207,14 @@ def _fresh(original: Original, values: Values) -> dict[str, object]:
 
 def publish(live: LiveModel, layout: Layout, make: Callable[[str], torch.Tensor]) -> None:
     """Bring values into a model by the calls that a round makes."""
-    memory = live.memory()
+    memory, processing = live.memory(), live.processing
     if live.relocatable:
         memory = Memory([storage.clone() for storage in memory.storages], is_arena=memory.is_arena)
+    direct = memory
+    if processing is not None:
+        unprocessed = torch.zeros(processing.nbytes, dtype=torch.uint8, device=live.device)
+        processing.reserve(unprocessed, lambda nbytes: torch.empty(nbytes, dtype=torch.uint8, device=live.device))
+        memory = Memory([*memory.storages, unprocessed])
     name, whole = "", None
     for placement in layout.placements:
         if whole is None or placement.region.name != name:
@@ -222,10 +227,14 @@ def publish(live: LiveModel, layout: Layout, make: Callable[[str], torch.Tensor]
             placement.storage, placement.dtype, placement.offset, placement.region.sizes, placement.strides
         ).copy_(part)
     if live.relocatable:
-        live.derive(memory)
-        live.rebind(memory)
+        live.derive(direct)
+        live.rebind(direct)
     else:
         live.refresh()
+    if processing is not None:
+        processing.process()
+        processing.exchange()
+        processing.forget()
     if layout.through_loader:
         live.load_weights((name, make(name).to(live.device)) for name in layout.through_loader)
 
@@ -243,10 +252,10 @@ def _contents(model: nn.Module, config: Any, device: torch.device) -> dict[str, 
 
 
 def _answers(model: nn.Module, config: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """What layers whose weights lie in a kernel's own memory make of one input."""
+    """What layers whose weights may lie in a kernel's own memory make of one input."""
     for name, layer in model.named_modules():
         size = getattr(layer, "input_size_per_partition", None) or getattr(layer, "embedding_dim", None)
-        if size and hasattr(layer, "cpu_linear"):
+        if size and (hasattr(layer, "cpu_linear") or api.quantises(api.quant_method(layer))):
             given = (
                 torch.linspace(-1, 1, 3 * size, dtype=torch.float32, device="cpu")
                 .view(3, size)

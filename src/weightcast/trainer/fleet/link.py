@@ -14,6 +14,7 @@ from weightcast.errors import DeadlineExceeded, EngineError, InvalidInput, PeerL
 from weightcast.layout.table import DTYPE, TENSOR
 from weightcast.manifest import Manifest
 from weightcast.manifest.dtypes import DTYPE_NAMES, DTYPE_NUMBERS, ITEMSIZES, itemsize_of
+from weightcast.manifest.names import kind_of
 from weightcast.messages import Failed, Landings, RankAnswer
 from weightcast.plan import Plan
 from weightcast.quoted import quoted
@@ -64,11 +65,14 @@ class WorkerLink:
     at: tuple[int, int] = (0, 0)
     """The (epoch, round) that the pair is used for now; round 0 is the set-up."""
 
+    through_loader: tuple[str, ...] = field(init=False)
+    """Tensors that the engine's own loader places while the engine stands still, with ``#`` for each number."""
     waiting: Deadline | None = None
     """What a call to its engine waits by, which ends when the worker is lost."""
 
     def __post_init__(self) -> None:
         self.member.on_trouble = self._wake
+        self.through_loader = tuple(sorted(set(map(kind_of, self.landings.layout.through_loader))))
 
     def _wake(self, trouble: Failed | RankAnswer | None) -> None:
         """End a wait for a worker that is lost, or that has said that it will not come."""

@@ -102,6 +102,7 @@ class Account:
                     digest=f"{progress.digest or 0:016x}" if self._outcomes.of(engine).committed else "",
                     shadow=worker.landings.shadow,
                     shadow_nbytes=worker.landings.shadow_nbytes,
+                    through_loader=worker.through_loader,
                     codec="delta" if worker.codec.changes else "dense",
                     codec_reason=worker.codec.reason,
                     sent_nbytes=worker.codec.sent_nbytes,
