@@ -97,15 +97,15 @@ def test_a_module_is_published_from_wherever_it_is(engine: PeerEngine) -> None:
             assert engine.peer.call("contents") == contents(module)
 
 
-HELD_NBYTES = 8 * 2**30
+HELD_NBYTES = 2 * 2**30
 
 
 def test_what_is_offloaded_between_rounds_is_free() -> None:
     """As the GPU says itself, whichever process had the memory mapped.
 
-    One mode after the other, in one test: other tests take far less of the card beside this one.
+    One mode after the other, in one test: other tests take less of the card beside this one.
     """
-    shapes = {f"w{i}": ((2**15, 2**14), "bfloat16") for i in range(8)}
+    shapes = {f"w{i}": ((2**13, 2**14), "bfloat16") for i in range(8)}
     for mode in ("staged", "in_place"):
         module = nn.ParameterDict(
             {
@@ -127,7 +127,7 @@ def test_what_is_offloaded_between_rounds_is_free() -> None:
                 torch.cuda.synchronize()
                 before = in_use()
                 module.cpu()
-                until_in_use_is_below(before - HELD_NBYTES + 2**30)
+                until_in_use_is_below(before - HELD_NBYTES // 2)
             live = engine.peer.call("contents", timeout_s=60)
             assert live["w3"] == contents(module)["w3"]
         torch.cuda.empty_cache()

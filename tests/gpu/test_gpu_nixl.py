@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import random
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -75,7 +75,7 @@ def test_values_of_an_optimizer_step_that_is_still_queued_arrive(source: str, ta
             end.connect(Deadline(60))
             worker.result()
             for _ in range(3):
-                fresh = random.randbytes(NBYTES)
+                fresh = os.urandom(NBYTES)
                 staged = torch.frombuffer(bytearray(fresh), dtype=torch.uint8).to(source)
                 if source == "cuda":
                     torch.cuda._sleep(200_000_000)

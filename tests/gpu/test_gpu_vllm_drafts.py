@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from gpu_vllm import answers, engine, tiny_model
+from gpu_vllm import DIMENSIONS, answers, engine, tiny_model
 
 from weightcast import Publisher
 from weightcast.errors import PlanMismatch
-from weightcast.testing.models import random_state_dict, save_checkpoint
+from weightcast.testing.models import build_tiny_model, random_state_dict, save_checkpoint
 
 pytest.importorskip("vllm", reason="needs vLLM")
 pytest.importorskip("triton", reason="needs a CUDA build of torch")
@@ -99,8 +99,9 @@ def on_gpu(weights: Weights) -> Weights:
 
 
 @pytest.mark.parametrize("mode", ["staged", "in_place"])
-@pytest.mark.parametrize("runner", ["v1", "v2"], indirect=True)
+@pytest.mark.parametrize("runner", ["v1"], indirect=True)
 def test_a_draft_model(tmp_path: Path, runner: str, mode: str) -> None:
+    """vLLM's second model runner refuses this method at start."""
     path, draft = tiny_model(tmp_path / "m", "qwen3"), tiny_model(tmp_path / "d", "qwen3")
     weights, of_draft = on_gpu(random_state_dict(path)), on_gpu(random_state_dict(draft))
     how = {"method": "draft_model", "model": str(draft), "num_speculative_tokens": NUM_DRAFTED}
@@ -129,7 +130,7 @@ def test_a_draft_model(tmp_path: Path, runner: str, mode: str) -> None:
 @pytest.mark.parametrize("runner", ["v1", "v2"], indirect=True)
 def test_an_eagle_head_shares_embeddings_and_head(tmp_path: Path, runner: str) -> None:
     path = tiny_model(tmp_path / "m", "llama")
-    like = tiny_model(tmp_path / "d", "llama")
+    like = build_tiny_model(tmp_path / "d", "llama", "bfloat16", **{**DIMENSIONS, "num_hidden_layers": 1})
     head = save_checkpoint(tmp_path / "head", fresh_head(like), like=like)
     weights, of_draft = on_gpu(random_state_dict(path)), on_gpu(fresh_head(like))
 
