@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from gpu_vllm import answers, engine, through_loader, tiny_model
-from tests.support.quantised import declare_quantised, quantised
 
 from weightcast import Publisher
 from weightcast.errors import RoundFailed
 from weightcast.testing.models import random_state_dict, save_checkpoint
+from weightcast.testing.quantised_checkpoints import declare_quantised, quantised
 
 pytest.importorskip("vllm", reason="needs vLLM")
 pytest.importorskip("triton", reason="needs a CUDA build of torch")

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support.quantised import declare_quantised, quantised
 from tests.vllm import offline
 from tests.vllm.test_models import build, model_of, worker_of
 from tests.vllm.weights import fill
@@ -18,6 +17,7 @@ from weightcast import Publisher
 from weightcast.engines.vllm.layer_twin import pairs_of, twin_of, unchanged
 from weightcast.errors import RoundFailed, Unsupported
 from weightcast.testing.models import random_state_dict, save_checkpoint
+from weightcast.testing.quantised_checkpoints import declare_quantised, quantised
 
 WIDE = {"hidden_size": 128, "intermediate_size": 256}
 

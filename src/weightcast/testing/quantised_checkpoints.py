@@ -1,4 +1,4 @@
-"""Checkpoints whose linear layers are quantised already, as llm-compressor writes them: values and a scale for each row."""
+"""Checkpoints whose linear layers are quantised already, as llm-compressor writes them: values, and a scale for each row."""
 
 from __future__ import annotations
 
