@@ -44,7 +44,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
         return None
     config = pyfuncitem.config
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short"]
-    command += ["-c", str(config.inipath), "--rootdir", str(config.rootpath), pyfuncitem.nodeid]
+    command += ["--show-capture=no", "-c", str(config.inipath), "--rootdir", str(config.rootpath), pyfuncitem.nodeid]
     done = subprocess.run(command, env=os.environ | {ALONE: "1"}, cwd=config.rootpath, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-1000:]
     return True
