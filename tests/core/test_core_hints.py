@@ -215,7 +215,7 @@ def test_memory_for_a_staged_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(place, "host_room_nbytes", lambda: 10)
     model: Any = SimpleNamespace(
         memory=lambda: SimpleNamespace(nbytes=1000, storages=()), device=torch.device("cpu"), asleep_nbytes=0,
-        derived_nbytes=0, relocatable=True,
+        derived_nbytes=0, relocatable=True, processing=None,
     )  # fmt: skip
     Mistake(
         make=lambda: place.choose_place(model, [], 1, host=False), error=ShadowError, said="takes 1000 bytes, 10 are free",

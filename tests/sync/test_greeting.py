@@ -50,7 +50,8 @@ def test_the_engines_thread_goes_on_while_a_trainer_does_not_answer(tmp_path: Pa
             # Commands run one behind the other on the engine's thread: each would wait behind the joining.
             assert llm.engine.run_between_steps(lambda: "done").result(20) == "done"
             assert not joining.done()
-        with pytest.raises(DeadlineExceeded, match="did not answer"):
+        # Its silence and the end of the wait for it are noticed by two threads.
+        with pytest.raises((DeadlineExceeded, PeerLost), match="did not answer"):
             joining.result(20)
 
 

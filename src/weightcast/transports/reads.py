@@ -40,9 +40,10 @@ class ReadBucket(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read_buckets(copies: Iterable[Copy], bucket_nbytes: int) -> tuple[ReadBucket, ...]:
-    """Cut copies into buckets of about ``bucket_nbytes``, in their order. Empty copies are left out."""
+    """Cut copies into buckets of about ``bucket_nbytes``, in the order in which they lie in the trainer's memory. Empty copies are left
+    out."""
     filling, buckets = _Filling(), []
-    for copy in copies:
+    for copy in sorted(copies, key=lambda copy: (copy.src_storage, copy.src_offset * itemsize_of(copy.src_dtype))):
         if copy.region.numel == 0:
             continue
         for piece in _pieces(_by_stride(copy), bucket_nbytes):

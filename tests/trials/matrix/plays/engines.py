@@ -122,7 +122,8 @@ def one_of_two_workers_cannot_commit(make: MakeField) -> Finding:
         field.start()
         field.a.arm("commit:worker", "raise", skip=1)
         failure = field.fail(field.unhurried_s)
-        cause = failure.names(field.a.url, LoadError)
+        # A pair that breaks off in the commit may be noticed before the worker's answer is there.
+        cause = failure.names(field.a.url, LoadError, *([] if field.mode == "staged" else [TransportError]))
         expect(cause.worker == 1, f"does not name the worker: {cause}")
         if field.mode == "staged":
             field.steady_after(failure)
