@@ -470,6 +470,27 @@ def test_a_join_that_fails_keeps_no_slot(build: Build, start: Start, monkeypatch
     assert llm.adapter_names == ["third"]
 
 
+def test_a_removed_version_keeps_its_memory(build: Build, start: Start) -> None:
+    """A trainer that comes after the removal writes elsewhere than where requests still read."""
+    folder, reference = build()
+    trainer, llm, ids = adapted(reference), start(folder), prompt()
+    scatter(trainer)
+    with Publisher(trainer, [llm], adapter="policy", timeout_s=20) as publisher:
+        publisher.publish()
+        truth, running = greedy_on(merged(trainer), ids, NUM_TOKENS), Running(llm, ids, "policy")
+    modules = running.request.adapter_version.modules
+    held = {module: (a.clone(), b.clone()) for module, (a, b, _) in modules.items()}
+    llm.remove_adapter("policy")
+    with Publisher(trainer, [llm], adapter="policy", timeout_s=20) as publisher:
+        for _ in range(3):
+            scatter(trainer)
+            publisher.publish()
+            assert all(torch.equal(a, held[m][0]) and torch.equal(b, held[m][1]) for m, (a, b, _) in modules.items())
+    llm.resume_generation()
+    assert running.finished().outputs[0].token_ids == truth
+    assert tokens_of(llm, ids, "policy") == greedy_on(merged(trainer), ids, NUM_TOKENS)
+
+
 def test_refusals(build: Build, start: Start) -> None:
     folder, reference = build()
     trainer, llm = adapted(reference), start(folder, max_lora_rank=3)

@@ -99,6 +99,7 @@ class AdapterModel(LiveModel, Generic[VersionT]):
         with self.lock:
             self.old = [version for version in self.versions() if version.in_use]
             self.current, self._is_joined = None, False
+            self._live = self._new_memory(self._manifest)  # those requests read the memory that was live
             self._made = {self._live.number: None}
 
     # -- LiveModel
