@@ -563,3 +563,43 @@ def publish_changes(rank: int, size: int, folder: str) -> list[str]:
 def test_each_rank_sends_what_changed_of_its_part(tmp_path: Path) -> None:
     told = run_ranks(publish_changes, 2, str(tmp_path), timeout_s=90)
     assert told == [["dense", "delta", "delta", "delta"]] * 2
+
+
+def publish_tied(rank: int, size: int, folder: str) -> list[tuple[str, str]]:
+    """Rounds in which a few values change of tensors that lie in one memory here and there; how the bytes went."""
+    with process_group(rank, size, folder):
+        told = []
+        for mode, is_sharded in (("staged", False), ("in_place", False), ("staged", True)):
+            seed = agreed_seed()
+            generator = torch.Generator().manual_seed(seed)
+            embed = torch.randn(64, 16, generator=generator).to(torch.bfloat16)
+            whole = embed.clone()
+            held: torch.Tensor = embed
+            if is_sharded:
+                held = distribute_tensor(embed, init_device_mesh("cpu", (size,)), [Shard(0)])
+            model = DictModel({"embed": torch.zeros_like(whole)}, tied={"head": "embed"})
+            engines = [LocalEngine("a", [model], mode=mode)] if rank == 0 else []
+            with Publisher(
+                {"embed": held, "head": held},
+                engines,
+                process_group=dist.group.WORLD,
+                transport="tcp",
+                delta=True,
+                timeout_s=TIMEOUT_S,
+            ) as publisher:
+                for _ in range(4):
+                    report = publisher.publish()
+                    assert report.digests_match
+                    assert rank or model.holds({"embed": whole})
+                    told += [(w.codec, w.codec_reason) for engine in report.engines for w in engine.workers]
+                    whole[torch.rand(whole.shape, generator=generator) < 0.05] *= 1.5
+                    local(held).copy_(whole.chunk(size)[rank] if is_sharded else whole)
+            for engine in engines:
+                engine.stop()
+        return told
+
+
+def test_bytes_that_several_ranks_fill_get_all_values(tmp_path: Path) -> None:
+    told = run_ranks(publish_tied, 2, str(tmp_path), timeout_s=90)[0]
+    assert told[:8] == [("dense", "several trainer ranks fill the same bytes of tied tensors")] * 8
+    assert [codec for codec, _ in told[8:]] == ["dense", "delta", "delta", "delta"], "each byte has one rank"

@@ -3,6 +3,7 @@ the first byte moves."""
 
 from weightcast.plan.compiling import compile_plan
 from weightcast.plan.holdings import AnyLayout, Holdings, HoldingTable
+from weightcast.plan.meeting import ranks_meet
 from weightcast.plan.plan import (
     Copy,
     Run,
@@ -35,6 +36,7 @@ __all__ = [
     "narrowed",
     "nbytes_of",
     "parts_of",
+    "ranks_meet",
     "shared_landings",
     "slices",
     "split",

@@ -168,6 +168,10 @@ class Plan(Mapping[int, Sequence[Copy]]):
     def __len__(self) -> int:
         return len(self._of)
 
+    def rows(self) -> tuple[Numbers, Numbers]:
+        """The rank of each copy and the numbers of each, made anew by each call."""
+        return self._ranks, self._make(slice(None))
+
     @property
     def digest(self) -> str:
         """Hex SHA-256, equal on both sides exactly when they compiled the same copies."""

@@ -16,7 +16,7 @@ from weightcast.errors import DeadlineExceeded, GroupBroken, PeerLost, PlanMisma
 from weightcast.layout.table import LayoutTable
 from weightcast.manifest import ALIGNMENT
 from weightcast.messages import Message, Offer, Ready, Setup
-from weightcast.plan import Plan, compile_plan, parts_of
+from weightcast.plan import Plan, compile_plan, parts_of, ranks_meet
 from weightcast.trainer.fleet.codec import Codec
 from weightcast.trainer.fleet.fleet import Fleet
 from weightcast.trainer.fleet.groups import TransferGroup, groups_of, mates_of
@@ -55,6 +55,8 @@ class _SetUp:
         """Engines that have to be set up again with another transport."""
         self._plans: dict[LayoutTable, Plan] = {}
         """By landings: workers whose layouts are equal have one plan."""
+        self._meeting: set[LayoutTable] = set()
+        """Landings in whose bytes values of several ranks meet."""
         self._cut_off: dict[str, WeightcastError] = {}
         """Engines whose pairs broke because of another engine."""
 
@@ -141,6 +143,8 @@ class _SetUp:
                 layout,
                 check=lambda: limit.check("planning a worker's landings"),
             )
+            if self._fleet.settings.delta and ranks_meet(self._plans[layout], layout):
+                self._meeting.add(layout)
         plan = self._plans[layout]
         worker.plan, worker.digest_key = plan, plan.key
         worker.parts = tuple(parts_of(plan.get(RANK_0, ())))
@@ -164,28 +168,29 @@ class _SetUp:
         transport, deadline = group[0][1].transport, self._deadline
         assert transport is not None
         try:
-            opened = self._open(transport, _plan_of(group[0][1]), len(group))
+            opened = self._open(transport, group)
         except WeightcastError as error:
             for engine, worker in group:
                 self._blame(engine, worker, copy(error), by_trainer=True)
             return
         for (_, worker), (end, offers) in zip(group, opened, strict=True):
             worker.end = end
-            worker.codec = Codec(wish=self._fleet.settings.delta, refused=self._no_changes(transport))
+            worker.codec = Codec(wish=self._fleet.settings.delta, refused=self._no_changes(transport, worker))
             holdings, epoch = _plan_of(worker).holdings, self._fleet.epoch
             setup = Setup(epoch=epoch, holdings=holdings, offers=offers, timeout_s=deadline.limit_s())
             self._fleet.coordinator.send(worker.member, setup)
 
-    def _open(self, transport: Transport, plan: Plan, count: int) -> list[tuple[SendingEnd, tuple[Offer, ...]]]:
+    def _open(self, transport: Transport, group: TransferGroup) -> list[tuple[SendingEnd, tuple[Offer, ...]]]:
         """The sending sides of a group of workers that want the same, on all ranks that have something for them, and what each
         offers."""
         settings, ranks = self._fleet.settings, self._fleet.ranks
+        plan, count = _plan_of(group[0][1]), len(group)
         bucket_nbytes = settings.bucket_nbytes or self._bucket_nbytes(transport)
         own: list[TrainerEnd] = []
         if RANK_0 in plan:
             memory, address = self._fleet.source.memory, settings.reached_at
             own = transport.trainer_ends(count, plan[RANK_0], memory, bucket_nbytes=bucket_nbytes, address=address)
-        keeps = bool(settings.delta) and not self._no_changes(transport)
+        keeps = bool(settings.delta) and not all(self._no_changes(transport, worker) for _, worker in group)
         if keeps:
             for end in own:
                 end.keep(self._fleet.kept)
@@ -206,11 +211,18 @@ class _SetUp:
             everywhere.append((shared, (*offered[number], *others)))
         return everywhere
 
-    def _no_changes(self, transport: Transport) -> str:
-        """Why changes cannot be sent by a transport; empty where they can."""
+    def _no_changes(self, transport: Transport, worker: WorkerLink) -> str:
+        """Why changes cannot be sent to a worker by a transport; empty where they can."""
         if self._fleet.source.layout.is_streamed:
             return "a stream passes by, and nothing of it is kept"
-        return "" if transport.carries_changes else f"{transport.name} brings all values"
+        if not transport.carries_changes:
+            return f"{transport.name} brings all values"
+        # Each of them would add its difference to what is there.
+        return (
+            "several trainer ranks fill the same bytes of tied tensors"
+            if worker.landings.layout in self._meeting
+            else ""
+        )
 
     def _bucket_nbytes(self, transport: Transport) -> int:
         """That of the transport; for a stream no more than a part of a window."""
