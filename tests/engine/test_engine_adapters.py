@@ -446,6 +446,30 @@ def test_what_is_no_adapter_for_engines_is_refused(build: Build, start: Start, o
     assert tokens_of(llm, ids) == greedy_on(merged(trainer), ids, NUM_TOKENS)
 
 
+@pytest.mark.parametrize("how", ["pissa_niter_2", "olora", "a trained norm"])
+def test_an_adapter_for_other_base_weights_is_refused(build: Build, start: Start, how: str) -> None:
+    folder, reference = build("llama", "float32")
+    is_norm = how.endswith("norm")
+    trainer, llm = adapted(reference, **({} if is_norm else {"init_lora_weights": how})), start(folder, dtype="float32")
+    norm = trainer.base_model.model.model.norm.weight.requires_grad_(is_norm)
+    with pytest.raises(Unsupported, match="model.norm.weight" if is_norm else how) as refusal:
+        Publisher(trainer, [llm], adapter="policy")
+    assert "without adapter=" in str(refusal.value)
+    with torch.no_grad():
+        norm.add_(torch.rand(norm.shape))
+    ids = prompt()
+    with Publisher(trainer, [llm], timeout_s=20) as publisher:  # as the hint says
+        publisher.publish()
+    assert tokens_of(llm, ids) == greedy_on(merged(trainer), ids, NUM_TOKENS)
+    if is_norm:
+        norm.requires_grad_(False)  # as the hint says, too; the engine's base is the trainer's by now
+        other = LoraConfig(r=2, use_dora=True, target_modules=["v_proj"], modules_to_save=["embed_tokens"])
+        trainer.add_adapter("critic", other)
+        trainer.set_adapter("critic")  # what another adapter trains is none of the base model
+        with Publisher(trainer, [llm], adapter="policy", timeout_s=20) as publisher:
+            publisher.publish()
+
+
 def test_a_join_that_fails_keeps_no_slot(build: Build, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, reference = build()
     trainer, llm = adapted(reference), start(folder, max_adapters=2)

@@ -31,6 +31,10 @@ from weightcast.sources.shards import is_distributed, local_of
 from weightcast.sources.tree import AGAIN_HINT
 from weightcast.sources.wrappers import plain_names, unwrapped
 
+_REWRITE = ("pissa", "corda", "olora", "loftq", "lora_ga")
+"""How the names begin of initialisations that take the first factors out of the base weights."""
+_OF_BASE = ("base_layer", "original_module", "token_adapter")
+"""Parts of PEFT's layers and wrappers in which modules of the base model lie."""
 GATHER_S = 60.0
 """How long ranks wait for each other where no call's deadline is known."""
 
@@ -73,6 +77,25 @@ class Adapter:
             raise InvalidInput(f"the adapter {self.name!r} has no LoRA layers", field="adapter", hint=MERGED_HINT)
         plain = plain_names(base, [f"{path}.weight" for path in self.layers])
         self.layers = {plain[f"{path}.weight"].removesuffix(".weight"): part for path, part in self.layers.items()}
+        self._refuse_trained_base(base)
+
+    def _refuse_trained_base(self, base: nn.Module) -> None:
+        """Raise Unsupported for parameters of the base model that are trained: an engine has other values of these."""
+        of_peft = {
+            id(value)
+            for part in base.modules()
+            if is_adapter(part) or is_chooser(part)
+            for key, own in part.named_children()
+            if key not in _OF_BASE
+            for value in own.parameters()
+        }
+        for path, value in base.named_parameters():
+            if value.requires_grad and id(value) not in of_peft:
+                raise _unsupported(
+                    self.name,
+                    f"is trained beside {path!r} of the base model",
+                    f"Freeze what is not trained (requires_grad_(False)) before the Publisher is made. {MERGED_HINT}",
+                )
 
     def _has(self, layer: Any, path: str) -> bool:
         """Whether a layer of PEFT computes with this adapter; Unsupported for one that an engine could not compute."""
@@ -228,6 +251,9 @@ def _refuse_kind(config: Any, name: str) -> None:
         raise _unsupported(name, f"is of type {kind}, and engines serve LORA only")
     if getattr(config, "bias", "none") != "none":
         raise _unsupported(name, f"trains biases of the base model (bias={config.bias!r})")
+    start = getattr(config, "init_lora_weights", True)
+    if str(start).lower().startswith(_REWRITE):
+        raise _unsupported(name, f"is for base weights that its initialisation changed (init_lora_weights={start!r})")
 
 
 def _choices_of(chooser: Any) -> tuple[str, ...]:
