@@ -57,36 +57,109 @@ def renewed(models: dict[str, Model]) -> dict[str, torch.Tensor]:
     return {prefix + name: value.clone() for prefix, m in models.items() for name, value in m.state_dict().items()}
 
 
-@pytest.mark.parametrize("kind", ["modules", "state dicts", "lazy mappings", "folders"])
+class Lazy(dict[str, torch.Tensor]):
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return super().__getitem__(name) + 0
+
+
+KINDS = ["modules", "state dicts", "lazy mappings", "folders"]
+
+
+def as_kind(kind: str, models: dict[str, Model], folder: Path) -> dict[str, Any]:
+    """The models as a source of this kind; folders are written under ``folder``."""
+    if kind == "modules":
+        return dict(models)
+    if kind != "folders":
+        make = Lazy if kind == "lazy mappings" else dict
+        return {prefix: make(model.state_dict()) for prefix, model in models.items()}
+    for prefix, model in models.items():
+        (folder / (prefix or "m")).mkdir(parents=True, exist_ok=True)
+        save_file(model.state_dict(), folder / (prefix or "m") / "model.safetensors")
+    return {prefix: folder / (prefix or "m") for prefix in models}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_round_brings_all_parts(models: dict[str, Model], engine: LocalEngine, kind: str, tmp_path: Path) -> None:
-    class Lazy(dict[str, torch.Tensor]):
-        def __getitem__(self, name: str) -> torch.Tensor:
-            return super().__getitem__(name) + 0
-
-    sources: dict[str, Any] = {
-        "modules": models,
-        "state dicts": {prefix: model.state_dict() for prefix, model in models.items()},
-        "lazy mappings": {prefix: Lazy(model.state_dict()) for prefix, model in models.items()},
-        "folders": {prefix: tmp_path / (prefix or "m") for prefix in models},
-    }
-    for folder in sources["folders"].values():
-        folder.mkdir()
-
-    def save() -> None:
-        for prefix, model in models.items():
-            save_file(model.state_dict(), sources["folders"][prefix] / "model.safetensors")
-
-    save()
-    with Publisher(sources[kind], [engine], timeout_s=20) as publisher:
+    with Publisher(as_kind(kind, models, tmp_path), [engine], timeout_s=20) as publisher:
         for _ in range(3):
             wanted = renewed(models)
             if kind == "folders":
-                save()
+                as_kind(kind, models, tmp_path)
                 publisher.connect()
             assert publisher.publish().digests_match
             got = live(engine)
             assert got.keys() == wanted.keys()
             assert all(torch.equal(got[name], value) for name, value in wanted.items())
+
+
+@pytest.mark.parametrize("options", [{}, {"hold": "round"}], ids=["held", "of a round"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_part_that_is_replaced_is_published_or_told(
+    engine: LocalEngine, kind: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    """Before the first round, between rounds and for one that is not waited for: tensors are read where they are now; other modules
+    and folders are taken up or refused until connect()."""
+    source: dict[str, Any] = {}
+
+    def replace(number: int) -> dict[str, torch.Tensor]:
+        models = {"": Model(4), "draft.": Model(2)}
+        wanted = renewed(models)
+        source.update(as_kind(kind, models, tmp_path / str(number)))
+        return wanted
+
+    replace(0)
+    with Publisher(source, [engine], timeout_s=20, **options) as publisher:
+        for number in range(1, 5):
+            before, wanted = live(engine), replace(number)
+            refused: StateError | None = None
+            try:
+                report = publisher.publish() if number != 3 else publisher.publish(wait=False).wait()
+            except StateError as error:
+                refused = error
+                publisher.connect()
+                assert all(torch.equal(live(engine)[name], value) for name, value in before.items())
+                report = publisher.publish()
+            assert report.digests_match
+            assert refused is None or (kind in ("modules", "folders") and "connect()" in refused.hint)
+            assert all(torch.equal(live(engine)[name], value) for name, value in wanted.items()), number
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parts_that_come_and_go_are_told(
+    models: dict[str, Model], engine: LocalEngine, kind: str, tmp_path: Path
+) -> None:
+    source = as_kind(kind, models, tmp_path)
+    with Publisher(source, [engine], timeout_s=20) as publisher:
+        publisher.publish()
+        source["other."] = as_kind(kind, {"other.": Model(2)}, tmp_path)["other."]
+        with pytest.raises(StateError, match="other") as caught:
+            publisher.publish()
+        assert "connect()" in caught.value.hint
+        del source["other."], source["draft."]
+        with pytest.raises(StateError, match=r"draft|folders"):
+            publisher.publish()
+        source["draft."] = torch.zeros(3)
+        with pytest.raises(StateError, match=r"draft|folders"):
+            publisher.publish()
+        with pytest.raises(InvalidInput, match=r"all modules, all mappings|no torch tensor"):
+            publisher.connect()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("prefix", ["module.", "model.", "_orig_mod.", "a.module."])
+def test_prefixes_may_be_any(kind: str, prefix: str, tmp_path: Path) -> None:
+    """Also those that are names of a wrapper's part; wrappers in a part are seen through."""
+    for prefixes in ([prefix], ["", prefix]):
+        models = {prefix: Model(3) for prefix in prefixes}
+        wanted = {f"{p}{name}": value for p, m in models.items() for name, value in m.state_dict().items()}
+        wrapped: dict[str, Any] = models if kind == "folders" else {p: nn.DataParallel(m) for p, m in models.items()}
+        made = make_source(as_kind(kind, wrapped, tmp_path))
+        made.refresh()
+        assert {spec.name for spec in made.manifest.tensors} == wanted.keys()
+        for place in made.layout.placements:
+            got = made.memory.view(place.storage, place.dtype, place.offset, place.region.sizes, place.strides)
+            assert torch.equal(got, wanted[place.region.name])
+        made.close()
 
 
 def test_renaming_is_of_names_with_prefixes(models: dict[str, Model]) -> None:

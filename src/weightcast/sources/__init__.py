@@ -17,7 +17,7 @@ from weightcast.sources.base import Source
 from weightcast.sources.conversions import checkpoint_tensors, read_module
 from weightcast.sources.merged import MergedSource, merged_twin
 from weightcast.sources.module import ModuleSource
-from weightcast.sources.parts import PartsLike, as_one, folders_of, is_parts
+from weightcast.sources.parts import Joined, PartsLike, as_one, folders_of, is_parts
 from weightcast.sources.renaming import Rename
 from weightcast.sources.safetensors import SafetensorsSource
 from weightcast.sources.sharded import ShardedSource
@@ -85,7 +85,10 @@ def make_source(
         return ModuleSource(source, dtype=dtype, names=content)
     if isinstance(source, Mapping):
         refuse_unmerged(source)
-        tensors = read_through(cast("Mapping[str, torch.Tensor]", source), rename)
+        given = cast("Mapping[str, torch.Tensor]", source)
+        # Joined mappings have seen through the wrappers of each part; what a prefix is called tells no wrapper.
+        own = {name: name for name in given} if isinstance(given, Joined) else None
+        tensors = read_through(given, rename, names=own)
         made = _mapping_source(tensors, dtype)
         if isinstance(tensors, ReadThrough):
             tensors.first = None

@@ -121,8 +121,9 @@ class SafetensorsSource(Source):
     ) -> None:
         """``folder`` may be several folders by prefix, which ``rename`` sees before their names. ``deadline`` ends the reading of headers
         of a folder with very many tensors."""
-        folders = folder if isinstance(folder, Mapping) else {"": folder}
-        self._folders = {prefix: Path(path) for prefix, path in folders.items()}
+        self._given = folder if isinstance(folder, Mapping) else {"": folder}
+        then = dict(self._given)
+        self._then, self._folders = then, {prefix: Path(path) for prefix, path in then.items()}
         wanted = _usable(device)
         self.device = torch.device("cpu")
         specs: list[TensorSpec] = []
@@ -202,6 +203,11 @@ class SafetensorsSource(Source):
         self.check_form()
 
     def check_form(self) -> None:
+        if dict(self._given) != self._then:
+            raise StateError(
+                f"the source has other folders than at connect(): {', '.join(map(str, self._given.values()))}",
+                hint="Call connect() to publish these",
+            )
         if self._current_stamp() != self._stamp:
             raise StateError(
                 f"the files of {', '.join(map(str, self._folders.values()))} changed since connect()",

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from weightcast.errors import StateError, WeightsMoved
+from weightcast.sources.parts import Whole
 from weightcast.sources.shards import is_distributed, local_of
 
 AGAIN_HINT = "Call connect() to publish the module as it is now"
@@ -23,6 +24,7 @@ class Entries:
     """The children, parameters and buffers of a module and its parts. They are compared without a loop in Python."""
 
     def __init__(self, module: nn.Module) -> None:
+        self._whole = module if isinstance(module, Whole) else None
         modules = list(module.modules())
         found: list[dict[str, Any]] = [
             d for module in modules for d in (module._modules, module._parameters, module._buffers)
@@ -35,7 +37,9 @@ class Entries:
         return chain.from_iterable(map(dict.values, self._filled))
 
     def are_as_remembered(self) -> bool:
-        """Whether all entries are the very objects that they were."""
+        """Whether all entries are the very objects that they were. Raises StateError where a part of a source is another one."""
+        if self._whole is not None:
+            self._whole.check()
         if any(self._empty) or list(map(len, self._filled)) != self._sizes:
             return False
         return all(map(operator.is_, self._current(), self._then))

@@ -36,12 +36,21 @@ def plain_names(module: nn.Module, names: Iterable[str]) -> dict[str, str]:
     return _distinct((name, _plain_name(module, name)) for name in names)
 
 
-def read_through(tensors: Mapping[str, torch.Tensor], rename: Rename | None = None) -> Mapping[str, torch.Tensor]:
-    """Return the same mapping under names without wrappers, renamed. Looking up a tensor looks it up in the original mapping."""
-    if not all(isinstance(name, str) for name in tensors):
+def names_without_wrappers(tensors: Iterable[str]) -> dict[str, str]:
+    """Return, for the names of a mapping's tensors, the names without wrappers."""
+    names = list(tensors)
+    if not all(isinstance(name, str) for name in names):
         raise InvalidInput("the mapping has names that are no text", field="source")
-    is_parallel = bool(tensors) and all(name.startswith(f"{PARALLEL}.") for name in tensors)
-    names = _distinct((name, _without_wrappers(name, is_parallel)) for name in tensors)
+    is_parallel = bool(names) and all(name.startswith(f"{PARALLEL}.") for name in names)
+    return _distinct((name, _without_wrappers(name, is_parallel)) for name in names)
+
+
+def read_through(
+    tensors: Mapping[str, torch.Tensor], rename: Rename | None = None, *, names: Mapping[str, str] | None = None
+) -> Mapping[str, torch.Tensor]:
+    """Return the same mapping under names without wrappers, or under ``names``, renamed. Looking up a tensor looks it up in the original
+    mapping."""
+    names = names_without_wrappers(tensors) if names is None else names
     new = renamed(names.values(), rename)
     names = {name: new[plain] for name, plain in names.items()}
     is_plain = type(tensors).__getitem__ in (dict.__getitem__, OrderedDict.__getitem__)
@@ -52,10 +61,12 @@ def read_through(tensors: Mapping[str, torch.Tensor], rename: Rename | None = No
 
 class ReadThrough(Mapping[str, torch.Tensor]):
     """A mapping under other names. Each look-up calls ``__getitem__`` of the original, which may make the tensor only then. ``first``
-    holds the tensors that were looked up first; while it does, these tensors are returned again."""
+    holds the tensors that were looked up first; while it does, these tensors are returned again. A name that came into the original
+    later is seen as it is there."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], names: Mapping[str, str]) -> None:
         self._tensors, self._names = tensors, dict(names)
+        self._new = {given: name for name, given in names.items()}
         self.first: dict[str, torch.Tensor] | None = {name: tensors[given] for name, given in names.items()}
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -64,10 +75,10 @@ class ReadThrough(Mapping[str, torch.Tensor]):
         return self._tensors[self._names[name]]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return (self._new.get(given, given) for given in self._tensors)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._tensors)
 
 
 def wrapped_name(module: nn.Module) -> str | None:
