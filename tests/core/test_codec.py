@@ -60,3 +60,17 @@ def test_all_values_where_nothing_else_is_asked_for_or_can_be(wish: bool, refuse
 def test_the_first_round_of_a_pair_has_nothing_to_tell_changes_against() -> None:
     codec = Codec(wish=True)
     assert rounds(codec, 3, values_s=0.1, changes_s=5.0) == [False, True, True]
+
+
+def test_a_round_whose_changes_are_no_shorter_is_told_as_one_of_all_values() -> None:
+    codec = Codec(wish=True)
+    rounds(codec, 1, values_s=1.0, changes_s=1.0)
+    assert codec.as_sent() == ("dense", "the worker holds nothing that changes could be told against")
+    for sent, told in (
+        (NBYTES, ("dense", "the changes are no shorter than all values")),
+        (NBYTES - 1, ("delta", "delta=True")),
+    ):
+        codec.choose()
+        codec.sent_nbytes = sent
+        codec.note(NBYTES, 1.0)
+        assert codec.as_sent() == told

@@ -262,10 +262,14 @@ def test_changes_of_an_earlier_round_are_not_taken_for_the_present_ones() -> Non
 def test_a_round_in_which_everything_changes_is_no_longer_than_all_values() -> None:
     source = {"w": random_bits(torch.bfloat16, 300, 512)}
     model = DictModel({"w": torch.zeros(300, 512, dtype=torch.bfloat16)})
+    reason = "the worker holds nothing that changes could be told against"
     with serving([model], source) as publisher:
         for _ in range(3):
             (worker,) = workers(publisher.publish())
             assert worker.sent_nbytes <= worker.nbytes * 1.01
+            assert worker.codec == "dense"
+            assert worker.codec_reason == reason
+            reason = "the changes are no shorter than all values"
             assert model.holds(source)
             source["w"].copy_(random_bits(torch.bfloat16, 300, 512))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from weightcast.report.model import Codec as CodecName
 from weightcast.trainer.settings import Delta
 
 FAST_BYTES_S = 1.5e9
@@ -30,7 +31,9 @@ class Codec:
     reason: str = ""
     """Why the present round sends what it does."""
     sent_nbytes: int = 0
-    """Bytes that the last round sent."""
+    """Bytes that the present round has sent."""
+    _whole_nbytes: int = 0
+    """Bytes that the last round of all values sent."""
     _rounds: int = 0
     """Rounds that these pairs have kept."""
     _of_values: tuple[int, float] | None = None
@@ -41,10 +44,19 @@ class Codec:
 
     def choose(self) -> None:
         """Choose for the round that begins."""
+        self.sent_nbytes = 0
         self.is_kept, self.reason = self._keeps()
         self.changes = self.is_kept and self._rounds > 0
         if self.is_kept and not self.changes:
             self.reason = "the worker holds nothing that changes could be told against"
+
+    def as_sent(self) -> tuple[CodecName, str]:
+        """How the present round went, and why: where no bucket's changes were shorter, all values went."""
+        if not self.changes:
+            return "dense", self.reason
+        if self.sent_nbytes >= self._whole_nbytes:
+            return "dense", "the changes are no shorter than all values"
+        return "delta", self.reason
 
     def _keeps(self) -> tuple[bool, str]:
         if not self.wish:
@@ -70,6 +82,6 @@ class Codec:
         if self.changes:
             self._of_changes, self._since = (self.sent_nbytes, seconds), 0
         else:
-            self._of_values = (nbytes, seconds)
+            self._of_values, self._whole_nbytes = (nbytes, seconds), self.sent_nbytes
             self._since += 1
         self._rounds = self._rounds + 1 if self.is_kept else 0

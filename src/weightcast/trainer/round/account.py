@@ -91,6 +91,7 @@ class Account:
         reports = []
         for worker in engine.workers:
             progress = self._outcomes.progress(worker)
+            codec, codec_reason = worker.codec.as_sent()
             reports.append(
                 WorkerReport(
                     rank=worker.member.rank,
@@ -103,8 +104,8 @@ class Account:
                     shadow=worker.landings.shadow,
                     shadow_nbytes=worker.landings.shadow_nbytes,
                     through_loader=worker.through_loader,
-                    codec="delta" if worker.codec.changes else "dense",
-                    codec_reason=worker.codec.reason,
+                    codec=codec,
+                    codec_reason=codec_reason,
                     sent_nbytes=worker.codec.sent_nbytes,
                 )
             )
