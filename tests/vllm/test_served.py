@@ -38,7 +38,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def served(model: Path) -> Iterator[Served]:
     # Engines of this process are quieter than the server that is asked for its log.
     log = {"VLLM_LOGGING_LEVEL": "INFO"}
-    with vllm_server(model, env=log, max_model_len=1024, kv_cache_nbytes=64 << 20) as running:
+    with vllm_server(model, env=log, max_model_len=2048, kv_cache_nbytes=64 << 20) as running:
         yield running
 
 
@@ -221,7 +221,7 @@ class OrderedMidway(HttpEngineClient):
 @pytest.mark.parametrize("pause", ["keep", "wait", "abort", "none"])
 def test_pause_modes(served: Served, model: Path, pause: str) -> None:
     """What the version before had answered begins every answer; what follows is of the new one, of the old one, or nothing."""
-    num_tokens = 900  # on a busy machine many are made before the order arrives
+    num_tokens = 900 if pause == "wait" else 1900  # on a busy machine many are made before the order arrives
     old = served.complete(STORY, num_tokens)["token_ids"]
     client = OrderedMidway(served, num_tokens)
     with Publisher(random_state_dict(model), [client], pause=pause, timeout_s=60) as publisher:
