@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from engine_reference import greedy_on
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from torch import nn
 
 from weightcast import Publisher
@@ -468,6 +468,44 @@ def test_an_adapter_for_other_base_weights_is_refused(build: Build, start: Start
         trainer.set_adapter("critic")  # what another adapter trains is none of the base model
         with Publisher(trainer, [llm], adapter="policy", timeout_s=20) as publisher:
             publisher.publish()
+
+
+@pytest.mark.parametrize("hold", ["always", "round"])
+def test_layers_that_come_and_go(build: Build, start: Start, hold: str) -> None:
+    """An adapter that is in other layers than at connect() is no round; connect() takes it up as it is."""
+    folder, reference = build()
+    options = {"r": 4, "lora_alpha": 9}
+    trainer, llm, ids = adapted(reference, target_modules=["q_proj"], **options), start(folder), prompt()
+    trainer.add_adapter("critic", LoraConfig(r=2, target_modules=["v_proj"]))
+
+    def inject() -> None:
+        inject_adapter_in_model(LoraConfig(target_modules=["up_proj"], **options), trainer.base_model.model, "policy")
+
+    def fewer() -> None:
+        trainer.delete_adapter("policy")
+        trainer.add_adapter("policy", LoraConfig(target_modules=["q_proj"], **options))
+        trainer.set_adapter("policy")
+
+    with Publisher(trainer, [llm], adapter="policy", timeout_s=20, hold=hold) as publisher:
+        scatter(trainer)
+        publisher.publish()
+        for change in (inject, fewer):
+            change()
+            scatter(trainer)
+            if hold == "always":
+                served = live_tensors(llm)
+                with pytest.raises(
+                    StateError, match=r"adapter 'policy' (came to|is gone from) '.*\.up_proj'.*connect\(\)"
+                ):
+                    publisher.publish()
+                assert all(torch.equal(value, served[name]) for name, value in live_tensors(llm).items())
+            publisher.connect()
+            publisher.publish()
+            assert live_tensors(llm).keys() == saved(trainer).keys()
+            assert tokens_of(llm, ids, "policy") == greedy_on(merged(trainer), ids, NUM_TOKENS)
+        trainer.to("meta")
+    with pytest.raises(Unsupported, match="meta device"):
+        Publisher(trainer, [llm], adapter="policy")
 
 
 def test_a_join_that_fails_keeps_no_slot(build: Build, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:

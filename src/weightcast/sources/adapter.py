@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from weightcast.deadline import Deadline
-from weightcast.errors import MERGED_HINT, InvalidInput, StateError, Unsupported
+from weightcast.errors import MERGED_HINT, InvalidInput, StateError, Unsupported, WeightcastError
 from weightcast.layout.memory import Memory
 from weightcast.manifest.adapters import (
     CONFIG_NAME,
@@ -21,6 +21,7 @@ from weightcast.manifest.adapters import (
     factor_names,
     merge_scalings,
 )
+from weightcast.sources.absent import refuse_absent
 from weightcast.sources.adapters import is_adapter, is_chooser, is_model
 from weightcast.sources.base import Source
 from weightcast.sources.conversions import Content
@@ -28,7 +29,7 @@ from weightcast.sources.gathered import ALIKE_HINT, OTHERS_DIFFER, all_agree
 from weightcast.sources.module import ModuleSource
 from weightcast.sources.sharded import ShardedSource
 from weightcast.sources.shards import is_distributed, local_of
-from weightcast.sources.tree import AGAIN_HINT
+from weightcast.sources.tree import AGAIN_HINT, Entries
 from weightcast.sources.wrappers import plain_names, unwrapped
 
 _REWRITE = ("pissa", "corda", "olora", "loftq", "lora_ga")
@@ -64,20 +65,37 @@ class Adapter:
             )
         self.model = model = cast("Any", unwrapped(module))
         self.name = _chosen(list(model.peft_config), name)
-        self.layers: dict[str, Any] = {}
-        """PEFT's layers that this adapter has a part in, by the base model's name."""
+        self._base: nn.Module = model.base_model.model
         _refuse_kind(model.peft_config[self.name], self.name)
-        base = model.base_model.model
-        for path, part in base.named_modules():
+        self.layers = self._current_layers()
+        """PEFT's layers that this adapter has a part in, by the base model's name."""
+        if not self.layers:
+            raise InvalidInput(f"the adapter {self.name!r} has no LoRA layers", field="adapter", hint=MERGED_HINT)
+        self._refuse_trained_base(self._base)
+        self._entries = Entries(self._base)
+
+    def _current_layers(self) -> dict[str, Any]:
+        layers: dict[str, Any] = {}
+        for path, part in self._base.named_modules():
             if is_chooser(part) and self.name in _choices_of(part):
                 raise _unsupported(self.name, f"trains {path!r} as a whole (modules_to_save, trainable_token_indices)")
             if is_adapter(part) and self._has(part, path):
-                self.layers[path] = part
-        if not self.layers:
-            raise InvalidInput(f"the adapter {self.name!r} has no LoRA layers", field="adapter", hint=MERGED_HINT)
-        plain = plain_names(base, [f"{path}.weight" for path in self.layers])
-        self.layers = {plain[f"{path}.weight"].removesuffix(".weight"): part for path, part in self.layers.items()}
-        self._refuse_trained_base(base)
+                layers[path] = part
+        plain = plain_names(self._base, [f"{path}.weight" for path in layers])
+        return {plain[f"{path}.weight"].removesuffix(".weight"): part for path, part in layers.items()}
+
+    def check(self) -> None:
+        """Raise StateError where other layers have the adapter than at connect()."""
+        if self._entries.are_as_remembered() and self.name in self.model.peft_config:
+            return
+        layers = {} if self.name not in self.model.peft_config else self._current_layers()
+        for path in sorted(layers.keys() | self.layers.keys()):
+            if layers.get(path) is not self.layers.get(path):
+                what = (
+                    "came to" if path not in self.layers else "is gone from" if path not in layers else "is another in"
+                )
+                raise StateError(f"the adapter {self.name!r} {what} {path!r} since connect()", hint=AGAIN_HINT)
+        self._entries = Entries(self._base)
 
     def _refuse_trained_base(self, base: nn.Module) -> None:
         """Raise Unsupported for parameters of the base model that are trained: an engine has other values of these."""
@@ -148,6 +166,7 @@ class AdapterSource(Source):
     def __init__(self, module: object, name: str, *, dtype: torch.dtype | None = None) -> None:
         self._adapter = adapter = Adapter(module, name)
         tensors = adapter.tensors()
+        refuse_absent(tensors)
         device = local_of(next(iter(tensors.values()))).device
         self._said = config_bytes(adapter.config())
         self._published = _Published(adapter.model, _as_tensor(self._said, device))
@@ -167,11 +186,25 @@ class AdapterSource(Source):
 
     def _take_config(self) -> None:
         """Publish the config of this moment, in which ranks that hold shards have to agree."""
-        if self._shard is not None:
-            said = config_bytes(self._adapter.config())
-            if not all_agree(self._shard, said, self.deadline or Deadline(GATHER_S)):
-                raise StateError(OTHERS_DIFFER, hint=ALIKE_HINT)
+        if self._shard is None:
+            self._adapter.check()
+        else:
+            self._agree(self._shard, self.deadline or Deadline(GATHER_S))
         self._look_at_config()
+
+    def _agree(self, shard: torch.Tensor, deadline: Deadline) -> None:
+        """Raise StateError on all ranks where one of them cannot publish what the others do."""
+        failure, said = None, None
+        try:
+            self._adapter.check()
+            said = config_bytes(self._adapter.config())
+        except WeightcastError as error:
+            failure = error
+        agreed = all_agree(shard, said, deadline)
+        if failure is not None:
+            raise failure
+        if not agreed:
+            raise StateError(OTHERS_DIFFER, hint=ALIKE_HINT)
 
     def _look_at_config(self, *, writes: bool = True) -> None:
         """Publish the config of this moment; StateError where its form is another one. Without ``writes`` only that is looked at."""
@@ -213,10 +246,12 @@ class AdapterSource(Source):
         self._inner.check()
 
     def check_form(self) -> None:
+        self._adapter.check()
         self._look_at_config(writes=False)
         self._inner.check_form()
 
     def follow(self) -> bool:
+        self._adapter.check()
         if not self._inner.follow():
             return False
         self._take_over()
