@@ -25,6 +25,9 @@ from weightcast import Publisher
 from weightcast.cli import app, progress
 from weightcast.cli.shared import console, print_table
 from weightcast.cli.status import status_table
+from weightcast.content.layout_digest import digest_tensor
+from weightcast.deadline import Deadline
+from weightcast.manifest import Manifest
 from weightcast.trainer.clients import HttpEngineClient
 from weightcast.trainer.progress import Step
 
@@ -167,6 +170,39 @@ def test_push_and_verify_as_json(engine: EngineProcess, tmp_path: Path) -> None:
     ended = run_here("verify", engine.url, "--checkpoint", checkpoint_of(6, other), "--json")
     assert ended.exit_code == 1
     assert sorted(told(ended)["different"]) == sorted(values_of(6))
+
+
+def test_a_draft_that_is_not_compared_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that speculates says so of its draft, where the checkpoint has nothing of the draft."""
+    folders = [tmp_path / name for name in ("policy", "draft")]
+    for number, folder in enumerate(folders, 1):
+        folder.mkdir()
+        checkpoint_of(number, folder)
+    live = {**values_of(1), **{f"draft.{name}": value for name, value in values_of(2).items()}}
+
+    def speculating(_: HttpEngineClient, manifest: Manifest, __: Deadline) -> dict[str, Any]:
+        held = {
+            spec.name: {"dtype": spec.dtype, "digest": f"{digest_tensor(live[spec.name]):016x}"}
+            for spec in manifest.tensors
+        }
+        alone = {} if any(name.startswith("draft.") for name in held) else {"draft.": {"reason": "in no checkpoint"}}
+        return {"weight_version": "1-x", "tensors": held | alone}
+
+    monkeypatch.setattr(HttpEngineClient, "tensor_digests", speculating)
+    asked = ("verify", "http://127.0.0.1:9", "--checkpoint", folders[0])
+    ended = run_here(*asked)
+    assert ended.exit_code == 1
+    assert "not compared: draft. (in no checkpoint)" in ended.stdout
+    assert "--draft FOLDER" in ended.stdout
+    assert "--keep draft" in ended.stdout
+    found = told(run_here(*asked, "--json"))
+    assert (found["proven"], found["not_compared"]) == (False, {"draft.": "in no checkpoint"})
+    assert sorted(found["equal"]) == sorted(values_of(1))
+    assert run_here(*asked, "--keep", "draft").exit_code == 0
+    assert sorted(told(run_here(*asked, "--draft", folders[1], "--json"))["equal"]) == sorted(live)
+    ended = run_here(*asked, "--draft", folders[0], "--keep", "draft", "--json")
+    assert ended.exit_code == 1
+    assert sorted(told(ended)["different"]) == sorted(f"draft.{name}" for name in values_of(2))
 
 
 def test_an_error_as_json_and_in_words(engine: EngineProcess, tmp_path: Path) -> None:

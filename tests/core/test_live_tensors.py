@@ -79,3 +79,5 @@ def test_what_cannot_be_told_has_a_reason() -> None:
     loader = live_tensors(MANIFEST, [], {"w": "it is quantised"}, Memory([]))
     assert joined(worker(values, (0, 12)), loader) == TensorDigest(reason="it is quantised")
     assert tensor_digests(MANIFEST, []) == {}
+    part = {"draft.": LiveTensor(reason="no tensor of it")}
+    assert tensor_digests(MANIFEST, [part, part]) == {"draft.": TensorDigest(reason="no tensor of it")}

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from tests.vllm import offline
@@ -13,11 +14,14 @@ from tests.vllm.test_models import build, model_of, worker_of
 from tests.vllm.weights import fill
 
 from weightcast import Publisher
+from weightcast.content.layout_digest import digest_tensor
+from weightcast.content.live_tensors import LiveTensor, TensorDigest, tensor_digests
 from weightcast.deadline import Deadline
 from weightcast.engines.stock.reach import reachable
 from weightcast.engines.vllm import twin
 from weightcast.engines.vllm.api import HELPERS
 from weightcast.errors import EngineError, PlanMismatch, RoundFailed, WeightcastError
+from weightcast.manifest import Manifest, TensorSpec
 from weightcast.testing.models import random_state_dict, save_checkpoint
 from weightcast.trainer.clients import CommitOrder, CommitReply, make_clients
 
@@ -68,6 +72,15 @@ def assert_live(model: Any, values: Mapping[str, torch.Tensor]) -> None:
         assert torch.equal(weight_of(layer.mlp.gate_up_proj), fused)
         assert torch.equal(weight_of(layer.mlp.down_proj), of["mlp.down_proj.weight"])
         assert torch.equal(layer.input_layernorm.weight, of["input_layernorm.weight"])
+
+
+def compared(llm: Any, weights: Weights) -> Mapping[str, TensorDigest]:
+    """What the engine tells ``weightcast verify`` of these tensors."""
+    specs = [TensorSpec(name=name, dtype="bfloat16", shape=tuple(value.shape)) for name, value in weights.items()]
+    asked = {"tensors": msgspec.to_builtins(specs)}
+    outcomes = llm.collective_rpc("weightcast_call", args=("digests", asked))
+    workers = [msgspec.convert(outcome["tensors"], dict[str, LiveTensor]) for outcome in outcomes]
+    return tensor_digests(Manifest.of(specs), workers)
 
 
 @pytest.fixture
@@ -154,10 +167,15 @@ def test_a_draft_keeps_its_weights_where_that_is_said(folders: tuple[Path, Path]
                 publisher.publish()
                 assert_live(model_of(llm), weights)
                 assert_live(worker_of(llm).get_draft_model(), of_draft)
+        assert compared(llm, weights)["draft."].reason
         fill(of_draft, weights)
         with Publisher({"": weights, "draft.": of_draft}, [llm], timeout_s=60) as publisher:
             publisher.publish()
             assert_live(worker_of(llm).get_draft_model(), of_draft)
+            both = {**weights, **{f"draft.{name}": value for name, value in of_draft.items()}}
+            found = {name: told.digest for name, told in compared(llm, both).items()}
+            assert found == {name: f"{digest_tensor(value):016x}" for name, value in both.items()}
+            assert compared(llm, weights)["draft."].reason
             got, share = accepted(llm)
             assert share > 0.95
     with offline.engine(save_checkpoint(tmp_path / "fresh", weights, like=path)) as llm:

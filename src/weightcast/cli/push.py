@@ -15,6 +15,7 @@ from rich.text import Text
 from weightcast.cli.progress import ShownProgress
 from weightcast.cli.shared import (
     JsonOption,
+    Kept,
     RenameOption,
     TimeoutOption,
     TokenFileOption,
@@ -48,12 +49,6 @@ class Pause(StrEnum):
     wait = "wait"
     abort = "abort"
     none = "none"
-
-
-class Kept(StrEnum):
-    """A part of engines that may keep its weights."""
-
-    draft = "draft"
 
 
 def command(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,6 +38,14 @@ TokenFileOption = Annotated[
 TimeoutOption = Annotated[
     float, typer.Option("--timeout", min=0.001, max=MOST_S, help="Deadline of the whole call, in seconds.")
 ]
+
+
+class Kept(StrEnum):
+    """A part of engines that may keep its weights."""
+
+    draft = "draft"
+
+
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one line of JSON instead; an error is its field error.")
 ]

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from weightcast.cli.shared import (
     JsonOption,
+    Kept,
     RenameOption,
     TimeoutOption,
     TokenFileOption,
@@ -34,6 +35,19 @@ def command(
     token_file: TokenFileOption = None,
     unused: UnusedOption = None,
     rename: RenameOption = None,
+    draft: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the model that the engine speculates with.",
+            exists=True,
+            file_okay=False,
+            show_default=False,
+        ),
+    ] = None,
+    keep: Annotated[
+        list[Kept] | None,
+        typer.Option(help="A part of the engine that CHECKPOINT has nothing of: leave it out.", show_default=False),
+    ] = None,
     timeout: TimeoutOption = 120.0,
     as_json: JsonOption = False,
 ) -> None:
@@ -49,11 +63,12 @@ def command(
     with reported_errors(as_json=as_json):
         deadline = Deadline(timeout)
         client = HttpEngineClient(url, token=chosen_token(token, token_file))
-        source = SafetensorsSource(checkpoint, deadline=deadline, rename=renames(rename or ()))
+        folders = {"": checkpoint} | ({} if draft is None else {"draft.": draft})
+        source = SafetensorsSource(folders, deadline=deadline, rename=renames(rename or ()))
         try:
             patterns = check_patterns(unused or ())
             refuse_idle(patterns, source.manifest)
-            comparison = compare(client, source, deadline, patterns)
+            comparison = compare(client, source, deadline, patterns, [part.value for part in keep or ()])
         finally:
             source.close()
             client.close()
@@ -107,6 +122,14 @@ def _print_tensors(comparison: Comparison, out: Console) -> None:
             out.print(f"  {title}: {name}", highlight=False, markup=False, soft_wrap=True)
         if len(names) > SHOWN:
             out.print(f"  {title}: {len(names) - SHOWN} more", highlight=False)
+    for part in Kept:
+        if f"{part.value}." in comparison.unproven:
+            out.print(
+                f"  where it has a checkpoint of its own: --{part.value} FOLDER; to leave it out: --keep {part.value}",
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
+            )
     if comparison.absent:
         held = [*comparison.equal, *comparison.different, *comparison.unproven]
         options = " ".join(f"--unused '{pattern}'" for pattern in patterns_for(comparison.absent, held)[:SHOWN])

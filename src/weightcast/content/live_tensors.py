@@ -73,12 +73,13 @@ def _digested(spec: TensorSpec, placement: Placement, sizes: tuple[int, ...], me
 
 def tensor_digests(manifest: Manifest, workers: Iterable[Mapping[str, LiveTensor]]) -> dict[str, TensorDigest]:
     """One entry for each tensor that a worker uses, in the manifest's order. Its digest is that of the tensor by itself, counted
-    from position 0."""
+    from position 0. Parts of a model that the manifest has no tensors of come behind, with the reason that a worker gave."""
     held: dict[str, list[LiveTensor]] = {}
     for worker in workers:
         for name, tensor in worker.items():
             held.setdefault(name, []).append(tensor)
-    return {spec.name: _joined(spec, held[spec.name]) for spec in manifest.tensors if spec.name in held}
+    found = {spec.name: _joined(spec, held[spec.name]) for spec in manifest.tensors if spec.name in held}
+    return found | {name: TensorDigest(reason=some[0].reason) for name, some in held.items() if name not in found}
 
 
 def _joined(spec: TensorSpec, held: Sequence[LiveTensor]) -> TensorDigest:

@@ -48,10 +48,14 @@ class Comparison:
 
 
 def compare(
-    client: HttpEngineClient, source: SafetensorsSource, deadline: Deadline, unused: Sequence[str] = ()
+    client: HttpEngineClient,
+    source: SafetensorsSource,
+    deadline: Deadline,
+    unused: Sequence[str] = (),
+    keep: Collection[str] = (),
 ) -> Comparison:
     """Have the engine digest what it holds, and digest the same of the checkpoint; ``unused`` are patterns of tensors that it may
-    rightly not hold.
+    rightly not hold, and ``keep`` the parts of it that have other weights than the checkpoint's.
 
     An engine that does not know where checkpoint tensors lie lists its live tensors instead: only those of the same name and
     type can be compared then, and the others are not proven. Where an engine with tied weights holds one tensor for two, the
@@ -65,7 +69,10 @@ def compare(
     if not isinstance(tensors, dict) or not all(isinstance(entry, dict) for entry in tensors.values()):
         raise EngineError("the engine gives no digests of its live tensors", engine=client.name)
     unproven, live = {}, {}
+    kept = {f"{part}." for part in keep}
     for name, entry in tensors.items():
+        if name in kept and name not in source.manifest:
+            continue
         if name not in source.manifest or not entry.get("digest"):
             unproven[name] = str(entry.get("reason") or "not a tensor of the checkpoint")
         else:

@@ -19,6 +19,7 @@ from weightcast.manifest import Manifest
 
 PART = "draft"
 PREFIX = "draft."
+NOT_IN_CHECKPOINT = "the engine speculates with a model, and the checkpoint has no tensor of that draft"
 
 METHODS = frozenset({"draft_model", "eagle", "eagle3", "mtp"})
 """Methods of speculation with a model that is published."""

@@ -34,7 +34,7 @@ from weightcast.engines.stock.record_check import names_that_differ
 from weightcast.engines.stock.worker import StockModel
 from weightcast.engines.vllm import api
 from weightcast.engines.vllm.derived import Kept, kept_by_layer, renewed_by_reload
-from weightcast.engines.vllm.drafts import PART, PREFIX, Draft, WithDraft, check_published
+from weightcast.engines.vllm.drafts import NOT_IN_CHECKPOINT, PART, PREFIX, Draft, WithDraft, check_published
 from weightcast.engines.vllm.formats import classify, in_load_format, quantised, tied_embeddings
 from weightcast.engines.vllm.mirror import Mirror, Slots, landings_in, plan_mirror
 from weightcast.engines.vllm.processing import Processable, ProcessedLayers, plan_unprocessed
@@ -216,8 +216,8 @@ class VllmModel(StockModel):
             self._extent = before
 
     def live_tensors(self, manifest: Manifest) -> dict[str, LiveTensor]:
-        """Return what lies here of each tensor of a checkpoint, which may lack the draft's. Changes nothing. Raises what ``layout``
-        raises."""
+        """Return what lies here of each tensor of a checkpoint. Where the checkpoint has none of the draft's, an entry under the draft's
+        prefix says so. Changes nothing. Raises what ``layout`` raises."""
         whole = self._whole.model
         if not isinstance(whole, WithDraft):
             return self._live_tensors(manifest)
@@ -226,7 +226,8 @@ class VllmModel(StockModel):
             self._divide(manifest)
             is_with_draft = any(whole.is_of_draft(spec.name) for spec in manifest.tensors)
             with self._looking_at(self._whole if is_with_draft else self._alone):
-                return self._live_tensors(manifest)
+                found = self._live_tensors(manifest)
+            return found if is_with_draft else {**found, PREFIX: LiveTensor(reason=NOT_IN_CHECKPOINT)}
         finally:
             whole.unclaimed = unclaimed
 
