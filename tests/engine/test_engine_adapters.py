@@ -16,6 +16,7 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, inject_a
 from torch import nn
 
 from weightcast import Publisher
+from weightcast.deadline import Deadline
 from weightcast.engines.base import RequestOutput
 from weightcast.engines.embedded import LLM, SamplingParams
 from weightcast.errors import (
@@ -32,6 +33,7 @@ from weightcast.errors import (
 )
 from weightcast.manifest.adapters import CONFIG_NAME
 from weightcast.receiver.adapter_model import read_config
+from weightcast.trainer.clients.in_process import InProcessEngineClient
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning"),
@@ -573,3 +575,8 @@ def test_refusals(build: Build, start: Start) -> None:
     with pytest.raises(UnknownModel, match="no adapter 'policy'"):
         llm.generate(prompt(), GREEDY, adapter="policy")
     assert llm.status().adapters == {}
+    client = InProcessEngineClient(llm)
+    client.for_adapter("policy")
+    with pytest.raises(EngineError, match="the engine has no adapter 'policy'"):  # removed while its trainer is there
+        client.status(Deadline(10))
+    client.close()

@@ -61,6 +61,10 @@ def publish_shards(rank: int, size: int, folder: str) -> list[str]:
                 version = engine.engine.core.adapters.find("policy")
                 assert version.modules["model.layers.0.self_attn.q_proj"][2] == pytest.approx(3 * 7 / r)
                 assert version.modules["model.layers.1.self_attn.q_proj"][2] == pytest.approx(7 / r)
+            if rank == 1:
+                layer.delete_adapter("policy")
+            with pytest.raises(StateError, match=r"is gone from '.*q_proj'|are not those of the other ranks"):
+                publisher.publish()
         for engine in engines:
             engine.shutdown()
     dist.destroy_process_group()

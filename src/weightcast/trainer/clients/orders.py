@@ -6,6 +6,7 @@ from typing import Any
 
 from weightcast.commit.order import RoundOrder, commit_pause
 from weightcast.deadline import Deadline
+from weightcast.errors import EngineError
 from weightcast.trainer.clients.base import CommitOrder
 
 
@@ -25,7 +26,9 @@ def round_order(order: CommitOrder, deadline: Deadline, adapter: str = "") -> Ro
 
 def told_of(status: Any, adapter: str) -> dict[str, Any]:
     """What an engine object's status says of the model, or of an adapter, as a trainer reads it."""
-    served = status.adapters[adapter] if adapter else status
+    served = status.adapters.get(adapter) if adapter else status
+    if served is None:
+        raise EngineError(f"the engine has no adapter {adapter!r}")
     return {name: getattr(served, name) for name in ("weight_version", "digest", "dirty", "ready")}
 
 
