@@ -510,6 +510,30 @@ def test_layers_that_come_and_go(build: Build, start: Start, hold: str) -> None:
         Publisher(trainer, [llm], adapter="policy")
 
 
+@pytest.mark.parametrize("hold", ["always", "round"])
+def test_no_other_adapter_goes_out_under_a_name(build: Build, start: Start, hold: str) -> None:
+    folder, reference = build()
+    trainer, llm = adapted(reference), start(folder)
+    trainer.add_adapter("critic", LoraConfig(r=4, lora_alpha=9, target_modules="all-linear"))
+    with Publisher(trainer, [llm], adapter="policy", timeout_s=20, hold=hold) as publisher:
+        scatter(trainer), scatter(trainer, "critic")
+        publisher.publish()
+        served = live_tensors(llm)
+        trainer.delete_adapter("policy")
+        for call in (publisher.publish, publisher.connect, publisher.publish):
+            with pytest.raises((StateError, InvalidInput), match="adapter 'policy'"):
+                call()
+        assert all(torch.equal(value, served[name]) for name, value in live_tensors(llm).items())
+        trainer.add_adapter("policy", LoraConfig(r=4, lora_alpha=9, target_modules="all-linear"))  # as the hint says
+        scatter(trainer)
+        publisher.connect()
+        publisher.publish()
+        assert all(torch.equal(live_tensors(llm)[name], value) for name, value in saved(trainer).items())
+    trainer.delete_adapter("policy"), trainer.delete_adapter("critic")
+    with pytest.raises(InvalidInput, match=r"the model has no adapter\b.*add_adapter"):
+        Publisher(trainer, [llm], adapter="policy")
+
+
 def test_a_join_that_fails_keeps_no_slot(build: Build, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, reference = build()
     trainer, llm = adapted(reference), start(folder, max_adapters=2)

@@ -6,7 +6,7 @@ Nothing of the base model is read. PEFT is not imported: its classes are known w
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -55,16 +55,15 @@ class Adapter:
     """One LoRA adapter of a PEFT model: its matrices under the names of PEFT's checkpoints, and its config at this moment."""
 
     def __init__(self, module: object, name: str) -> None:
-        """``name``: that of the adapter in the model, or any where the model has one adapter only. Unsupported names what cannot be
-        served as an adapter."""
-        if not isinstance(module, nn.Module) or not is_model(unwrapped(module)):
+        """``name``: that of the adapter in the model. Unsupported names what cannot be served as an adapter."""
+        self.model = model = _peft_model(module)
+        self.name = name
+        if name not in model.peft_config:
             raise InvalidInput(
-                f"adapter= is for what get_peft_model() returns, not for a {type(module).__name__}",
-                field="source",
-                hint="Give the PEFT model, or publish whole weights without adapter=",
+                f"the model has no adapter {name!r}",
+                field="adapter",
+                hint="Add or load it under this name; for another adapter make a new Publisher",
             )
-        self.model = model = cast("Any", unwrapped(module))
-        self.name = _chosen(list(model.peft_config), name)
         self._base: nn.Module = model.base_model.model
         _refuse_kind(model.peft_config[self.name], self.name)
         self.layers = self._current_layers()
@@ -268,16 +267,34 @@ class AdapterSource(Source):
         super().close()
 
 
-def _chosen(names: list[str], wanted: str) -> str:
+def adapter_named(source: object, wanted: str) -> str:
+    """The name that an adapter has in a PEFT model: the wanted one, or any where the model has one adapter only."""
+    names = list(_peft_model(source).peft_config)
     if wanted in names:
         return wanted
     if len(names) == 1:
-        return names[0]
+        return str(names[0])
+    if not names:
+        raise InvalidInput(
+            "the model has no adapter",
+            field="adapter",
+            hint="Add one with add_adapter(), or load one with load_adapter()",
+        )
     raise InvalidInput(
         f"the model has several adapters, and none of them is named {wanted!r}",
         field="adapter",
         hint=f"Give the name of one of them: {', '.join(names)}",
     )
+
+
+def _peft_model(source: object) -> Any:
+    if not isinstance(source, nn.Module) or not is_model(unwrapped(source)):
+        raise InvalidInput(
+            f"adapter= is for what get_peft_model() returns, not for a {type(source).__name__}",
+            field="source",
+            hint="Give the PEFT model, or publish whole weights without adapter=",
+        )
+    return unwrapped(source)
 
 
 def _refuse_kind(config: Any, name: str) -> None:

@@ -18,6 +18,7 @@ from weightcast.errors import InvalidInput, StateError, Unsupported
 from weightcast.plan import Holdings
 from weightcast.report.model import Report
 from weightcast.sources import Rename, Source, SourceLike, Stream, make_source
+from weightcast.sources.adapter import adapter_named
 from weightcast.sources.holder import Holder
 from weightcast.sources.streamed import Modes
 from weightcast.trainer.clients import EngineClient, SyncEngine, make_clients
@@ -85,8 +86,11 @@ class Publisher:
             deadline = Deadline(self._settings.timeout_s)
             check_engines(engines)
             keeps = meeting is None or meeting.rank == 0
+            adapter = self._settings.adapter
+            # Whatever the model has later, the same adapter is published.
+            adapter = adapter if adapter is None else adapter_named(source, adapter)
             self._holder = Holder(
-                partial(make_source, source, dtype=dtype, rename=rename, keeps=keeps, adapter=self._settings.adapter),
+                partial(make_source, source, dtype=dtype, rename=rename, keeps=keeps, adapter=adapter),
                 lets_go=isinstance(source, torch.nn.Module | Mapping),
             )
             if meeting is None:
