@@ -153,9 +153,9 @@ def test_what_another_trainer_left_is_the_base_of_the_next(
     make: Callable[..., LocalEngine], bases: list[tuple[str, str | None]]
 ) -> None:
     engine, ours, theirs = make("a"), values(), values()
-    with Publisher(ours, [engine], timeout_s=TIMEOUT_S) as publisher:
+    with Publisher(ours, [engine], timeout_s=30) as publisher:
         first = publisher.publish()
-        with Publisher(theirs, [engine], takeover=True, timeout_s=TIMEOUT_S) as other:
+        with Publisher(theirs, [engine], takeover=True, timeout_s=30) as other:
             second = other.publish()
             assert holds(engine, theirs)
         ours.update(values())
