@@ -10,14 +10,13 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from gpu_sides import GpuTrainerSide, GpuWorkerSide
+from gpu_suite import GpuSidesSuite
 from torch import nn
 
 from weightcast import Publisher, StreamSource
 from weightcast.testing.peer_engine import PeerEngine
 from weightcast.testing.ranks import Peer
 from weightcast.testing.transport_cases import bulk_case
-from weightcast.testing.transport_suite import TransportSuite
 
 pytest.importorskip("triton", reason="needs a CUDA build of torch")
 
@@ -33,27 +32,7 @@ SHAPES = {
 Tensors = dict[str, torch.Tensor]
 
 
-class BetweenSuite(TransportSuite):
-    bucket_sizes = (8192, 2**20)
-
-    @pytest.fixture(scope="class")
-    @classmethod
-    def shared_worker(cls) -> Iterator[Peer]:
-        with Peer(GpuWorkerSide) as peer:
-            yield peer
-
-    @pytest.fixture
-    def worker(self) -> Iterator[Peer]:
-        with Peer(GpuWorkerSide) as peer:
-            yield peer
-
-    @pytest.fixture
-    def trainer(self) -> Iterator[Peer]:
-        with Peer(GpuTrainerSide, rank=0) as peer:
-            yield peer
-
-
-class TestShmCuda(BetweenSuite):
+class TestShmCuda(GpuSidesSuite):
     transport = "weightcast.transports.shm_cuda:ShmCudaTransport"
     worker_device = "cuda"
     bucket_sizes = (8192,)
@@ -77,12 +56,12 @@ class TestShmCuda(BetweenSuite):
         assert worker.call("multiply", 5) < 1e-9
 
 
-class TestTcpToGpu(BetweenSuite):
+class TestTcpToGpu(GpuSidesSuite):
     transport = "tcp"
     worker_device = "cuda"
 
 
-class TestTcpFromGpu(BetweenSuite):
+class TestTcpFromGpu(GpuSidesSuite):
     transport = "tcp"
     device = "cuda"
     worker_device = "cpu"

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 
 import pytest
 import torch
-from gpu_sides import GpuTrainerSide, GpuWorkerSide
+from gpu_sides import GpuWorkerSide
+from gpu_suite import GpuSidesSuite
 
 from weightcast.deadline import Deadline
 from weightcast.layout.memory import Memory
 from weightcast.testing.ranks import Peer
 from weightcast.testing.transport_cases import bulk_case
-from weightcast.testing.transport_suite import TransportSuite
 
 pytest.importorskip("triton", reason="needs a CUDA build of torch")
 pytest.importorskip("nixl_cu13", reason="needs NIXL: pip install 'weightcast[nixl]'")
@@ -22,26 +21,9 @@ NIXL = "weightcast.transports.nixl:NixlTransport"
 NBYTES = 256 * 2**20
 
 
-class NixlSuite(TransportSuite):
+class NixlSuite(GpuSidesSuite):
     transport = NIXL
     meets = True
-    bucket_sizes = (8192, 2**20)
-
-    @pytest.fixture(scope="class")
-    @classmethod
-    def shared_worker(cls) -> Iterator[Peer]:
-        with Peer(GpuWorkerSide) as peer:
-            yield peer
-
-    @pytest.fixture
-    def worker(self) -> Iterator[Peer]:
-        with Peer(GpuWorkerSide) as peer:
-            yield peer
-
-    @pytest.fixture
-    def trainer(self) -> Iterator[Peer]:
-        with Peer(GpuTrainerSide, rank=0) as peer:
-            yield peer
 
 
 class TestGpuToGpu(NixlSuite):

@@ -13,13 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from gpu_sides import GpuTrainerSide, GpuWorkerSide
+from gpu_suite import GpuSidesSuite
 
 from weightcast.deadline import Deadline
 from weightcast.errors import DeadlineExceeded, GroupBroken, InvalidInput, PeerLost
 from weightcast.testing.ranks import Peer, RankFailed
 from weightcast.testing.transport_cases import CASES, TransportCase, bulk_case
 from weightcast.testing.transport_sides import TrainerSide
-from weightcast.testing.transport_suite import TransportSuite
 from weightcast.transports.base import TrainerEnd
 
 pytest.importorskip("triton", reason="needs a CUDA build of torch")
@@ -27,25 +27,8 @@ pytest.importorskip("triton", reason="needs a CUDA build of torch")
 NBYTES = 16 * 2**20
 
 
-class GpuSuite(TransportSuite):
+class GpuSuite(GpuSidesSuite):
     device = "cuda"
-    bucket_sizes = (8192, 2**20)
-
-    @pytest.fixture(scope="class")
-    @classmethod
-    def shared_worker(cls) -> Iterator[Peer]:
-        with Peer(GpuWorkerSide) as peer:
-            yield peer
-
-    @pytest.fixture
-    def worker(self) -> Iterator[Peer]:
-        with Peer(GpuWorkerSide) as peer:
-            yield peer
-
-    @pytest.fixture
-    def trainer(self) -> Iterator[Peer]:
-        with Peer(GpuTrainerSide, rank=0) as peer:
-            yield peer
 
 
 class TestCudaIpc(GpuSuite):

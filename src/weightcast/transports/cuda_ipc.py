@@ -7,23 +7,21 @@ replays the plan on a stream of its own. ``send`` waits for the trainer's GPU, w
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import msgspec
 import torch
 
 from weightcast.cuda.wait import DeviceWait
 from weightcast.deadline import Deadline
-from weightcast.errors import InvalidInput, NotShared, PeerLost, ProtocolError, StateError, TransportError, Unsupported
+from weightcast.errors import InvalidInput, NotShared, PeerLost, ProtocolError, TransportError, Unsupported
 from weightcast.layout.memory import Memory
 from weightcast.manifest import Manifest
 from weightcast.plan import Copy, nbytes_of, parts_of
 from weightcast.transports.base import DEFAULT_BUCKET_NBYTES, Facts, TrainerEnd, Transport, WorkerEnd
 from weightcast.transports.gpu_exports import Exports, Mapping, MappingOffer, check_exports, index_of, process_identity
 from weightcast.transports.gpu_pull import GpuPull
-from weightcast.transports.guard import EndGuard
-from weightcast.transports.pairlink import PairLink
+from weightcast.transports.pairlink import GuardedPair, PairLink
 from weightcast.transports.rendezvous import Listener
 from weightcast.untrusted.known import known
 from weightcast.untrusted.secret import repr_without
@@ -98,47 +96,11 @@ class CudaIpcTransport(Transport):
         return CudaIpcWorkerEnd(copies, decoded)
 
 
-class _Pair:
-    """What both ends have: a guard and the connection beside the data."""
-
-    def __init__(self, end: str) -> None:
-        self.guard = EndGuard(end)
-        self._link: PairLink | None = None
-
-    @contextlib.contextmanager
-    def use(self, what: str, deadline: Deadline) -> Iterator[None]:
-        """Around each use; a failure tells the other side at once."""
-        with self.guard.use(what, deadline):
-            try:
-                yield
-            except BaseException:
-                self._hang_up()
-                raise
-
-    def hold(self, link: PairLink) -> None:
-        """Keep the connection until the end is closed or fails."""
-        self._link = link
-
-    def check(self) -> None:
-        """Raise unless both processes live and the pair is connected."""
-        if self._link is None:
-            raise StateError("a round before connect")
-        self._link.check()
-
-    def close(self) -> None:
-        self.guard.close()
-        self._hang_up()
-
-    def _hang_up(self) -> None:
-        if self._link is not None:
-            self._link.close()
-
-
 class CudaIpcTrainerEnd(TrainerEnd):
     """Keeps the memory alive and exported; a round is one wait for the GPU."""
 
     def __init__(self, copies: Sequence[Copy], memory: Memory, address: str) -> None:
-        self._pair = _Pair("the trainer's end of a cuda_ipc pair")
+        self._pair = GuardedPair("the trainer's end of a cuda_ipc pair")
         self._memory = memory
         self._nbytes = {part: nbytes_of(some) for part, some in parts_of(copies).items()}
         devices = dict.fromkeys(memory.storages[copy.src_storage].device for copy in copies)
@@ -190,7 +152,7 @@ class CudaIpcWorkerEnd(WorkerEnd):
     """Maps the trainer's allocations once, then replays the plan out of them."""
 
     def __init__(self, copies: Sequence[Copy], offer: CudaIpcOffer) -> None:
-        self._pair = _Pair("the worker's end of a cuda_ipc pair")
+        self._pair = GuardedPair("the worker's end of a cuda_ipc pair")
         self._offer = offer
         what = "the copy out of the trainer's GPU memory"
         self._pull = GpuPull(copies, lambda device, _: Mapping(offer.mapping, device), self._pair.guard.check, what)

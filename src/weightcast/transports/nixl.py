@@ -10,9 +10,8 @@ Taken by itself where both hosts have RDMA devices and nothing nearer works; els
 
 from __future__ import annotations
 
-import contextlib
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import msgspec
@@ -36,11 +35,10 @@ from weightcast.manifest.dtypes import itemsize_of
 from weightcast.plan import Copy, copies_digest, nbytes_of, parts_of
 from weightcast.transports.base import Facts, TrainerEnd, Transport, WorkerEnd
 from weightcast.transports.buckets import check_bucket_nbytes
-from weightcast.transports.guard import EndGuard
 from weightcast.transports.nixl_agent import PAIR_NBYTES, RECEIPT, Agent, Extent, load_nixl
 from weightcast.transports.nixl_memory import Exposed, Exposures
 from weightcast.transports.nixl_reader import Reader, Source, Unfinished
-from weightcast.transports.pairlink import PairLink
+from weightcast.transports.pairlink import GuardedPair, PairLink
 from weightcast.transports.reads import Range, ReadBucket, read_buckets
 from weightcast.transports.recent import Recent
 from weightcast.transports.rendezvous import SECRET_NBYTES, Listener
@@ -131,14 +129,13 @@ class NixlTrainerEnd(TrainerEnd):
     def __init__(
         self, copies: Sequence[Copy], memory: Memory, exposures: Exposures, bucket_nbytes: int, address: str
     ) -> None:
-        self._guard = EndGuard("the trainer's end of a nixl pair")
+        self._ends = GuardedPair("the trainer's end of a nixl pair")
         self._exposures, self._memory = exposures, memory
         self._nbytes = {part: nbytes_of(some) for part, some in parts_of(copies).items()}
-        self._link: PairLink | None = None
         self._pair = secrets.token_bytes(PAIR_NBYTES)
         self._num_sent = 0
         self._waits = [DeviceWait(device) for device in _gpus(memory, copies)]
-        self._listener = Listener(address, self._guard)
+        self._listener = Listener(address, self._ends.guard)
         try:
             self._exposed: Exposed | None = exposures.lend(memory)
         except BaseException:
@@ -162,32 +159,31 @@ class NixlTrainerEnd(TrainerEnd):
         return msgspec.msgpack.encode(self._offer)
 
     def connect(self, deadline: Deadline) -> None:
-        with self._use("connect", deadline):
+        with self._ends.use("connect", deadline):
             link = PairLink.accept_from(self._listener, deadline)
             self._listener.close()
-            self._link = link
+            self._ends.hold(link)
             link.meet(deadline)
 
     def send(self, deadline: Deadline, part: int = 0) -> int:
         """Returns once the values are there. ProtocolError where the worker has read more often than that was so."""
-        with self._use("send", deadline):
-            link, exposed = self._link, self._exposed
-            if link is None or exposed is None:
+        with self._ends.use("send", deadline):
+            self._ends.check()
+            exposed = self._exposed
+            if exposed is None:
                 raise StateError("a round before connect")
-            link.check()
             if exposed.receipts(self._pair) > self._num_sent:
                 raise ProtocolError("the worker has read weights before they were there")
             for wait in self._waits:
-                wait.wait(deadline, "the work on the trainer's GPU", self._guard.check)
+                wait.wait(deadline, "the work on the trainer's GPU", self._ends.guard.check)
             self._num_sent += 1
             return self._nbytes[part]
 
     def abort(self) -> None:
-        self._guard.abort()
+        self._ends.guard.abort()
 
     def close(self) -> None:
-        self._guard.close()
-        self._hang_up()
+        self._ends.close()
         self._listener.close()
         for wait in self._waits:
             wait.close()
@@ -197,31 +193,17 @@ class NixlTrainerEnd(TrainerEnd):
             self._exposures.give_back(self._memory)
         self._memory = Memory([])
 
-    @contextlib.contextmanager
-    def _use(self, what: str, deadline: Deadline) -> Iterator[None]:
-        with self._guard.use(what, deadline):
-            try:
-                yield
-            except BaseException:
-                self._hang_up()
-                raise
-
-    def _hang_up(self) -> None:
-        if self._link is not None:
-            self._link.close()
-
 
 class NixlWorkerEnd(WorkerEnd):
     """Reads into buckets, and copies out of them."""
 
     def __init__(self, copies: Sequence[Copy], offer: NixlOffer, unfinished: Unfinished) -> None:
-        self._guard = EndGuard("the worker's end of a nixl pair")
+        self._ends = GuardedPair("the worker's end of a nixl pair")
         self._offer, self._unfinished = offer, unfinished
         self._copies = tuple(copies)
         self._nbytes = {part: nbytes_of(some) for part, some in parts_of(copies).items()}
         self._parts = {part: read_buckets(some, offer.bucket_nbytes) for part, some in parts_of(copies).items()}
         self._source = Source(offer.agent, offer.extents, torch.device(offer.device))
-        self._link: PairLink | None = None
         self._agent: Agent | None = None
         self._readers: list[Reader] = []
         self._devices: Recent[torch.device] = Recent()
@@ -230,11 +212,12 @@ class NixlWorkerEnd(WorkerEnd):
 
     def connect(self, deadline: Deadline) -> None:
         """Meet the trainer, and read a few bytes. NotShared where NIXL does not reach a trainer that is there."""
-        with self._use("connect", deadline):
+        with self._ends.use("connect", deadline):
             offer = self._offer
-            self._link = PairLink.dial_to(offer.address, offer.port, offer.secret, deadline, self._guard)
+            link = PairLink.dial_to(offer.address, offer.port, offer.secret, deadline, self._ends.guard)
+            self._ends.hold(link)
             self._agent = Agent()
-            self._link.meet(deadline)
+            link.meet(deadline)
             try:
                 self._agent.meet(offer.metadata, offer.agent)
             except TransportError as error:
@@ -244,16 +227,16 @@ class NixlWorkerEnd(WorkerEnd):
 
     def warm_up(self, memory: Memory, manifest: Manifest) -> None:
         """Make the buckets, and prepare lists and reads."""
-        self._guard.check()
+        self._ends.guard.check()
         self._reader_for(memory).compile(memory, self._check)
 
     def receive(self, memory: Memory, deadline: Deadline, part: int = 0) -> int:
         self.has_written = False
-        with self._use("receive", deadline):
-            link, agent = self._link, self._agent
-            if link is None or agent is None:
+        with self._ends.use("receive", deadline):
+            self._ends.check()
+            agent = self._agent
+            if agent is None:
                 raise StateError("a round before connect")
-            link.check()
             reader = self._reader_for(memory)
             try:
                 reader.run(memory, part, deadline, self._check)
@@ -264,12 +247,11 @@ class NixlWorkerEnd(WorkerEnd):
             return self._nbytes[part]
 
     def abort(self) -> None:
-        self._guard.abort()
+        self._ends.guard.abort()
 
     def close(self) -> None:
         """Reads that are still in flight keep their buckets, and the agent, until they end."""
-        self._guard.close()
-        self._hang_up()
+        self._ends.close()
         agent, self._agent = self._agent, None
         readers, self._readers = self._readers, []
         if agent is not None:
@@ -306,22 +288,8 @@ class NixlWorkerEnd(WorkerEnd):
         reader.close()
 
     def _check(self) -> None:
-        self._guard.check()
-        if self._link is not None:
-            self._link.check()
-
-    @contextlib.contextmanager
-    def _use(self, what: str, deadline: Deadline) -> Iterator[None]:
-        with self._guard.use(what, deadline):
-            try:
-                yield
-            except BaseException:
-                self._hang_up()
-                raise
-
-    def _hang_up(self) -> None:
-        if self._link is not None:
-            self._link.close()
+        self._ends.guard.check()
+        self._ends.check()
 
 
 def _gpus(memory: Memory, copies: Sequence[Copy]) -> list[torch.device]:

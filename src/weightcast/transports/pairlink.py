@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import select
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from weightcast.deadline import Deadline
-from weightcast.errors import PeerLost, ProtocolError
+from weightcast.errors import PeerLost, ProtocolError, StateError
 from weightcast.transports.connection import Connection
 from weightcast.transports.guard import EndGuard
 from weightcast.transports.rendezvous import Listener, dial
@@ -78,3 +78,39 @@ class PairLink:
 
     def close(self) -> None:
         self._connection.close()
+
+
+class GuardedPair:
+    """What both ends have: a guard and the connection beside the data."""
+
+    def __init__(self, end: str) -> None:
+        self.guard = EndGuard(end)
+        self._link: PairLink | None = None
+
+    @contextlib.contextmanager
+    def use(self, what: str, deadline: Deadline) -> Iterator[None]:
+        """Around each use; a failure tells the other side at once."""
+        with self.guard.use(what, deadline):
+            try:
+                yield
+            except BaseException:
+                self._hang_up()
+                raise
+
+    def hold(self, link: PairLink) -> None:
+        """Keep the connection until the end is closed or fails."""
+        self._link = link
+
+    def check(self) -> None:
+        """Raise unless both processes live and the pair is connected."""
+        if self._link is None:
+            raise StateError("a round before connect")
+        self._link.check()
+
+    def close(self) -> None:
+        self.guard.close()
+        self._hang_up()
+
+    def _hang_up(self) -> None:
+        if self._link is not None:
+            self._link.close()
