@@ -62,6 +62,21 @@ class Worker:
             time.sleep(0.01)
 
 
+class SlowWorker(Worker):
+    """Takes its time over what it hears, as on a busy machine."""
+
+    def __init__(self, coordinator: Coordinator, ticket: str, *, engine: str) -> None:
+        super().__init__(coordinator, ticket)
+        lost = self.link._on_lost
+
+        def slowly(reason: str) -> None:
+            time.sleep(0.3)
+            lost(reason)
+
+        self.link._on_lost = slowly
+        self.say_hello(engine=engine)
+
+
 @pytest.fixture
 def coordinator() -> Iterator[Coordinator]:
     made = Coordinator(silence_s=1.0)
@@ -265,3 +280,38 @@ def test_join_info_names_the_bad_field(field: str, value: object) -> None:
     with pytest.raises(InvalidInput) as caught:
         JoinInfo(**{**good, field: value})  # type: ignore[arg-type]
     assert caught.value.field == field
+
+
+def _dismiss(coordinator: Coordinator) -> None:
+    coordinator.forget(coordinator.members())
+    coordinator.wait_goodbyes(20)
+
+
+@pytest.mark.parametrize("leave", [lambda c: c.close(goodbye_s=20), _dismiss], ids=["close", "forget"])
+def test_after_a_goodbye_every_member_knows_it(leave: Callable[[Coordinator], None]) -> None:
+    coordinator = Coordinator(silence_s=5.0)
+    workers = [SlowWorker(coordinator, coordinator.issue_ticket(f"e{i}", 1), engine=f"e{i}") for i in range(3)]
+    try:
+        for i in range(3):
+            coordinator.wait_members(f"e{i}", 1, Deadline(10))
+        leave(coordinator)
+        assert all(len(worker.lost) == 1 and "the trainer left" in worker.lost[0] for worker in workers)
+    finally:
+        coordinator.close()
+        for worker in workers:
+            worker.link.close()
+
+
+def test_a_goodbye_does_not_wait_for_a_member_whose_connection_closed(
+    coordinator: Coordinator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have been killed, and nobody has looked since."""
+    worker = Worker(coordinator, coordinator.issue_ticket("e", 1))
+    worker.say_hello()
+    coordinator.wait_members("e", 1, Deadline(10))
+    monkeypatch.setattr(ControlLink, "send", lambda self, message: None)  # neither goodbye nor an answer
+    worker.link.close()
+    coordinator.forget(coordinator.members())
+    never = Deadline(60)
+    coordinator.wait_goodbyes(never.timeout_s)
+    assert never.remaining_s() > 30

@@ -51,6 +51,8 @@ PROBE_S = 0.2
 (HEARTBEAT,) = cut(encode(Heartbeat()))
 LOOK_S = 0.1
 """How often a wait looks whether it still has a purpose."""
+GOODBYE_S = 2.0
+"""How long a goodbye waits at most for those that are told of it."""
 MOST_MESSAGES = 256
 """Messages of one member that wait to be taken; no round and no set-up has as many."""
 
@@ -74,10 +76,14 @@ class Coordinator:
         """For so long a member may be silent, and the trainer for a member."""
         self._strangers = Strangers(admission_s)
         self._members: dict[bytes, Member] = {}
+        self._leaving: set[bytes] = set()
+        """Identities that were told goodbye and have not answered."""
         self._tickets: list[_Ticket] = []
         self._lock = threading.RLock()
         self._came = threading.Condition(self._lock)
         """A member was admitted, or dropped."""
+        self._answered = threading.Condition(self._lock)
+        """A goodbye was answered."""
         self.epoch = 0
         """Messages that belong to another epoch are dropped when they arrive."""
         self._welcome: Callable[[Member], Message] | None = None
@@ -281,10 +287,25 @@ class Coordinator:
         ``settled``: no round will be taken back in them any more.
         """
         for member in list(members):
-            self.send(member, Bye(reason=reason, settled=settled))
             with self._lock:
+                if member.lost is None:
+                    self._leaving.add(member.identity)
                 member.lost = member.lost or reason
                 self._members.pop(member.identity, None)
+            self.send(member, Bye(reason=reason, settled=settled))
+
+    def wait_goodbyes(self, timeout_s: float = GOODBYE_S) -> None:
+        """Wait until those that were told goodbye have heard it, or are gone: from then on their engines are free for another trainer.
+
+        After ``timeout_s`` the rest is not waited for any more: such a worker is stopped, and hears it when it goes on.
+        """
+        deadline = Deadline(timeout_s)
+        with self._lock:
+            while self._leaving and not deadline.passed and not self._pump.is_this_thread:
+                self._answered.wait(min(deadline.remaining_s(), LOOK_S))
+                for identity in self._leaving:  # a closed connection answers, too
+                    self._pump.send(identity, HEARTBEAT)
+            self._leaving.clear()
 
     def forget_engine(self, engine: str, reason: str, *, settled: bool) -> None:
         """``forget`` everybody of one engine, those that were lost before anybody counted them as well."""
@@ -292,12 +313,14 @@ class Coordinator:
             members = [member for member in self._members.values() if member.engine == engine]
         self.forget(members, reason, settled=settled)
 
-    def close(self) -> None:
-        """Dismiss everybody and free the port; idempotent."""
+    def close(self, goodbye_s: float = 0.0) -> None:
+        """Dismiss everybody, wait at most so long until they have heard it, and free the port; idempotent."""
         if self._closed:
             return
         self._closed = True
         self.forget(list(self._members.values()), "the trainer closed")
+        if goodbye_s:
+            self.wait_goodbyes(goodbye_s)
         self._pump.close()
 
     # -- on the I/O thread
@@ -346,7 +369,9 @@ class Coordinator:
 
     def _first(self, identity: bytes, message: AnyMessage, descriptor: int) -> None:
         if not isinstance(message, Hello):
-            if not isinstance(message, Bye):
+            if isinstance(message, Bye):
+                self._note_goodbye(identity)
+            else:
                 self._seldom.warn(
                     "control channel: a message from a peer that was not admitted", about=type(message).__name__
                 )
@@ -366,7 +391,13 @@ class Coordinator:
         if self._welcome is not None:
             self.send(member, self._welcome(member))
 
+    def _note_goodbye(self, identity: bytes) -> None:
+        with self._lock:
+            self._leaving.discard(identity)
+            self._answered.notify_all()
+
     def _unsent(self, parts: list[bytes]) -> None:
+        self._note_goodbye(parts[0])
         with self._lock:
             member = self._members.get(parts[0])
             if member is not None and member.lost is None:

@@ -137,7 +137,7 @@ class ControlLink:
             return
         if isinstance(message, Bye):
             self.said_goodbye, self.settled = True, message.settled
-            self._lose(f"the trainer left: {message.reason}")
+            self._lose(f"the trainer left: {message.reason}", answer=Bye(reason="heard", settled=True))
             return
         self._on_message(message)
 
@@ -153,8 +153,13 @@ class ControlLink:
         if not self._is_answered and self._limit.passed:
             self._lose(f"the trainer did not answer in {self._limit.timeout_s:g} s")
 
-    def _lose(self, reason: str) -> None:
-        if not self._ended:
-            self._ended = True
-            self._pump.stop()
+    def _lose(self, reason: str, answer: Message | None = None) -> None:
+        if self._ended:
+            return
+        self._ended = True
+        try:
             self._on_lost(reason)
+        finally:
+            if answer is not None:  # last: whoever hears it may send another trainer here
+                self.send(answer)
+            self._pump.stop()

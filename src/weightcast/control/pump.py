@@ -137,8 +137,13 @@ class Pump:
     def close(self, timeout_s: float = 2.0) -> None:
         """``stop``, and wait for the end."""
         self.stop()
-        if self._thread.is_alive() and threading.current_thread() is not self._thread:
+        if self._thread.is_alive() and not self.is_this_thread:
             self._thread.join(timeout_s)
+
+    @property
+    def is_this_thread(self) -> bool:
+        """Whether the caller is a handler of this pump."""
+        return threading.current_thread() is self._thread
 
     def _put(self, item: list[bytes] | threading.Event | None) -> None:
         with self._wake_lock:

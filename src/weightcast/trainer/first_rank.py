@@ -8,7 +8,7 @@ from functools import partial
 from typing import TypeVar
 
 from weightcast.content.expected import ExpectedDigest
-from weightcast.control.coordinator import Coordinator
+from weightcast.control.coordinator import GOODBYE_S, Coordinator
 from weightcast.control.link import JoinInfo
 from weightcast.deadline import Deadline
 from weightcast.digest.versions import version_name, version_number
@@ -115,7 +115,7 @@ class FirstRank:
         """``settled``: no call runs, so that no round is taken back after this."""
         self._presence.close()
         self._fleet.close(settled=settled)
-        self._coordinator.close()
+        self._coordinator.close(goodbye_s=GOODBYE_S)
         self.records.close()
 
     def leave(self) -> None:
@@ -237,6 +237,7 @@ class FirstRank:
         engine = self._fleet.find(engine_name(name))
         self._presence.forget(engine)
         self._fleet.remove(engine)
+        self._coordinator.wait_goodbyes()
 
     def _publish(self, deadline: Deadline, waking: Waking | None = None) -> Report:
         if not self._fleet.engines:
