@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 from weightcast.deadline import Deadline
-from weightcast.errors import MERGED_HINT, InvalidInput, StateError, Unsupported, WeightcastError
-from weightcast.layout.memory import Memory
+from weightcast.errors import MERGED_HINT, InvalidInput, StateError, Unsupported
 from weightcast.manifest.adapters import (
     CONFIG_NAME,
     AdapterConfig,
@@ -25,8 +24,9 @@ from weightcast.sources.absent import refuse_absent
 from weightcast.sources.adapters import is_adapter, is_chooser, is_model
 from weightcast.sources.base import Source
 from weightcast.sources.conversions import Content
-from weightcast.sources.gathered import ALIKE_HINT, OTHERS_DIFFER, all_agree
+from weightcast.sources.gathered import check_together
 from weightcast.sources.module import ModuleSource
+from weightcast.sources.outer import OuterSource
 from weightcast.sources.sharded import ShardedSource
 from weightcast.sources.shards import is_distributed, local_of
 from weightcast.sources.tree import AGAIN_HINT, Entries
@@ -156,7 +156,7 @@ class Adapter:
         )
 
 
-class AdapterSource(Source):
+class AdapterSource(OuterSource):
     """Publishes one adapter of a PEFT model, its config included, which is looked at in every round.
 
     Everything else is what a module's source does with the tensors of the adapter.
@@ -170,40 +170,23 @@ class AdapterSource(Source):
         self._said = config_bytes(adapter.config())
         self._published = _Published(adapter.model, _as_tensor(self._said, device))
         named: Mapping[str, torch.Tensor] = {**tensors, CONFIG_NAME: self._published.config}
-        self._inner: Source
+        inner: Source
         self._shard = next(filter(is_distributed, tensors.values()), None)
         if self._shard is not None:
-            self._inner = ShardedSource(Content.plain(named), dtype=dtype, module=self._published)
+            inner = ShardedSource(Content.plain(named), dtype=dtype, module=self._published)
         else:
-            self._inner = ModuleSource(self._published, dtype=dtype, names=named)
-        self.manifest, self.device, self.dtype = self._inner.manifest, self._inner.device, self._inner.dtype
-        self.is_copied, self.is_private = self._inner.is_copied, self._inner.is_private
-        self._take_over()
-
-    def _take_over(self) -> None:
-        self.layout, self.memory = self._inner.layout, self._inner.memory
+            inner = ModuleSource(self._published, dtype=dtype, names=named)
+        super().__init__(inner)
+        self.is_copied, self.is_private = inner.is_copied, inner.is_private
 
     def _take_config(self) -> None:
         """Publish the config of this moment, in which ranks that hold shards have to agree."""
-        if self._shard is None:
-            self._adapter.check()
-        else:
-            self._agree(self._shard, self.deadline or Deadline(GATHER_S))
+        check_together(self._shard, self._said_now, self.deadline or Deadline(GATHER_S))
         self._look_at_config()
 
-    def _agree(self, shard: torch.Tensor, deadline: Deadline) -> None:
-        """Raise StateError on all ranks where one of them cannot publish what the others do."""
-        failure, said = None, None
-        try:
-            self._adapter.check()
-            said = config_bytes(self._adapter.config())
-        except WeightcastError as error:
-            failure = error
-        agreed = all_agree(shard, said, deadline)
-        if failure is not None:
-            raise failure
-        if not agreed:
-            raise StateError(OTHERS_DIFFER, hint=ALIKE_HINT)
+    def _said_now(self) -> bytes:
+        self._adapter.check()
+        return config_bytes(self._adapter.config())
 
     def _look_at_config(self, *, writes: bool = True) -> None:
         """Publish the config of this moment; StateError where its form is another one. Without ``writes`` only that is looked at."""
@@ -221,14 +204,6 @@ class AdapterSource(Source):
     def own_nbytes(self) -> int:
         return len(self._said) + self._inner.own_nbytes
 
-    def consolidate(self) -> None:
-        self._inner.consolidate()
-        self._take_over()
-
-    def rebind(self, memory: Memory) -> None:
-        self._inner.rebind(memory)
-        self._take_over()
-
     def refresh(self) -> None:
         self._take_config()
         self._inner.refresh()
@@ -241,9 +216,6 @@ class AdapterSource(Source):
         self._take_config()
         self._inner.gather()
 
-    def check(self) -> None:
-        self._inner.check()
-
     def check_form(self) -> None:
         self._adapter.check()
         self._look_at_config(writes=False)
@@ -251,20 +223,13 @@ class AdapterSource(Source):
 
     def follow(self) -> bool:
         self._adapter.check()
-        if not self._inner.follow():
-            return False
-        self._take_over()
-        return True
+        return super().follow()
 
     def let_go(self) -> bool:
         if not self._inner.let_go():
             return False
         self._take_over()
         return True
-
-    def close(self) -> None:
-        self._inner.close()
-        super().close()
 
 
 def adapter_named(source: object, wanted: str) -> str:

@@ -6,6 +6,7 @@ before the first.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
 from hashlib import sha256
 from typing import Any
@@ -15,7 +16,7 @@ import torch.distributed as dist
 
 from weightcast.cuda.wait import wait_stream
 from weightcast.deadline import Deadline
-from weightcast.errors import DeadlineExceeded, PeerLost
+from weightcast.errors import DeadlineExceeded, PeerLost, StateError, WeightcastError
 from weightcast.sources.shards import shard_of
 
 OTHERS_DIFFER = "adapters of this rank are not those of the other ranks"
@@ -37,6 +38,24 @@ def all_agree(shard: torch.Tensor, said: bytes | None, deadline: Deadline) -> bo
     _settle(votes, deadline)
     well, least, most = votes.tolist()
     return bool(well) and least == -most
+
+
+def check_together(shard: torch.Tensor | None, check: Callable[[], bytes], deadline: Deadline) -> None:
+    """Raise what ``check`` raises; where ranks hold shards, raise StateError on every rank also for what another rank raises, and where
+    ranks differ in what ``check`` returns."""
+    if shard is None:
+        check()
+        return
+    failure, said = None, None
+    try:
+        said = check()
+    except WeightcastError as error:
+        failure = error
+    agreed = all_agree(shard, said, deadline)
+    if failure is not None:
+        raise failure
+    if not agreed:
+        raise StateError(OTHERS_DIFFER, hint=ALIKE_HINT)
 
 
 def whole_of(value: torch.Tensor, deadline: Deadline) -> torch.Tensor:

@@ -17,9 +17,8 @@ import torch
 from torch import nn
 
 from weightcast.deadline import Deadline
-from weightcast.errors import StateError, WeightcastError
+from weightcast.errors import StateError
 from weightcast.layout import contiguous_strides
-from weightcast.layout.memory import Memory
 from weightcast.sources.absent import refuse_absent
 from weightcast.sources.adapters import (
     bare,
@@ -34,7 +33,8 @@ from weightcast.sources.adapters import (
     targets_of,
 )
 from weightcast.sources.base import Source, wait_for_stream
-from weightcast.sources.gathered import ALIKE_HINT, OTHERS_DIFFER, all_agree, whole_of
+from weightcast.sources.gathered import check_together, whole_of
+from weightcast.sources.outer import OuterSource
 from weightcast.sources.quantised import dequantised, is_quantised, refuse_unknown
 from weightcast.sources.shards import is_distributed, local_of, part_of
 from weightcast.sources.tree import AGAIN_HINT, Entries, moved_error
@@ -205,18 +205,14 @@ class Twin:
                 local_of(value).copy_(_box(value, weights[key]))
 
 
-class MergedSource(Source):
+class MergedSource(OuterSource):
     """Publishes what an inner source makes of a twin, whose parameters are merged at the start of each round."""
 
     is_copied = True
 
     def __init__(self, twin: Twin, inner: Source) -> None:
-        self._twin, self._inner = twin, inner
-        self.manifest, self.device, self.dtype = inner.manifest, inner.device, inner.dtype
-        self._take_over()
-
-    def _take_over(self) -> None:
-        self.layout, self.memory = self._inner.layout, self._inner.memory
+        self._twin = twin
+        super().__init__(inner)
 
     @property
     def own_nbytes(self) -> int:
@@ -224,12 +220,7 @@ class MergedSource(Source):
 
     def consolidate(self) -> None:
         self.check_form()  # parameters that were replaced would be moved in place of those that are there
-        self._inner.consolidate()
-        self._take_over()
-
-    def rebind(self, memory: Memory) -> None:
-        self._inner.rebind(memory)
-        self._take_over()
+        super().consolidate()
 
     def refresh(self) -> None:
         self.fill()
@@ -241,46 +232,29 @@ class MergedSource(Source):
 
     def gather(self) -> None:
         deadline = self.deadline or Deadline(GATHER_S)
-        if self._twin.shard is None:
-            self._twin.check()
-        else:
-            self._agree(self._twin.shard, deadline)
+        check_together(self._twin.shard, self._said_now, deadline)
         self._twin.merge(deadline)
         self._inner.gather()
         wait_for_stream(self.device)
 
-    def _agree(self, shard: torch.Tensor, deadline: Deadline) -> None:
-        """Raise StateError on all ranks where one of them cannot merge with the others."""
-        failure, said = None, None
-        try:
-            self._twin.check()
-            said = self._twin.said()
-        except WeightcastError as error:
-            failure = error
-        agreed = all_agree(shard, said, deadline)
-        if failure is not None:
-            raise failure
-        if not agreed:
-            raise StateError(OTHERS_DIFFER, hint=ALIKE_HINT)
+    def _said_now(self) -> bytes:
+        self._twin.check()
+        return self._twin.said()
 
     def check(self) -> None:
         self._twin.check()
-        self._inner.check()
+        super().check()
 
     def check_form(self) -> None:
         self._twin.check()
         self._inner.check_form()
 
     def follow(self) -> bool:
-        if not self._twin.lies_where_it_did() or not self._inner.follow():
-            return False
-        self._take_over()
-        return True
+        return self._twin.lies_where_it_did() and super().follow()
 
     def close(self) -> None:
-        self._inner.close()
-        self._twin.close()
         super().close()
+        self._twin.close()
 
 
 def _shards(module: nn.Module) -> dict[tuple[int, str], nn.Parameter]:
