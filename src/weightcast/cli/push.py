@@ -14,8 +14,9 @@ from rich.text import Text
 
 from weightcast.cli.progress import ShownProgress
 from weightcast.cli.shared import (
+    DraftOption,
     JsonOption,
-    Kept,
+    KeepOption,
     RenameOption,
     TimeoutOption,
     TokenFileOption,
@@ -65,22 +66,8 @@ def command(
     pause: Annotated[Pause, typer.Option(help="Requests in flight: freeze, finish, end, or leave alone.")] = Pause.keep,
     unused: UnusedOption = None,
     rename: RenameOption = None,
-    draft: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder of the model that engines speculate with, which goes live in the same commit.",
-            exists=True,
-            file_okay=False,
-            show_default=False,
-        ),
-    ] = None,
-    keep: Annotated[
-        list[Kept] | None,
-        typer.Option(
-            help="A part of engines that keeps its weights although the checkpoint has nothing for it.",
-            show_default=False,
-        ),
-    ] = None,
+    draft: DraftOption = None,
+    keep: KeepOption = None,
     check_finite: Annotated[
         bool,
         typer.Option("--check-finite", help="Refuse values that are NaN or infinite, by the names of their tensors."),

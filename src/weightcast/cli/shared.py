@@ -66,6 +66,18 @@ RenameOption = Annotated[
         show_default=False,
     ),
 ]
+DraftOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of the model that engines speculate with.", exists=True, file_okay=False, show_default=False
+    ),
+]
+KeepOption = Annotated[
+    list[Kept] | None,
+    typer.Option(
+        help="A part of engines that CHECKPOINT has nothing of, and that keeps its weights.", show_default=False
+    ),
+]
 
 
 def chosen_token(token: str | None, token_file: Path | None) -> str | None:

@@ -9,7 +9,9 @@ import typer
 from rich.console import Console
 
 from weightcast.cli.shared import (
+    DraftOption,
     JsonOption,
+    KeepOption,
     Kept,
     RenameOption,
     TimeoutOption,
@@ -35,19 +37,8 @@ def command(
     token_file: TokenFileOption = None,
     unused: UnusedOption = None,
     rename: RenameOption = None,
-    draft: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder of the model that the engine speculates with.",
-            exists=True,
-            file_okay=False,
-            show_default=False,
-        ),
-    ] = None,
-    keep: Annotated[
-        list[Kept] | None,
-        typer.Option(help="A part of the engine that CHECKPOINT has nothing of: leave it out.", show_default=False),
-    ] = None,
+    draft: DraftOption = None,
+    keep: KeepOption = None,
     timeout: TimeoutOption = 120.0,
     as_json: JsonOption = False,
 ) -> None:

@@ -19,10 +19,10 @@ import httpcore
 import msgspec
 
 from weightcast.deadline import Deadline
-from weightcast.errors import DeadlineExceeded, EngineError, ErrorForm, PeerLost, WeightcastError
-from weightcast.quoted import quoted, quoted_json
+from weightcast.errors import EngineError, ErrorForm, WeightcastError
+from weightcast.quoted import quoted_json
 from weightcast.trainer.clients import wire
-from weightcast.trainer.clients.base import AnswerLost, CommitOrder, CommitReply, EngineClient
+from weightcast.trainer.clients.base import CommitOrder, CommitReply, EngineClient
 from weightcast.trainer.clients.fan_out import Call
 from weightcast.trainer.clients.urls import endpoint_of
 from weightcast.untrusted.known import known
@@ -147,20 +147,8 @@ class HttpEngineClient(EngineClient):
         """What the server answered; ``hear`` gives its response or raises what ``wire.request`` does."""
         try:
             response = hear()
-        except httpcore.TimeoutException as error:
-            raise DeadlineExceeded(
-                f"{method} {path} took longer than {deadline.timeout_s:g} s", engine=self.name
-            ) from error
-        except httpcore.ConnectError as error:
-            raise PeerLost(
-                f"{method} {path}: {quoted(str(error))}", reached=False, engine=self.name, hint=wire.hint_of(error)
-            ) from error
-        except (httpcore.NetworkError, httpcore.ProtocolError) as error:
-            raise AnswerLost(
-                f"{method} {path}: {quoted(str(error)) or type(error).__name__}",
-                engine=self.name,
-                hint=wire.hint_of_answer(error),
-            ) from error
+        except wire.FAILURES as error:
+            raise wire.failure(error, f"{method} {path}", self.name, deadline) from error
         if 200 <= response.status < 300:
             answer: dict[str, Any] = quoted_json(wire.json_object(response.content))
             return answer

@@ -13,15 +13,13 @@ from collections.abc import (
 from typing import Any
 from urllib.parse import urlencode
 
-import httpcore
 import msgspec
 
 from weightcast.commit.worker_outcome import sleeps
 from weightcast.deadline import Deadline
-from weightcast.errors import DeadlineExceeded, EngineError, PeerLost, Unsupported
+from weightcast.errors import EngineError, Unsupported
 from weightcast.quoted import quoted
 from weightcast.trainer.clients import wire
-from weightcast.trainer.clients.base import AnswerLost
 from weightcast.trainer.clients.rpc import RpcEngineClient
 from weightcast.trainer.clients.urls import endpoint_of
 from weightcast.vllm_protocol.eras import CALL
@@ -98,20 +96,8 @@ class VllmDevClient(RpcEngineClient):
         content = None if body is None else msgspec.json.encode(body)
         try:
             response = wire.request(method, self._endpoint, asked, content, deadline)
-        except httpcore.TimeoutException:
-            raise DeadlineExceeded(
-                f"{method} {path} took longer than {deadline.timeout_s:g} s", engine=self.name
-            ) from None
-        except httpcore.ConnectError as error:
-            raise PeerLost(
-                f"{method} {path}: {quoted(str(error))}", reached=False, engine=self.name, hint=wire.hint_of(error)
-            ) from None
-        except (httpcore.NetworkError, httpcore.ProtocolError) as error:
-            raise AnswerLost(
-                f"{method} {path}: {quoted(str(error)) or type(error).__name__}",
-                engine=self.name,
-                hint=wire.hint_of_answer(error),
-            ) from None
+        except wire.FAILURES as error:
+            raise wire.failure(error, f"{method} {path}", self.name, deadline) from None
         if 200 <= response.status < 300:
             return wire.json_object(response.content)
         if response.status == 404 and may_be_absent:

@@ -23,7 +23,7 @@ import httpcore
 import msgspec
 
 from weightcast.deadline import Deadline
-from weightcast.errors import DeadlineExceeded
+from weightcast.errors import AnswerLost, DeadlineExceeded, PeerLost, WeightcastError
 from weightcast.quoted import quoted
 from weightcast.trainer.clients.urls import Endpoint
 
@@ -115,17 +115,22 @@ class Unreachable(httpcore.ConnectError):
         """Nothing that may come up later changes that."""
 
 
-def hint_of(error: httpcore.ConnectError) -> str:
-    """What to do where no connection was made."""
-    return error.hint if isinstance(error, Unreachable) else "Is the server running?"
-
-
 NO_HTTP_HINT = "No HTTP is spoken there: is it https:// instead of http://, or another port?"
+FAILURES = (httpcore.TimeoutException, httpcore.NetworkError, httpcore.ProtocolError)
+"""What a call ends with that brought no answer."""
 
 
-def hint_of_answer(error: Exception) -> str | None:
-    """What to do where an answer came that is none; None where the class of the error says it."""
-    return NO_HTTP_HINT if isinstance(error, httpcore.RemoteProtocolError) and "illegal" in str(error) else None
+def failure(error: Exception, call: str, engine: str, deadline: Deadline) -> WeightcastError:
+    """What one of ``FAILURES`` is to a user: DeadlineExceeded, PeerLost where no connection was made, or AnswerLost. ``call``: its
+    method and path."""
+    if isinstance(error, httpcore.TimeoutException):
+        return DeadlineExceeded(f"{call} took longer than {deadline.timeout_s:g} s", engine=engine)
+    said = f"{call}: {quoted(str(error)) or type(error).__name__}"
+    if isinstance(error, httpcore.ConnectError):
+        hint = error.hint if isinstance(error, Unreachable) else "Is the server running?"
+        return PeerLost(said, reached=False, engine=engine, hint=hint)
+    no_http = isinstance(error, httpcore.RemoteProtocolError) and "illegal" in str(error)
+    return AnswerLost(said, engine=engine, hint=NO_HTTP_HINT if no_http else None)
 
 
 class _Backend(httpcore.NetworkBackend):

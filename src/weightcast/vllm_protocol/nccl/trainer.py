@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import httpcore
 import msgspec
 import torch
 
@@ -25,7 +24,6 @@ from weightcast.deadline import Deadline
 from weightcast.errors import (
     DeadlineExceeded,
     EngineError,
-    PeerLost,
     StateError,
     Unsupported,
     WeightcastError,
@@ -256,12 +254,8 @@ class _Server:
         content = None if body is None else msgspec.json.encode(body)
         try:
             response = wire.request(method, self._endpoint, path, content, deadline)
-        except httpcore.TimeoutException:
-            raise DeadlineExceeded(
-                f"{method} {path} took longer than {deadline.timeout_s:g} s", engine=self._url
-            ) from None
-        except (httpcore.NetworkError, httpcore.ProtocolError) as error:
-            raise PeerLost(f"{method} {path}: {quoted(str(error)) or type(error).__name__}", engine=self._url) from None
+        except wire.FAILURES as error:
+            raise wire.failure(error, f"{method} {path}", self._url, deadline) from None
         if not 200 <= response.status < 300:
             text = quoted(response.content[:2000].decode(errors="replace"))
             raise EngineError(f"{method} {path} answered {response.status}: {text}", engine=self._url)
