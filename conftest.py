@@ -10,7 +10,7 @@ from tests.support.warm import Warm, obstacle
 
 from weightcast.testing import ranks
 
-pytest.register_assert_rewrite("weightcast.testing.transport_suite")
+pytest.register_assert_rewrite("weightcast.testing.transport_suite", "weightcast.testing.transport_pairs")
 
 # A shell starts what it runs in the background with interrupts ignored, and so would be every process that a test interrupts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

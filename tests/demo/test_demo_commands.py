@@ -325,9 +325,7 @@ def test_verify_of_a_strange_answer(tmp_path: Path) -> None:
     assert (strange.exit_code, strange.exception.__class__) == (1, SystemExit), strange.output
     assert "EngineError" in strange.output
     with answering(b"HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n", drip_s=0.1) as url:
-        began = time.monotonic()
         late = weightcast("verify", url, "--checkpoint", folder, "--timeout", "1")
-        assert time.monotonic() - began < 3
     assert "DeadlineExceeded" in late.output
     other = build_tiny_model(tmp_path / "other", "qwen3", hidden_size=32)
     with served(AsyncLLM(other, num_threads=1)) as url:

@@ -6,7 +6,6 @@ import gzip
 import json
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -176,6 +175,4 @@ def test_a_silent_browser_is_left(page: WatchServer, monkeypatch: pytest.MonkeyP
     assert _Handler.timeout == HANDLER_TIMEOUT_S
     monkeypatch.setattr(_Handler, "timeout", 0.3)
     with socket.create_connection(page.server_address[:2], timeout=20) as silent:
-        began = time.monotonic()
         assert silent.recv(1) == b""
-        assert time.monotonic() - began < 20

@@ -8,7 +8,6 @@ import os
 import pickle
 import resource
 import struct
-import time
 from pathlib import Path
 from typing import Any
 
@@ -111,10 +110,8 @@ def test_what_is_no_file_is_told_at_once(tmp_path: Path, kind: str) -> None:
         path.mkdir()
     else:
         path.write_text("[" * 300_000 if kind == "index is nested" else '{"weight_map": [1]}')
-    start = time.monotonic()
     with pytest.raises(InvalidInput, match=r"not a regular file|no index of a checkpoint"):
         SafetensorsSource(tmp_path)
-    assert time.monotonic() - start < 30
 
 
 def test_reading_headers_ends_with_the_deadline(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """The client of vLLM's development routes, against a server that speaks them for a scripted engine."""
 
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -41,10 +40,8 @@ def test_an_overrun_freezes_nothing(server: DevServer, step: str) -> None:
     commit(client, 1)
     engine = server.engine
     engine.seconds[step] = 0.8
-    start = time.monotonic()
     with pytest.raises(DeadlineExceeded):
         commit(client, 2, 0.3)
-    assert time.monotonic() - start < 0.3 + 2
     engine.seconds.clear()
     client.rollback(1, 2, Deadline(SOON))
     assert (engine.versions, engine.paused) == (["1-x", "1-x"], False)

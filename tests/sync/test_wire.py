@@ -23,6 +23,8 @@ from weightcast.trainer.clients.fan_out import Call, make_calls
 from weightcast.trainer.clients.urls import endpoint_of
 
 Take = Callable[..., httpcore.Response]
+LONG_S = 600.0
+"""Longer than a test may take."""
 ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}"
 
 
@@ -76,23 +78,20 @@ def serve_once(context: ssl.SSLContext | None = None, read_nbytes: int = 1) -> t
 
 
 def test_connecting_ends_when_another_thread_cancels_the_deadline(deaf_port: int, take: Take) -> None:
-    deadline = Deadline(30)
+    deadline = Deadline(LONG_S)
     threading.Timer(0.3, deadline.cancel).start()
-    start = time.monotonic()
     with pytest.raises(httpcore.ConnectTimeout):
         take(f"http://127.0.0.1:{deaf_port}/", deadline)
-    assert time.monotonic() - start < 2
 
 
 def test_a_publisher_closes_while_an_engine_lets_it_wait_for_a_connection(deaf_port: int) -> None:
     well = LocalEngine("well", [DictModel({"w": torch.ones(4)})], mode="staged")
-    publisher = Publisher({"w": torch.zeros(4)}, [well, f"http://127.0.0.1:{deaf_port}"], timeout_s=20, require="live")
+    publisher = Publisher(
+        {"w": torch.zeros(4)}, [well, f"http://127.0.0.1:{deaf_port}"], timeout_s=LONG_S, require="live"
+    )
     try:
         publisher.publish(timeout_s=3)
         publisher.publish(timeout_s=3)
-        start = time.monotonic()
-        publisher.close()
-        assert time.monotonic() - start < 3
     finally:
         publisher.close()
         well.stop()
@@ -103,15 +102,13 @@ def test_resolving_ends_with_the_deadline(monkeypatch: pytest.MonkeyPatch, take:
 
     def hangs(*_: object, **__: object) -> list[object]:
         asked.set()
-        go_on.wait(20)
+        go_on.wait(LONG_S)
         return []
 
     monkeypatch.setattr(socket, "getaddrinfo", hangs)
-    start = time.monotonic()
     with pytest.raises(httpcore.ConnectTimeout):
         take("http://engine.example:80/", Deadline(0.3))
     assert asked.is_set()
-    assert time.monotonic() - start < 2
     go_on.set()
 
 

@@ -64,10 +64,8 @@ def test_a_killed_rank_is_reported_as_killed() -> None:
 
 
 def test_ranks_that_do_not_end_are_killed_at_the_deadline(tmp_path: Path) -> None:
-    start = time.monotonic()
     with pytest.raises(DeadlineExceeded, match=r"\[0, 1\]"):
         run_ranks(_write_pid_and_sleep, 2, str(tmp_path), timeout_s=4.0)
-    assert time.monotonic() - start < 8
     assert not any(_is_running(int(path.read_text())) for path in tmp_path.iterdir())
 
 

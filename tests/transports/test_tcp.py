@@ -8,7 +8,6 @@ import os
 import select
 import socket
 import struct
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -94,12 +93,10 @@ def test_strangers_are_turned_away_and_the_worker_gets_in() -> None:
         ]
         for number, stranger in enumerate(strangers):
             stranger.sendall(os.urandom(number * 3))
-        start = time.monotonic()
+        # One after the other they would take two seconds each, which is longer than connecting may take.
         with _beside(worker.connect) as connected:
             trainer.connect()
             connected.result(20)
-        # One after the other they would take two seconds each.
-        assert time.monotonic() - start < 40
         _publish(trainer, worker)
         for stranger in strangers:
             with contextlib.suppress(ConnectionResetError):

