@@ -128,8 +128,9 @@ $(SGLANG_STAMP): tests/sglang/requirements.txt tests/sglang/shim/pyproject.toml 
 	$(SGLANG_BIN)/python -m pip install -q --no-compile --no-deps -e .
 	touch $@
 
+# One test there has a server of vLLM beside SGLang, and is skipped where `make setup-vllm` was not run.
 test-sglang: $(SGLANG_STAMP) ## weightcast inside stock SGLang, on CPU; SGLANG_TEST_ARGS="-k name"
-	OMP_NUM_THREADS=1 $(SGLANG_BIN)/python -m pytest tests/sglang -m sglang $(SGLANG_TEST_ARGS)
+	OMP_NUM_THREADS=1 WEIGHTCAST_TEST_VLLM=$(abspath $(VLLM_BIN)) $(SGLANG_BIN)/python -m pytest tests/sglang -m sglang $(SGLANG_TEST_ARGS)
 
 # RL frameworks have an environment of their own as well: their pins differ from ours, and some go in without their dependencies.
 FRAMES_VENV := .venv-frameworks

@@ -10,7 +10,9 @@ from tests.support.warm import Warm, obstacle
 
 from weightcast.testing import ranks
 
-pytest.register_assert_rewrite("weightcast.testing.transport_suite", "weightcast.testing.transport_pairs")
+pytest.register_assert_rewrite(
+    "weightcast.testing.transport_suite", "weightcast.testing.transport_pairs", "weightcast.testing.engine_suite"
+)
 
 # A shell starts what it runs in the background with interrupts ignored, and so would be every process that a test interrupts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -26,8 +28,8 @@ FIRST = [
     "tests/documents/test_readme.py", "tests/documents/test_tutorial.py", "tests/examples/test_examples.py",
     "tests/faults/test_matrix.py", "tests/documents/test_deployment.py", "tests/demo/test_demo_commands.py", "tests/faults/test_soak.py",
     "tests/sync/test_published_values.py", "tests/server/test_serve_command.py", "tests/sync/test_several_ranks.py",
-    "tests/vllm/test_parallel.py", "tests/vllm/test_experts.py", "tests/vllm/test_beside_stock.py", "tests/vllm/test_served.py",
-    "tests/vllm/test_models.py",
+    "tests/vllm/test_parallel.py", "tests/vllm/test_experts.py", "tests/vllm/test_beside_stock.py", "tests/vllm/test_vllm_suite.py",
+    "tests/vllm/test_served.py", "tests/vllm/test_models.py",
 ]  # fmt: skip
 """The files that take longest. Where several files run at once, what starts last decides when all have ended."""
 

@@ -19,8 +19,6 @@ DOOMED = "from weightcast.testing.doomed_trainer import main; main()"
 
 
 class TestEmbedded(EngineSuite):
-    num_tokens = 400
-
     @pytest.fixture(scope="class")
     @classmethod
     def running(cls, model: Path) -> Iterator[Served]:

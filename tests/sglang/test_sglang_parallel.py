@@ -1,6 +1,7 @@
 """Several workers: all of them at one version, exactly, and all back at the one before when one of them fails."""
 
 import threading
+import time
 from pathlib import Path
 
 import httpx
@@ -10,21 +11,23 @@ from tests.sglang.servers import Launcher, Server
 from tests.support.verified import comparison
 
 from weightcast import Publisher
+from weightcast.deadline import Deadline
 from weightcast.errors import PlanMismatch, RoundFailed
+from weightcast.testing.engine_suite import AFTERWARDS, MIDWAY, NEVER_ENDING, STORY
 from weightcast.testing.models import build_tiny_model, random_state_dict
 from weightcast.testing.reference import PROMPTS, Reference, replace
 
 TWO_CORES = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
-STORY = [3, 1, 4]
-NUM_TOKENS = 900
+ROOM = ("--context-length", str(NEVER_ENDING + 64), "--max-total-tokens", str(3 * NEVER_ENDING))
+"""Two requests that only the test ends fit in."""
 
 
 @pytest.mark.parametrize("option", ["--tp-size", "--dp-size"])
 def test_two_workers(launcher: Launcher, tmp_path: Path, option: str) -> None:
-    model = build_tiny_model(tmp_path / "m", "qwen3", dtype="float32")
+    model = build_tiny_model(tmp_path / "m", "qwen3", dtype="float32", max_position_embeddings=NEVER_ENDING + 64)
     fault = tmp_path / "fault"
     weights = random_state_dict(model)
-    with launcher.server(model, option, "2", env={**TWO_CORES, FAULT: str(fault)}) as server:
+    with launcher.server(model, *ROOM, option, "2", env={**TWO_CORES, FAULT: str(fault)}) as server:
         assert server.get("/get_world_size").json() == {"world_size": 2}
         for mode in ("staged", "in_place"):
             with Publisher(weights, [server.url], token=server.token, timeout_s=60, mode=mode) as publisher:
@@ -36,10 +39,9 @@ def test_two_workers(launcher: Launcher, tmp_path: Path, option: str) -> None:
                     assert_serves(server, Reference(model, weights), report.version)
                     found = comparison(server.url, server.token, Reference(model, weights).checkpoint)
                     assert set(found.equal) == set(weights)
+        assert_requests_go_on_in_the_next_version(server, weights, model)
         with Publisher(weights, [server.url], token=server.token, timeout_s=60, mode="staged") as publisher:
             before, version = Reference(model, weights), publisher.publish().version
-            assert_a_request_goes_on_in_the_next_version(server, publisher, weights, model)
-            before, version = Reference(model, weights), server.status["weight_version"]
             for rank in (1, 0):
                 replace(weights, model)
                 fault.write_text(str(rank))
@@ -87,35 +89,43 @@ def assert_is_held(server: Server, failed: RoundFailed) -> None:
     assert server.get("/ready").status_code == 503
 
 
-def assert_a_request_goes_on_in_the_next_version(
-    server: Server, publisher: Publisher, weights: dict, model: Path
-) -> None:
-    """Two requests, one for each replica: both are there when the round comes, and every token is of the version that it names."""
-    versions = {server.version: Reference(model, weights)}
-    begun = threading.Barrier(3)
+def assert_requests_go_on_in_the_next_version(server: Server, weights: dict, model: Path) -> None:
+    """Two requests, one for each replica: both are there when the round comes, and every token is of the version that it names.
+
+    A round that aborts requests ends them, once both have tokens of the next version."""
+    former, before = server.version, Reference(model, weights)
+    begun, deadline = threading.Barrier(3), Deadline(60)
     last: list[dict] = [{}, {}]
 
     def ask(number: int) -> None:
         waits = True
-        for part in server.stream([*STORY, number], NUM_TOKENS):
+        for part in server.stream([*STORY, number], NEVER_ENDING):
             last[number] = part
-            if waits and len(part["output_ids"]) > 3:
+            if waits and len(part["output_ids"]) >= MIDWAY:
                 waits = False
                 begun.wait(60)
+
+    def of(fresh: Reference, number: int) -> list[bool]:
+        return fresh.follows([*STORY, number, *last[number]["output_ids"]], len(STORY) + 1)
 
     replace(weights, model)
     threads = [threading.Thread(target=ask, args=(number,)) for number in range(2)]
     for thread in threads:
         thread.start()
     begun.wait(60)
-    versions[publisher.publish().version] = Reference(model, weights)
+    with Publisher(weights, [server.url], token=server.token, timeout_s=60) as publisher:
+        version = publisher.publish().version
+    after = Reference(model, weights)
+    while not all(False in of(before, number)[:-AFTERWARDS] for number in range(2)):
+        deadline.check("tokens of the next version")
+        time.sleep(0.05)
+    with Publisher(weights, [server.url], token=server.token, timeout_s=60, pause="abort") as publisher:
+        publisher.publish()
     for thread in threads:
         thread.join(60)
     for number, answer in enumerate(last):
-        tokens, spans = answer["output_ids"], answer["meta_info"]["weight_versions"]
-        assert len(tokens) == NUM_TOKENS
-        assert [span["version"] for span in spans] == list(versions)
-        for span in spans:
-            whole = [*STORY, number, *tokens]
-            right = versions[span["version"]].follows(whole, len(STORY) + 1)
-            assert all(right[span["start"] : span["end"]])
+        meta = answer["meta_info"]
+        assert meta["finish_reason"]["type"] == "abort"
+        assert [span["version"] for span in meta["weight_versions"]] == [former, version]
+        for span, fresh in zip(meta["weight_versions"], (before, after), strict=True):
+            assert all(of(fresh, number)[span["start"] : span["end"]])

@@ -10,7 +10,7 @@ from tests.sglang.servers import Launcher, Server
 from tests.support.embedded_server import embedded_server
 
 from weightcast import Publisher
-from weightcast.testing.engine_suite import Answer, EngineSuite, Running
+from weightcast.testing.engine_suite import NEVER_ENDING, Answer, EngineSuite, Running
 from weightcast.testing.models import random_state_dict
 from weightcast.testing.reference import PROMPTS, Reference, replace
 
@@ -18,12 +18,12 @@ from weightcast.testing.reference import PROMPTS, Reference, replace
 class TestSglang(EngineSuite):
     """Messages go by msgpack between the server's processes; servers of the other tests have SGLang's own choice."""
 
-    num_tokens = 900
-
     @pytest.fixture(scope="class")
     @classmethod
     def running(cls, launcher: Launcher, model: Path) -> Iterator[Server]:
-        with launcher.server(model, env={"SGLANG_USE_PICKLE_IPC": "0"}) as running:
+        room = str(NEVER_ENDING + 64)
+        options = ("--context-length", room, "--max-total-tokens", str(2 * NEVER_ENDING))
+        with launcher.server(model, *options, env={"SGLANG_USE_PICKLE_IPC": "0"}) as running:
             cls.launcher, cls.folder = launcher, model.parent
             yield running
 

@@ -108,12 +108,16 @@ def vllm_server(
     max_model_len: int = 256,
     kv_cache_nbytes: int = 32 << 20,
     backend: Sequence[str] = BACKEND,
+    programs: Path | None = None,
 ) -> Iterator[Served]:
-    """Start a server, wait until the server is healthy, and end the whole process group afterwards."""
+    """Start a server, wait until the server is healthy, and end the whole process group afterwards.
+
+    ``programs`` is the folder of vLLM's command; None means that of this process's Python.
+    """
     port, token = free_port(), secrets.token_hex(8)
     log = model.parent / f"server-{port}.log"
     command = [
-        str(Path(sys.executable).parent / "vllm"), "serve", str(model),
+        str((programs or Path(sys.executable).parent) / "vllm"), "serve", str(model),
         "--served-model-name", "policy", "--host", "127.0.0.1", "--port", str(port),
         "--enforce-eager", "--max-model-len", str(max_model_len), "--max-num-seqs", "8",
         "--kv-cache-memory-bytes", str(kv_cache_nbytes), "--no-enable-log-requests",
