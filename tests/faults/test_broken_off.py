@@ -41,7 +41,7 @@ def fail_once(weights: Tensors, publisher: Publisher) -> tuple[Tensors, RoundFai
     before = {name: value.clone() for name, value in weights.items()}
     weights.update(values())
     with pytest.raises(RoundFailed) as caught:
-        publisher.publish(timeout_s=3.0)
+        publisher.publish(timeout_s=20)
     return before, caught.value
 
 
@@ -55,7 +55,7 @@ def test_a_trainer_lost_before_the_first_byte_leaves_the_engine_clean(
         self._on_lost("the trainer's connection closed")
         return receive(self, *arguments)
 
-    with Publisher(weights, [engine], timeout_s=10, transport="tcp") as publisher:
+    with Publisher(weights, [engine], timeout_s=20, transport="tcp") as publisher:
         first = publisher.publish()
         with monkeypatch.context() as patch:
             patch.setattr(Session, "receive", lost)
@@ -64,7 +64,7 @@ def test_a_trainer_lost_before_the_first_byte_leaves_the_engine_clean(
         assert not engine.workers[0].dirty
         assert engine.workers[0].weight_version == first.version
         assert engine.models[0].holds(before)
-    with Publisher(weights, [engine], timeout_s=10, transport="tcp") as publisher:
+    with Publisher(weights, [engine], timeout_s=20, transport="tcp") as publisher:
         assert publisher.publish().number == 3
 
 
@@ -89,7 +89,7 @@ def test_a_copy_out_of_shared_memory_is_dirty_from_its_first_step_on(
         return 2 * compiled(self, *arguments)
 
     monkeypatch.setattr(ShmWorkerEnd, "_compiled", twice)
-    with Publisher(weights, [engine], timeout_s=10, transport="shm") as publisher:
+    with Publisher(weights, [engine], timeout_s=20, transport="shm") as publisher:
         publisher.publish()
         with monkeypatch.context() as patch:
             left[0] = 1 + steps_before  # the first check is that of ``use``
@@ -108,7 +108,7 @@ def test_a_transport_that_cannot_tell_counts_as_torn(engine: LocalEngine, monkey
     def breaks(*_: object) -> int:
         raise TransportError("broken off")
 
-    with Publisher(weights, [engine], timeout_s=10, transport="tcp") as publisher:
+    with Publisher(weights, [engine], timeout_s=20, transport="tcp") as publisher:
         publisher.publish()
         with monkeypatch.context() as patch:
             patch.setattr(TcpWorkerEnd, "receive", breaks)
@@ -132,7 +132,7 @@ def test_an_epoch_is_not_set_up_over_a_transfer_that_does_not_end(
 ) -> None:
     monkeypatch.setattr(pairs, "RELEASE_TIMEOUT_S", 0.1)
     weights = values()
-    with Publisher(weights, [engine], timeout_s=10) as publisher:
+    with Publisher(weights, [engine], timeout_s=20) as publisher:
         publisher.publish()
         session = engine.workers[0].receiver._session
         assert session is not None
@@ -140,6 +140,6 @@ def test_an_epoch_is_not_set_up_over_a_transfer_that_does_not_end(
         for link in publisher._first_rank("engines").engines:
             link.broken = "tried anew"
         with pytest.raises(WeightcastError, match="does not end"):
-            publisher.publish(timeout_s=3.0)
+            publisher.publish(timeout_s=20)
         session.pairs._using -= 1
         assert publisher.publish().ok

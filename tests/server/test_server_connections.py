@@ -38,16 +38,19 @@ QUICK = Limits(connections=24, head_s=0.5, body_s=0.5, body_nbytes_s=1e6, unread
 def served(limits: Limits, engine: ScriptedEngine) -> Iterator[str]:
     """A server of this process on a thread of its own."""
     sock = bind("127.0.0.1", 0)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)  # what nobody reads fills it soon
     config = server_config(create_app(engine, ServerConfig()), Connections(limits))
     server = uvicorn.Server(config)
     server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign]
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[sock])))
     thread.start()
-    wait_for(lambda: server.started)
-    yield url_of(sock)
-    server.should_exit = True
-    thread.join()
-    sock.close()
+    try:
+        wait_for(lambda: server.started)
+        yield url_of(sock)
+    finally:
+        server.should_exit = True
+        thread.join()
+        sock.close()
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -125,12 +128,12 @@ def test_a_kept_connection_is_used_again_and_may_be_idle_between_requests() -> N
 
 
 def test_a_slow_body_that_goes_on_is_taken() -> None:
-    limits = Limits(connections=24, head_s=5, body_s=0.2, body_nbytes_s=1000)
+    limits = Limits(connections=24, head_s=5, body_s=1.0, body_nbytes_s=250)
     body = json.dumps({"prompt": "x" * 4000, "max_tokens": 1}).encode()
 
     def pieces() -> Iterator[bytes]:
         for start in range(0, len(body), 500):
-            time.sleep(0.1)
+            time.sleep(0.2)
             yield body[start : start + 500]
 
     with served(limits, ScriptedEngine(max_model_len=8192)) as url:

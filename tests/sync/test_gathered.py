@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from itertools import product
 
 import pytest
@@ -20,7 +19,8 @@ SHAPES = [(7, 5), (4, 2, 3), (1, 3), (8,), (3, 0)]
 
 
 def gather(rank: int, size: int, folder: str) -> list[bool]:
-    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", size), rank=rank, world_size=size)
+    store = dist.FileStore(f"{folder}/store", size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
     torch.manual_seed(3)
     told = []
     for mesh in (init_device_mesh("cpu", (size,)), init_device_mesh("cpu", (2, size // 2))):
@@ -35,11 +35,12 @@ def gather(rank: int, size: int, folder: str) -> list[bool]:
             all_agree(shard, said, Deadline(20)) for said in (b"a", b"a" if rank else b"b", b"a" if rank else None)
         ]
     if rank:
-        time.sleep(1.5)  # rank 0 waits for a call that nobody makes in time
+        store.wait(["rank 0 gave up"])  # rank 0 waits for a call that nobody makes
     else:
         with pytest.raises(DeadlineExceeded, match=r"did not gather weights with this one within 0\.3 s") as caught:
             whole_of(shard, Deadline(0.3))
         assert isinstance(caught.value, WeightcastError)
+        store.set("rank 0 gave up", "")
     return told
 
 

@@ -125,18 +125,18 @@ def test_a_trainer_whose_connection_breaks_may_take_back_while_its_round_lasts(m
     before = {name: tensor.clone() for name, tensor in weights.items()}
     for taken_back in (True, False):
         refill(weights)
-        latest = publisher.publish(timeout_s=2.0).version
+        latest = publisher.publish(timeout_s=4.0).version
         id = worker.receiver._round.id
         publisher._part._coordinator._pump.close()  # type: ignore[union-attr]
         until(lambda: not worker.receiver.joined)
         if taken_back:
-            engine.rollback(id.epoch, id.round, Deadline(5))
+            engine.rollback(id.epoch, id.round, Deadline(20))
             assert engine.models[0].holds(before)
         assert worker.receiver.has_session, "its round's time is not over"
         until(lambda: is_alone(engine))
         assert worker.weight_version == (version if taken_back else latest)
         with pytest.raises(StateError, match="no trainer"):
-            engine.rollback(id.epoch, id.round, Deadline(5))
+            engine.rollback(id.epoch, id.round, Deadline(20))
         assert engine.models[0].holds(before if taken_back else weights)
         publisher.close()
         publisher = Publisher(weights, [engine], timeout_s=20)

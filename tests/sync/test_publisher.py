@@ -234,7 +234,7 @@ def test_the_trainers_own_digest_ends_by_the_deadline(
         with monkeypatch.context() as patch:
             endless = Endless(patch)
             with pytest.raises(RoundFailed) as caught:
-                publisher.publish(timeout_s=1.0)
+                publisher.publish(timeout_s=3.0)
         (error,) = endless.ended
         assert isinstance(error, DeadlineExceeded)
         assert caught.value.causes == {"trainer": error}

@@ -47,9 +47,10 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: fl
     ``fn`` is a module-level function. The first failure ends all ranks and is raised as RankFailed. A rank that still runs after
     ``timeout_s`` is DeadlineExceeded.
     """
-    deadline = Deadline(timeout_s)
     with contextlib.ExitStack() as stack:
         ranks = [stack.enter_context(_Process(rank, _run_once, fn, world_size, args)) for rank in range(world_size)]
+        # The first ones wait until the server that forks them has imported everything, which is not theirs to answer for.
+        deadline = Deadline(timeout_s)
         waiting = {process.channel: process for process in ranks}
         values: dict[int, Any] = {}
         while waiting:
