@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "control": "errors deadline untrusted messages",
     "transports": "errors deadline facts manifest layout untrusted plan delta cpu cuda content",
     "report": "quoted errors deadline manifest untrusted",
-    "commit": "quoted errors deadline logs untrusted content",
+    "commit": "quoted errors deadline logs manifest untrusted content",
     "sources": "room quoted errors deadline manifest layout untrusted digest plan record cpu cuda transports",
     "receiver": "at_exit room errors deadline logs facts manifest layout messages digest plan cuda content control transports untrusted commit",
     "weight_transfer": "errors deadline untrusted control receiver",

@@ -30,7 +30,7 @@ from weightcast.commit.worker_outcome import (
     why_asleep,
 )
 from weightcast.deadline import Deadline
-from weightcast.errors import EngineError, Unsupported, WeightcastError
+from weightcast.errors import MERGED_HINT, EngineError, Unsupported, WeightcastError
 
 T = TypeVar("T")
 
@@ -77,6 +77,23 @@ class StockEngine(ABC):
         """Carry out a commit or a roll-back in the workers of all replicas, and return the workers' answers. ``clear_cache`` concerns
         engines that do so ``in_one_step``."""
         return await self.call_workers("update", info)
+
+    def require_adapters(self) -> None:
+        """Raise Unsupported where the engine cannot serve adapters beside its model; the error says what to start it with."""
+        raise Unsupported(f"this {self.product} takes whole weights, and no adapters", hint=MERGED_HINT)
+
+    async def call_about_adapter(self, action: str, payload: Mapping[str, Any]) -> list[Any]:
+        """``call_workers``, about the adapter that the payload names: the workers also hear which versions requests name."""
+        return await self.call_workers(action, payload)
+
+    def point(self, name: str, label: str, ids: Mapping[str, int]) -> None:
+        """Have requests for an adapter that come from now on run on the version ``label``, and on none where that is empty. ``ids`` are
+        the versions that a request may name, with the engine's own numbers of them."""
+        self.require_adapters()
+
+    def num_requests_on(self, label: str) -> int:
+        """How many requests that are not finished run on a version of an adapter."""
+        return 0
 
     @abstractmethod
     async def is_paused(self) -> bool:
@@ -179,13 +196,14 @@ class StockPort:
     async def ask(self, action: str, payload: Mapping[str, Any] | None = None) -> list[WorkerOutcome]:
         """A call of weightcast's in all workers of all replicas. Unsupported unless every worker answers."""
         self.engine.require_backend()
-        return await self._outcomes(self.engine.call_workers(action, payload or {}))
+        return await self.outcomes(self.engine.call_workers(action, payload or {}))
 
     async def _update(self, order: RoundOrder, deadline: Deadline) -> list[WorkerOutcome]:
         self.engine.require_backend()
-        return await self._outcomes(self.engine.update(update_info(order, deadline), order.clear_cache))
+        return await self.outcomes(self.engine.update(update_info(order, deadline), order.clear_cache))
 
-    async def _outcomes(self, call: Awaitable[list[Any]]) -> list[WorkerOutcome]:
+    async def outcomes(self, call: Awaitable[list[Any]]) -> list[WorkerOutcome]:
+        """The answers of all workers to a call of the engine. Unsupported unless every worker answers."""
         outcomes = outcomes_from(await self._named(call))
         require_all(outcomes, self.engine.world_size())
         return outcomes

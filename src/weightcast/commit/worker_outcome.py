@@ -23,6 +23,16 @@ NO_VERSION = "none"
 """What an engine serves whose weights were lost in its sleep."""
 
 
+class AdapterOutcome(msgspec.Struct, frozen=True, kw_only=True):
+    """What one worker serves under the name of an adapter."""
+
+    weight_version: str
+    digest: str
+    dirty: bool
+    ids: dict[str, int] = {}
+    """The engine's own number of each version that is there, by its label, such as ``policy@3-9f2c…``."""
+
+
 class WorkerOutcome(msgspec.Struct, frozen=True, kw_only=True):
     """One worker's answer: what it serves now, and the error that the call ended with, if it did."""
 
@@ -45,6 +55,12 @@ class WorkerOutcome(msgspec.Struct, frozen=True, kw_only=True):
 
     num_syncs: int = 0
     """Updates that this worker made live, whichever process of a server asked for them."""
+
+    ids: dict[str, int] = {}
+    """Where the call was about an adapter: as in AdapterOutcome."""
+
+    adapters: dict[str, AdapterOutcome] = {}
+    """Where the call was about the model: the adapters beside it, by name."""
 
     def raised(self) -> WeightcastError | None:
         """The error as it was raised in the worker."""

@@ -16,13 +16,15 @@ from weightcast.commit.joining import greeting, join_async, joining
 from weightcast.commit.order import RoundAnswer, RoundOrder, Serving
 from weightcast.commit.shells import OWED_S, AsyncCommitter
 from weightcast.commit.stock import StockEngine, StockPort
+from weightcast.commit.stock_adapters import StockAdapterPort
 from weightcast.commit.worker_outcome import NO_VERSION, WorkerOutcome, common_version, first_error, why_unfit
 from weightcast.content.live_tensors import tensor_digests
 from weightcast.deadline import Deadline
-from weightcast.engines.base import EngineStatus, LiveDigests
-from weightcast.errors import MERGED_HINT, EngineError, InvalidInput, Unsupported
+from weightcast.engines.base import AdapterStatus, EngineStatus, LiveDigests
+from weightcast.errors import EngineError, InvalidInput
 from weightcast.manifest import Manifest
-from weightcast.server.control import NO_ADAPTERS, details_of
+from weightcast.manifest.adapters import check_name, version_label
+from weightcast.server.control import details_of
 from weightcast.untrusted.known import known
 from weightcast.weight_transfer.weightcast import WeightcastInitInfo
 
@@ -43,7 +45,14 @@ class StockFront(Generic[EngineT]):
     async def init_weight_transfer_engine(self, init_info: Mapping[str, Any]) -> None:
         """Have the workers join a trainer."""
         self.engine.require_backend()
-        await join_async(joining(init_info, self.engine.world_size()), self.port.ask)
+        await join_async(joining(init_info, self.engine.world_size()), self.port_of(init_info.get("adapter") or "").ask)
+
+    def port_of(self, adapter: str) -> StockPort | StockAdapterPort:
+        """The steps of commits of an adapter, or of the model where that is empty. Unsupported where the engine has no adapters."""
+        if not adapter:
+            return self.port
+        self.engine.require_adapters()
+        return StockAdapterPort(self.engine, adapter)
 
     async def greet(self, init_info: Mapping[str, Any]) -> None:
         """Have the workers greet a trainer. When the workers then join, their join does not wait for the trainer."""
@@ -106,6 +115,21 @@ class StockFront(Generic[EngineT]):
             world_size=engine.world_size(),
             backend=BACKEND,
             alive=not engine.gone(),
+            adapters={name: self._adapter_status(name, outcomes) for name in outcomes[0].adapters},
+        )
+
+    def _adapter_status(self, name: str, outcomes: list[WorkerOutcome]) -> AdapterStatus:
+        """What is served under an adapter's name. Where workers do not agree, it is of no version."""
+        served = [outcome.adapters.get(name) for outcome in outcomes]
+        first = outcomes[0].adapters[name]
+        is_one = all(each is not None and each.weight_version == first.weight_version for each in served)
+        dirty = not is_one or any(each is None or each.dirty for each in served)
+        return AdapterStatus(
+            weight_version=first.weight_version,
+            digest=first.digest or None,
+            dirty=dirty,
+            ready=not dirty and version_label(name, first.weight_version) in first.ids,
+            versions={label: self.engine.num_requests_on(label) for label in first.ids},
         )
 
     async def name_or_hold(self, outcomes: list[WorkerOutcome]) -> None:
@@ -140,6 +164,7 @@ class StockControl(Generic[FrontT]):
         self._make_front = make_front
         self._front: FrontT | None = None
         self._committer: AsyncCommitter | None = None
+        self._adapters: dict[str, AsyncCommitter] = {}
 
     def attach(self, client: Any) -> None:
         """Take the server's engine."""
@@ -165,14 +190,21 @@ class StockControl(Generic[FrontT]):
     async def init(self, init_info: Mapping[str, Any]) -> None:
         """Have the engine join a trainer. The init_info is checked before any worker is asked."""
         check_init_info(init_info)
+        adapter = init_info.get("adapter") or ""
         await self.front.init_weight_transfer_engine(init_info)
-        self.committer.forget()
+        self._of(adapter).forget()
 
     async def carry_out(self, order: RoundOrder) -> RoundAnswer:
-        if order.adapter:
-            raise Unsupported(NO_ADAPTERS, hint=MERGED_HINT)
         self.front.engine.require_backend()
-        return await self.committer.carry_out(order)
+        return await self._of(order.adapter).carry_out(order)
+
+    def _of(self, adapter: str) -> AsyncCommitter:
+        """What carries out the orders for an adapter, or for the model where that is empty."""
+        if not adapter:
+            return self.committer
+        if adapter not in self._adapters:
+            self._adapters[adapter] = AsyncCommitter(self.front.port_of(check_name(adapter)))
+        return self._adapters[adapter]
 
     async def shutdown(self) -> None:
         await self.front.shutdown_weight_transfer_engine()
@@ -194,9 +226,7 @@ class StockControl(Generic[FrontT]):
 
 
 def check_init_info(init_info: Mapping[str, Any]) -> None:
-    """Raise InvalidInput, with the field, for an init_info that no worker could use, and Unsupported for that of an adapter."""
-    if init_info.get("adapter"):
-        raise Unsupported(NO_ADAPTERS, hint=MERGED_HINT)
+    """Raise InvalidInput, with the field, for an init_info that no worker could use."""
     try:
         msgspec.convert(dict(init_info), known(WeightcastInitInfo))
     except msgspec.ValidationError as error:

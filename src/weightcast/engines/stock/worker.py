@@ -19,7 +19,7 @@ import msgspec
 from weightcast.commit.worker_outcome import WorkerOutcome
 from weightcast.content.live_tensors import LiveTensor
 from weightcast.digest.versions import INITIAL_VERSION
-from weightcast.errors import ErrorForm, InvalidInput, StateError, WeightcastError
+from weightcast.errors import ErrorForm, InvalidInput, StateError, Unsupported, WeightcastError
 from weightcast.manifest import Manifest, TensorSpec
 from weightcast.receiver.base import LiveModel
 from weightcast.untrusted.invalid import invalid_input
@@ -45,7 +45,7 @@ class StockWorker:
     def __init__(
         self,
         rank: WorkerRank,
-        adopt: Callable[[], StockModel],
+        adopt: Callable[[], LiveModel],
         sleeping_tags: Callable[[], tuple[str, ...]] = tuple,
     ) -> None:
         """``adopt`` makes the engine's model a live model. ``sleeping_tags`` says what of this worker's memory is unmapped now."""
@@ -53,10 +53,15 @@ class StockWorker:
         self._rank = rank
         self._adopt = adopt
         self._sleeping_tags = sleeping_tags
-        self._live: StockModel | None = None
+        self._live: LiveModel | None = None
         self._error: WeightcastError | None = None
         self._apply_s = 0.0
         self._held = False
+
+    @property
+    def rank(self) -> int:
+        """The worker's rank over all replicas."""
+        return self._rank.rank
 
     # -- the five calls of weight_transfer.base
 
@@ -104,7 +109,7 @@ class StockWorker:
             case "checksums":
                 return self._asked(lambda model: {"checksums": model.checksums()})
             case "digests":
-                return self._asked(lambda model: {"tensors": model.live_tensors(_manifest(payload))})
+                return self._asked(lambda model: {"tensors": _tells(model).live_tensors(_manifest(payload))})
             case "hold":
                 self._held = bool(payload.get("held"))
             case "status":
@@ -144,7 +149,7 @@ class StockWorker:
 
     # -- pieces
 
-    def _asked(self, question: Callable[[StockModel], dict[str, Any]]) -> dict[str, Any]:
+    def _asked(self, question: Callable[[LiveModel], dict[str, Any]]) -> dict[str, Any]:
         """Answer about the model, not about an engine: asking must not settle who this worker is, which only joining tells. What
         became of the last update stays known, too."""
         before, answer = (self._error, self._apply_s), dict[str, Any]()
@@ -221,10 +226,16 @@ class StockWorker:
             self.engine = WeightcastEngine(WeightTransferConfig(), self._model(), self._rank)
         return self.engine
 
-    def _model(self) -> StockModel:
+    def _model(self) -> LiveModel:
         if self._live is None:
             self._live = self._adopt()
         return self._live
+
+
+def _tells(model: LiveModel) -> StockModel:
+    if not isinstance(model, StockModel):
+        raise Unsupported("only the model says where the tensors of a checkpoint lie, and adapters do not")
+    return model
 
 
 def refusal(rank: int, error: WeightcastError) -> dict[str, Any]:

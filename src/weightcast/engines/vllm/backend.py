@@ -14,13 +14,17 @@ from vllm.v1.worker.worker_base import WorkerBase
 import vllm
 from weightcast.engines.stock.worker import StockWorker, refusal
 from weightcast.engines.vllm import api
+from weightcast.engines.vllm.adapter_calls import AdapterCalls
+from weightcast.engines.vllm.adapters import VllmAdapters
 from weightcast.engines.vllm.drafts import draft_of
 from weightcast.engines.vllm.left_open import close_when_joined
+from weightcast.engines.vllm.lora import without_adapters
 from weightcast.engines.vllm.model import VllmModel
 from weightcast.engines.vllm.parallelism import worker_rank
 from weightcast.engines.vllm.versions import check_version
-from weightcast.errors import StateError
+from weightcast.errors import StateError, WeightcastError
 from weightcast.vllm_protocol.eras import CALL
+from weightcast.vllm_protocol.eras.base import require_lora
 from weightcast.weight_transfer.weightcast import WeightcastInitInfo, WeightcastUpdateInfo
 
 HEARD = "_weightcast_heard"
@@ -37,6 +41,7 @@ class VllmBackend(VllmEngine):  # type: ignore[misc]
         super().__init__(config, vllm_config, device, model)
         check_version(vllm.__version__)
         self._worker: Any = None
+        self._adapters: AdapterCalls | None = None
         self.calls = StockWorker(worker_rank(vllm_config), self._adopted, api.sleeping_tags)
         install_call()
         hear_sleep()
@@ -48,7 +53,30 @@ class VllmBackend(VllmEngine):  # type: ignore[misc]
 
     def _adopted(self) -> VllmModel:
         draft = None if self._worker is None else draft_of(self._worker)
-        return VllmModel(self.model, self.vllm_config, self.device, draft=draft)
+        model = self.model if self.vllm_config.lora_config is None else without_adapters(self.model)
+        return VllmModel(model, self.vllm_config, self.device, draft=draft)
+
+    def call(self, action: str, payload: Any) -> dict[str, Any]:
+        """A call of weightcast's, about the model or about an adapter that the payload names; never raises."""
+        try:
+            name = _adapter_of(payload)
+            if name:
+                return self._adapter_calls().call(name, action, payload)
+        except WeightcastError as error:
+            return refusal(self.calls.rank, error)
+        record = self.calls.call(action, payload)
+        return record if self._adapters is None else {**record, "adapters": self._adapters.served()}
+
+    def _adapter_calls(self) -> AdapterCalls:
+        if self._adapters is None:
+            require_lora(self.vllm_config)
+            self._adapters = AdapterCalls(worker_rank(self.vllm_config), VllmAdapters(self._worker))
+        return self._adapters
+
+    def before_sleep(self, *, loses: bool) -> None:
+        """See StockWorker.before_sleep."""
+        for calls in (self.calls, *(() if self._adapters is None else self._adapters.workers.values())):
+            calls.before_sleep(loses=loses)
 
     def parse_init_info(self, init_dict: dict[str, Any]) -> Any:
         return init_dict
@@ -80,6 +108,15 @@ class VllmBackend(VllmEngine):  # type: ignore[misc]
         raise NotImplementedError("use weightcast.Publisher")
 
 
+def _adapter_of(payload: Any) -> str:
+    """The adapter that a call is about, by the call itself or by a trainer's invitation; empty for the model."""
+    if not isinstance(payload, Mapping):
+        return ""
+    info = payload.get("init_info")
+    named = payload.get("adapter") or (info.get("adapter") if isinstance(info, Mapping) else None)
+    return str(named or "")
+
+
 def _met_by(worker: Any) -> bool:
     """Whether a worker's backend is weightcast's, which takes notice of its worker."""
     backend = getattr(worker, "weight_transfer_engine", None)
@@ -98,7 +135,7 @@ def install_call() -> None:
             error = StateError("this vLLM worker was not started with weightcast's weight transfer")
             return refusal(int(getattr(worker, "rank", 0)), error)
         backend.meet(worker)
-        return backend.calls.call(action, {} if payload is None else payload)
+        return backend.call(action, {} if payload is None else payload)
 
     if not hasattr(WorkerBase, CALL):
         setattr(WorkerBase, CALL, weightcast_call)
@@ -117,7 +154,7 @@ def hear_sleep() -> None:
     def heard(worker: Any, level: int = 1) -> Any:
         backend = getattr(worker, "weight_transfer_engine", None)
         if isinstance(backend, VllmBackend):
-            backend.calls.before_sleep(loses=level >= 2)
+            backend.before_sleep(loses=level >= 2)
         return sleep(worker, level)
 
     @wraps(wake_up)

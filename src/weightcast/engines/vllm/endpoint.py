@@ -71,6 +71,10 @@ class WeightcastEndpoints:
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         if engine_client is not None:
             self._control.attach(engine_client)
+            models = getattr(state, "openai_serving_models", None)
+            if models is not None and getattr(engine_client.vllm_config, "lora_config", None) is not None:
+                names = [path.name for path in models.base_model_paths]
+                self._control.front.engine.adapter_names().show(models.lora_requests, names)
 
     def _before_stock(self, routes: list[Any]) -> list[Operation]:
         """What answers in place of vLLM's weight routes, those that it serves."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from weightcast.commit.stock import StockPort
+from weightcast.commit.stock_adapters import StockAdapterPort
 from weightcast.commit.worker_outcome import first_error
 from weightcast.engines.stock.front import StockControl, StockFront
 from weightcast.vllm_protocol.eras import ServedEngine, served_engine
@@ -14,6 +16,12 @@ class VllmFront(StockFront[ServedEngine]):
 
     def __init__(self, client: Any) -> None:
         super().__init__(served_engine(client))
+
+    def port_of(self, adapter: str) -> StockPort | StockAdapterPort:
+        port = super().port_of(adapter)
+        if adapter:
+            self.engine.adapter_names().check(adapter)
+        return port
 
     async def close_update(self, label: str | None) -> None:
         """End an update of vLLM's own routes. When every worker carried the update out, the version is named ``label``; otherwise the

@@ -45,7 +45,6 @@ REFUSED = (
         "elastic expert parallelism changes the set of workers, which is",
         "Switch it off",
     ),
-    Refused("lora_config", None, "LoRA adapters are", "Serve merged weights"),
     Refused("offload_config.uva.cpu_offload_gb", 0, "weights offloaded to the CPU are", "Set it to 0"),
     Refused("offload_config.prefetch.offload_group_size", 0, "layers offloaded to the CPU are", "Set it to 0"),
 )

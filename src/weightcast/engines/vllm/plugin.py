@@ -14,6 +14,8 @@ from weightcast.errors import Unsupported
 
 BACKEND = "weightcast"
 ALLOW_LIST = "VLLM_PLUGINS"
+HAS_ADAPTERS = (0, 32)
+"""The first version on which adapters of trainers were tried."""
 
 _LOADED_UNASKED = (
     "vllm.general_plugins",
@@ -39,7 +41,7 @@ def register() -> None:
 
     log_like_vllm()
     try:
-        check_version(vllm.__version__)
+        numbers = check_version(vllm.__version__)
     except Unsupported as error:
         _register_refusal(error)
         return
@@ -48,6 +50,10 @@ def register() -> None:
 
     if BACKEND not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(BACKEND, "weightcast.engines.vllm.backend", "VllmBackend")
+    if numbers >= HAS_ADAPTERS:
+        from weightcast.engines.vllm.core import install_in_core
+
+        install_in_core()
     if torch.cpu._is_amx_tile_supported():
         # Without it the first short prompt of a server that skipped its warm-up dies of an illegal instruction.
         torch.cpu._init_amx()

@@ -16,6 +16,7 @@ from typing import Any
 from weightcast.commit.joining import join, joining
 from weightcast.commit.order import RoundAnswer, RoundOrder, Serving, Standing
 from weightcast.commit.shells import Committer
+from weightcast.commit.stock_adapters import ids_of, standing_for
 from weightcast.commit.updates import update_info
 from weightcast.commit.worker_outcome import (
     WorkerOutcome,
@@ -29,6 +30,7 @@ from weightcast.commit.worker_outcome import (
 )
 from weightcast.deadline import Deadline
 from weightcast.errors import (
+    MERGED_HINT,
     Unsupported,
     WeightcastError,
 )
@@ -54,6 +56,14 @@ class RpcEngineClient(EngineClient):
     @abstractmethod
     def call_workers(self, action: str, payload: Mapping[str, Any], deadline: Deadline) -> list[Any]:
         """Call ``weightcast_call(action, payload)`` in each worker and return the workers' answers."""
+
+    def call_about_adapter(self, action: str, payload: Mapping[str, Any], deadline: Deadline) -> list[Any]:
+        """``call_workers`` about an adapter, for clients that have adapters."""
+        raise Unsupported(f"an engine of kind {self.kind} has no adapters", engine=self.name, hint=MERGED_HINT)
+
+    def point(self, name: str, label: str, ids: Mapping[str, int], deadline: Deadline) -> None:
+        """Have requests for an adapter run on a version from now on; see commit.stock.StockEngine.point."""
+        raise Unsupported(f"an engine of kind {self.kind} has no adapters", engine=self.name, hint=MERGED_HINT)
 
     @abstractmethod
     def is_paused(self, deadline: Deadline) -> bool: ...
@@ -113,10 +123,10 @@ class RpcEngineClient(EngineClient):
         return asleep_tags(self.ask("status", {}, deadline))
 
     def commit(self, order: CommitOrder, deadline: Deadline) -> CommitReply:
-        return CommitReply(phases=self._carry_out(round_order(order, deadline), deadline).phases)
+        return CommitReply(phases=self._carry_out(round_order(order, deadline, self.adapter), deadline).phases)
 
     def rollback(self, epoch: int, round: int, deadline: Deadline) -> None:
-        self._carry_out(way_back(epoch, round, deadline), deadline)
+        self._carry_out(way_back(epoch, round, deadline, self.adapter), deadline)
 
     def close(self) -> None:
         if self._orders is not None:
@@ -124,7 +134,11 @@ class RpcEngineClient(EngineClient):
 
     def ask(self, action: str, payload: Mapping[str, Any], deadline: Deadline) -> list[WorkerOutcome]:
         """Call all workers and decode their answers. Unsupported unless every worker answers."""
-        outcomes = outcomes_from(self.call_workers(action, dict(payload), deadline))
+        if self.adapter:
+            answers = self.call_about_adapter(action, {**payload, "adapter": self.adapter}, deadline)
+        else:
+            answers = self.call_workers(action, dict(payload), deadline)
+        outcomes = outcomes_from(answers)
         require_all(outcomes, self.num_workers(deadline))
         return outcomes
 
@@ -145,7 +159,7 @@ class RpcEngineClient(EngineClient):
 
     def _committer_of(self) -> Committer:
         if self._committer is None:
-            self._committer = Committer(WorkersPort(self))
+            self._committer = Committer(AdapterPort(self) if self.adapter else WorkersPort(self))
         return self._committer
 
     def _raise_first(self, outcomes: list[WorkerOutcome]) -> None:
@@ -197,6 +211,47 @@ class WorkersPort:
         self._client.resume(deadline)
         if was_held:
             self._client.ask("hold", {"held": False}, deadline)
+
+
+class AdapterPort:
+    """The steps of an adapter's commit over an RpcEngineClient's calls: the name moves when all workers have the version."""
+
+    def __init__(self, client: RpcEngineClient) -> None:
+        self._client = client
+
+    def asleep(self, deadline: Deadline) -> str:
+        """Versions lie beside the weights, so they are unmapped with them."""
+        return why_asleep(self._client.ask("status", {}, deadline)) if self._client.may_sleep() else ""
+
+    def standing(self, deadline: Deadline) -> Standing:
+        """Whether the engine computes or is held is the model's affair alone."""
+        return Standing(paused=False)
+
+    def pause(self, mode: str, clear_cache: bool, deadline: Deadline) -> None:
+        """Nothing pauses."""
+
+    def apply(self, order: RoundOrder, deadline: Deadline) -> Serving:
+        return Serving.of(self._client.ask("update", update_info(order, deadline), deadline))
+
+    def take_back(self, order: RoundOrder, deadline: Deadline) -> Serving:
+        return self.apply(order.way_back(), deadline)
+
+    def forget(self, deadline: Deadline) -> None:
+        """Keys and values are those of the versions that requests run on."""
+
+    def name(self, version: str, deadline: Deadline) -> None:
+        name = self._client.adapter
+        self._client.point(name, *standing_for(name, self._client.ask("status", {}, deadline)), deadline)
+
+    def serving(self, deadline: Deadline) -> Serving:
+        return Serving.of(self._client.ask("status", {}, deadline))
+
+    def hold(self, reason: str, deadline: Deadline) -> None:
+        """The name stands for nothing; versions that are there can be named, and the model and other adapters go on."""
+        self._client.point(self._client.adapter, "", ids_of(self._client.ask("status", {}, deadline)), deadline)
+
+    def resume(self, was_held: bool, deadline: Deadline) -> None:
+        """Nothing was paused."""
 
 
 def status_of(outcomes: list[WorkerOutcome]) -> Mapping[str, Any]:

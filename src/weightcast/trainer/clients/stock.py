@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from weightcast.commit.joining import join, joining
 from weightcast.commit.shells import AsyncCommitter
 from weightcast.commit.stock import GONE_HINT, StockEngine, StockPort
+from weightcast.commit.stock_adapters import StockAdapterPort
 from weightcast.commit.worker_outcome import WorkerOutcome, first_error
 from weightcast.deadline import Deadline
 from weightcast.errors import EngineError, WeightcastError
@@ -30,6 +31,15 @@ class StockClient(EngineClient):
         self.name = name
         self._calls = calls
         self._committer = AsyncCommitter(self._port)
+        self._about: StockPort | StockAdapterPort = self._port
+
+    def for_adapter(self, name: str) -> None:
+        try:
+            self._port.engine.require_adapters()
+        except WeightcastError as error:
+            raise error.at(engine=self.name) from None
+        self.adapter, self._about = name, StockAdapterPort(self._port.engine, name)
+        self._committer = AsyncCommitter(self._about)
 
     def check_caller(self) -> None:
         self._calls.check_caller()
@@ -45,10 +55,12 @@ class StockClient(EngineClient):
         return self._port.engine.world_size()
 
     def commit(self, order: CommitOrder, deadline: Deadline) -> CommitReply:
-        return CommitReply(phases=self._calls.carry_out(self._committer, round_order(order, deadline), deadline).phases)
+        return CommitReply(
+            phases=self._calls.carry_out(self._committer, round_order(order, deadline, self.adapter), deadline).phases
+        )
 
     def rollback(self, epoch: int, round: int, deadline: Deadline) -> None:
-        self._calls.carry_out(self._committer, way_back(epoch, round, deadline), deadline)
+        self._calls.carry_out(self._committer, way_back(epoch, round, deadline, self.adapter), deadline)
 
     def status(self, deadline: Deadline) -> Mapping[str, Any]:
         return status_of(self._ask("status", {}, deadline))
@@ -63,7 +75,7 @@ class StockClient(EngineClient):
             raise error.at(engine=self.name)
 
     def _ask(self, action: str, payload: Mapping[str, Any], deadline: Deadline) -> list[WorkerOutcome]:
-        outcomes: list[WorkerOutcome] = self._named(lambda: self._calls.run(self._port.ask(action, payload), deadline))
+        outcomes: list[WorkerOutcome] = self._named(lambda: self._calls.run(self._about.ask(action, payload), deadline))
         return outcomes
 
     def _named(self, work: Callable[[], T]) -> T:

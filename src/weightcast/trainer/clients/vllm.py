@@ -56,6 +56,16 @@ class VllmClient(RpcEngineClient):
         self.name = f"vllm-{next(_numbers)}"
         self._helper = Helper(self.name)
 
+    def for_adapter(self, name: str) -> None:
+        _named(self._engine.require_adapters, self.name)
+        self.adapter = name
+
+    def call_about_adapter(self, action: str, payload: Mapping[str, Any], deadline: Deadline) -> list[Any]:
+        return self._run(lambda: self._engine.call_about_adapter(action, payload), deadline)
+
+    def point(self, name: str, label: str, ids: Mapping[str, int], deadline: Deadline) -> None:
+        self._engine.point(name, label, ids)
+
     def init(self, init_info: Mapping[str, Any], deadline: Deadline) -> None:
         require_backend(self._engine.config)
         super().init(init_info, deadline)

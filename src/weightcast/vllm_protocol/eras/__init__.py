@@ -10,7 +10,9 @@ from typing import Any
 
 from weightcast.errors import Unsupported
 from weightcast.vllm_protocol.eras import v0_26, v0_27, v0_32
+from weightcast.vllm_protocol.eras.adapters import AdapterNames, is_ours
 from weightcast.vllm_protocol.eras.base import (
+    ADAPTER_CALL,
     BACKEND,
     CALL,
     OfflineEngine,
@@ -43,11 +45,14 @@ def _refuse(engine: Any) -> Any:
 
 
 __all__ = [
+    "ADAPTER_CALL",
     "BACKEND",
     "CALL",
+    "AdapterNames",
     "OfflineEngine",
     "ServedEngine",
     "has_backend",
+    "is_ours",
     "may_sleep",
     "offline_engine",
     "require_backend",

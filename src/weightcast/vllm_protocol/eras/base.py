@@ -7,17 +7,23 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
+from functools import partial
 from typing import Any
 
 from weightcast.commit.stock import StockEngine
 from weightcast.errors import (
+    MERGED_HINT,
     EngineError,
     StateError,
     Unsupported,
 )
+from weightcast.vllm_protocol.eras.adapters import AdapterNames
 
 CALL = "weightcast_call"
 """The workers' method that ``collective_rpc`` reaches the backend by."""
+
+ADAPTER_CALL = "weightcast_adapter_call"
+"""The engine core's method that calls about adapters go through."""
 
 BACKEND = "weightcast"
 
@@ -70,6 +76,25 @@ class ServedEngine(StockEngine):
         """``weightcast_call`` in the workers of all replicas; their answers."""
         answers = await self.in_each_replica("collective_rpc", CALL, None, (action, dict(payload)), None)
         return [answer for replica in answers for answer in replica]
+
+    def require_adapters(self) -> None:
+        """Only the newest era has them."""
+        raise Unsupported(OLD, hint=MERGED_HINT)
+
+    async def call_about_adapter(self, action: str, payload: Mapping[str, Any]) -> list[Any]:
+        answers = await self.in_each_replica(ADAPTER_CALL, action, dict(payload))
+        return [answer for replica in answers for answer in replica]
+
+    def point(self, name: str, label: str, ids: Mapping[str, int]) -> None:
+        self.adapter_names().point(name, label, ids)
+
+    def adapter_names(self) -> AdapterNames:
+        """The names of adapters in this process, alike for all that reach the engine's object."""
+        return names_of(self.client)
+
+    def num_requests_on(self, label: str) -> int:
+        states = getattr(getattr(self.client, "output_processor", None), "request_states", {})
+        return sum(getattr(state, "lora_name", None) == label for state in list(states.values()))
 
     async def is_paused(self) -> bool:
         """Whether any replica stands still; asked one by one, because vLLM raises where they differ."""
@@ -147,6 +172,22 @@ class OfflineEngine(ABC):
         answers: list[Any] = self.llm.collective_rpc(CALL, args=(action, dict(payload)))
         return answers
 
+    def require_adapters(self) -> None:
+        """Raise Unsupported where the engine cannot serve adapters of trainers beside its model."""
+        require_lora(self.config)
+
+    def call_about_adapter(self, action: str, payload: Mapping[str, Any]) -> list[Any]:
+        """``call_workers`` about an adapter, by way of the engine's core, which knows what requests name."""
+        client = self.llm.llm_engine.engine_core
+        here = getattr(client, "engine_core", None)
+        call = partial(client.call_utility, ADAPTER_CALL) if here is None else getattr(here, ADAPTER_CALL)
+        answers: list[Any] = call(action, dict(payload))
+        return answers
+
+    def point(self, name: str, label: str, ids: Mapping[str, int]) -> None:
+        """See StockEngine.point."""
+        names_of(self.llm.llm_engine).point(name, label, ids)
+
     def wake_up(self, tags: Sequence[str]) -> None:
         """Map memory with these tags again; vLLM lets its scheduler go on once nothing sleeps any more."""
         self.llm.wake_up(list(tags))
@@ -174,6 +215,36 @@ class OfflineEngine(ABC):
         self.llm.llm_engine.__dict__.pop("add_request", None)
 
 
+def names_of(engine: Any) -> AdapterNames:
+    """The names of adapters in this process for vLLM's AsyncLLM or LLMEngine, made when they are first asked for."""
+    if NAMES not in engine.__dict__:
+        setattr(engine, NAMES, AdapterNames(engine.input_processor))
+    names: AdapterNames = getattr(engine, NAMES)
+    return names
+
+
+def require_lora(config: Any) -> None:
+    """Raise Unsupported for a configuration in which adapters of trainers cannot be served."""
+    lora, parallel = getattr(config, "lora_config", None), config.parallel_config
+    if lora is None:
+        raise Unsupported(
+            "this vLLM was started without LoRA, so it serves no adapters",
+            hint=f"Start it with --enable-lora --max-loras 2 (enable_lora=True, max_loras=2). {MERGED_HINT}",
+        )
+    if parallel.pipeline_parallel_size > 1:
+        raise Unsupported(
+            "adapters of trainers and pipeline parallelism are not supported together",
+            hint=f"Start vLLM with --pipeline-parallel-size 1. {MERGED_HINT}",
+        )
+    if getattr(parallel, "_api_process_count", 1) > 1:
+        raise Unsupported(
+            "adapters of trainers and several API server processes are not supported together",
+            hint=f"Start vLLM with --api-server-count 1. {MERGED_HINT}",
+        )
+
+
+NAMES = "_weightcast_names"
+OLD = "adapters of trainers need vLLM 0.32 or later"
 NOT_FORGOTTEN = "vLLM keeps keys and values that former weights computed"
 
 

@@ -17,5 +17,8 @@ class Served(base.ServedEngine):
     async def in_each_replica(self, method: str, *arguments: Any) -> list[Any]:
         return list(await self.client.engine_core.call_utility_all_async(method, *arguments))
 
+    def require_adapters(self) -> None:
+        base.require_lora(self.config)
+
     async def set_label(self, version: str) -> None:
         await self.client.update_weight_version(version)
