@@ -84,6 +84,18 @@ def test_a_time_that_cannot_be_is_told_before_anything_is_loaded(option: str, se
     assert "loading" not in ended.output
 
 
+@pytest.mark.parametrize("command", ["verify", "status", "push"])
+def test_two_tokens_are_one_too_many(command: str, tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    file.write_text("a" * 32)
+    url, given = "http://127.0.0.1:9", ("--token-file", file)
+    words = {"verify": (url, "--checkpoint", tmp_path), "status": (url,), "push": (tmp_path, "--to", url)}[command]
+    both = run_here(command, *words, "--token", "b" * 32, *given)
+    assert both.exit_code != 0
+    assert "--token and --token-file are two tokens. Give one of them" in " ".join(both.output.split())
+    assert "two tokens" not in run_here(command, *words, *given).output
+
+
 def test_the_version_in_both_ways() -> None:
     assert run("--version").stdout == f"weightcast {weightcast.__version__}\n"
     script = Path(sys.executable).with_name("weightcast")

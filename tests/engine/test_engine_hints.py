@@ -82,6 +82,11 @@ GIVEN: dict[str, Callable[[Path], Mistake]] = {
         make=_given(model="./nowhere"), error=InvalidInput, said="there is no folder .*nowhere",
         hint="Give a folder, or a hub's name", follow=_given(model="Qwen/Qwen3-0.6B"),
     ),
+    "folder without a tokenizer": lambda folder: Mistake(
+        make=lambda: loading.load_tokenizer(EngineConfig(model=folder, tokenizer=str(folder.parent))), error=InvalidInput,
+        said="no tokenizer can be read from", hint="without tokenizer= the model's own is taken",
+        follow=lambda: loading.load_tokenizer(EngineConfig(model=folder)),
+    ),
     "tokens of a step": lambda folder: Mistake(
         make=lambda: EngineConfig(model=folder, max_num_seqs=8, max_num_batched_tokens=4), error=InvalidInput,
         said="max_num_batched_tokens 4 is less than max_num_seqs 8", hint="one token per step",

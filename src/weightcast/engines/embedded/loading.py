@@ -70,7 +70,10 @@ def load_tokenizer(config: EngineConfig) -> Any:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError) as error:
         raise InvalidInput(
-            f"no tokenizer can be read from {str(source)!r}: {quoted(str(error))}", field="tokenizer", hint=_hint(error)
+            f"no tokenizer can be read from {str(source)!r}: {quoted(str(error))}",
+            field="tokenizer",
+            hint=_hint(error)
+            or "Give the folder of a tokenizer; without tokenizer= the model's own is taken, if it has one",
         ) from error
 
 

@@ -1,0 +1,203 @@
+"""Hints about modules that are published merged, and about shards and checkpoints: the mistake, the hint, and the hint followed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from peft import get_peft_model
+from safetensors.torch import save_file
+from tests.support.mistakes import Mistake
+from tiny_adapters import assert_same, base, lora, merged, published, scatter
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+
+from weightcast.errors import InvalidInput, PlanMismatch, Unsupported
+from weightcast.manifest import Manifest, TensorSpec
+from weightcast.manifest.adapters import CONFIG_NAME, factor_names, factors_of
+from weightcast.sources import SafetensorsSource, make_source, safetensors
+from weightcast.sources.adapter import Adapter
+from weightcast.testing.models import build_tiny_model
+from weightcast.trainer.clients.making import make_client
+
+MERGED = r"Publish the merged weights: Publisher\(peft_model, engines\) without adapter="
+MERGE = r"Publish what merge_and_unload\(\) returns"
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+
+
+def _read(given: Any) -> dict[str, torch.Tensor]:
+    """What a source publishes in a round."""
+    source = make_source(given)
+    source.refresh()
+    return published(source)
+
+
+class Heads(nn.Module):
+    """A layer of each kind that an adapter can be around and that is not merged here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2)
+        self.bare = nn.Linear(8, 8, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.bare(self.attention(x, x, x)[0])  # type: ignore[no-any-return]
+
+
+def _merges(model: Any) -> Callable[[], None]:
+    """Do as MERGE says, and look that it is what PEFT computes."""
+
+    def follow() -> None:
+        scatter(model)
+        whole = merged(model)
+        assert_same(_read(dict(whole)), whole)
+
+    return follow
+
+
+def _attention() -> Mistake:
+    model = get_peft_model(Heads(), lora(target_modules=["attention"], init_lora_weights=False))
+    return Mistake(
+        make=lambda: make_source(model), error=Unsupported,
+        said="'attention' is a PEFT layer around a MultiheadAttention", hint=MERGE, follow=_merges(model),
+    )  # fmt: skip
+
+
+def _parametrized() -> Mistake:
+    heads = Heads()
+    nn.utils.parametrizations.orthogonal(heads.bare)
+    model = get_peft_model(heads, lora(target_modules=["bare"]))
+    return Mistake(
+        make=lambda: make_source(model), error=Unsupported,
+        said="'bare' is a PEFT layer around a ParametrizedLinear", hint=MERGE,
+    )  # fmt: skip
+
+
+def _eight_bits() -> Mistake:
+    model = get_peft_model(Heads(), lora(target_modules=["bare"], init_lora_weights=False))
+    layer = model.base_model.model.bare.base_layer
+    layer.weight = nn.Parameter(layer.weight.data.to(torch.float8_e4m3fn), requires_grad=False)
+
+    def widen() -> None:
+        layer.weight = nn.Parameter(layer.weight.data.to(torch.bfloat16), requires_grad=False)
+        _merges(model)()
+
+    return Mistake(
+        make=lambda: make_source(model), error=Unsupported, said=r"bare\.weight is quantised .*float8_e4m3fn",
+        hint=f"{MERGE}.*where PEFT can merge this kind", follow=widen,
+    )  # fmt: skip
+
+
+def _biased() -> Mistake:
+    model = get_peft_model(Heads(), lora(target_modules=["bare"], lora_bias=True))
+    return Mistake(
+        make=lambda: make_source(model).refresh(), error=Unsupported, said="PEFT cannot merge 'bare', a Linear: .*bias",
+        hint=f"{MERGE}.*where PEFT can merge this kind",
+    )  # fmt: skip
+
+
+def _no_layers() -> Mistake:
+    model = get_peft_model(base(), lora(init_lora_weights=False))
+    model.add_adapter("nothing", lora(target_modules="dummy-target-modules"))
+
+    def publish_merged() -> None:
+        assert_same(_read(model), merged(model))
+
+    return Mistake(
+        make=lambda: Adapter(model, "nothing"), error=InvalidInput, said="the adapter 'nothing' has no LoRA layers",
+        hint=MERGED, follow=publish_merged,
+    )  # fmt: skip
+
+
+def _half() -> Mistake:
+    a, _ = factor_names("layers.0.q_proj")
+    whole = [TensorSpec(name=name, dtype="float32", shape=(4, 4)) for name in factor_names("layers.0.q_proj")]
+    config = TensorSpec(name=CONFIG_NAME, dtype="uint8", shape=(64,))
+    return Mistake(
+        make=lambda: factors_of(Manifest.of([TensorSpec(name=a, dtype="float32", shape=(4, 4)), config])),
+        error=PlanMismatch, said="no whole adapter: layers.0.q_proj lacks A or B", hint=MERGED,
+        follow=lambda: factors_of(Manifest.of([*whole, config])),
+    )  # fmt: skip
+
+
+def _no_plug_in() -> Mistake:
+    engine = SimpleNamespace(tokenizer_manager=SimpleNamespace(), loop=None)
+    return Mistake(
+        make=lambda: make_client(engine), error=Unsupported, said="has loaded no plug-in of weightcast's",
+        hint="SGLANG_PLUGINS, if it is set, has to name weightcast",
+    )  # fmt: skip
+
+
+MISTAKES = [_attention, _parametrized, _eight_bits, _biased, _no_layers, _half, _no_plug_in]
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_what_is_not_merged_and_what_is_no_adapter(mistake: Callable[[], Mistake]) -> None:
+    mistake().play()
+
+
+def test_a_model_without_a_way_back_to_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoModelForCausalLM, core_model_loading
+
+    model = AutoModelForCausalLM.from_pretrained(build_tiny_model(tmp_path / "m", "qwen3_moe", "float32"))
+    values = {name: value.detach() for name, value in model.named_parameters()}
+
+    class Asked(dict[str, torch.Tensor]):
+        def __getitem__(self, name: str) -> torch.Tensor:
+            return values[name]
+
+    def fails(*_: object) -> dict[str, Any]:
+        raise NotImplementedError("one way only")
+
+    def by_name() -> None:
+        scatter(model)
+        assert_same(_read(Asked(values)), values)
+
+    monkeypatch.setattr(core_model_loading, "revert_weight_conversion", fails)
+    Mistake(
+        make=lambda: make_source(model), error=Unsupported, said="no way back to its checkpoint: one way only",
+        hint="a mapping of checkpoint names whose __getitem__ makes the tensor", follow=by_name,
+    ).play()  # fmt: skip
+
+
+def test_more_tensors_than_one_checkpoint_may_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(safetensors, "MAX_TENSORS", 3)
+    values = {f"w{number}": torch.randn(4) for number in range(4)}
+    for folder, names in (("whole", list(values)), ("part", list(values)[:3])):
+        (tmp_path / folder).mkdir()
+        save_file({name: values[name] for name in names}, tmp_path / folder / "model.safetensors")
+
+    def publish_part() -> None:
+        source = SafetensorsSource(tmp_path / "part")
+        assert all(torch.equal(source.tensor(name), values[name]) for name in list(values)[:3])
+        source.close()
+
+    Mistake(
+        make=lambda: SafetensorsSource(tmp_path / "whole"), error=InvalidInput, said="has more than 3 tensors",
+        hint="Publish a part of it", follow=publish_part,
+    ).play()  # fmt: skip
+
+
+@pytest.fixture
+def mesh(tmp_path: Path) -> Iterator[DeviceMesh]:
+    """One rank that is all there are."""
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_a_shard_that_is_not_what_its_tensor_says(mesh: DeviceMesh) -> None:
+    local = torch.randn(3)
+    wrong = DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=torch.Size([5]), stride=(1,))
+    right = DTensor.from_local(local, mesh, [Shard(0)])
+    Mistake(
+        make=lambda: make_source({"w": wrong}), error=Unsupported, said=r"'w': the local shard is \(3,\).*make it \(5,\)",
+        hint=r"a state dict with full_tensor\(\)",
+        follow=lambda: assert_same(_read({"w": right.full_tensor()}), {"w": local}),
+    ).play()  # fmt: skip
