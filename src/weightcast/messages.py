@@ -158,12 +158,17 @@ class Read(Message, frozen=True, kw_only=True, tag="read"):
     window: Count
 
 
+Digested = Literal["all", "changed"]
+"""Of which bytes a digest was taken: of all of them, or of those that changed, to be added to the digest before."""
+
+
 class Staged(Message, frozen=True, kw_only=True, tag="staged"):
     """Worker: all bytes are in the shadow, and this is their digest."""
 
     epoch: Count
     round: Count
     digest: Count
+    digested: Digested
     nbytes: Count
     transfer_s: Seconds
     digest_s: Seconds
@@ -185,6 +190,7 @@ class Committed(Message, frozen=True, kw_only=True, tag="committed"):
     epoch: Count
     round: Count
     digest: Count
+    digested: Digested
     nbytes: Count
     transfer_s: Seconds
     apply_s: Seconds

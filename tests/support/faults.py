@@ -32,7 +32,6 @@ import torch
 
 from weightcast.control.pump import Pump
 from weightcast.deadline import Deadline
-from weightcast.delta import Changes
 from weightcast.errors import InvalidInput
 from weightcast.layout.memory import Memory
 from weightcast.plan.replay import Replay
@@ -41,7 +40,7 @@ from weightcast.receiver.receiver import Receiver
 from weightcast.receiver.session import Session
 from weightcast.receiver.shadow import Shadow
 from weightcast.receiver.worker_round import RoundId
-from weightcast.transports.changed import Changing
+from weightcast.transports.changed import Changing, Read
 from weightcast.transports.spans import Unloading
 
 POINTS = (
@@ -169,9 +168,9 @@ class Faults:
         Unloading.run = unloaded  # type: ignore[method-assign, assignment]
         apply = Changing.apply
 
-        def changed(changing: Changing, several: Sequence[Changes]) -> None:
+        def changed(changing: Changing, several: Sequence[Read], work: Callable[[Callable[[], object]], None]) -> Any:
             one_more()
-            apply(changing, several)
+            return apply(changing, several, work)
 
         Changing.apply = changed  # type: ignore[method-assign, assignment]
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from weightcast import Publisher
+from weightcast import Publisher, cpu
 from weightcast.delta import coding
 from weightcast.errors import InvalidInput, RoundFailed
 from weightcast.receiver.staging import Target
@@ -61,6 +61,22 @@ def step(tensors: Tensors, share: float = 0.02) -> None:
         bits[jumps] = random_bits(value.dtype, int(jumps.sum())).view(bits.dtype).reshape(-1)
 
 
+def load_kernels() -> None:
+    cpu.kernels_for(cpu.WORTH_NBYTES)
+    cpu.changing_for(cpu.WORTH_NBYTES)
+
+
+@pytest.fixture(params=[pytest.param(True, id="kernels"), pytest.param(False, id="numpy")])
+def finder(request: pytest.FixtureRequest) -> Iterator[None]:
+    """How changes are found and applied: by kernels, which are for larger models by themselves, or by numpy and torch."""
+    if request.param:
+        pytest.importorskip("numba")
+        # Compiled before the first round, whose time is short.
+        load_kernels()
+    with patch.object(cpu, "WORTH_NBYTES", 0 if request.param else 2**62):
+        yield
+
+
 @contextmanager
 def serving(models: list[DictModel], source: Tensors, **settings: Any) -> Iterator[Publisher]:
     mode = settings.pop("mode", "staged")
@@ -95,6 +111,7 @@ SHAPES: dict[str, tuple[Callable[[Tensors], list[DictModel]], dict[str, Any]]] =
 }
 
 
+@pytest.mark.usefixtures("finder")
 @pytest.mark.parametrize("shape", SHAPES)
 def test_rounds_of_changes_bring_every_byte(shape: str) -> None:
     make, settings = SHAPES[shape]
@@ -120,6 +137,7 @@ def test_rounds_of_changes_bring_every_byte(shape: str) -> None:
     assert len(copied) == (0 if settings.get("mode") == "in_place" else len(models))
 
 
+@pytest.mark.usefixtures("finder")
 def test_wider_and_narrower_engines_get_the_cast_of_published_values() -> None:
     source = {"a": torch.randn(300, 40).to(torch.bfloat16), "b": torch.randn(300, 40), "c": torch.randn(300, 40)}
     kinds = {"a": torch.float32, "b": torch.bfloat16, "c": torch.float64}
@@ -133,6 +151,7 @@ def test_wider_and_narrower_engines_get_the_cast_of_published_values() -> None:
                 value[where] *= 1 + torch.randn(int(where.sum())).to(value.dtype) * 0.01
 
 
+@pytest.mark.usefixtures("finder")
 def test_tied_landings_get_each_change_once() -> None:
     source = {"embed": torch.randn(200, 50).to(torch.bfloat16)}
     source["head"] = source["embed"]
@@ -144,6 +163,7 @@ def test_tied_landings_get_each_change_once() -> None:
             step({"embed": source["embed"]})
 
 
+@pytest.mark.usefixtures("finder")
 def test_an_engine_that_comes_later_gets_all_values_and_then_changes() -> None:
     source = weights()
     first, second = (DictModel({name: torch.zeros_like(v) for name, v in source.items()}) for _ in range(2))
@@ -164,6 +184,7 @@ def test_an_engine_that_comes_later_gets_all_values_and_then_changes() -> None:
     late.stop()
 
 
+@pytest.mark.usefixtures("finder")
 def test_a_round_that_fails_is_followed_by_all_values() -> None:
     source = weights()
     model = DictModel({name: torch.zeros_like(value) for name, value in source.items()})
@@ -199,6 +220,7 @@ def _of_other_places(data: bytes) -> bytes:
     return head + zstandard.ZstdCompressor(level=1).compress(bytes(body))
 
 
+@pytest.mark.usefixtures("finder")
 @pytest.mark.parametrize("harm", [_flipped, lambda data: data[:-3], lambda data: b"", _of_other_places])
 @pytest.mark.parametrize("mode", ["staged", "in_place"])
 def test_harmed_changes_never_count_as_live(harm: Callable[[bytes], bytes], mode: str) -> None:
@@ -229,6 +251,7 @@ def test_harmed_changes_never_count_as_live(harm: Callable[[bytes], bytes], mode
         assert model.holds(source)
 
 
+@pytest.mark.usefixtures("finder")
 def test_changes_of_an_earlier_round_are_not_taken_for_the_present_ones() -> None:
     """Replayed: what the trainer sends in round 4 are the changes of round 3, under the headers of round 4."""
     source = {"w": (torch.randn(500, 400) * 0.02).to(torch.bfloat16)}
@@ -252,7 +275,7 @@ def test_changes_of_an_earlier_round_are_not_taken_for_the_present_ones() -> Non
             now = honest(self, bucket, number, fresh)
             return now._replace(data=sent[0].data)
 
-        with patch.object(tcp.KeptBuckets, "take", replaying), pytest.raises(RoundFailed, match="digest"):
+        with patch.object(tcp.KeptBuckets, "take", replaying), pytest.raises(RoundFailed, match=r"digest|round before"):
             publisher.publish()
         assert model.holds(served)
         publisher.publish()

@@ -31,6 +31,21 @@ def comparison_for(is_worth: bool) -> ModuleType | None:
     return compared
 
 
+def changing_for(nbytes: int) -> ModuleType | None:
+    """``weightcast.cpu.changing`` where numba is installed and so many bytes are worth loading it; otherwise None."""
+    return _changing() if nbytes >= WORTH_NBYTES else None
+
+
+@cache
+def _changing() -> ModuleType | None:
+    try:
+        from weightcast.cpu import changing
+    except ImportError:
+        return None
+    changing.load()
+    return changing
+
+
 @cache
 def _kernels() -> ModuleType | None:
     try:

@@ -51,11 +51,17 @@ def differing_by_numpy(old: Bytes, new: Bytes, itemsize: int) -> Positions:
     return np.concatenate([differ, tail]) if len(tail) else differ
 
 
-def find(form: Form, old: Bytes, new: Sequence[Bytes], differing: Differing = differing_by_numpy) -> list[Found]:
+def find(
+    form: Form,
+    old: Bytes,
+    new: Sequence[Bytes],
+    differing: Differing = differing_by_numpy,
+    kinds: Sequence[Kind] | None = None,
+) -> list[Found]:
     """What is new in an image: ``old`` is all of it as it was, ``new`` has the bytes of each stretch. Kinds without a change are left out.
-    ``differing`` does what ``differing_by_numpy`` does, as a kernel does it faster."""
+    ``differing`` does what ``differing_by_numpy`` does, as a kernel does it faster. ``kinds`` are those to look at, if not all."""
     found = []
-    for kind in form.kinds:
+    for kind in form.kinds if kinds is None else kinds:
         bits = UNSIGNED[kind.itemsize]
         parts: list[tuple[Positions, Bits, Bits]] = []
         for number in form.of_kind[kind]:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -35,8 +35,22 @@ _HEAD = struct.Struct("<III")
 _WIDE = np.dtype("<u4")
 
 
-def encode(form: Form, found: Sequence[Found]) -> bytes | None:
-    """The changes as bytes; None where these would not be fewer than the image's."""
+class Part(NamedTuple):
+    """What is written of one kind: numbers of a byte each, and wider ones that stand behind where a byte is 255.
+
+    ``values`` are folded differences; where it ``is_whole``, all bytes of whole elements, and nothing is wide.
+    """
+
+    kind: Kind
+    gaps: npt.NDArray[np.uint8]
+    wide_gaps: npt.NDArray[Any]
+    values: npt.NDArray[np.uint8]
+    wide_values: npt.NDArray[Any]
+    is_whole: bool = False
+
+
+def encode(form: Form, found: Sequence[Found | Part]) -> bytes | None:
+    """The changes as bytes; None where these would not be fewer than the image's. A kernel that finds differences gives Parts of them."""
     by_kind = {one.kind: one for one in found}
     heads, bodies = [], []
     for kind in form.kinds:
@@ -51,22 +65,30 @@ def encode(form: Form, found: Sequence[Found]) -> bytes | None:
     return encoded if len(encoded) < form.nbytes else None
 
 
-def _body(found: Found) -> tuple[bytes, list[npt.NDArray[Any]]]:
-    gaps, wide_gaps = _narrow(np.diff(found.positions, prepend=-1) - 1, _WIDE)
-    if not found.kind.is_absolute:
-        folded = _folded(found.new - found.old)
-        values, wide_values = _narrow(folded, folded.dtype)
-        if _is_shorter(len(values), len(wide_values), found.kind):
-            return _HEAD.pack(len(gaps), len(wide_gaps), len(wide_values)), [gaps, wide_gaps, values, wide_values]
-    whole = found.new if found.kind.is_absolute else folded
-    planes = np.ascontiguousarray(whole.view(np.uint8).reshape(len(whole), found.kind.itemsize).T)
-    return _HEAD.pack(len(gaps), len(wide_gaps), WHOLE), [gaps, wide_gaps, planes]
+def _body(found: Found | Part) -> tuple[bytes, list[npt.NDArray[Any]]]:
+    if isinstance(found, Found):
+        found = _part(found)
+    kind, gaps, wide_gaps, values, wide_values, _ = found
+    own, heads = np.dtype(UNSIGNED[kind.itemsize]).newbyteorder("<"), (len(gaps), len(wide_gaps))
+    before: list[npt.NDArray[Any]] = [gaps, wide_gaps.astype(_WIDE)]
+    if not found.is_whole and _is_shorter(len(values), len(wide_values), kind):
+        return _HEAD.pack(*heads, len(wide_values)), [*before, values, wide_values.astype(own)]
+    whole = values.view(own) if found.is_whole else _widened(values, wide_values, own)
+    planes = np.ascontiguousarray(whole.view(np.uint8).reshape(len(whole), kind.itemsize).T)
+    return _HEAD.pack(*heads, WHOLE), [*before, planes]
 
 
-def _narrow(numbers: npt.NDArray[Any], wide: np.dtype[Any]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[Any]]:
+def _part(found: Found) -> Part:
+    gaps, wide_gaps = _narrow(np.diff(found.positions, prepend=-1) - 1)
+    if found.kind.is_absolute:
+        return Part(found.kind, gaps, wide_gaps, found.new.view(np.uint8), found.new[:0], is_whole=True)
+    return Part(found.kind, gaps, wide_gaps, *_narrow(_folded(found.new - found.old)))
+
+
+def _narrow(numbers: npt.NDArray[Any]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[Any]]:
     """Numbers as bytes, and those that are none."""
     is_wide = numbers >= ESCAPE
-    return np.where(is_wide, ESCAPE, numbers).astype(np.uint8), numbers[is_wide].astype(wide)
+    return np.where(is_wide, ESCAPE, numbers).astype(np.uint8), numbers[is_wide]
 
 
 def _is_shorter(count: int, wide: int, kind: Kind) -> bool:
@@ -97,17 +119,35 @@ def _compressed(data: bytes) -> bytes:
 
 def decode(form: Form, data: bytes | memoryview) -> list[Changes]:
     """The changes that ``encode`` wrote for a form like this; ProtocolError, and nothing else, for what it cannot have written."""
+    return [changes_of(form, part) for part in parts_of(form, data)]
+
+
+def parts_of(form: Form, data: bytes | memoryview) -> list[Part]:
+    """What ``data`` has of each kind that changed, in sizes that fit; what its numbers mean has not been looked at."""
     try:
-        return _decode(form, memoryview(data))
+        return _parts(form, memoryview(data))
     except ValueError as error:
         raise _malformed(str(error)) from None
+
+
+def changes_of(form: Form, part: Part) -> Changes:
+    """The changes of one kind, each that of an element of this kind."""
+    own = np.dtype(UNSIGNED[part.kind.itemsize]).newbyteorder("<")
+    positions = np.cumsum(_widened(part.gaps, part.wide_gaps, np.dtype(np.int64)) + 1) - 1
+    if part.is_whole:
+        planes = part.values.reshape(part.kind.itemsize, len(part.gaps))
+        values = np.ascontiguousarray(planes.T).view(own).reshape(len(part.gaps))
+    else:
+        values = _widened(part.values, part.wide_values, own)
+    _check_inside(part.kind, form, positions)
+    return Changes(part.kind, positions, values if part.kind.is_absolute else _unfolded(values))
 
 
 def _malformed(why: str) -> ProtocolError:
     return ProtocolError(f"malformed changes: {why}")
 
 
-def _decode(form: Form, data: memoryview) -> list[Changes]:
+def _parts(form: Form, data: memoryview) -> list[Part]:
     ends = len(form.kinds) * _HEAD.size
     if len(data) < ends:
         raise _malformed("they end before they begin")
@@ -116,14 +156,14 @@ def _decode(form: Form, data: memoryview) -> list[Changes]:
     if sum(sizes) > form.nbytes:
         raise _malformed("they are longer than all values")
     body = np.frombuffer(_expanded(data[ends:], sum(sizes)), np.uint8)
-    changes, start = [], 0
+    parts, start = [], 0
     for kind, head, size in zip(form.kinds, heads, sizes, strict=True):
         if head[0]:
-            changes.append(_read(kind, form, body[start : start + size], *head))
+            parts.append(_read(kind, body[start : start + size], *head))
         elif size:
             raise _malformed("nothing has wide numbers")
         start += size
-    return changes
+    return parts
 
 
 def _size(kind: Kind, form: Form, count: int, wide_gaps: int, wide_values: int) -> int:
@@ -152,17 +192,13 @@ def _expanded(frame: memoryview, nbytes: int) -> bytes:
     return expanded
 
 
-def _read(kind: Kind, form: Form, body: npt.NDArray[np.uint8], count: int, wide_gaps: int, wide_values: int) -> Changes:
+def _read(kind: Kind, body: npt.NDArray[np.uint8], count: int, wide_gaps: int, wide_values: int) -> Part:
     own = np.dtype(UNSIGNED[kind.itemsize]).newbyteorder("<")
     gaps, rest = body[:count], body[count:]
     wide, rest = rest[: wide_gaps * _WIDE.itemsize].view(_WIDE), rest[wide_gaps * _WIDE.itemsize :]
-    positions = np.cumsum(_widened(gaps, wide, np.dtype(np.int64)) + 1) - 1
     if wide_values == WHOLE:
-        values = np.ascontiguousarray(rest.reshape(kind.itemsize, count).T).view(own).reshape(count)
-    else:
-        values = _widened(rest[:count], rest[count:].view(own), own)
-    _check_inside(kind, form, positions)
-    return Changes(kind, positions, values if kind.is_absolute else _unfolded(values))
+        return Part(kind, gaps, wide, rest, rest[:0], is_whole=True)
+    return Part(kind, gaps, wide, rest[:count], rest[count:].view(own))
 
 
 def _widened(narrow: npt.NDArray[np.uint8], wide: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:

@@ -179,11 +179,17 @@ class Pairs:
     # -- a round
 
     def receive(
-        self, id: RoundId, memory: Memory, manifest: Manifest, deadline: Deadline, changes: Changes = Changes.NONE
+        self,
+        id: RoundId,
+        memory: Memory,
+        manifest: Manifest,
+        deadline: Deadline,
+        changes: Changes = Changes.NONE,
+        base: int | None = None,
     ) -> tuple[int, float, int | None]:
         """Receive a round from all trainer ranks at once. Returns the bytes, the seconds, and the digest of what landed, which is None
         where the transports take no digest. StateError once the round is over. ``changes`` says what the memory holds, so that not all
-        values need come."""
+        values need come, and ``base`` is the digest of that, where it is known."""
         start = time.perf_counter()
         self.has_written = False
         with self._in_use(id):
@@ -201,6 +207,8 @@ class Pairs:
         digests = [digest for _, digest in received if digest is not None]
         # Every landing is filled by exactly one copy, so the parts add up to the whole.
         digest = combine(digests) if len(digests) == len(received) else None
+        if changes is not Changes.NONE:
+            digest = None if digest is None or base is None else combine([base, digest])
         nbytes = sum(nbytes for nbytes, _ in received)
         self.num_bytes += nbytes
         transfer_s = time.perf_counter() - start
@@ -210,7 +218,7 @@ class Pairs:
     def _receive_from_all(
         self, id: RoundId, memory: Memory, manifest: Manifest, deadline: Deadline, changes: Changes
     ) -> list[tuple[int, int | None]]:
-        """Bytes and digest of every part of every pair."""
+        """Bytes and digest of every part of every pair; where changes come, what was added to the digest."""
 
         def receive_beside(pair: Pair) -> list[tuple[int, int | None]]:
             # A thread's current GPU and stream are its own, too.
@@ -234,7 +242,7 @@ class Pairs:
             with pair.named(self._num_ranks > 1):
                 if changes is not Changes.NONE:
                     is_behind = changes is Changes.SINCE_THE_ONE_BEFORE
-                    received.append((pair.end.receive_changes(memory, deadline, is_behind=is_behind), None))
+                    received.append(pair.end.receive_changes(memory, manifest, deadline, is_behind=is_behind))
                 else:
                     received.append(pair.end.receive_proven(memory, manifest, deadline, part))
             self._was_written = self._was_written or pair.end.has_written

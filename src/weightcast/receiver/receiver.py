@@ -14,7 +14,7 @@ from weightcast.deadline import Deadline
 from weightcast.digest.versions import INITIAL_VERSION, version_number
 from weightcast.errors import DigestMismatch, LoadError, StateError, WeightcastError
 from weightcast.logs import about
-from weightcast.messages import Committed
+from weightcast.messages import Committed, Digested
 from weightcast.receiver.base import LiveModel
 from weightcast.receiver.greeting import Greeting, Identity
 from weightcast.receiver.loader_area import LoadedTensors
@@ -345,7 +345,7 @@ class Receiver:
             if not session.pairs.has_written:
                 self.dirty, self._loaded = before
             raise
-        session.proven_digest = session.digest_of(memory) if digest is None else digest
+        session.hold(id, memory, digest)
         self._check_digest(session, approval)
         self._model.refresh()
         session.target.process_in_place()
@@ -371,30 +371,38 @@ class Receiver:
         """
         target = session.target
         if target.moves or not target.staged:
-            self._report(session, id, session.proven_digest, nbytes, transfer_s, apply_s, 0.0)
+            self._report(session, id, session.proven_digest, session.digested, nbytes, transfer_s, apply_s, 0.0)
             return
         landed = target.landed_digest()
         if landed is not None:
-            self._report(session, id, landed, nbytes, transfer_s, apply_s, 0.0)
+            self._report(session, id, landed, "all", nbytes, transfer_s, apply_s, 0.0)
             return
         memory = target.live_memory()
 
         def prove() -> None:
             start = time.perf_counter()
             digest = session.digest_of(memory)
-            self._report(session, id, digest, nbytes, transfer_s, apply_s, time.perf_counter() - start)
+            self._report(session, id, digest, "all", nbytes, transfer_s, apply_s, time.perf_counter() - start)
 
         session.run_later(prove)
 
     @staticmethod
     def _report(
-        session: Session, id: RoundId, digest: int, nbytes: int, transfer_s: float, apply_s: float, digest_s: float
+        session: Session,
+        id: RoundId,
+        digest: int,
+        digested: Digested,
+        nbytes: int,
+        transfer_s: float,
+        apply_s: float,
+        digest_s: float,
     ) -> None:
         session.send(
             Committed(
                 epoch=id.epoch,
                 round=id.round,
                 digest=digest,
+                digested=digested,
                 nbytes=nbytes,
                 transfer_s=transfer_s,
                 apply_s=apply_s,

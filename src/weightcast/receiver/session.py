@@ -33,6 +33,7 @@ from weightcast.messages import (
     Abort,
     AnyMessage,
     Begin,
+    Digested,
     Failed,
     Filled,
     Landings,
@@ -49,13 +50,15 @@ from weightcast.receiver.base import LiveModel
 from weightcast.receiver.greeting import Greeting
 from weightcast.receiver.loader_area import LoadedTensors, with_area
 from weightcast.receiver.pairs import RELEASE_TIMEOUT_S, Changes, Pairs
-from weightcast.receiver.staging import make_target
+from weightcast.receiver.staging import Held, make_target
 from weightcast.receiver.worker_round import Approval, Phase, RoundId, WorkerRound
 from weightcast.transports.base import WorkerEnd
 from weightcast.untrusted.seldom import Seldom
 
 logger = logging.getLogger(__name__)
 
+FULL_EVERY = 10
+"""Rounds of changes in a row after which all bytes of a memory are read again for its digest."""
 WAY_BACK_S = 5.0
 """A trainer takes back at most two seconds after its round's deadline, and its order may wait for the engine."""
 
@@ -92,6 +95,8 @@ class Session:
         """The last round that was begun as one of changes, and against what these are told."""
         self._received: tuple[RoundId | None, RoundId | None] = None, None
         """The last round of which everything came, and the one before."""
+        self._since = 0
+        """Rounds since all bytes were read of the memory that the present round writes."""
         self._epoch = 0
         self._leaving = threading.Event()
         self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -288,16 +293,15 @@ class Session:
             if begin.changes:
                 self._changes = (id, self._catch_up())
             catch_up_s = time.perf_counter() - start
-            self.target.holds = None
             nbytes, transfer_s, digest = self.receive(id, memory, deadline)
-            self.target.holds, self._received = id, (id, self._received[0])
+            self._received = (id, self._received[0])
             transfer_s += catch_up_s
             start = time.perf_counter()
-            digest = self.proven_digest = self.digest_of(memory) if digest is None else digest
+            self.hold(id, memory, digest)
             digest_s = time.perf_counter() - start
             self.target.warm_up(deadline)
             if self.round.staged(id):
-                self._send_staged(id, digest, nbytes, transfer_s, digest_s)
+                self._send_staged(id, nbytes, transfer_s, digest_s)
         except Exception as error:  # noqa: BLE001 - as above: whatever fails here is the trainer's to know
             if self.round.abort(id, str(error)):
                 self.send_failure(id, "transfer", error)
@@ -305,19 +309,26 @@ class Session:
     def _catch_up(self) -> Changes:
         """Have the shadow hold what the last round brought, or let the last round's changes be repeated there."""
         last, before = self._received
-        if before is not None and self.target.holds == before and self.pairs.can_repeat:
+        held = None if self.target.holds is None else self.target.holds.round
+        if before is not None and held == before and self.pairs.can_repeat:
             return Changes.SINCE_THE_ONE_BEFORE
-        if last is None or self.target.holds != last:
+        if last is None or held != last:
             self.target.catch_up()
         return Changes.SINCE_THE_LAST
 
-    def _send_staged(self, id: RoundId, digest: int, nbytes: int, transfer_s: float, digest_s: float) -> None:
+    def _send_staged(self, id: RoundId, nbytes: int, transfer_s: float, digest_s: float) -> None:
         rate = nbytes / max(transfer_s, 1e-9) / 1e9
         where = about(epoch=id.epoch, round=id.round, phase="transfer")
         logger.debug("round %s staged: %d bytes in %.3f s, %.2f GB/s", id, nbytes, transfer_s, rate, extra=where)
         self.link.send(
             Staged(
-                epoch=id.epoch, round=id.round, digest=digest, nbytes=nbytes, transfer_s=transfer_s, digest_s=digest_s
+                epoch=id.epoch,
+                round=id.round,
+                digest=self.proven_digest,
+                digested=self.digested,
+                nbytes=nbytes,
+                transfer_s=transfer_s,
+                digest_s=digest_s,
             )
         )
 
@@ -328,7 +339,25 @@ class Session:
         where the transports take no digest. StateError once the round is over."""
         began, changes = self._changes or (None, Changes.NONE)
         changes = changes if began == id else Changes.NONE
-        return self.pairs.receive(id, memory, self.manifest, deadline, changes)
+        held, self.target.holds = self.target.holds, None
+        self._since = 0
+        base = None
+        if held is not None and changes is not Changes.NONE:
+            self._since = held.since + (2 if changes is Changes.SINCE_THE_ONE_BEFORE else 1)
+            base = held.digest if self._since <= FULL_EVERY else None
+        return self.pairs.receive(id, memory, self.manifest, deadline, changes, base)
+
+    def hold(self, id: RoundId, memory: Memory, digest: int | None) -> None:
+        """All of a round is in the memory: note its digest, and take that of all bytes there where receiving has not told it."""
+        if digest is None:
+            digest, self._since = self.digest_of(memory), 0
+        self.proven_digest = digest
+        self.target.holds = Held(id, digest, self._since)
+
+    @property
+    def digested(self) -> Digested:
+        """Of which bytes the last round's digest was taken: of all, or of what changed since a digest of all."""
+        return "changed" if self._since else "all"
 
     def digest_of(self, memory: Memory) -> int:
         """Return the digest of all landings in a memory of this session's layout."""

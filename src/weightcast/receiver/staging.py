@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import NamedTuple
 
 import torch
 
@@ -26,6 +27,15 @@ from weightcast.transports.recent import Recent
 logger = logging.getLogger(__name__)
 
 FILL_TIMEOUT_S = 60.0
+
+
+class Held(NamedTuple):
+    """What a memory holds: the values of a round; their digest, where all bytes were read for it, or for that of a former round to which
+    what changed was added; and how many rounds ago all were read."""
+
+    round: RoundId
+    digest: int | None
+    since: int = 0
 
 
 def make_target(
@@ -95,10 +105,10 @@ class Target:
         # Rounds are received on another stream than the one that filled these.
         self.settle(Deadline(FILL_TIMEOUT_S))
         self._memory = self._combine()
-        self.holds: RoundId | None = None
+        self.holds: Held | None = None
         """The round whose values ``memory()`` has, as far as that is known."""
-        self._live_holds: RoundId | None = None
-        self._other_holds: RoundId | None = None
+        self._live_holds: Held | None = None
+        self._other_holds: Held | None = None
         """The same of the live weights, and of the other one of two copies."""
 
     def _new_area(self, layout: Layout, loaded: LoadedTensors | None) -> LoaderArea:
@@ -135,6 +145,7 @@ class Target:
         """Return the memory that the next round writes."""
         if not self.staged and not self._is_current():
             self._memory = self._combine()
+            self.holds = None
         return self._memory
 
     def renew(self) -> None:
@@ -158,7 +169,7 @@ class Target:
             copies = distinct_copies(self._placements)
             self._copies_of_live.get(key, lambda: Replay(copies, live, memory)).run()
             self.settle(Deadline(FILL_TIMEOUT_S))
-            self.holds = self._live_holds
+            self.holds = None if self._live_holds is None else self._live_holds._replace(digest=None)
 
     def compile(self) -> None:
         """Compile what ``swap`` runs, while the engine computes."""

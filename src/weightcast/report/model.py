@@ -15,6 +15,7 @@ from weightcast.untrusted.known import known
 
 Outcome = Literal["committed", "aborted"]
 Codec = Literal["dense", "delta"]
+Digested = Literal["all", "changed"]
 MOST_AT = 1e11
 """Seconds since 1970 that a clock may show."""
 
@@ -44,6 +45,8 @@ class WorkerReport:
 
     ``codec`` is "delta" where what changed since the round before was sent and "dense" where all values were; ``codec_reason`` says why,
     where the publisher had a choice. ``sent_nbytes`` are the bytes that were sent; 0 where the worker read them itself.
+    ``digested`` is "all" where all bytes of the weights were read for the digest, and "changed" where those that changed were, before and
+    after, and the rest no more than ten rounds ago.
     ``shadow`` names the kind of memory in which the worker keeps its staged copy, and ``shadow_nbytes`` the size of that copy.
     ``through_loader`` names the tensors that the engine's own loader placed while the engine stood still, with ``#`` for each number.
     """
@@ -60,6 +63,7 @@ class WorkerReport:
     codec: Codec = "dense"
     codec_reason: str = ""
     sent_nbytes: int = 0
+    digested: Digested = "all"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "through_loader", tuple(self.through_loader))

@@ -57,9 +57,13 @@ class TrainerEnd(ABC):
     def send(self, deadline: Deadline, part: int = 0) -> int:
         """Send one round's values of a part to the worker (push), or make them visible to the worker (pull). Returns the bytes sent."""
 
-    def keep(self, kept: Kept) -> None:
+    def keep(self, kept: Kept, content: str, manifest: Manifest) -> None:
         """Have ``send_kept`` be called from now on, in place of ``send``. What is sent is kept in ``kept``, which ends of the same rank
-        share. Called once, of ends whose transport ``carries_changes``."""
+        share, as ``content``. Called once, of ends whose transport ``carries_changes``."""
+        raise Unsupported(f"{type(self).__name__} does not keep what it sends")
+
+    def look(self, number: int, deadline: Deadline) -> None:
+        """Find now what ``send_kept`` would find of round ``number``: the digest of what will be sent is known then."""
         raise Unsupported(f"{type(self).__name__} does not keep what it sends")
 
     def send_kept(self, number: int, deadline: Deadline, *, changes: bool) -> int:
@@ -107,8 +111,11 @@ class WorkerEnd(ABC):
     can_repeat: bool = False
     """Whether this end has all that the last round changed."""
 
-    def receive_changes(self, memory: Memory, deadline: Deadline, *, is_behind: bool = False) -> int:
+    def receive_changes(
+        self, memory: Memory, manifest: Manifest, deadline: Deadline, *, is_behind: bool = False
+    ) -> tuple[int, int | None]:
         """Do what ``receive`` does, into a memory that holds what this end received last, so that only what changed since may come.
+        Returns also what was added to the digest of the memory, as read from it before and after, or None where that was not looked at.
 
         ``is_behind``: the memory holds what came the round before, and gets the last round's changes first, which the end
         ``can_repeat``. Called of ends whose transport ``carries_changes``.

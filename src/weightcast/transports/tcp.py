@@ -14,7 +14,8 @@ Load-bearing properties:
 - Unless the trainer asked for TLS, nothing on the wire is encrypted or protected against somebody who sits on the path.
 
 Wire, on lane ``i % lanes`` for the i-th bucket of a round: 17 bytes (bucket's number since connect, bytes that follow, both
-big-endian unsigned 64; one byte, 1 for changes and otherwise 0), then the bucket, or its changes.
+big-endian unsigned 64; one byte: 0 for values, 1 for changes, 2 for changes behind the digest, big-endian unsigned 64, of what was
+at their places before), then the bucket, or its changes.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Annotated
 
 import msgspec
@@ -31,27 +32,29 @@ import numpy.typing as npt
 
 from weightcast.cuda.wait import DeviceWait
 from weightcast.deadline import Deadline
-from weightcast.delta import Form, decode
+from weightcast.delta import Form
 from weightcast.errors import InvalidInput, PlanMismatch, ProtocolError, TransportError
 from weightcast.layout.memory import Memory
+from weightcast.manifest import Manifest
 from weightcast.plan import Copy, copies_digest, nbytes_of, parts_of
 from weightcast.transports.base import Facts, TrainerEnd, Transport, WorkerEnd
 from weightcast.transports.buckets import check_bucket_nbytes, schedule
 from weightcast.transports.changed import Changing
 from weightcast.transports.connection import Connection
+from weightcast.transports.counted import Counted, Sums, counted
 from weightcast.transports.guard import EndGuard
-from weightcast.transports.kept import Kept, KeptBuckets, forms_of
+from weightcast.transports.kept import Kept, KeptBuckets, forms_of, shared_pieces
 from weightcast.transports.movers import Mover, mover_for
 from weightcast.transports.recent import Recent
 from weightcast.transports.rendezvous import SECRET_NBYTES, Listener, dial
 from weightcast.transports.spans import Loading, Unloading
+from weightcast.transports.told import CHANGES, CHECKED, VALUES, Told, told
 from weightcast.untrusted.known import known
 from weightcast.untrusted.secret import repr_without
 
 LANES = 2
 MAX_LANES = 16
 _HEADER = struct.Struct("!QQB")
-_VALUES, _CHANGES = range(2)
 
 
 class TcpOffer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -66,6 +69,8 @@ class TcpOffer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Digest of the copies."""
     identity: bytes = b""
     """Certificate and private key (PEM) of a pair that talks TLS."""
+    changes: bool = False
+    """Whether rounds may bring changes."""
 
     __repr__ = repr_without("secret", "identity")
 
@@ -142,12 +147,16 @@ class _Lanes:
             raise TransportError("the pair is not connected", hint="Call connect() first")
         first = self._num_sent
         self._num_sent += count
+        self.share(count, lambda bucket, lane: work(bucket, first + bucket, self._connections[lane]))
+
+    def share(self, count: int, work: Callable[[int, int], None]) -> None:
+        """Call ``work(bucket, lane)`` for each of ``count`` buckets, those of a lane in order, on a thread of its own."""
         lanes = min(len(self._connections), count)
 
         def drive(lane: int) -> None:
             try:
                 for bucket in range(lane, count, lanes):
-                    work(bucket, first + bucket, self._connections[lane])
+                    work(bucket, lane)
             except BaseException:
                 self.hang_up()
                 raise
@@ -225,7 +234,7 @@ class TcpTrainerEnd(TrainerEnd):
         )
 
     def offer(self) -> bytes:
-        return msgspec.msgpack.encode(self._offer)
+        return msgspec.msgpack.encode(msgspec.structs.replace(self._offer, changes=self._kept is not None))
 
     def connect(self, deadline: Deadline) -> None:
         with self._lanes.guard.use("connect", deadline):
@@ -241,17 +250,30 @@ class TcpTrainerEnd(TrainerEnd):
             def work(bucket: int, number: int, connection: Connection) -> None:
                 loading = loadings[bucket]
                 loading.run(deadline)
-                header = _HEADER.pack(number, buckets[bucket].nbytes, _VALUES)
+                header = _HEADER.pack(number, buckets[bucket].nbytes, VALUES)
                 connection.send([header, *loading.spans], deadline, "sending over tcp")
 
             self._lanes.run(len(buckets), work)
             return nbytes
 
-    def keep(self, kept: Kept) -> None:
-        self._kept = kept.buckets(self._key, forms_of(self._parts.of[0][0]))
+    def keep(self, kept: Kept, content: str, manifest: Manifest) -> None:
+        buckets = self._parts.of[0][0]
+        self._kept = kept.buckets(self._key, content, lambda: KeptBuckets(buckets, forms_of(buckets), manifest))
+
+    def look(self, number: int, deadline: Deadline) -> None:
+        kept, loadings = self._kept, self._loadings[0]
+        assert kept is not None
+        with self._lanes.guard.use("look for changes", deadline):
+            self._wait(deadline)
+
+            def work(bucket: int, lane: int) -> None:
+                kept.take(bucket, number, lambda: _fresh(loadings[bucket], deadline))
+
+            self._lanes.share(len(loadings), work)
 
     def send_kept(self, number: int, deadline: Deadline, *, changes: bool) -> int:
         kept, loadings, before = self._kept, self._loadings[0], self._sent if changes else 0
+        buckets, _ = self._parts.of[0]
         assert kept is not None
         with self._lanes.guard.use("send", deadline):
             self._wait(deadline)
@@ -259,11 +281,9 @@ class TcpTrainerEnd(TrainerEnd):
 
             def work(bucket: int, place: int, connection: Connection) -> None:
                 change = kept.take(bucket, number, lambda: _fresh(loadings[bucket], deadline))
-                is_known = change is not None and before and change.first <= before <= change.last
-                data = change.data if change is not None and is_known else kept.image(bucket)
+                kind, data = told(change, before, buckets[bucket].nbytes) or (VALUES, kept.image(bucket))
                 sent[bucket] = len(data)
-                header = _HEADER.pack(place, len(data), _CHANGES if is_known else _VALUES)
-                connection.send([header, data], deadline, "sending over tcp")
+                connection.send([_HEADER.pack(place, len(data), kind), data], deadline, "sending over tcp")
 
             self._lanes.run(len(loadings), work)
             self._sent = number
@@ -299,7 +319,7 @@ class TcpWorkerEnd(WorkerEnd):
         self._parts = _Parts(copies, offer.bucket_nbytes)
         self._copies = tuple(copies)
         self._sides: Recent[_Side] = Recent()
-        self._last: list[bytes | None] = []
+        self._last: list[Told | None] = []
         """The changes that the last round brought, by bucket; None for a bucket of which all values came."""
         self.has_written = False
 
@@ -310,17 +330,37 @@ class TcpWorkerEnd(WorkerEnd):
                 lanes.add(dial(offer.address, offer.port, offer.secret, deadline, lanes.guard, lane=lane))
             lanes.start_tls(offer.identity, deadline, server=False)
 
+    def warm_up(self, memory: Memory, manifest: Manifest) -> None:
+        if self._offer.changes:
+            self._sides.get(memory.number, lambda: self._side_of(memory)).count(manifest)
+
     def receive(self, memory: Memory, deadline: Deadline, part: int = 0) -> int:
-        return self._receive(memory, deadline, part, changes=False)
+        return self._receive(memory, deadline, part)
 
     @property
     def can_repeat(self) -> bool:  # type: ignore[override]
-        return bool(self._last) and all(data is not None for data in self._last)
+        return bool(self._last) and all(told is not None for told in self._last)
 
-    def receive_changes(self, memory: Memory, deadline: Deadline, *, is_behind: bool = False) -> int:
-        return self._receive(memory, deadline, 0, changes=True, is_behind=is_behind)
+    def receive_changes(
+        self, memory: Memory, manifest: Manifest, deadline: Deadline, *, is_behind: bool = False
+    ) -> tuple[int, int | None]:
+        side = self._sides.get(memory.number, lambda: self._side_of(memory))
+        side.count(manifest)
+        sums: list[Sums | None] = [None] * len(self._parts.of[0][0])
+        nbytes = self._receive(memory, deadline, 0, sums, is_behind=is_behind)
+        known = [some for some in sums if some is not None]
+        return nbytes, sum(some.change for some in known) if len(known) == len(sums) else None
 
-    def _receive(self, memory: Memory, deadline: Deadline, part: int, *, changes: bool, is_behind: bool = False) -> int:
+    def _receive(
+        self,
+        memory: Memory,
+        deadline: Deadline,
+        part: int,
+        sums: list[Sums | None] | None = None,
+        *,
+        is_behind: bool = False,
+    ) -> int:
+        """``sums``: changes may come, and this is where digests of what they change go, by bucket."""
         with self._lanes.guard.use("receive", deadline):
             self.has_written = False
             buckets, nbytes = self._parts.of[part]
@@ -332,17 +372,17 @@ class TcpWorkerEnd(WorkerEnd):
             def work(bucket: int, number: int, connection: Connection) -> None:
                 what, unloading = "receiving over tcp", unloadings[bucket]
                 came, size, kind = _HEADER.unpack(connection.receive_bytes(_HEADER.size, deadline, what))
-                if changes and (came, kind) == (number, _CHANGES) and size < buckets[bucket].nbytes:
-                    data = connection.receive_bytes(size, deadline, what)
-                    several = [
-                        decode(side.forms[bucket], each) for each in (last[bucket] if is_behind else None, data) if each
-                    ]
+                is_told = came == number and kind in (CHANGES, CHECKED) and size < buckets[bucket].nbytes
+                if sums is not None and is_told:
+                    told = Told.of(kind, connection.receive_bytes(size, deadline, what))
+                    several = [each for each in (last[bucket] if is_behind else None, told) if each]
+                    changing = side.changing(bucket)
+                    read = [changing.read(each) for each in several]
                     self.has_written = True
-                    for found in several:
-                        side.mover.run(partial(side.changing(bucket).apply, found), deadline)
-                    self._last[bucket] = data
+                    sums[bucket] = changing.apply(read, lambda work: side.mover.run(work, deadline))
+                    self._last[bucket] = told
                     return
-                if (came, size, kind) != (number, buckets[bucket].nbytes, _VALUES):
+                if (came, size, kind) != (number, buckets[bucket].nbytes, VALUES):
                     raise ProtocolError(f"bucket {came} of {size} bytes came where bucket {number} was due")
                 self.has_written = True
                 connection.receive(unloading.spans, deadline, what)
@@ -371,16 +411,30 @@ class _Side:
         self._buffers = mover.buffers(parts.buckets, lanes)
         self._unloadings: dict[int, list[Unloading]] = {}
         self._changing: dict[int, Changing] = {}
+        self._counted: list[Counted] | None = None
+        self._is_counted = False
 
     @cached_property
     def forms(self) -> list[Form]:
         """Those of the buckets of weights that lie still."""
         return forms_of(self._parts.of[0][0])
 
+    @cached_property
+    def shared(self) -> list[set[int]]:
+        """Pieces whose places others write, too, by bucket."""
+        return shared_pieces(self._parts.of[0][0])
+
+    def count(self, manifest: Manifest) -> None:
+        """Have digests taken of what changes, from now on, where that can be done. Compiled once."""
+        if not self._is_counted:
+            self._counted, self._is_counted = counted(self._parts.of[0][0], self.forms, manifest), True
+
     def changing(self, bucket: int) -> Changing:
         """What applies changes of a bucket, compiled once."""
         if bucket not in self._changing:
-            self._changing[bucket] = Changing(self._parts.of[0][0][bucket], self.forms[bucket], self._memory)
+            count = None if self._counted is None else self._counted[bucket]
+            of = (self._parts.of[0][0][bucket], self.forms[bucket], self._memory, count, self.shared[bucket])
+            self._changing[bucket] = Changing(*of)
         return self._changing[bucket]
 
     def unloadings(self, part: int) -> list[Unloading]:

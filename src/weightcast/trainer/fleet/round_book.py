@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from weightcast.errors import StateError, WeightcastError
 from weightcast.logs import about
+from weightcast.messages import Digested
 from weightcast.report.model import Phase
 from weightcast.trainer.fleet.link import EngineLink, WorkerLink
 from weightcast.trainer.settings import Require
@@ -27,6 +28,7 @@ class WorkerProgress:
     nbytes: int = 0
     seconds: float = 0.0
     digest: int | None = None
+    digested: Digested = "all"
 
 
 @dataclass(slots=True)

@@ -193,7 +193,7 @@ class _SetUp:
         keeps = bool(settings.delta) and not all(self._no_changes(transport, worker) for _, worker in group)
         if keeps:
             for end in own:
-                end.keep(self._fleet.kept)
+                end.keep(self._fleet.kept, plan.key, ranks.manifest)
         offered: list[tuple[Offer, ...]] = [
             (Offer(rank=RANK_0, transport=transport.name, data=end.offer()),) for end in own
         ] or [()] * count

@@ -244,7 +244,7 @@ class Ranks:
                     transport=transport,
                     copies=CopyColumns.of(plan[rank], self.manifest),
                     bucket_nbytes=bucket_nbytes,
-                    keeps=keeps,
+                    keeps=plan.key if keeps else "",
                 )
                 posted[rank] = self.line.post(rank, order)
         try:

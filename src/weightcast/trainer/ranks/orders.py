@@ -65,13 +65,13 @@ class Keep(Order, frozen=True, kw_only=True, tag="keep"):
 
 class Pair(Order, frozen=True, kw_only=True, tag="pair"):
     """Make your ends of the pairs with a group of workers that want these copies; their offers in the order of the pairs'
-    numbers in the answer's ``offers``. ``keeps``: keep what you send."""
+    numbers in the answer's ``offers``. ``keeps``: keep what you send, as this content; nothing where it is empty."""
 
     pairs: tuple[int, ...]
     transport: str
     copies: CopyColumns
     bucket_nbytes: int
-    keeps: bool = False
+    keeps: str = ""
 
 
 class Connect(Order, frozen=True, kw_only=True, tag="connect"):

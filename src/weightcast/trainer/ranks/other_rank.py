@@ -334,7 +334,7 @@ class OtherRank:
         )
         if order.keeps:
             for end in ends:
-                end.keep(self.kept)
+                end.keep(self.kept, order.keeps, self._manifest)
         self._ends.update(zip(order.pairs, map(_KeptEnd, ends), strict=True))
         return tuple(end.offer() for end in ends)
 

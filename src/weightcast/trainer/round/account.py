@@ -107,6 +107,7 @@ class Account:
                     codec=codec,
                     codec_reason=codec_reason,
                     sent_nbytes=worker.codec.sent_nbytes,
+                    digested=progress.digested,
                 )
             )
         return tuple(reports)

@@ -226,7 +226,7 @@ class Commits:
             raise said
         assert isinstance(said, Committed)
         progress = self._outcomes.progress(worker)
-        progress.digest = said.digest
+        progress.digest, progress.digested = said.digest, said.digested
         if worker.in_place:
             progress.nbytes, progress.seconds = said.nbytes, said.transfer_s
             worker.codec.note(said.nbytes, said.transfer_s)

@@ -91,11 +91,15 @@ class Delivery:
 
     # -- messages
 
+    def choose(self, pairs: Sequence[Pair]) -> None:
+        """Choose for each worker whether it gets all values or what changed."""
+        for _, worker in pairs:
+            worker.codec.choose()
+
     def begin(self, pairs: Sequence[Pair]) -> None:
         """Open the round in these workers."""
         for engine, worker in pairs:
             worker.at = (self.epoch, self.round)
-            worker.codec.choose()
             begin = Begin(
                 epoch=self.epoch,
                 round=self.round,

@@ -12,13 +12,19 @@ from weightcast.manifest import Manifest
 from weightcast.trainer.fleet.places import Tie
 from weightcast.trainer.fleet.ties import Digests
 from weightcast.trainer.ranks.shared_digest import SharedDigest
+from weightcast.transports.kept import Kept
+
+
+def _never(digest: ExpectedDigest) -> Callable[[], int]:
+    raise AssertionError("the proof was not started")
 
 
 class RoundProof:
     """Used once, in this order: ``start``, ``compute``, ``settle``, and ``check`` for each worker.
 
     ``expected`` has the digests that workers ask for, by key; ``content`` is that of everything that is published; ``ties`` has the
-    digests of both tensors of each tie whose values have to be compared.
+    digests of both tensors of each tie whose values have to be compared. Where all values that a key stands for were compared with
+    those of the round before, as ``kept`` knows, the digest follows from what changed.
     """
 
     def __init__(
@@ -28,11 +34,18 @@ class RoundProof:
         manifest: Manifest,
         number: int,
         ties: Mapping[Tie, Digests] | None = None,
+        *,
+        kept: Kept,
+        round: int,
     ) -> None:
+        self._kept, self._round = kept, round
         self._source_content, self._source_expected = content, expected
         self._manifest, self._number, self._ties = manifest, number, ties or {}
         self._waits: dict[ExpectedDigest | SharedDigest, Callable[[], int]] = {}
         self._wanted: dict[str, ExpectedDigest | SharedDigest] = {}
+        self._short: dict[ExpectedDigest, str] = {}
+        """Digests that follow from what changed, and their keys."""
+        self._start_of: Callable[[ExpectedDigest], Callable[[], int]] = _never
         self._found: dict[ExpectedDigest | SharedDigest, int] | None = None
         self._error: WeightcastError | None = None
         self.content = 0
@@ -42,13 +55,20 @@ class RoundProof:
         self.version = ""
         """The version's name, once settled."""
 
-    def start(self, keys: Iterable[str], memory: Memory, check: Callable[[], None]) -> None:
+    def start(
+        self, keys: Iterable[str], memory: Memory, check: Callable[[], None], changing: Iterable[str] = ()
+    ) -> None:
         """Have a GPU digest the source's memory from now on; elsewhere ``compute`` does all of it. ``check`` is called while a CPU
-        digests and may raise."""
+        digests and may raise. ``changing`` are keys of values that are compared with those before until ``settle`` is called."""
         self._wanted = {key: self._source_expected[key] for key in keys}
         tied = [digest for pair in self._ties.values() for digest in pair]
+        for key in changing:
+            digest = self._wanted[key]
+            if isinstance(digest, ExpectedDigest) and digest not in tied and self._kept.is_short(key):
+                self._short[digest] = key
+        self._start_of = lambda digest: digest.start(memory, check)
         each = dict.fromkeys([self._source_content, *self._wanted.values(), *tied])
-        self._waits = {digest: digest.start(memory, check) for digest in each}
+        self._waits = {digest: digest.start(memory, check) for digest in each if digest not in self._short}
 
     def take(self, window: int, memory: Memory, check: Callable[[], None], known: int | None) -> None:
         """Digest a window of a stream, which is filled now and will be filled again; ``known`` is the digest of all of it, if known."""
@@ -72,6 +92,16 @@ class RoundProof:
         if self._error is not None:
             raise self._error
         assert self._found is not None
+        start_of, self._start_of = self._start_of, _never  # as above: no cycle is left
+        for short, key in self._short.items():
+            known = self._kept.digest(key, self._round)
+            if known is None:
+                known = start_of(short)()
+                self._kept.learn(key, self._round, known)
+            self._found[short] = known
+        for key, wanted in self._wanted.items():
+            if isinstance(wanted, ExpectedDigest) and wanted not in self._short:
+                self._kept.learn(key, self._round, self._found[wanted])
         self.content = self._found[self._source_content]
         self.expected = {key: self._found[digest] for key, digest in self._wanted.items()}
         self.version = version_name(self._number, self._manifest, self.content)

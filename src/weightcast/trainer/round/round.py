@@ -89,7 +89,13 @@ class Round:
         self._ties = {engine.name: fleet.ties.doubtful(engine) for engine in engines}
         compared = {tie: fleet.ties.digests(tie, brief.deadline) for ties in self._ties.values() for tie in ties}
         self._proof = RoundProof(
-            fleet.content(brief.deadline), fleet.expected, fleet.ranks.manifest, brief.number, compared
+            fleet.content(brief.deadline),
+            fleet.expected,
+            fleet.ranks.manifest,
+            brief.number,
+            compared,
+            kept=fleet.kept,
+            round=brief.round,
         )
         self._delivery = Delivery(fleet, self._outcomes, brief.round, brief.deadline)
         self._streaming = Streaming(fleet, self._outcomes, self._delivery)
@@ -174,6 +180,7 @@ class Round:
         with self._timeline.phase("begin"):
             # Before the digest: making bytes visible waits for the trainer's GPU, which would have to digest first.
             self._delivery.show(staged)
+            self._delivery.choose(workers)
             self._delivery.begin(staged)
             self._start_proof(workers)
             self._delivery.begin(in_place)
@@ -186,6 +193,7 @@ class Round:
             futures = [pool.submit(self._stage, *pair) for pair in staged if not pair[1].pulls]
             if len(pulled) > 1:
                 futures.append(pool.submit(self._collect, pulled))
+            futures += [pool.submit(self._look, *pair) for pair in in_place if pair[1].codec.changes]
             if staged:
                 self._proof.compute()
             if len(pulled) == 1:
@@ -198,6 +206,7 @@ class Round:
         with self._timeline.phase("begin"):
             with self._refusing(Unsupported):
                 self._streaming.check(workers)
+            self._delivery.choose(workers)
             self._delivery.begin(workers)
             self._start_proof(workers)
         with self._timeline.phase("transfer"):
@@ -219,7 +228,11 @@ class Round:
             raise
 
     def _start_proof(self, workers: list[Pair]) -> None:
-        self._proof.start({worker.digest_key for _, worker in workers}, self._source.memory, self._check_digesting)
+        keys = {worker.digest_key for _, worker in workers}
+        changing = {worker.digest_key for _, worker in workers if worker.codec.changes}
+        if self._source.device.type != "cpu":
+            changing = set()  # a GPU reads all values in less time than the host looks through what changed
+        self._proof.start(keys, self._source.memory, self._check_digesting, changing)
 
     def _take_window(self, window: int) -> None:
         self._proof.take(window, self._source.memory, self._check_digesting, self._source.filled_digest(window))
@@ -231,6 +244,15 @@ class Round:
             raise DeadlineExceeded(
                 f"the source was not digested within {self._deadline.timeout_s:g} s", phase="verify", hint=DIGEST_HINT
             )
+
+    def _look(self, engine: EngineLink, worker: WorkerLink) -> None:
+        """Find what changed before the engine stands still for it, and before the approval says what the digest has to be."""
+
+        def work() -> None:
+            if worker.end is not None:
+                worker.end.look(self._brief.round, self._transfer_deadline)
+
+        self._outcomes.guard(engine, "transfer", work, worker)
 
     def _stage(self, engine: EngineLink, worker: WorkerLink) -> None:
         """Send (if the worker is pushed to) and wait until the worker has all bytes and their digest."""
@@ -255,6 +277,7 @@ class Round:
         assert isinstance(said, Staged)
         progress = self._outcomes.progress(worker)
         progress.nbytes, progress.seconds, progress.digest = said.nbytes, said.transfer_s, said.digest
+        progress.digested = said.digested
         worker.codec.note(said.nbytes, said.transfer_s)
         self._tell_progress()
 
