@@ -21,6 +21,7 @@ T = TypeVar("T")
 LEAST_S = 0.001
 MOST_S = 1e9
 """The longest timeout, thirty years: system calls refuse longer waits."""
+CALLED_OFF_HINT = "The publisher is being closed, or the engine is gone: nothing is left to wait for"
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=MOST_S)]
 """A duration on a wire. Finite, and not negative: what a peer says goes into reports and metrics as it is."""
 
@@ -81,7 +82,7 @@ class Deadline:
         if self.cancelled:
             raise DeadlineExceeded(
                 f"{waiting_for} was called off",
-                hint="The publisher is being closed, or the engine is gone: nothing is left to wait for",
+                hint=CALLED_OFF_HINT,
             )
         if self.passed:
             raise DeadlineExceeded(f"{waiting_for} took longer than {self.timeout_s:g} s")

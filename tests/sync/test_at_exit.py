@@ -42,11 +42,30 @@ llm.engine.run_between_steps(lambda: busy(entered))
 entered.wait(20)
 """
 
+CLOSED_LAST = """
+from weightcast import Publisher
+from weightcast.testing.local_engine import DictModel, LocalEngine
+
+class Trainer:
+    '''Closes what it has when Python takes the program apart.'''
+    def __init__(self) -> None:
+        self.publisher = Publisher(torch.nn.Linear(3, 3), [engine], timeout_s=30)
+    def __del__(self) -> None:
+        self.publisher.close()
+
+engine = LocalEngine("e", [DictModel({"weight": torch.randn(3, 3), "bias": torch.randn(3)})])
+trainer, other = Trainer(), Trainer()
+trainer.publisher.publish()
+"""
+
 
 @pytest.mark.timeout(300)  # a busy machine takes its time to import torch in two more processes
-@pytest.mark.parametrize("program", [SESSION, ENGINE], ids=["a worker's session", "an engine's thread"])
+@pytest.mark.parametrize(
+    "program", [SESSION, ENGINE, CLOSED_LAST], ids=["a worker's session", "an engine's thread", "closed last"]
+)
 def test_a_program_that_closes_nothing_ends_well(tmp_path: Path, program: str) -> None:
     model = build_tiny_model(tmp_path / "m")
     command = [sys.executable, "-c", BUSY + program + "print('done')", str(model)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
     assert (ended.returncode, ended.stdout) == (0, "done\n"), ended.stderr
+    assert "Traceback" not in ended.stderr

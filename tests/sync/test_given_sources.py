@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from weightcast import Publisher
-from weightcast.errors import InvalidInput, StateError, Unsupported
+from weightcast.errors import InvalidInput, StateError, Unsupported, WeightcastError
 from weightcast.sources import SafetensorsSource, StateDictSource, make_source
 from weightcast.testing.local_engine import DictModel, LocalEngine
 from weightcast.trainer.fleet.addresses import address_towards
@@ -81,6 +82,99 @@ def test_a_mapping_with_what_is_no_tensor_is_refused_by_name(value: object) -> N
     with pytest.raises(InvalidInput, match=f"'w' is no torch tensor, but of type {type(value).__name__}") as caught:
         make_source({"a": WEIGHTS["w"], "w": value})  # type: ignore[dict-item]
     assert caught.value.field == "source"
+
+
+def viewed(kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """A tensor whose values are not what lies in its memory, and its values."""
+    if kind == "zeros":
+        return torch._efficientzerotensor(64), torch.zeros(64)
+    conjugate = torch.randn(64, dtype=torch.complex64).conj()
+    made = (
+        conjugate
+        if kind == "conjugate"
+        else conjugate.imag
+        if kind == "imaginary"
+        else torch._neg_view(torch.randn(64))
+    )
+    return made, made.resolve_conj().resolve_neg().clone()
+
+
+KINDS = ["conjugate", "imaginary", "negative", "zeros"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_module_whose_memory_does_not_hold_its_values_is_refused(kind: str) -> None:
+    module = torch.nn.Linear(3, 3)
+    module.view = torch.nn.Parameter(viewed(kind)[0], requires_grad=False)
+    with pytest.raises(Unsupported, match="'view' is a view whose values torch makes"):
+        make_source(module)
+    module.view = torch.nn.Parameter(module.view.resolve_conj().resolve_neg().clone(), requires_grad=False)
+    make_source(module)
+
+
+@pytest.mark.parametrize("kind", ["imaginary", "negative"])
+def test_a_parameter_that_becomes_such_a_view_is_refused_in_the_next_round(kind: str) -> None:
+    module = torch.nn.ParameterDict({"w": torch.nn.Parameter(torch.randn(64), requires_grad=False)})
+    engine = LocalEngine("local", [DictModel({"w": torch.zeros(64)})])
+    with Publisher(module, [engine], timeout_s=20, transport="tcp") as publisher:
+        publisher.publish()
+        live = module["w"].clone()
+        module["w"].data, values = viewed(kind)
+        with pytest.raises(WeightcastError, match="w"):
+            publisher.publish()
+        assert engine.models[0].holds({"w": live})
+        module["w"].data = values
+        publisher.connect()
+        publisher.publish()
+        assert engine.models[0].holds({"w": values})
+    engine.stop()
+
+
+@pytest.mark.parametrize("what", ["state dict", "stream"])
+def test_values_that_torch_makes_when_they_are_read_are_published_where_they_are_copied(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("weightcast.cpu.WORTH_NBYTES", 0)  # blocks are copied and digested at once
+    given: dict[str, torch.Tensor] = {}
+    values: dict[str, torch.Tensor] = {}
+
+    def renew() -> None:
+        for kind in KINDS:
+            given[kind], values[kind] = viewed(kind)
+
+    renew()
+    engine = LocalEngine("local", [DictModel({kind: torch.zeros_like(value) for kind, value in values.items()})])
+    with Publisher(given if what == "state dict" else lambda: iter(given.items()), [engine], timeout_s=20) as publisher:
+        for _ in range(3):
+            renew()
+            publisher.publish()
+            assert engine.models[0].holds(values)
+    engine.stop()
+
+
+def refused(source: Any) -> None:
+    engine = LocalEngine("local", [DictModel({"a": torch.zeros(4, 5)})])
+    try:
+        with Publisher(source, [engine], timeout_s=20) as publisher:
+            publisher.publish()
+    finally:
+        engine.stop()
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("what", [dict, lambda tensors: lambda: iter(tensors.items())], ids=["state dict", "stream"])
+def test_tensors_that_have_no_plain_values_are_refused_by_name(what: Callable[[dict[str, Any]], Any]) -> None:
+    with FakeTensorMode():
+        fake = torch.randn(3)
+    parts = [torch.randn(2), torch.randn(3)]
+    for value in (fake, *(torch.nested.nested_tensor(parts, layout=kind) for kind in (torch.strided, torch.jagged))):
+        with pytest.raises(Unsupported, match="'w'"):
+            refused(what({"a": WEIGHTS["w"], "w": value}))
+
+
+def test_names_that_are_no_text_are_told_so() -> None:
+    with pytest.raises(InvalidInput, match="names that are no text"):
+        make_source({1: WEIGHTS["w"]})  # type: ignore[dict-item]
 
 
 def test_a_lazy_module_that_never_ran_is_refused_by_name() -> None:

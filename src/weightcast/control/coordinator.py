@@ -290,7 +290,7 @@ class Coordinator:
             with self._lock:
                 if member.lost is None:
                     self._leaving.add(member.identity)
-                member.lost = member.lost or reason
+                member.lose(reason)
                 self._members.pop(member.identity, None)
             self.send(member, Bye(reason=reason, settled=settled))
 
@@ -318,10 +318,12 @@ class Coordinator:
         if self._closed:
             return
         self._closed = True
-        self.forget(list(self._members.values()), "the trainer closed")
-        if goodbye_s:
-            self.wait_goodbyes(goodbye_s)
-        self._pump.close()
+        try:
+            self.forget(list(self._members.values()), "the trainer closed")
+            if goodbye_s:
+                self.wait_goodbyes(goodbye_s)
+        finally:
+            self._pump.close()
 
     # -- on the I/O thread
 
@@ -330,12 +332,14 @@ class Coordinator:
         member = self._members.get(identity)
         if member is not None and member.lost is not None:
             return
+        is_leaving = identity in self._leaving  # what it says was said before it heard the goodbye
         try:
             # Who is not admitted says one short thing: hello.
             frame = Joiner().add(piece, PIECE_NBYTES) if member is None else member.hear(piece)
             message = None if frame is None else decode(frame)
         except ProtocolError as error:
-            self._seldom.warn("control channel: dropped a frame from a peer", about=str(error))
+            if not is_leaving:
+                self._seldom.warn("control channel: dropped a frame from a peer", about=str(error))
             if member is not None and isinstance(error, TooLong):
                 self._lose(member, f"it sent {error.message}")
             return
@@ -371,7 +375,7 @@ class Coordinator:
         if not isinstance(message, Hello):
             if isinstance(message, Bye):
                 self._note_goodbye(identity)
-            else:
+            elif identity not in self._leaving:
                 self._seldom.warn(
                     "control channel: a message from a peer that was not admitted", about=type(message).__name__
                 )

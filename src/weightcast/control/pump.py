@@ -118,7 +118,12 @@ class Pump:
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
-        self._thread.start()
+        """Have the thread run. Where a signal's handler raises meanwhile, the thread may run all the same, and ends."""
+        try:
+            self._thread.start()
+        except BaseException:
+            self.stop()
+            raise
 
     def send(self, *parts: bytes) -> None:
         """Queue one message; after ``stop`` it is dropped."""

@@ -32,6 +32,8 @@ def refuse_absent(tensors: Mapping[str, torch.Tensor]) -> None:
                 field="source",
                 hint="Give tensors only; torch.from_numpy() makes one of an array without a copy",
             )
+        if given.is_nested:
+            raise Unsupported(f"{name!r} is a nested tensor", hint="Give its tensors one by one: unbind() has them")
         if is_lazy(given):
             raise Unsupported(
                 f"{name!r} belongs to a lazy module and has neither shape nor values yet",

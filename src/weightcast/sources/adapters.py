@@ -57,7 +57,7 @@ def has_adapters(module: nn.Module) -> bool:
 def refuse_unmerged(names: Iterable[str]) -> None:
     """Raise Unsupported for a mapping of an adapted module's own tensors, of which none is a merged one."""
     for name in names:
-        if ".base_layer." in name or ".lora_A." in name:
+        if isinstance(name, str) and (".base_layer." in name or ".lora_A." in name):
             raise Unsupported(
                 f"the mapping has weights of PEFT that are not merged, such as {name!r}",
                 hint="Give the PEFT model itself, whose merged weights are published, or the state dict of what merge_and_unload() returns",

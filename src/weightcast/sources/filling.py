@@ -22,6 +22,7 @@ from weightcast.layout import Placement
 from weightcast.layout.memory import Memory
 from weightcast.manifest import Manifest
 from weightcast.manifest.dtypes import itemsize_of
+from weightcast.sources.shards import has_other_bytes
 
 ALONE_NBYTES = 4 * 2**20
 """So many bytes are written by one thread; of more torch's number of threads write parts."""
@@ -89,6 +90,7 @@ class Filling:
             tensor.is_cuda
             or tensor.dtype != target.dtype
             or not tensor.is_contiguous()
+            or has_other_bytes(tensor)
             or tensor.data_ptr() % WORD_NBYTES
         ):
             if (address | position) % WORD_NBYTES:

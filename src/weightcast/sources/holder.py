@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -63,8 +64,8 @@ class Holder:
             return snapshot
         if self._lets_go:
             # Tensors that are in the source's memory move back: the snapshot's is what transports may move.
-            self.release()
-            self.source = self._make()
+            with self._remaking():
+                self.source = self._make()
         elif self._adopted and source.device.type == "cpu":
             raise Unsupported(
                 f"the tensors of this {type(source).__name__} have moved to shared memory for rounds that are waited for",
@@ -108,10 +109,18 @@ class Holder:
                 error.hint = "Give Publisher the module or mapping itself, of which it makes a source anew; or make a new Publisher"
                 raise
             # Tensors that are still in the former one's memory move back first.
-            self.release()
-            self.source = made if made.layout.is_streamed else self._made()
+            with self._remaking():
+                self.source = made if made.layout.is_streamed else self._made()
             return True
         return False
+
+    @contextmanager
+    def _remaking(self) -> Iterator[None]:
+        """Give up the source, and have another one made inside. Where that does not come to its end, the next ``renew`` makes one."""
+        self._is_let_go = self.is_new = True
+        self.release()
+        yield
+        self._is_let_go = self.is_new = False
 
     def _follow(self) -> bool:
         """Have the source take up tensors of the user's that lie elsewhere."""

@@ -17,7 +17,7 @@ from weightcast.manifest.dtypes import name_of
 from weightcast.sources.arenas import is_covered, one_arena
 from weightcast.sources.base import Source, device_of, wait_for_stream
 from weightcast.sources.conversions import Content, placed, read_module
-from weightcast.sources.shards import check_dense, is_distributed, part_of
+from weightcast.sources.shards import check_dense, has_other_bytes, is_distributed, part_of
 from weightcast.sources.tenants import Tenants
 from weightcast.sources.tree import Places, Tree, moved_error, named
 
@@ -180,6 +180,7 @@ class ModuleSource(Source):
             and all(storage.device == self.device for storage in storages)
             and list(map(torch.Tensor.storage_offset, self._values)) == self._offsets
             and all(self._tenants.share_storage(number) for number in range(len(sizes)))
+            and not any(map(has_other_bytes, self._values))
         )
         if is_as_before:
             self._places.check_form()

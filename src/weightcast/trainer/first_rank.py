@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import TypeVar
 
@@ -59,13 +60,17 @@ class FirstRank:
         links = [EngineLink(client) for client in clients]
         self.records = Records(links, log=settings.log)
         self._coordinator = Coordinator(settings.reached_at, silence_s=settings.silence_s)
-        self._ranks = Ranks(holder, self._coordinator, size)
-        self._fleet = Fleet(holder, self._coordinator, settings, self._ranks)
-        self._fleet.engines = links
-        self._presence = Presence(self._fleet, settings)
-        self._published = Published(holder, self._ranks, self._fleet, self._presence, settings)
-        self._numbers = Numbers(self._fleet, self.records.last_number)
-        self._colocated = Colocated(self._fleet, self._ranks)
+        try:
+            self._ranks = Ranks(holder, self._coordinator, size)
+            self._fleet = Fleet(holder, self._coordinator, settings, self._ranks)
+            self._fleet.engines = links
+            self._presence = Presence(self._fleet, settings)
+            self._published = Published(holder, self._ranks, self._fleet, self._presence, settings)
+            self._numbers = Numbers(self._fleet, self.records.last_number)
+            self._colocated = Colocated(self._fleet, self._ranks)
+        except BaseException:
+            self._coordinator.close()
+            raise
         self._rounds = 0
         self._was_connected = False
 
@@ -113,10 +118,11 @@ class FirstRank:
 
     def close(self, *, settled: bool) -> None:
         """``settled``: no call runs, so that no round is taken back after this."""
-        self._presence.close()
-        self._fleet.close(settled=settled)
-        self._coordinator.close(goodbye_s=GOODBYE_S)
-        self.records.close()
+        with ExitStack() as rest:  # whatever interrupts one of them
+            rest.callback(self.records.close)
+            rest.callback(self._coordinator.close, goodbye_s=GOODBYE_S)
+            rest.callback(self._fleet.close, settled=settled)
+            self._presence.close()
 
     def leave(self) -> None:
         """Leave all engines, and nothing else."""
@@ -223,13 +229,12 @@ class FirstRank:
         self._published.check_settings()
         current = self._numbers.current()
         self._fleet.engines.append(link)
-        failures = self._presence.bring_up([link], deadline)
-        if failures:
-            self._remove(link.name)
-            raise join_error(failures)
         try:
+            failures = self._presence.bring_up([link], deadline)
+            if failures:
+                raise join_error(failures)
             return self._catch_up(link, current, deadline)
-        except WeightcastError:
+        except BaseException:  # KeyboardInterrupt, too
             self._remove(link.name)
             raise
 

@@ -58,7 +58,7 @@ class Publisher:
         settings: ``token``, ``timeout_s``, ``mode``, ``require`` and the other keywords that ``weightcast.trainer.settings.Settings``
             explains.
 
-    Only one thread may call at a time: a second call is a StateError, except for ``close``. A forked child has the module's tensors as
+    Only one thread may call at a time: a second call is a StateError, except for ``close``, which any thread may call at any time. A forked child has the module's tensors as
     memory of its own and cannot use the Publisher: ``close`` does nothing there, and other calls are a StateError.
     A Publisher is a context manager: leaving the context closes the Publisher, and engines go on serving their version.
     """
@@ -74,7 +74,7 @@ class Publisher:
         process_group: GivenGroup = "auto",
         **settings: Unpack[SettingsGiven],
     ) -> None:
-        self._closed, self._turns = False, Turns()
+        self._turns = Turns()
         self._publishing: Publishing | None = None
         """The last round that was begun without waiting."""
         self.metrics_port: int | None = None
@@ -191,23 +191,28 @@ class Publisher:
 
     def close(self) -> None:
         """Leave all engines and free memory and sockets. A second call does nothing. The source's tensors stay valid. A round that was
-        begun with ``wait=False`` is waited for; leaving the context with an error calls it off.
+        begun with ``wait=False`` is waited for; leaving the context with an error calls it off. A call that runs is called off, takes its
+        round back and raises; where ``close`` comes from within that call, as from a signal's handler, the call closes on its way out.
 
         With several ranks each rank closes its own Publisher, in any order; no rank waits for another.
         """
-        if not self._closed:
-            self._closed = True
-            self._dropped.detach()
-            if self._turns.is_child:
-                return  # sockets and engines are the parent's
+        self._turns.end(self._close)
+
+    def _close(self, *, settled: bool) -> None:
+        """``settled``: no call runs."""
+        if not self._dropped.detach():
+            return  # the process ends, and all engines were left
+        try:
             if self._publishing is not None:
                 self._publishing.close()
+        finally:
+            settled = settled and (self._publishing is None or self._publishing.done)
             with torch.inference_mode(False):
-                is_over = self._publishing is None or self._publishing.done
-                settled = is_over and not self._turns.is_taken
-                self._part.close(settled=settled)
-                if settled:
-                    self._holder.give_up()
+                try:
+                    self._part.close(settled=settled)
+                finally:
+                    if settled:
+                        self._holder.give_up()
 
     def __enter__(self) -> Publisher:
         return self
@@ -335,6 +340,7 @@ class Publisher:
                 holder.put_down()
 
         self._publishing = Publishing(run, deadline, source.device, held_s)
+        self._publishing.start()
         return self._publishing
 
     @property
@@ -364,18 +370,15 @@ class Publisher:
 
     # -- pieces
 
-    def _require_open(self) -> None:
-        if self._closed:
-            raise StateError("the publisher is closed", hint="Make a new Publisher")
-
     def _begin(self, timeout_s: float | None, wait_s: float | None = None) -> Deadline:
         """The deadline of a call that begins now, after a wait for engines. A round that was begun without waiting is over then."""
-        self._require_open()
         own = Deadline(self._settings.timeout_s if timeout_s is None else timeout_s)
         deadline = own if wait_s is None else Deadline(own.timeout_s + Deadline(wait_s).timeout_s)
+        self._turns.call_off_by(deadline)
         if self._publishing is not None:
             self._publishing.settle(deadline)
             self._publishing = None
+        self._holder.put_down()  # what a call took that was interrupted before its round began
         return deadline
 
     def _first_rank(self, what: str) -> FirstRank:

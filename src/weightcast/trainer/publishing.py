@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 
@@ -13,7 +14,7 @@ import torch
 from weightcast.at_exit import at_exit
 from weightcast.cuda.wait import own_stream
 from weightcast.deadline import Deadline, result_within
-from weightcast.errors import DeadlineExceeded
+from weightcast.errors import DeadlineExceeded, StateError
 from weightcast.report.model import Report
 from weightcast.trainer.turns import undisturbed
 
@@ -31,13 +32,32 @@ class Publishing:
         self._result: Future[Report] = Future()
         self._thread = threading.Thread(target=self._run, args=(run,), name="weightcast-publishing", daemon=True)
         self._forget = at_exit(self._end)
-        self._thread.start()
+
+    def start(self) -> None:
+        """Begin the round. What interrupts this calls the round off: nobody has this object then."""
+        try:
+            self._thread.start()
+        except BaseException:
+            self.cancel()
+            given_up = Deadline(_START_S)
+            while not self._is_started and not given_up.passed:  # the thread may be on its way
+                time.sleep(0.001)
+            raise
+
+    @property
+    def _is_started(self) -> bool:
+        return self._thread.ident is not None
 
     def _run(self, run: Callable[[], Report]) -> None:
         try:
             with undisturbed(), own_stream(self._device):
                 report = run()
-        except BaseException as error:  # noqa: BLE001 - whatever it is, it belongs to who waits
+        except BaseException as caught:  # noqa: BLE001 - whatever it is, it belongs to who waits
+            error = caught
+            if (
+                isinstance(caught, RuntimeError) and not threading.main_thread().is_alive()
+            ):  # Python begins no thread any more
+                error = StateError("the program ended before the round", hint="Call wait() of what publish() returned")
             logger.warning("the round beside the trainer failed: %s", str(error))
             self._result.set_exception(error)
         else:
@@ -64,15 +84,20 @@ class Publishing:
 
     def settle(self, deadline: Deadline) -> None:
         """Return when the round is over and its thread has ended; DeadlineExceeded where that takes longer."""
-        self._thread.join(deadline.limit_s())
+        if self._is_started:
+            self._thread.join(deadline.limit_s())
         if self._thread.is_alive():
             raise self._late(deadline)
         self._forget()
 
     def close(self) -> None:
-        """Return when the round is over, by its deadline and the grace of its way back."""
-        with contextlib.suppress(DeadlineExceeded):
-            self.settle(Deadline(_GRACE_S + self._deadline.limit_s()))
+        """Return when the round is over, by its deadline and the grace of its way back. What interrupts the wait calls the round off."""
+        try:
+            with contextlib.suppress(DeadlineExceeded):
+                self.settle(Deadline(_GRACE_S + self._deadline.limit_s()))
+        except BaseException:
+            self.cancel()
+            raise
 
     def cancel(self) -> None:
         """Have the round end soon; it is taken back unless it is live."""
@@ -80,7 +105,8 @@ class Publishing:
 
     def _end(self) -> None:
         self.cancel()
-        self._thread.join(_GRACE_S)
+        if self._is_started:
+            self._thread.join(_GRACE_S)
 
     @staticmethod
     def _late(deadline: Deadline) -> DeadlineExceeded:
@@ -92,3 +118,5 @@ class Publishing:
 
 _GRACE_S = 5.0
 """How long after its deadline a round may still be on its way back, and a little more."""
+_START_S = 1.0
+"""How long a thread that was begun may take until it runs."""

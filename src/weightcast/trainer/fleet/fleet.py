@@ -259,6 +259,8 @@ class Fleet:
 
     def _close_workers(self, engine: EngineLink, reason: str, *, settled: bool = True) -> None:
         """Also those who joined and whom an admission that failed did not count. ``settled``: the engine is in no round."""
+        # First: where an exception of a signal handler comes in between, the engine joins again.
+        engine.joined, engine.broken = False, engine.broken or reason
         for worker in engine.workers:
             worker.close_end()
         self.coordinator.forget_engine(engine.name, reason, settled=settled)
@@ -271,10 +273,10 @@ class Fleet:
 
     def remove(self, engine: EngineLink, *, settled: bool = True) -> None:
         """Dismiss an engine; it goes on with what it serves. ``settled``: it is in no round."""
-        self._close_workers(engine, "it closed the publisher, or dismissed this engine", settled=settled)
-        engine.client.close()
         self.engines.remove(engine)
         self._left.append(engine.name)
+        self._close_workers(engine, "it closed the publisher, or dismissed this engine", settled=settled)
+        engine.client.close()
         self.forget_unneeded()
 
     def forget_unneeded(self) -> None:

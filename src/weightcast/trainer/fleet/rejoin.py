@@ -55,8 +55,12 @@ class Rejoiner:
             with self._closing:  # an attempt that runs is one that ``close`` finds
                 if self._closed:
                     continue
-                made = _Attempt(self._pool.submit(self._admit, engine, own), own)
-                self._attempts[engine.name] = made
+                try:
+                    made = _Attempt(self._pool.submit(self._admit, engine, own), own)
+                    self._attempts[engine.name] = made
+                except BaseException:  # of a signal's handler: nobody would wait for the attempt
+                    own.cancel()
+                    raise
             if patience is None or engine.name not in self._sluggish:
                 waiting.append(made.future)
         wait(waiting, patience.remaining_s() if patience is not None else deadline.remaining_s() + GRACE_S)
