@@ -12,6 +12,7 @@ import pytest
 from packaging.requirements import Requirement
 from tests.documents.blocks import ROOT
 
+pytestmark = pytest.mark.timeout(300)  # a busy machine takes its time to import torch in new processes
 PUBLIC = ("weightcast", "weightcast.sources", "weightcast.report", "weightcast.trainer.clients")
 """Modules whose ``__all__`` users import from."""
 
@@ -21,7 +22,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the wheel and the source distribution."""
     folder = tmp_path_factory.mktemp("dist")
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
@@ -34,7 +35,7 @@ def installed(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     python = folder / "bin" / "python"
     (wheel,) = built.glob("*.whl")
     command = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--no-index", str(wheel)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     (site,) = folder.glob("lib/python*/site-packages")
     for name in _needed(_requirements(wheel)):
@@ -74,7 +75,7 @@ def _link(package: Distribution, site: Path) -> None:
 
 def _run(python: Path, *arguments: str) -> str:
     done = subprocess.run(
-        [str(python), "-I", *arguments], capture_output=True, text=True, timeout=100, cwd=python.parent, check=False
+        [str(python), "-I", *arguments], capture_output=True, text=True, timeout=250, cwd=python.parent, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

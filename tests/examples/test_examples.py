@@ -8,6 +8,10 @@ import pytest
 from tests.examples.example_runs import EXAMPLES, learnt, run_example
 from tests.support.warm import Warm, obstacle
 
+pytestmark = pytest.mark.timeout(300)
+LONG_S = 250.0
+"""Of a busy machine; in an idle one an example takes less than ten seconds."""
+
 
 @pytest.fixture
 def run(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., str]:
@@ -24,27 +28,27 @@ def run(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., str]:
 
 @pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: pip install 'weightcast[ray]'")
 def test_rlhf_with_ray() -> None:
-    assert learnt(run_example("rlhf.py", timeout_s=110)) > 0.1
+    assert learnt(run_example("rlhf.py", timeout_s=LONG_S)) > 0.1
 
 
 def test_rlhf_async_replaces_weights_in_flight(run: Callable[..., str]) -> None:
-    printed = run("rlhf_async.py", timeout_s=90)
+    printed = run("rlhf_async.py", timeout_s=LONG_S)
     assert "] 4-" in printed
     assert "] default, [" in printed
 
 
 def test_streams_of_merged_adapters(run: Callable[..., str]) -> None:
-    assert learnt(run("streams.py", timeout_s=90)) > 0.1
+    assert learnt(run("streams.py", timeout_s=LONG_S)) > 0.1
 
 
 def test_a_trainer_with_a_form_of_its_own(run: Callable[..., str]) -> None:
-    assert learnt(run("exported.py", timeout_s=90)) > 0.1
+    assert learnt(run("exported.py", timeout_s=LONG_S)) > 0.1
 
 
 def test_rlhf_http(run: Callable[..., str]) -> None:
-    assert learnt(run("rlhf_http.py", timeout_s=90)) > 0.1
+    assert learnt(run("rlhf_http.py", timeout_s=LONG_S)) > 0.1
 
 
 @pytest.mark.skipif(find_spec("trl") is None, reason="TRL is not installed: pip install 'weightcast[trl]'")
 def test_trl_grpo(run: Callable[..., str]) -> None:
-    assert learnt(run("trl_grpo.py", timeout_s=110)) > 0.05
+    assert learnt(run("trl_grpo.py", timeout_s=LONG_S)) > 0.05

@@ -41,7 +41,7 @@ class RankFailed(RuntimeError):
         self.kind = kind
 
 
-def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 60.0) -> list[Any]:
+def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 100.0) -> list[Any]:
     """Run ``fn(rank, world_size, *args)`` in ``world_size`` processes, and return their values in order of rank.
 
     ``fn`` is a module-level function. The first failure ends all ranks and is raised as RankFailed. A rank that still runs after
