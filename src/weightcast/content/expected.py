@@ -44,7 +44,7 @@ class ExpectedDigest:
         use then, and otherwise once."""
         self._copies = copies
         held = tuple(_source_side(copy) for copy in copies if copy.is_plain)
-        layout = Layout(placements=held, storage_nbytes=tuple(s.numel() for s in memory.storages))
+        layout = Layout(placements=held, storage_nbytes=memory.sizes)
         self._plain = LayoutDigest(manifest, layout, gaps_are_zero=memory.is_arena, part_of_nbytes=part_of_nbytes)
         casts = [copy for copy in copies if copy.nbytes and not copy.is_plain]
         self._casts = _Casts(manifest, casts, part_of_nbytes=part_of_nbytes)
@@ -105,13 +105,13 @@ class StreamedDigest(ExpectedDigest):
     def __init__(self, manifest: Manifest, copies: Sequence[Copy], memory: Memory, layout: Layout) -> None:
         """``layout``: what is in each window."""
         super().__init__(manifest, (), memory)
-        self._windows = {
-            window: ExpectedDigest(manifest, some, memory, part_of_nbytes=nbytes_of(copies))
-            for window, some in parts_of(copies).items()
-            if some
-        }
+        self._manifest, self._nbytes = manifest, nbytes_of(copies)
+        self._parts = {window: some for window, some in parts_of(copies).items() if some}
         self._whole = _whole_windows(copies, layout)
         """Windows of which everything counts, as it lies there."""
+        # On a CPU somebody has digested whole windows already, as a rule; there are thousands of them.
+        late = frozenset[int]() if _is_on_gpu(memory) else self._whole
+        self._windows = {window: self._made(window, memory) for window in self._parts if window not in late}
         self._sum = 0
         self._queued: deque[Callable[[], int]] = deque()
 
@@ -122,12 +122,16 @@ class StreamedDigest(ExpectedDigest):
         return lambda: self._settled(0)
 
     def take(self, window: int, memory: Memory, check: Callable[[], None], known: int | None = None) -> None:
-        digest = self._windows.get(window)
         if known is not None and window in self._whole:
             self._sum = combine([self._sum, known])
-        elif digest is not None:
-            self._queued.append(digest.start(memory, check))
+        elif window in self._parts:
+            if window not in self._windows:
+                self._windows[window] = self._made(window, memory)
+            self._queued.append(self._windows[window].start(memory, check))
             self._settled(QUEUED if _is_on_gpu(memory) else 0)
+
+    def _made(self, window: int, memory: Memory) -> ExpectedDigest:
+        return ExpectedDigest(self._manifest, self._parts[window], memory, part_of_nbytes=self._nbytes)
 
     def _settled(self, most: int) -> int:
         """The sum of what was taken, but for so many windows whose digests are queued."""

@@ -101,7 +101,7 @@ class LayoutDigest:
         from weightcast.cpu.digest import CpuDigest
 
         boxes = [box_of(placement, self._manifest) for placement in self._strided]
-        if memory.gpu is None and not any(storage.is_cuda for storage in memory.storages):
+        if memory.gpu is None and not memory.is_cuda:
             return CpuDigest(self.runs, boxes, memory, self._part_of_nbytes)
         from weightcast.cuda.digest import RunDigest
 

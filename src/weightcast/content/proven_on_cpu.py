@@ -26,8 +26,7 @@ class ProvenReplay:
         self, copies: Sequence[Copy], src: Memory, dst: Memory, manifest: Manifest, kernels: ModuleType
     ) -> None:
         self._memories = (src, dst)
-        sources = [storage.data_ptr() for storage in src.storages]
-        targets = [storage.data_ptr() for storage in dst.storages]
+        sources, targets = src.addresses, dst.addresses
         ranges: list[tuple[int, int, int, int]] = []
         rest: list[Copy] = []
         shared = shared_landings(copies)
@@ -42,8 +41,7 @@ class ProvenReplay:
             rest.append(copy)
         self._pieces = Pieces(ranges, kernels.copy_and_digest_ranges)
         self._replays = [Replay(part, src, dst) for part in slices(rest, SLICE_NBYTES)]
-        sizes = tuple(storage.numel() for storage in dst.storages)
-        landings = Layout(placements=tuple(map(landing_of, rest)), storage_nbytes=sizes)
+        landings = Layout(placements=tuple(map(landing_of, rest)), storage_nbytes=dst.sizes)
         self._rest = LayoutDigest(manifest, landings) if rest else None
 
     def run(self, check: Callable[[], None] = lambda: None) -> int:

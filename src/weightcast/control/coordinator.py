@@ -228,6 +228,21 @@ class Coordinator:
             raise said
         return said
 
+    def check(
+        self,
+        member: Member,
+        deadline: Deadline,
+        *,
+        phase: str,
+        matches: Callable[[Message], bool],
+        cancelled: Callable[[], WeightcastError | None],
+    ) -> None:
+        """Raise what ``take`` would raise now; return where ``take`` would wait."""
+        with self._lock:
+            said = member.said(Refused, matches, phase) or cancelled() or member.late(deadline, phase)
+        if isinstance(said, WeightcastError):
+            raise said
+
     def take_each(
         self,
         members: Sequence[Member],

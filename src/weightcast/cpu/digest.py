@@ -56,7 +56,7 @@ class CpuDigest:
         self._memory = memory
         nbytes = max(sum(run.nbytes for run in runs) + sum(box.nbytes for box in boxes), part_of_nbytes)
         self._kernels = kernels_for(nbytes + len(runs) * RUN_NBYTES)
-        self._addresses = [storage.data_ptr() for storage in memory.storages]
+        self._addresses = memory.addresses
         self._runs = list(runs)
         self._boxes = [_simplest(box, in_memory=self._kernels is not None) for box in boxes]
         self._pieces = None if self._kernels is None else self._compile(self._kernels)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -39,21 +39,27 @@ class Pieces:
     def run(self, check: Callable[[], None] = lambda: None) -> int:
         """Work on all pieces and return the sum of what the kernel says, unsigned. ``check`` is called before each slice and may
         raise."""
-        num_threads = torch.get_num_threads()
-        step = SLICE_NBYTES * num_threads
-        total, start = 0, 0
-        with ThreadPoolExecutor(num_threads) as pool:
-            while start < len(self._ends):
+        num_threads, total = torch.get_num_threads(), 0
+        if num_threads == 1 or len(self._ends) <= 1:
+            for start, end in self._slices(SLICE_NBYTES):
                 check()
-                done = int(self._ends[start - 1]) if start else 0
-                end = max(start + 1, int(np.searchsorted(self._ends, done + step, side="right")))
+                total += self._part(start, end)
+            return total & MASK
+        with ThreadPoolExecutor(num_threads) as pool:
+            for start, end in self._slices(SLICE_NBYTES * num_threads):
+                check()
                 parts = [part for part in np.array_split(np.arange(start, end), num_threads) if len(part)]
-                if len(parts) == 1:
-                    total += self._part(start, end)
-                else:
-                    total += sum(pool.map(lambda part: self._part(int(part[0]), int(part[-1]) + 1), parts))
-                start = end
+                total += sum(pool.map(lambda part: self._part(int(part[0]), int(part[-1]) + 1), parts))
         return total & MASK
+
+    def _slices(self, nbytes: int) -> Iterator[tuple[int, int]]:
+        """The pieces, in order, in slices of about so many bytes: the first one's number, and that of the one behind the last."""
+        start = 0
+        while start < len(self._ends):
+            done = int(self._ends[start - 1]) if start else 0
+            end = max(start + 1, int(np.searchsorted(self._ends, done + nbytes, side="right")))
+            yield start, end
+            start = end
 
     def _part(self, start: int, end: int) -> int:
         return int(self._kernel(*(column[start:end] for column in self._columns), self._weights))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -49,9 +50,24 @@ class Memory:
         self.files = tuple(files) or (None,) * len(self.storages)
         self.number = next(_numbers)
 
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """The bytes of each storage. A stream has thousands of storages, and something is compiled for each."""
+        return tuple(storage.numel() for storage in self.storages)
+
+    @cached_property
+    def addresses(self) -> tuple[int, ...]:
+        """Where each storage begins."""
+        return tuple(storage.data_ptr() for storage in self.storages)
+
+    @cached_property
+    def is_cuda(self) -> bool:
+        """Whether a storage lies on a GPU."""
+        return any(storage.is_cuda for storage in self.storages)
+
     @property
     def nbytes(self) -> int:
-        return sum(storage.numel() for storage in self.storages)
+        return sum(self.sizes)
 
     def view(self, storage: int, dtype: str, offset: int, sizes: Sequence[int], strides: Sequence[int]) -> torch.Tensor:
         """A strided view of ``dtype`` elements; offset and strides in elements. Shares memory with the storage.

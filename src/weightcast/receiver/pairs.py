@@ -237,7 +237,7 @@ class Pairs:
         received: list[tuple[int, int | None]] = []
         for part in pair.parts:
             if pair.awaits_windows:
-                self.windows.wait(id, part, deadline, lambda: self._check_purpose(id))
+                self._wait_filled(pair, id, part, deadline)
             self._entered.append(pair.end)
             with pair.named(self._num_ranks > 1):
                 if changes is not Changes.NONE:
@@ -247,8 +247,20 @@ class Pairs:
                     received.append(pair.end.receive_proven(memory, manifest, deadline, part))
             self._was_written = self._was_written or pair.end.has_written
             if pair.awaits_windows:
-                self._tell(Read(epoch=id.epoch, round=id.round, window=part))
+                self._tell_read(pair, id, part)
         return received
+
+    def _wait_filled(self, pair: Pair, id: RoundId, window: int, deadline: Deadline) -> None:
+        if pair.end.pipes is None:
+            self.windows.wait(id, window, deadline, lambda: self._check_purpose(id))
+        else:
+            pair.end.pipes.wait(id.round, window, deadline, lambda: self._check_purpose(id))
+
+    def _tell_read(self, pair: Pair, id: RoundId, window: int) -> None:
+        if pair.end.pipes is None:
+            self._tell(Read(epoch=id.epoch, round=id.round, window=window))
+        else:
+            pair.end.pipes.tell(id.round, window)
 
     def _check_purpose(self, id: RoundId | None, needs_trainer: bool = True) -> None:
         """Raise where nothing more comes of a round: it is over, or the trainer is gone, or this worker leaves."""

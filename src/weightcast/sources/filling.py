@@ -18,7 +18,7 @@ from weightcast.cuda.wait import new_event, new_stream, wait_event
 from weightcast.deadline import Deadline
 from weightcast.digest.formula import MASK, WORD_NBYTES, word_weights
 from weightcast.digest.regions import run_of
-from weightcast.layout import Placement
+from weightcast.layout import Placement, Region
 from weightcast.layout.memory import Memory
 from weightcast.manifest import Manifest
 from weightcast.manifest.dtypes import itemsize_of
@@ -62,13 +62,10 @@ class Filling:
         """The digest of all that was written into a window since ``begin``; None where not all of it was digested on its way."""
         return self._digests.get(window)
 
-    @torch.no_grad()
     def write(self, piece: Piece, tensor: torch.Tensor, deadline: Deadline) -> None:
         """Copy a box of the tensor to its place; returns when it is there, as the tensor may be overwritten then."""
-        region = piece.placement.region
         if not piece.is_whole:
-            for dim, (start, size) in enumerate(zip(region.offsets, region.sizes, strict=True)):
-                tensor = tensor.narrow(dim, start, size)
+            tensor = _box(tensor, piece.placement.region)
         target = self._views[_key(piece)]
         if target.is_cuda:
             self._copy_on_gpu(target, tensor, deadline)
@@ -76,7 +73,7 @@ class Filling:
         known = self._digests.get(piece.window)
         added = None if known is None or self._kernels is None else self._proven(self._kernels, piece, target, tensor)
         if added is None:
-            target.copy_(tensor)
+            _copy(target, tensor)
         self._digests[piece.window] = None if known is None or added is None else (known + added) & MASK
 
     def _proven(self, kernels: ModuleType, piece: Piece, target: torch.Tensor, tensor: torch.Tensor) -> int | None:
@@ -95,7 +92,7 @@ class Filling:
         ):
             if (address | position) % WORD_NBYTES:
                 return None
-            target.copy_(tensor)
+            _copy(target, tensor)
             return self._run(kernels, address, address, position, run.nbytes)
         if (address | position) % WORD_NBYTES:
             return None
@@ -114,9 +111,21 @@ class Filling:
             self._stream = new_stream(target.device)
         done = new_event()
         with torch.cuda.stream(self._stream):
-            target.copy_(tensor)
+            _copy(target, tensor)
             done.record(self._stream)
         wait_event(done, deadline, "copying a tensor of the stream", lambda: None)
+
+
+@torch.no_grad()
+def _copy(target: torch.Tensor, tensor: torch.Tensor) -> None:
+    target.copy_(tensor)
+
+
+@torch.no_grad()
+def _box(tensor: torch.Tensor, region: Region) -> torch.Tensor:
+    for dim, (start, size) in enumerate(zip(region.offsets, region.sizes, strict=True)):
+        tensor = tensor.narrow(dim, start, size)
+    return tensor
 
 
 def _key(piece: Piece) -> tuple[str, tuple[int, ...]]:

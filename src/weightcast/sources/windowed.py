@@ -30,8 +30,10 @@ SLOTS = 4
 """Windows that there is memory for: one is filled, one is read, and what is told and answered about the others travels meanwhile."""
 
 
-HOST_SLOT_NBYTES = 2**25
-"""Slots in host memory are no larger, whatever a user allows: what was just written into one is then read out of a cache."""
+HOST_SLOT_NBYTES = 2**22
+"""For each of torch's threads, up to MOST_HOST_SLOT_NBYTES: slots in host memory are no larger, whatever a user allows. All of them stay in a
+processor's cache then, so that a stream is written to memory and read out of memory as often as weights that lie still."""
+MOST_HOST_SLOT_NBYTES = 2**25
 
 
 class WindowedSource(Source):
@@ -177,7 +179,9 @@ def _check_window(window_nbytes: object) -> None:
 
 def _slot_nbytes(window_nbytes: int, device: torch.device) -> int:
     slot_nbytes = window_nbytes // (SLOTS * ALIGNMENT) * ALIGNMENT
-    return slot_nbytes if device.type == "cuda" else min(slot_nbytes, HOST_SLOT_NBYTES)
+    if device.type == "cuda":
+        return slot_nbytes
+    return min(slot_nbytes, HOST_SLOT_NBYTES * torch.get_num_threads(), MOST_HOST_SLOT_NBYTES)
 
 
 def _published(forms: Sequence[Form], dtype: torch.dtype | None, rename: Rename | None) -> list[Expected]:

@@ -36,6 +36,7 @@ from weightcast.layout.memory import Memory
 from weightcast.manifest import Manifest
 from weightcast.plan import Copy
 from weightcast.transports.kept import Kept
+from weightcast.transports.window_pipes import WindowPipes
 
 DEFAULT_BUCKET_NBYTES = 64 * 2**20
 
@@ -44,6 +45,9 @@ __all__ = ["DEFAULT_BUCKET_NBYTES", "Facts", "TrainerEnd", "Transport", "WorkerE
 
 class TrainerEnd(ABC):
     """The sending side of one pair. Not thread-safe but for ``abort``."""
+
+    pipes: WindowPipes | None = None
+    """What tells of windows of a stream in place of messages, where the pair has it."""
 
     @abstractmethod
     def offer(self) -> bytes:
@@ -84,6 +88,8 @@ class TrainerEnd(ABC):
 class WorkerEnd(ABC):
     """The receiving side of one pair. Not thread-safe but for ``abort``."""
 
+    pipes: WindowPipes | None = None
+    """What tells of windows of a stream in place of messages, where the pair has it. Open once the end is connected."""
     has_written: bool = True
     """Whether the last ``receive`` may have written anything. An end that cannot tell leaves the value True: live weights count as
     torn when a receive broke off."""

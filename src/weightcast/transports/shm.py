@@ -27,6 +27,7 @@ from weightcast.transports.base import DEFAULT_BUCKET_NBYTES, Facts, TrainerEnd,
 from weightcast.transports.files import FileRef, OpenFile, compile_reads, file_ref, outside
 from weightcast.transports.guard import EndGuard
 from weightcast.transports.recent import Recent
+from weightcast.transports.window_pipes import PipesRef, WindowPipes
 from weightcast.untrusted.known import known
 
 SLICE_NBYTES = 64 * 2**20
@@ -42,11 +43,13 @@ class _Span(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class ShmOffer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Where each storage of the trainer can be read. ``gaps_are_zero`` is explained in Memory.is_arena."""
+    """Where each storage of the trainer can be read. ``gaps_are_zero`` is explained in Memory.is_arena. ``pipes`` tell of the windows of
+    a stream."""
 
     arena: ArenaRef | None
     spans: tuple[_Span, ...]
     gaps_are_zero: bool
+    pipes: PipesRef | None = None
 
 
 class ShmMemory(Memory):
@@ -78,6 +81,8 @@ class ShmTransport(Transport):
     name = "shm"
     pulls = True
     preference = 80
+    has_pipes = True
+    """Whether both ends tell of windows through pipes."""
 
     @classmethod
     def suits(cls, trainer: Facts, worker: Facts) -> bool:
@@ -133,7 +138,7 @@ class ShmTransport(Transport):
     ) -> TrainerEnd:
         if not isinstance(memory, ShmMemory):
             raise StateError("this memory was not adopted by shm")
-        return ShmTrainerEnd(copies, memory)
+        return ShmTrainerEnd(copies, memory, has_pipes=self.has_pipes)
 
     def worker_end(self, offer: bytes, copies: Sequence[Copy]) -> WorkerEnd:
         try:
@@ -147,10 +152,14 @@ class ShmTransport(Transport):
 class ShmTrainerEnd(TrainerEnd):
     """Only says where the memory is. What the trainer writes there, workers see."""
 
-    def __init__(self, copies: Sequence[Copy], memory: ShmMemory) -> None:
+    def __init__(self, copies: Sequence[Copy], memory: ShmMemory, *, has_pipes: bool) -> None:
         self._guard = EndGuard("the trainer's end of a shm pair")
         self._nbytes = {part: nbytes_of(some) for part, some in parts_of(copies).items()}
-        self._offer = msgspec.msgpack.encode(memory.offer())
+        offer = memory.offer()
+        if has_pipes and len(self._nbytes) > 1:
+            self.pipes, ref = WindowPipes.make()
+            offer = msgspec.structs.replace(offer, pipes=ref)
+        self._offer = msgspec.msgpack.encode(offer)
 
     def offer(self) -> bytes:
         return self._offer
@@ -169,6 +178,8 @@ class ShmTrainerEnd(TrainerEnd):
 
     def close(self) -> None:
         self._guard.close()
+        if self.pipes is not None:
+            self.pipes.close()
 
 
 class _Step(Protocol):
@@ -195,6 +206,8 @@ class ShmWorkerEnd(WorkerEnd):
             storage = torch.empty(0, dtype=torch.uint8, device="cpu") if arena is None else map_arena(arena)
             gaps_are_zero = self._offer.gaps_are_zero or storages_are_filled(self._copies, self._offer.spans)
             self._source = Memory([storage], is_arena=gaps_are_zero)
+            if self._offer.pipes is not None:
+                self.pipes = WindowPipes.open(self._offer.pipes)
             for span in self._offer.spans:
                 self._files.append(None if span.file is None else OpenFile(span.file))
             for copy in self._copies:
@@ -253,6 +266,8 @@ class ShmWorkerEnd(WorkerEnd):
         self._steps.clear()
         self._proven.clear()
         self._source = None
+        if self.pipes is not None:
+            self.pipes.close()
         for file in self._files:
             if file is not None:
                 file.close()

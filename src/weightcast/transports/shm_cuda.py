@@ -36,6 +36,7 @@ class ShmCudaTransport(ShmTransport):
 
     name = "shm_cuda"
     preference = 70
+    has_pipes = False
 
     @classmethod
     def suits(cls, trainer: Facts, worker: Facts) -> bool:

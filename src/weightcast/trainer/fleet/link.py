@@ -22,6 +22,7 @@ from weightcast.trainer.clients.base import EngineClient
 from weightcast.trainer.fleet.codec import Codec
 from weightcast.trainer.fleet.places import Places
 from weightcast.transports.base import Transport
+from weightcast.transports.window_pipes import WindowPipes
 
 UNKNOWN = "unknown"
 BELIEVED_NUMBER = 10**12
@@ -33,6 +34,9 @@ up: they have MAX_DIGITS digits (see digest)."""
 
 class SendingEnd(Protocol):
     """What a round does with the sending side of a worker's pairs: a TrainerEnd, or one that several ranks share."""
+
+    @property
+    def pipes(self) -> WindowPipes | None: ...
 
     def connect(self, deadline: Deadline) -> None: ...
 

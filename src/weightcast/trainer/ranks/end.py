@@ -9,6 +9,7 @@ from weightcast.errors import DeadlineExceeded, TransportError, WeightcastError
 from weightcast.trainer.ranks.line import Line
 from weightcast.trainer.ranks.orders import Abort, Connect, Order, Release, Send
 from weightcast.transports.base import TrainerEnd
+from weightcast.transports.window_pipes import WindowPipes
 
 
 class SharedEnd:
@@ -23,6 +24,11 @@ class SharedEnd:
         self._closed = False
         self._first_failure: int | None = None
         line.keep(self)
+
+    @property
+    def pipes(self) -> WindowPipes | None:
+        """Those of this rank's own end: other ranks hold no streams."""
+        return None if self._own is None else self._own.pipes
 
     def connect(self, deadline: Deadline) -> None:
         own = self._own

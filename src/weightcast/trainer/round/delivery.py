@@ -46,15 +46,16 @@ class Delivery:
 
     def show_window(self, pairs: Sequence[Pair], window: int) -> None:
         """A window is filled: have workers read it."""
-        self.show(pairs, window)
-        for _, worker in pairs:
+        for engine, worker in pairs:
             if worker.pulls:
-                self.tell(worker, Filled(epoch=self.epoch, round=self.round, window=window))
+                self._outcomes.guard(engine, "begin", partial(self._show_window, engine, worker, window))
 
     def give(self, engine: EngineLink, worker: WorkerLink, kind: type[Message], phase: str, deadline: Deadline) -> None:
         """Have the worker get all parts that are meant for it. ``kind`` is what the worker says when it has all of them."""
+        has_pipes = worker.end is not None and worker.end.pipes is not None
         for part in worker.parts:
-            self.turns.wait_filled(part, deadline, partial(self._over, engine))
+            if not (has_pipes and self._is_streamed):  # what is read was filled before
+                self.turns.wait_filled(part, deadline, partial(self._over, engine))
             if not worker.pulls:
                 try:
                     self._send(worker, deadline, part)
@@ -81,8 +82,26 @@ class Delivery:
         except TransportError as error:
             self._ask_why(engine, worker, error, Committed if worker.in_place else Staged, "begin")
 
+    def _show_window(self, engine: EngineLink, worker: WorkerLink, window: int) -> None:
+        self._show(engine, worker, window)
+        pipes = worker.end.pipes if worker.end is not None else None
+        if pipes is None:
+            self.tell(worker, Filled(epoch=self.epoch, round=self.round, window=window))
+        else:
+            pipes.tell(self.round, window)
+
     def _wait_read(self, engine: EngineLink, worker: WorkerLink, window: int, phase: str, deadline: Deadline) -> None:
         """Wait until the worker has read a window, whose memory may be overwritten then."""
+        pipes = worker.end.pipes if worker.end is not None else None
+        if pipes is not None:
+
+            def check() -> None:
+                if deadline.passed:
+                    self.turns.wait_filled(window, deadline, partial(self._over, engine))
+                self._check(engine, worker, phase, deadline)
+
+            pipes.wait(self.round, window, deadline, check)
+            return
 
         def is_it(said: Message) -> bool:
             return getattr(said, "window", window) == window
@@ -134,6 +153,12 @@ class Delivery:
 
         return self._coordinator.take(
             worker.member, kind, deadline, phase=phase, matches=is_this_round, cancelled=cancelled
+        )
+
+    def _check(self, engine: EngineLink, worker: WorkerLink, phase: str, deadline: Deadline) -> None:
+        """Raise what ``take`` would raise now."""
+        self._coordinator.check(
+            worker.member, deadline, phase=phase, matches=self._is_of_round, cancelled=partial(self._over, engine)
         )
 
     def take_each(
