@@ -14,8 +14,12 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+from tests.sglang import memory_saver
+
 FAULT = "WEIGHTCAST_TEST_FAULT"
 """Names a file. While the file is there, the worker whose rank the file holds cannot carry out a commit; the file goes with that."""
+SLEEPS = "WEIGHTCAST_TEST_MEMORY_SAVER"
+"""The server's memory saver is the stand-in of memory_saver.py."""
 
 
 def imported() -> None:
@@ -41,6 +45,8 @@ def start(wanted: dict[str, object]) -> None:
     read_again(env)
     if FAULT in env:
         install_fault(env[FAULT])
+    if SLEEPS in env:
+        memory_saver.install()
     argv: list[str] = wanted["argv"]  # type: ignore[assignment]
     if "run" in wanted:
         module, _, name = str(wanted["run"]).partition(":")

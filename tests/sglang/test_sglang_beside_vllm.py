@@ -95,7 +95,6 @@ def engines(launcher: Launcher, model: Path, fault: Path) -> Iterator[list[Engin
         ]
 
 
-@pytest.mark.timeout(420)
 def test_one_publisher_drives_three_engines(engines: list[Engine], model: Path, fault: Path) -> None:
     weights = random_state_dict(model)
     clients = [Refusing(engine.running.url, token=engine.running.token) for engine in engines]

@@ -16,7 +16,6 @@ from weightcast.testing.models import build_tiny_model
 
 HARMFUL: dict[str, Any] = {
     "tokenizer_worker_num": 2,
-    "pp_size": 2,
     "quantization": "fp8",
     "speculative_algorithm": "EAGLE",
     "enable_dp_attention": True,
@@ -68,6 +67,13 @@ def test_settings_are_refused_by_name(settings: dict[str, Any]) -> None:
     for name, value in HARMFUL.items():
         with pytest.raises(Unsupported, match=name):
             refuse_settings(_Args({**settings, name: value}))
+
+
+def test_a_pipeline_over_several_machines_is_refused_by_name(settings: dict[str, Any]) -> None:
+    refuse_settings(_Args({**settings, "pp_size": 2}))
+    refuse_settings(_Args({**settings, "nnodes": 2}))
+    with pytest.raises(Unsupported, match="pp_size, nnodes"):
+        refuse_settings(_Args({**settings, "pp_size": 2, "nnodes": 2}))
 
 
 def test_a_setting_that_is_not_known_any_more_is_told(settings: dict[str, Any]) -> None:
@@ -123,11 +129,25 @@ def test_a_cache_that_is_not_flushed_changes_nothing_and_the_queue_is_kept() -> 
     assert scheduler._engine_paused
 
 
+def test_every_worker_has_a_rank_of_its_own() -> None:
+    """Tensor-parallel ranks of one stage come first, then the stages of one replica."""
+    from weightcast.engines.sglang.worker import SchedulerCalls
+
+    scheduler, ranks = Scheduled(), []
+    for dp_rank in range(2):
+        for pp_rank in range(3):
+            for tp_rank in range(2):
+                place = {"tp_rank": tp_rank, "tp_size": 2, "pp_rank": pp_rank, "pp_size": 3, "dp_rank": dp_rank}
+                scheduler.ps = SimpleNamespace(**place)
+                ranks.append(SchedulerCalls(scheduler).rank)
+    assert ranks == list(range(12))
+
+
 class Scheduled:
     """As much of a scheduler of SGLang 0.5.16 as standing still needs."""
 
     def __init__(self, **args: bool) -> None:
-        self.ps = SimpleNamespace(tp_rank=0, tp_size=1, pp_size=1, dp_rank=None)
+        self.ps = SimpleNamespace(tp_rank=0, tp_size=1, pp_rank=0, pp_size=1, dp_rank=None)
         self.server_args = SimpleNamespace(**args)
         self.waiting_queue = ["a request"]
         self.flushes, self._engine_paused = True, False

@@ -21,6 +21,8 @@ from typing import Any, ClassVar, TypeVar
 from weightcast.commit.order import RoundOrder, Serving, Standing
 from weightcast.commit.updates import update_info
 from weightcast.commit.worker_outcome import (
+    KEYS_AND_VALUES,
+    WEIGHTS,
     WorkerOutcome,
     asleep_tags,
     outcomes_from,
@@ -44,6 +46,8 @@ class StockEngine(ABC):
 
     product: ClassVar[str]
     """The engine's name in errors, such as "vLLM"."""
+    tags_by_name: ClassVar[tuple[str, ...]] = (WEIGHTS, KEYS_AND_VALUES)
+    """The kinds of memory that the engine wakes up when it is told their names. Others wake with any of them."""
 
     @property
     def in_one_step(self) -> bool:
@@ -188,7 +192,7 @@ class StockPort:
     async def wake(self, tags: Sequence[str]) -> tuple[str, ...]:
         """Wake up what sleeps of these tags, or all of it where none are given; what sleeps on. Unsupported where nothing can sleep."""
         self.engine.require_sleep()
-        wanted = tags_to_wake(await self.ask("status"), tags)
+        wanted = tags_to_wake(await self.ask("status"), tags, self.engine.tags_by_name)
         if wanted:
             await self._named(self.engine.wake_up(wanted))
         return asleep_tags(await self.ask("status"))

@@ -119,11 +119,13 @@ def asleep_tags(outcomes: Sequence[WorkerOutcome]) -> tuple[str, ...]:
     return tuple(sorted({tag for outcome in outcomes for tag in outcome.asleep}))
 
 
-def tags_to_wake(outcomes: Sequence[WorkerOutcome], tags: Sequence[str]) -> list[str]:
-    """What vLLM is told to wake: those of the ``tags`` (all, where none are given) that sleep. vLLM 0.26 and 0.27 map memory that is
-    awake once more where they are told to wake it, so nothing else is named."""
+def tags_to_wake(
+    outcomes: Sequence[WorkerOutcome], tags: Sequence[str], known: Sequence[str] = (WEIGHTS, KEYS_AND_VALUES)
+) -> list[str]:
+    """What an engine is told to wake: those of the ``tags`` (all, where none are given) that sleep and that the engine wakes by name,
+    ``known``. vLLM 0.26 and 0.27 map memory that is awake once more where they are told to wake it, so nothing else is named."""
     asleep = asleep_tags(outcomes)
-    return [tag for tag in (WEIGHTS, KEYS_AND_VALUES) if tag in asleep and (not tags or tag in tags)]
+    return [tag for tag in known if tag in asleep and (not tags or tag in tags)]
 
 
 def sleeps(outcomes: Sequence[WorkerOutcome]) -> bool:

@@ -20,11 +20,12 @@ class WeightcastOrder(PauseGenerationReqInput, kw_only=True):  # type: ignore[mi
 
 
 class WeightcastAnswer(BaseReq, kw_only=True):  # type: ignore[misc, call-arg]
-    """The outcomes of one replica's workers."""
+    """The outcomes of the workers of one replica, or of one stage of a pipeline there. ``still``: no batch is on its way there."""
 
     number: int = 0
     outcomes: bytes = b""
     paused: bool = False
+    still: bool = True
 
 
 def packed(value: Any) -> bytes:

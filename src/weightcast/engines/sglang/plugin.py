@@ -49,7 +49,9 @@ def register() -> None:
 
     hook_custom_types(WeightcastOrder, WeightcastAnswer)
     if SCHEDULER in sys.modules:
+        HookRegistry.register(f"{SCHEDULER}.Scheduler.init_ipc_channels", _where_to_answer, HookType.AFTER)
         HookRegistry.register(f"{SCHEDULER}.Scheduler.init_request_dispatcher", _in_scheduler, HookType.AFTER)
+        HookRegistry.register(f"{SCHEDULER}.Scheduler.get_next_batch_to_run", _none_while_paused, HookType.AROUND)
         HookRegistry.register(f"{SCHEDULER}.Scheduler.continue_generation", _not_while_held, HookType.AROUND)
         manager = f"{UPDATER}.SchedulerWeightUpdaterManager"
         HookRegistry.register(f"{manager}.release_memory_occupation", _before_sleep, HookType.BEFORE)
@@ -77,8 +79,33 @@ def _in_scheduler(result: Any, scheduler: Any, *_: Any, **__: Any) -> None:
     from weightcast.engines.sglang.messages import WeightcastOrder
     from weightcast.engines.sglang.worker import SchedulerCalls
 
-    scheduler.weightcast = SchedulerCalls(scheduler)
-    scheduler._request_dispatcher += TypeBasedDispatcher([(WeightcastOrder, scheduler.weightcast.handle)])
+    calls = scheduler.weightcast = SchedulerCalls(scheduler)
+    handle = _answering(scheduler) if calls.answers_itself else calls.handle
+    scheduler._request_dispatcher += TypeBasedDispatcher([(WeightcastOrder, handle)])
+
+
+def _where_to_answer(result: Any, scheduler: Any, port_args: Any, *_: Any, **__: Any) -> None:
+    scheduler.weightcast_answers_to = port_args.tokenizer_ipc_name
+
+
+def _answering(scheduler: Any) -> Any:
+    """A handler that sends its answer itself: SGLang has a way to the process that serves requests in a pipeline's first stage alone."""
+    import zmq
+    from sglang.srt.utils.network import get_zmq_socket
+
+    socket = get_zmq_socket(zmq.Context(1), zmq.PUSH, scheduler.weightcast_answers_to, False)
+    sender = type(scheduler.ipc_channels.send_to_tokenizer)(socket)
+    return lambda order: sender.send_output(scheduler.weightcast.handle(order), order)
+
+
+def _none_while_paused(next_batch: Any, scheduler: Any, **batches: Any) -> Any:
+    """SGLang's loop for pipelines does not ask whether the scheduler is paused."""
+    calls = getattr(scheduler, "weightcast", None)
+    if calls is None or not calls.stands:
+        return next_batch(scheduler, **batches)
+    from sglang.srt.managers.schedule_batch import NextBatchPlan
+
+    return NextBatchPlan(batch_to_run=None, running_batch=batches["running_batch"])
 
 
 def _not_while_held(go_on: Any, scheduler: Any, *arguments: Any, **named: Any) -> Any:

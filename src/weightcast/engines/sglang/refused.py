@@ -11,7 +11,6 @@ from weightcast.errors import Unsupported
 WITHOUT = "Start SGLang without it"
 REFUSED = (
     Refused("tokenizer_worker_num", 1, "several tokenizer processes are", "Start SGLang with --tokenizer-worker-num 1"),
-    Refused("pp_size", 1, "pipeline parallelism is", "Start SGLang with --tp-size instead"),
     Refused("quantization", None, "quantisation is", WITHOUT),
     Refused("speculative_algorithm", None, "speculative decoding is", WITHOUT),
     Refused("enable_dp_attention", False, "data-parallel attention is", WITHOUT),
@@ -40,6 +39,11 @@ NOT_EVERYWHERE = {
 def refuse_settings(server_args: Any) -> None:
     """Raise Unsupported for the first setting that weights cannot be transferred with."""
     refuse(server_args, REFUSED, SUPPORTED)
+    if server_args.pp_size > 1 and server_args.nnodes > 1:
+        raise Unsupported(
+            "a pipeline over several machines is not supported with weight transfer (pp_size, nnodes)",
+            hint="Start SGLang with --tp-size instead",
+        )
     for setting, (what, harmless) in NOT_EVERYWHERE.items():
         if getattr(server_args, setting, harmless[0]) not in harmless:
             raise Unsupported(f"{what} is not supported with weight transfer ({setting})", hint=WITHOUT)

@@ -27,7 +27,7 @@ class StandingScheduler:
 
             place = get_parallel()
         self.tp_rank, self.tp_size = int(place.tp_rank), int(place.tp_size)
-        self.pp_size = int(place.pp_size)
+        self.pp_rank, self.pp_size = int(place.pp_rank), int(place.pp_size)
         self.dp_rank = int(place.dp_rank or 0)
 
     @staticmethod
@@ -56,6 +56,12 @@ class StandingScheduler:
         return bool(self.scheduler._engine_paused)
 
     @property
+    def is_still(self) -> bool:
+        """Whether no batch is on its way through the stages of a pipeline. All stages say the same of the same order, as they take the
+        same steps between their orders."""
+        return self.pp_size == 1 or all(batch is None or batch.is_empty() for batch in self.scheduler.mbs)
+
+    @property
     def sleeping_tags(self) -> tuple[str, ...]:
         """The memory that ``release_memory_occupation`` gave away. Without SGLang's memory saver all of it is still there."""
         if not self.scheduler.server_args.enable_memory_saver:
@@ -80,7 +86,7 @@ class StandingScheduler:
 
         The scheduler is paused after that, also where this raises.
         """
-        self.scheduler.pause_generation(PauseGenerationReqInput(mode="retract"))
+        self._retract()
         # Older schedulers do not flush while requests wait, which hold no keys and values: they were retracted.
         waiting, self.scheduler.waiting_queue = self.scheduler.waiting_queue, type(self.scheduler.waiting_queue)()
         try:
@@ -96,6 +102,22 @@ class StandingScheduler:
     def name(self, version: str) -> None:
         """Name the version that tokens from now on are of."""
         return
+
+    def _retract(self) -> None:
+        """Pause, and queue what is in flight again. SGLang does so for one batch; a pipeline has one for each of its stages, or more."""
+        scheduler = self.scheduler
+        if self.pp_size == 1:
+            scheduler.pause_generation(PauseGenerationReqInput(mode="retract"))
+            return
+        self.pause()
+        if not self.is_still:
+            raise EngineError("a batch is still on its way through SGLang's pipeline", hint="Publish again")
+        here = scheduler.running_batch
+        for number, batch in enumerate(scheduler.running_mbs):
+            scheduler.running_batch, scheduler.last_batch = batch, scheduler.last_mbs[number]
+            scheduler.pause_generation(PauseGenerationReqInput(mode="retract"))
+            scheduler.last_mbs[number] = None
+        scheduler.running_batch, scheduler.last_batch = here, None
 
 
 class SpanningScheduler(StandingScheduler):

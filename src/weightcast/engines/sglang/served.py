@@ -16,7 +16,7 @@ from sglang.srt.managers.io_struct import ResumeMemoryOccupationReqInput
 from sglang.utils import TypeBasedDispatcher
 
 from weightcast.commit.stock import StockEngine
-from weightcast.commit.worker_outcome import first_error, outcomes_from
+from weightcast.commit.worker_outcome import KEYS_AND_VALUES, WEIGHTS, first_error, outcomes_from
 from weightcast.engines.sglang.messages import WeightcastAnswer, WeightcastOrder, packed, unpacked
 from weightcast.engines.sglang.refused import refuse_settings
 from weightcast.errors import Unsupported, WeightcastError
@@ -37,6 +37,7 @@ class SglangEngine(StockEngine):
     """The engine behind one TokenizerManager."""
 
     product = "SGLang"
+    tags_by_name = (WEIGHTS, KEYS_AND_VALUES, "cuda_graph")
 
     def __init__(self, manager: Any) -> None:
         self.manager = manager
@@ -45,13 +46,15 @@ class SglangEngine(StockEngine):
         self._numbers = itertools.count(1)
         self._may_be_paused = False
         """Weightcast paused a scheduler, or a scheduler said that it stands."""
+        self._is_still = True
+        """No batch was on its way through a pipeline when its stages answered last."""
         manager._result_dispatcher += TypeBasedDispatcher([(WeightcastAnswer, self._answered)])
 
     # -- what commits ask
 
     @property
     def in_one_step(self) -> bool:
-        return self._num_replicas == 1
+        return self._num_parts == 1
 
     @property
     def model_name(self) -> str:
@@ -77,6 +80,7 @@ class SglangEngine(StockEngine):
         finally:
             del self._calls[number]
         self._may_be_paused = any(answer.paused for answer in answers)
+        self._is_still = all(answer.still for answer in answers)
         return [outcome for answer in answers for outcome in unpacked(answer.outcomes)]
 
     async def update(self, info: Mapping[str, Any], clear_cache: bool) -> list[Any]:
@@ -97,7 +101,15 @@ class SglangEngine(StockEngine):
                 if mode == "abort":
                     self.manager.abort_request(abort_all=True)
                 await asyncio.sleep(LOOK_S)
-        await self._done("pause", {"clear_cache": clear_cache})
+        if int(self._args.pp_size) == 1:
+            await self._done("pause", {"clear_cache": clear_cache})
+            return
+        await self._done("pause", {"clear_cache": False})
+        while not self._is_still:
+            await asyncio.sleep(LOOK_S)
+            await self.call_workers("status", {})
+        if clear_cache:
+            await self.forget_cache()
 
     async def resume(self) -> None:
         await self._done("resume", {})
@@ -139,12 +151,17 @@ class SglangEngine(StockEngine):
     def _num_replicas(self) -> int:
         return int(self._args.dp_size)
 
+    @property
+    def _num_parts(self) -> int:
+        """Groups of schedulers that have no step in common: replicas, and the stages of their pipelines."""
+        return self._num_replicas * int(self._args.pp_size)
+
     def _answered(self, answer: WeightcastAnswer) -> None:
         call = self._calls.get(answer.number)
         if call is None:
             return
         call.answers.append(answer)
-        if len(call.answers) == self._num_replicas and not call.done.done():
+        if len(call.answers) == self._num_parts and not call.done.done():
             call.done.set_result(call.answers)
 
     async def _done(self, action: str, payload: Mapping[str, Any]) -> None:

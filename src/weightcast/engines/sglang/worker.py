@@ -37,22 +37,36 @@ class SchedulerCalls:
         self.held = False
         """The scheduler stands because its weights are of no version, or not those of the other workers."""
         step = self._standing
-        self._rank = (step.dp_rank * step.pp_size) * step.tp_size + step.tp_rank
+        self.rank = (step.dp_rank * step.pp_size + step.pp_rank) * step.tp_size + step.tp_rank
         self.worker = StockWorker(
-            WorkerRank(rank=self._rank, world_size=self._rank + 1),
+            WorkerRank(rank=self.rank, world_size=self.rank + 1),
             lambda: SglangModel(step.model, step.device, lambda: step.sleeping_tags),
             lambda: step.sleeping_tags,
         )
 
     def handle(self, order: WeightcastOrder) -> WeightcastAnswer:
-        """The outcomes of all tensor-parallel ranks of this replica. Broad except on purpose: see the module's first lines."""
+        """The outcomes of all tensor-parallel ranks of this replica, or of this stage of it. Broad except on purpose: see the module's
+        first lines."""
         try:
             payload = unpacked(order.payload)
             outcomes = self._carry_out(order.action, payload)
         except Exception as error:
             logger.exception("weight transfer: %s failed", order.action)
-            outcomes = [refusal(self._rank, ErrorForm.of(error).error())]
-        return WeightcastAnswer(number=order.number, outcomes=packed(outcomes), paused=self._standing.paused)
+            outcomes = [refusal(self.rank, ErrorForm.of(error).error())]
+        step = self._standing
+        return WeightcastAnswer(
+            number=order.number, outcomes=packed(outcomes), paused=step.paused, still=step.is_still
+        )  # fmt: skip
+
+    @property
+    def stands(self) -> bool:
+        """Whether this stage of a pipeline may begin no batch."""
+        return self._standing.pp_size > 1 and self._standing.paused
+
+    @property
+    def answers_itself(self) -> bool:
+        """Whether SGLang sends nothing from here to the process that serves requests, and the answer is of this stage."""
+        return self._standing.pp_rank > 0 and self._standing.tp_rank == 0
 
     def before_sleep(self, tags: Sequence[str] | None) -> None:
         """SGLang is about to give memory away. Weights come back with their values only where SGLang keeps a copy of them."""
