@@ -74,3 +74,31 @@ def test_a_round_whose_changes_are_no_shorter_is_told_as_one_of_all_values() -> 
         codec.sent_nbytes = sent
         codec.note(NBYTES, 1.0)
         assert codec.as_sent() == told
+
+
+@pytest.mark.parametrize("factor", [1.05, 2.0, 5.0, 20.0])
+def test_trying_changes_again_costs_two_in_a_hundred_at_most(factor: float) -> None:
+    """A round that keeps what it sends, as one before changes does, takes half as long again."""
+    codec = Codec(wish="auto")
+    rounds(codec, 3, values_s=1.0, changes_s=factor)
+    count, took, tried = 100 * AGAIN, 0.0, 0
+    for _ in range(count):
+        codec.choose()
+        codec.sent_nbytes = 10**7 if codec.changes else NBYTES
+        seconds = factor if codec.changes else 1.5 if codec.is_kept else 1.0
+        codec.note(NBYTES, seconds)
+        took, tried = took + seconds, tried + codec.changes
+    assert tried
+    assert took <= 1.02 * count
+
+
+def test_looking_for_changes_before_they_travel_counts_as_their_time() -> None:
+    """A worker that is written in place measures only what its commit waits for."""
+    codec = Codec(wish="auto")
+    chosen = []
+    for _ in range(6):
+        codec.choose()
+        codec.looked_s = 2.0 if codec.changes else 0.0
+        codec.note(NBYTES, 0.1 if codec.changes else 1.0)
+        chosen.append(codec.changes)
+    assert chosen == [False, False, True, False, False, False]

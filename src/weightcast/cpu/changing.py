@@ -18,6 +18,9 @@ from weightcast.digest.formula import BLOCK_WORDS, FOLD, WORD_NBYTES
 
 Ints = npt.NDArray[np.int64]
 _CHUNK_WORDS = 1024
+_WORD_BITS = WORD_NBYTES.bit_length() - 1
+_BLOCK_BITS = BLOCK_WORDS.bit_length() - 1
+"""Divisions by powers of two are shifts: numba's round to negative infinity, and take longer than all else."""
 _ESCAPE = 255
 _COUNT, _GAPS, _VALUES, _LAST = range(4)
 
@@ -95,7 +98,7 @@ def _find(  # type: ignore[no-untyped-def]
                     was[low:high], now[low:high], indices[:count], low * per_word, row, starts, images, dims, sizes, strides,
                     itemsize, weights, gaps, wide_gaps, values, wide_values, state, sums,
                 )  # fmt: skip
-                _renew(was[low:high], now[low:high], indices[:count], per_word)
+                _renew(was[low:high], now[low:high], indices[:count], _word_of(per_word))
         tail, end = nbytes - words * WORD_NBYTES, words * WORD_NBYTES
         if tail:
             last_was[0] = np.uint64(_last_word(olds[row] + end, tail))
@@ -129,9 +132,16 @@ def _differing(was, now, itemsize, indices):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def _renew(was, now, indices, per_word):  # type: ignore[no-untyped-def]
+def _renew(was, now, indices, shift):  # type: ignore[no-untyped-def]
     for k in range(len(indices)):
-        was[indices[k] // per_word] = now[indices[k] // per_word]
+        word = np.uint64(indices[k]) >> shift
+        was[word] = now[word]
+
+
+@njit(nogil=True, cache=True)
+def _word_of(per_word):  # type: ignore[no-untyped-def]
+    """By how many bits the number of an element is shifted for that of its word."""
+    return np.uint64((per_word > 1) + (per_word > 2) + (per_word > 4))
 
 
 @njit(nogil=True, cache=True)
@@ -139,18 +149,19 @@ def _note(  # type: ignore[no-untyped-def]
     was, now, indices, first, row, starts, images, dims, sizes, strides, itemsize, weights, gaps, wide_gaps, values, wide_values,
     state, sums,
 ):  # fmt: skip
-    per_word, bits = np.uint64(WORD_NBYTES // itemsize), np.uint64(8 * itemsize)
+    bits, to_word = np.uint64(8 * itemsize), _word_of(WORD_NBYTES // itemsize)
+    inside = (np.uint64(1) << to_word) - np.uint64(1)
     mask = np.uint64(0xFFFFFFFFFFFFFFFF) >> np.uint64(64 - 8 * itemsize)
     one, top = np.uint64(1), np.uint64(8 * itemsize - 1)
     count, num_gaps, num_values, last = state[_COUNT], state[_GAPS], state[_VALUES], state[_LAST]
     before, after, block, weight = np.int64(0), np.int64(0), np.int64(-1), np.int64(0)
+    start, image, is_flat, stride = starts[row] + first, images[row], dims[row] == 1, strides[row, 0] * itemsize
     for k in range(len(indices)):
         index = np.uint64(indices[k])
-        word, shift = index // per_word, (index % per_word) * bits
+        word, shift = index >> to_word, (index & inside) * bits
         old, new = (was[word] >> shift) & mask, (now[word] >> shift) & mask
-        element = first + indices[k]
-        gap = starts[row] + element - last - 1
-        last = starts[row] + element
+        gap = start + indices[k] - last - 1
+        last = start + indices[k]
         if gap < _ESCAPE:
             gaps[count] = gap
         else:
@@ -166,9 +177,12 @@ def _note(  # type: ignore[no-untyped-def]
             wide_values[num_values] = folded
             num_values += 1
         count += 1
-        at = images[row] + _offset(element, row, dims, sizes, strides) * itemsize
-        if at // WORD_NBYTES // BLOCK_WORDS != block:
-            block = at // WORD_NBYTES // BLOCK_WORDS
+        if is_flat:
+            at = image + (first + indices[k]) * stride
+        else:
+            at = image + _offset(first + indices[k], row, dims, sizes, strides) * itemsize
+        if at >> (_WORD_BITS + _BLOCK_BITS) != block:
+            block = at >> (_WORD_BITS + _BLOCK_BITS)
             weight = _block_weight(block)
         before += _term(old, at, weights) * weight
         after += _term(new, at, weights) * weight
@@ -180,8 +194,6 @@ def _note(  # type: ignore[no-untyped-def]
 @njit(nogil=True, cache=True)
 def _offset(element, row, dims, sizes, strides):  # type: ignore[no-untyped-def]
     """How far an element lies behind the first one, in elements; ``element`` counts row by row."""
-    if dims[row] == 1:
-        return element * strides[row, 0]
     offset, rest = np.int64(0), np.uint64(element)
     for dim in range(dims[row] - 1, 0, -1):
         size = np.uint64(sizes[row, dim])
@@ -193,8 +205,8 @@ def _offset(element, row, dims, sizes, strides):  # type: ignore[no-untyped-def]
 @njit(nogil=True, cache=True)
 def _term(bits, at, weights):  # type: ignore[no-untyped-def]
     """What an element adds to the digest, but for its block's weight."""
-    word = np.int64(bits << np.uint64(8 * (at % WORD_NBYTES)))
-    return (word + FOLD * (word >> 32)) * weights[(at // WORD_NBYTES) % BLOCK_WORDS]
+    word = np.int64(bits << np.uint64(8 * (at & (WORD_NBYTES - 1))))
+    return (word + FOLD * (word >> 32)) * weights[np.uint64(at >> _WORD_BITS) & np.uint64(BLOCK_WORDS - 1)]
 
 
 # -- applying
@@ -245,7 +257,8 @@ def _apply(  # type: ignore[no-untyped-def]
     gaps = carray(_pointer(gaps_at), (count,), np.uint8)
     values = carray(_pointer(values_at), (count,), np.uint8)
     places, positions = np.empty(_CHUNK_WORDS, np.int64), np.empty(_CHUNK_WORDS, np.int64)
-    last, row, wide_gap, wide_value = np.int64(-1), 0, 0, 0
+    last, row, end, wide_gap, wide_value = np.int64(-1), -1, np.int64(-1), 0, 0
+    start, target, image, is_flat, step, stride = np.int64(0), np.int64(0), np.int64(0), True, np.int64(0), np.int64(0)
     one, mask = np.uint64(1), np.uint64(0xFFFFFFFFFFFFFFFF) >> np.uint64(64 - 8 * itemsize)
     for low in range(0, count, _CHUNK_WORDS):
         high = min(count, low + _CHUNK_WORDS)
@@ -255,12 +268,18 @@ def _apply(  # type: ignore[no-untyped-def]
                 gap = wide_gaps[wide_gap]
                 wide_gap += 1
             last += gap + 1
-            while last >= ends[row]:
-                row += 1
-            element = last - starts[row]
-            place = targets[row] + _offset(element, row, dims, sizes, target_strides) * itemsize
-            places[k - low] = place
-            positions[k - low] = images[row] + _offset(element, row, dims, sizes, image_strides) * itemsize
+            if last >= end:
+                while row < 0 or last >= ends[row]:
+                    row += 1
+                start, end, target, image = starts[row], ends[row], targets[row], images[row]
+                is_flat = dims[row] == 1
+                step, stride = target_strides[row, 0] * itemsize, image_strides[row, 0] * itemsize
+            if is_flat:
+                places[k - low] = target + (last - start) * step
+                positions[k - low] = image + (last - start) * stride
+            else:
+                places[k - low] = target + _offset(last - start, row, dims, sizes, target_strides) * itemsize
+                positions[k - low] = image + _offset(last - start, row, dims, sizes, image_strides) * itemsize
         sums[0] += _digest_at(places[: high - low], positions[: high - low], itemsize, weights)
         for k in range(low, high):
             folded = np.uint64(values[k])
@@ -277,8 +296,8 @@ def _digest_at(places, positions, itemsize, weights):  # type: ignore[no-untyped
     total, block, weight = np.int64(0), np.int64(-1), np.int64(0)
     for k in range(len(places)):
         at = positions[k]
-        if at // WORD_NBYTES // BLOCK_WORDS != block:
-            block = at // WORD_NBYTES // BLOCK_WORDS
+        if at >> (_WORD_BITS + _BLOCK_BITS) != block:
+            block = at >> (_WORD_BITS + _BLOCK_BITS)
             weight = _block_weight(block)
         total += _term(_read(places[k], itemsize), at, weights) * weight
     return total
@@ -316,7 +335,7 @@ def digest_of(bits: npt.NDArray[np.uint64], positions: Ints, weights: Ints) -> i
 def _digest_of(bits, positions, weights):  # type: ignore[no-untyped-def]
     total = np.int64(0)
     for k in range(len(bits)):
-        block = positions[k] // WORD_NBYTES // BLOCK_WORDS
+        block = positions[k] >> (_WORD_BITS + _BLOCK_BITS)
         total += _term(bits[k], positions[k], weights) * _block_weight(block)
     return total
 

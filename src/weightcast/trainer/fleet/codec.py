@@ -14,7 +14,8 @@ from weightcast.trainer.settings import Delta
 FAST_BYTES_S = 1.5e9
 """Links that are faster bring all values before changes of these could be found."""
 AGAIN = 50
-"""After so many rounds of all values it is tried again whether changes are faster."""
+"""After so many rounds of all values it is tried again whether changes are faster; later where changes took several times as long, so
+that trying costs two in a hundred of the time at most."""
 
 
 @dataclass(slots=True)
@@ -32,6 +33,8 @@ class Codec:
     """Why the present round sends what it does."""
     sent_nbytes: int = 0
     """Bytes that the present round has sent."""
+    looked_s: float = 0.0
+    """For how long the present round has looked for changes before any byte travelled."""
     _whole_nbytes: int = 0
     """Bytes that the last round of all values sent."""
     _rounds: int = 0
@@ -44,7 +47,7 @@ class Codec:
 
     def choose(self) -> None:
         """Choose for the round that begins."""
-        self.sent_nbytes = 0
+        self.sent_nbytes, self.looked_s = 0, 0.0
         self.is_kept, self.reason = self._keeps()
         self.changes = self.is_kept and self._rounds > 0
         if self.is_kept and not self.changes:
@@ -72,16 +75,20 @@ class Codec:
         told = f"all values take {seconds:.3g} s ({rate / 1e9:.3g} GB/s)"
         if rate > FAST_BYTES_S:
             return False, f"{told}, as fast as changes are found"
-        if self._of_changes is None or self._since >= AGAIN:
+        if self._of_changes is None:
             return True, told
         changed, took = self._of_changes
+        if self._since >= AGAIN * max(1.0, took / max(seconds, 1e-9)):
+            return True, told
         return took < seconds, f"{told}, changes {took:.3g} s ({changed} bytes)"
 
     def note(self, nbytes: int, seconds: float) -> None:
         """The worker has all of the present round: so many bytes landed, and that took so long."""
         if self.changes:
-            self._of_changes, self._since = (self.sent_nbytes, seconds), 0
+            self._of_changes, self._since = (self.sent_nbytes, seconds + self.looked_s), 0
         else:
-            self._of_values, self._whole_nbytes = (nbytes, seconds), self.sent_nbytes
+            self._whole_nbytes = self.sent_nbytes
+            if not self.is_kept:  # a round that keeps what it sends takes longer than one that need not
+                self._of_values = nbytes, seconds
             self._since += 1
         self._rounds = self._rounds + 1 if self.is_kept else 0

@@ -250,7 +250,9 @@ class Round:
 
         def work() -> None:
             if worker.end is not None:
+                start = time.perf_counter()
                 worker.end.look(self._brief.round, self._transfer_deadline)
+                worker.codec.looked_s = time.perf_counter() - start
 
         self._outcomes.guard(engine, "transfer", work, worker)
 
