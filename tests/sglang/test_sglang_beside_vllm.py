@@ -86,7 +86,7 @@ def engines(launcher: Launcher, model: Path, fault: Path) -> Iterator[list[Engin
     with (
         launcher.server(model, env={FAULT: str(fault)}) as sglang,
         vllm_server(model, programs=VLLM) as vllm,
-        embedded_server(model, secrets.token_hex(8)) as (embedded, _),
+        embedded_server(model, secrets.token_hex(8)) as embedded,
     ):
         yield [
             Engine(sglang, EXACT, lambda: [(tokens, []) for tokens in sglang.answers(PROMPTS)]),

@@ -7,9 +7,7 @@ from pathlib import Path
 
 import pytest
 from tests.sglang.servers import Launcher, Server
-from tests.support.embedded_server import embedded_server
 
-from weightcast import Publisher
 from weightcast.testing.engine_suite import NEVER_ENDING, Answer, EngineSuite, Running
 from weightcast.testing.models import random_state_dict
 from weightcast.testing.reference import PROMPTS, Reference, replace
@@ -42,21 +40,6 @@ class TestSglang(EngineSuite):
         words = (str(checkpoint), running.url, running.token, moment)
         log = self.folder / "doomed.log"
         return self.launcher.wait(self.launcher.run("weightcast.testing.doomed_trainer:main", *words, log=log))
-
-    def test_one_publisher_drives_sglang_and_an_embedded_server(self, running: Server, model: Path) -> None:
-        weights = random_state_dict(model)
-        with (
-            embedded_server(model, running.token) as (embedded, _),
-            Publisher(weights, [running.url, embedded.url], token=running.token, timeout_s=60) as publisher,
-        ):
-            for _ in range(2):
-                replace(weights, model)
-                report = publisher.publish()
-                assert report.digests_match
-                assert {engine.version for engine in report.engines} == {report.version}
-                fresh = Reference(model, weights).answers()
-                assert running.answers(PROMPTS) == fresh
-                assert [ids for ids, _ in embedded.answers(PROMPTS)] == fresh
 
     def test_sglangs_own_update_takes_the_version_with_it(self, running: Server, model: Path) -> None:
         weights = random_state_dict(model)

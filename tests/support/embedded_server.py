@@ -13,8 +13,8 @@ from weightcast.testing.vllm_server import Served, wait_healthy
 
 
 @contextmanager
-def embedded_server(model: Path, token: str) -> Iterator[tuple[Served, subprocess.Popen[bytes]]]:
-    """``weightcast serve`` of the model, and its process."""
+def embedded_server(model: Path, token: str) -> Iterator[Served]:
+    """``weightcast serve`` of the model."""
     port = free_port()
     command = [
         str(Path(sys.executable).parent / "weightcast"), "serve", str(model), "--port", str(port), "--token", token,
@@ -25,7 +25,7 @@ def embedded_server(model: Path, token: str) -> Iterator[tuple[Served, subproces
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
     try:
         wait_healthy(process, f"http://127.0.0.1:{port}", log)
-        yield Served(f"http://127.0.0.1:{port}", token, log, process.pid), process
+        yield Served(f"http://127.0.0.1:{port}", token, log, process.pid)
     finally:
         process.kill()
         process.wait(10)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
+from tests.vllm.joining import WAYS, Way, requests_go_on_meanwhile
 from tests.vllm.offline import FreshLoads
 from tests.vllm.stock import DEV_MODE, NAMES_VERSIONS, StockRoutes
 from tests.vllm.weights import fill, replace
@@ -39,6 +40,11 @@ def served(model: Path) -> Iterator[Served]:
         # The very first prompt is a single token: it must not need a warm-up.
         assert len(running.complete([7], max_tokens=3)["token_ids"]) == 3
         yield running
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_requests_go_on_while_a_trainer_does_not_answer(served: Served, way: Way) -> None:
+    requests_go_on_meanwhile(served, way)
 
 
 def test_cached_prefixes_do_not_outlive_their_weights(served: Served, model: Path, fresh: FreshLoads) -> None:

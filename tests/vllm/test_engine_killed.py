@@ -1,13 +1,14 @@
-"""An engine core of a served vLLM that is killed in a commit, and vLLM's own weight routes, which say what a worker refused."""
+"""vLLM's own weight routes, which say what a worker refused, and an engine core that is killed in a commit, of one served vLLM."""
 
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from tests.vllm.stock import DEV_MODE
 
 from weightcast import Publisher
 from weightcast.deadline import Deadline
@@ -22,6 +23,12 @@ TIMEOUT_S = 600.0
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny_model(tmp_path_factory.mktemp("killed") / "m", "qwen3", dtype="bfloat16", head_dim=32)
+
+
+@pytest.fixture(scope="module")
+def served(model: Path) -> Iterator[Served]:
+    with vllm_server(model, env=DEV_MODE) as running:
+        yield running
 
 
 def core_of(server: Served) -> int:
@@ -62,38 +69,37 @@ class Killing(HttpEngineClient):
         return super().commit(order, deadline)
 
 
-def test_a_core_that_dies_in_a_commit_ends_the_round_and_the_server(model: Path) -> None:
-    with vllm_server(model) as served:
-        client = Killing(served.url, token=served.token)
-        weights = random_state_dict(model)
-        with Publisher(weights, [client], timeout_s=TIMEOUT_S) as publisher:
-            assert publisher.publish().digests_match
-            client.core = core_of(served)
-            weights.update(random_state_dict(model))
-            with pytest.raises(RoundFailed) as caught:
-                publisher.publish()
-            (cause,) = caught.value.causes.values()
-            assert isinstance(cause, PeerLost | EngineError), cause
-            assert "Restart" in str(cause)
-            assert eventually(lambda: has_ended(served.pid), 60), "a supervisor can restart it"
+def test_vllms_own_routes_say_what_a_worker_refused(served: Served, model: Path) -> None:
+    answer = served.post(
+        "/init_weight_transfer_engine", {"init_info": {"address": "tcp://127.0.0.1:1", "colour": "red"}}
+    )
+    assert (answer.status_code, answer.json()["error"]["type"]) == (422, "InvalidInput"), answer.text
+    answer = served.post("/start_weight_update", {})
+    assert (answer.status_code, answer.json()["error"]["type"]) == (409, "StateError"), answer.text
+    # No update is open in vLLM's worker after the refusal, and the worker itself says so.
+    answer = served.post("/update_weights", {"update_info": {"epoch": 1, "round": 1}})
+    assert answer.status_code == 424, answer.text
+    assert "start_weight_update must be called" in answer.text
+    answer = served.post("/finish_weight_update", {})
+    assert answer.status_code in (409, 424), answer.text
+    assert served.version == "default"
+    assert served.get("/ready").json() == {"status": "ready", "weight_version": "default"}
+    weights = random_state_dict(model)
+    with Publisher(weights, [served.url], token=served.token, timeout_s=60) as publisher:
+        assert publisher.publish().digests_match
 
 
-def test_vllms_own_routes_say_what_a_worker_refused(model: Path) -> None:
-    with vllm_server(model, env={"VLLM_SERVER_DEV_MODE": "1"}) as served:
-        answer = served.post(
-            "/init_weight_transfer_engine", {"init_info": {"address": "tcp://127.0.0.1:1", "colour": "red"}}
-        )
-        assert (answer.status_code, answer.json()["error"]["type"]) == (422, "InvalidInput"), answer.text
-        answer = served.post("/start_weight_update", {})
-        assert (answer.status_code, answer.json()["error"]["type"]) == (409, "StateError"), answer.text
-        # No update is open in vLLM's worker after the refusal, and the worker itself says so.
-        answer = served.post("/update_weights", {"update_info": {"epoch": 1, "round": 1}})
-        assert answer.status_code == 424, answer.text
-        assert "start_weight_update must be called" in answer.text
-        answer = served.post("/finish_weight_update", {})
-        assert answer.status_code in (409, 424), answer.text
-        assert served.version == "default"
-        assert served.get("/ready").json() == {"status": "ready", "weight_version": "default"}
-        weights = random_state_dict(model)
-        with Publisher(weights, [served.url], token=served.token, timeout_s=60) as publisher:
-            assert publisher.publish().digests_match
+def test_a_core_that_dies_in_a_commit_ends_the_round_and_the_server(served: Served, model: Path) -> None:
+    """The last test here: it leaves no server."""
+    client = Killing(served.url, token=served.token)
+    weights = random_state_dict(model)
+    with Publisher(weights, [client], timeout_s=TIMEOUT_S) as publisher:
+        assert publisher.publish().digests_match
+        client.core = core_of(served)
+        weights.update(random_state_dict(model))
+        with pytest.raises(RoundFailed) as caught:
+            publisher.publish()
+        (cause,) = caught.value.causes.values()
+        assert isinstance(cause, PeerLost | EngineError), cause
+        assert "Restart" in str(cause)
+        assert eventually(lambda: has_ended(served.pid), 60), "a supervisor can restart it"

@@ -1,19 +1,18 @@
-"""Several workers, several engines: all of them at one version, exactly."""
+"""Several workers of one engine: all of them at one version, exactly."""
 
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from tests.support.embedded_server import embedded_server
+from tests.vllm.joining import WAYS, requests_go_on_meanwhile
 from tests.vllm.offline import FreshLoads
 from tests.vllm.stock import DEV_MODE, StockRoutes
 from tests.vllm.weights import replace, verified
 
 from weightcast import Publisher
-from weightcast.errors import PlanMismatch, WeightcastError
+from weightcast.errors import PlanMismatch
 from weightcast.report import Report
-from weightcast.testing.models import build_tiny_model, random_state_dict, save_checkpoint
+from weightcast.testing.models import build_tiny_model, random_state_dict
 from weightcast.testing.vllm_server import vllm_server
 
 PROMPTS = [[5, 17, 33, 2, 90], list(range(60, 100)), [7]]
@@ -35,6 +34,8 @@ def test_two_workers(model: Path, fresh: FreshLoads, option: str) -> None:
         # Asking comes before any trainer: it settles nothing about who the workers are.
         listed = served.get("/weightcast/status?checksums=true", headers=served.headers).json()["details"]["checksums"]
         assert {name.partition(":")[0] for name in listed} == {"0", "1"}
+        for way in WAYS if alike else ():
+            requests_go_on_meanwhile(served, way)
         with Publisher(weights, [served.url], token=served.token, timeout_s=60) as publisher:
             for _ in range(2):
                 replace(weights, model)
@@ -71,36 +72,3 @@ def check_shares(report: Report, weights: dict[str, torch.Tensor], *, sliced: bo
         assert all(0.49 < share < 0.52 for share in shares), shares
     else:
         assert shares == [1.0, 1.0]
-
-
-def embedded_answers(model: Path, weights: dict[str, torch.Tensor]) -> list[list[int]]:
-    """Tokens that the embedded engine answers with when it loads these weights from disk."""
-    from weightcast.engines.embedded import LLM, SamplingParams
-
-    llm = LLM(save_checkpoint(model.parent / f"embedded-{time.monotonic_ns()}", weights, like=model))
-    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
-    return [list(llm.generate([{"prompt_token_ids": ids}], params)[0].outputs[0].token_ids) for ids in PROMPTS]
-
-
-def test_one_publisher_drives_vllm_and_an_embedded_server(model: Path, fresh: FreshLoads) -> None:
-    weights = random_state_dict(model)
-    with (
-        vllm_server(model) as served,
-        embedded_server(model, served.token) as (embedded, process),
-        Publisher(weights, [served.url, embedded.url], token=served.token, timeout_s=60) as publisher,
-    ):
-        for _ in range(2):
-            replace(weights, model)
-            report = publisher.publish()
-            assert report.digests_match
-            assert {engine.version for engine in report.engines} == {report.version}
-            assert (served.version, embedded.version) == (report.version, report.version)
-            assert served.answers(PROMPTS) == fresh.answers(model, weights, PROMPTS)
-            assert [ids for ids, _ in embedded.answers(PROMPTS)] == embedded_answers(model, weights)
-        replace(weights, model)
-        process.kill()
-        process.wait(10)
-        before = served.answers(PROMPTS)
-        with pytest.raises(WeightcastError):
-            publisher.publish(timeout_s=8)
-        assert (served.answers(PROMPTS), served.version) == (before, report.version)

@@ -1,20 +1,18 @@
-"""Joining: while a trainer is slow to answer, requests in flight go on, whichever way the workers were asked to join."""
+"""Joining while a trainer is slow to answer: requests in flight go on, whichever way the workers were asked to join."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from tests.vllm.stock import DEV_MODE
 
 from weightcast.control import Coordinator
 from weightcast.deadline import Deadline
 from weightcast.errors import ErrorForm, StateError
 from weightcast.messages import Refused
-from weightcast.testing.models import build_tiny_model
-from weightcast.testing.vllm_server import Served, vllm_server
+from weightcast.testing.vllm_server import Served
 from weightcast.trainer.clients.vllm_dev import VllmDevClient
 
 STORY = [3, 1, 4]
@@ -35,22 +33,18 @@ def calls_of_workers(served: Served, init_info: dict[str, Any]) -> str:
     return str(caught.value)
 
 
-@pytest.fixture(scope="module", params=["1", "2"], ids=["one worker", "two workers"])
-def served(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Served]:
-    model = build_tiny_model(tmp_path_factory.mktemp("joining") / "m", "qwen3", dtype="bfloat16", head_dim=32)
-    cores = {"VLLM_CPU_OMP_THREADS_BIND": "|".join("01"[: int(request.param)])}
-    with vllm_server(model, "--tensor-parallel-size", request.param, env=DEV_MODE | cores) as running:
-        yield running
+WAYS: tuple[Way, ...] = (own_route, stock_route, calls_of_workers)
+"""The last two need vLLM's development mode."""
 
 
-@pytest.mark.parametrize("way", [own_route, stock_route, calls_of_workers])
-def test_requests_go_on_while_the_trainer_does_not_answer(served: Served, way: Way) -> None:
+def requests_go_on_meanwhile(served: Served, way: Way) -> None:
+    """Have all workers join a trainer that does not answer, and look that requests do not wait for it."""
     size = served.get("/get_world_size").json()["world_size"]
     before = served.complete(STORY, 40)["token_ids"]
     coordinator = Coordinator()  # admits, and does not say welcome
     with ThreadPoolExecutor(1) as pool:
         try:
-            joining = pool.submit(way, served, invitation(coordinator, size))
+            joining = pool.submit(way, served, _invitation(coordinator, size))
             members = coordinator.wait_members("e", size, Deadline(30))
             assert served.complete(STORY, 40)["token_ids"] == before
             assert not joining.done()
@@ -63,7 +57,7 @@ def test_requests_go_on_while_the_trainer_does_not_answer(served: Served, way: W
     assert served.complete(STORY, 40)["token_ids"] == before
 
 
-def invitation(coordinator: Coordinator, world_size: int) -> dict[str, Any]:
+def _invitation(coordinator: Coordinator, world_size: int) -> dict[str, Any]:
     return {
         "address": f"tcp://127.0.0.1:{coordinator.port}",
         "public_key": coordinator.public_key,
