@@ -4,6 +4,7 @@ import gc
 import os
 import signal
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from tests.support.warm import Warm, obstacle
@@ -24,14 +25,28 @@ ranks.PRELOAD += [
     "weightcast.engines.embedded", "weightcast.transports.tls",
 ]  # fmt: skip
 
+WARMED = (
+    "tests/documents/test_readme.py",
+    "tests/documents/test_tutorial.py",
+    "tests/documents/test_deployment.py",
+    "tests/examples/test_examples.py",
+)
+"""Files that use the fixture ``warm``: they are played one after the other by one worker of xdist, with one warm process."""
+
 FIRST = [
-    "tests/documents/test_readme.py", "tests/documents/test_tutorial.py", "tests/examples/test_examples.py",
-    "tests/faults/test_matrix.py", "tests/documents/test_deployment.py", "tests/demo/test_demo_commands.py", "tests/faults/test_soak.py",
+    *WARMED, "tests/faults/test_matrix.py", "tests/demo/test_demo_commands.py", "tests/faults/test_soak.py",
     "tests/sync/test_published_values.py", "tests/server/test_serve_command.py", "tests/sync/test_several_ranks.py",
     "tests/vllm/test_parallel.py", "tests/vllm/test_experts.py", "tests/vllm/test_beside_stock.py", "tests/vllm/test_vllm_suite.py",
     "tests/vllm/test_served.py", "tests/vllm/test_models.py",
 ]  # fmt: skip
 """The files that take longest. Where several files run at once, what starts last decides when all have ended."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from tests.support.schedule import Together  # not every environment has xdist
+
+    return Together(config, log, WARMED) if config.getvalue("dist") == "loadfile" else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

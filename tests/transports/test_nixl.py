@@ -52,6 +52,7 @@ class TestOverSharedMemory(TransportSuite):
 
     transport = NIXL
     meets = True
+    bucket_sizes = (256, 2**20)
 
 
 class TestOverTcp(TransportSuite):
