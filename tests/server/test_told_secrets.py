@@ -28,6 +28,7 @@ from weightcast.transports.cuda_ipc import CudaIpcOffer
 from weightcast.transports.gpu_exports import MappingOffer
 from weightcast.transports.nccl_cut import NcclOffer
 from weightcast.transports.tcp import TcpOffer
+from weightcast.transports.tcp_ends import EdgeOffer
 from weightcast.weight_transfer.weightcast import WeightcastInitInfo
 
 
@@ -121,11 +122,13 @@ def test_records_that_carry_a_secret_do_not_show_it() -> None:
     place = {"address": "a", "port": 1, "secret": secret.encode()}
     coordinator = Coordinator()
     coordinator.issue_ticket("e", 1)
+    edge = EdgeOffer(fed_secret=secret.encode()[:32], feeds_secret=secret.encode()[:32], patience_s=1.0)
     records = [
+        edge,
         JoinInfo(**about),
         WeightcastInitInfo(**about),
         Hello(ticket=secret, engine="e", facts=facts, **hello),
-        TcpOffer(bucket_nbytes=256, lanes=1, plan="p", identity=secret.encode(), **place),
+        TcpOffer(bucket_nbytes=256, lanes=1, plan="p", identity=secret.encode(), edge=edge, **place),
         NcclOffer(unique_id=secret.encode(), rank=0, world_size=1, bucket_nbytes=1, cuts=(), **place),
         CudaIpcOffer(mapping=MappingOffer(process="p", segments=(), spans=(), is_arena=True), **place),
         ServerConfig(token=secret, api_key=secret),
@@ -134,5 +137,5 @@ def test_records_that_carry_a_secret_do_not_show_it() -> None:
     for record in records:
         assert secret not in repr(record) + str(record) + f"{[record]}"
     assert coordinator._tickets[0].secret not in repr(coordinator._tickets)
-    assert "engine='e'" in repr(records[0])
+    assert "engine='e'" in repr(records[1])
     coordinator.close()

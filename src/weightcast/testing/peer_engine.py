@@ -18,7 +18,7 @@ import msgspec
 import torch
 
 from weightcast.deadline import Deadline
-from weightcast.errors import EngineError, ErrorForm, Unsupported
+from weightcast.errors import EngineError, ErrorForm, PeerLost, Unsupported
 from weightcast.layout import Layout
 from weightcast.layout.memory import Memory
 from weightcast.manifest import Manifest
@@ -169,6 +169,8 @@ class PeerEngine(EngineClient):
         left_s = deadline.limit_s()
         try:
             return self.peer.call("make", method, *args, left_s, timeout_s=left_s + 2)
+        except BrokenPipeError:
+            raise PeerLost("the engine's process is gone", engine=self.name) from None
         except RankFailed as error:
             text = str(error)
             raise ErrorForm(kind=error.kind, message=text).error() if error.kind else EngineError(text) from None

@@ -22,6 +22,7 @@ Pause = Literal["keep", "wait", "abort", "none"]
 CheckFinite = Literal[False, True, "count"]
 Hold = Literal["always", "round"]
 Delta = bool | Literal["auto"]
+Relay = Literal[False, "auto"] | Sequence[Sequence[str]]
 CHOICES = {
     "mode": get_args(ModeWish),
     "pause": get_args(Pause),
@@ -56,6 +57,7 @@ class SettingsGiven(TypedDict, total=False):
     check_finite: CheckFinite
     hold: Hold
     delta: Delta
+    relay: Relay
     adapter: str | None
 
 
@@ -103,6 +105,12 @@ class Settings:
             rank keeps in host memory what it sent last, once for all workers with equal layouts; reports count these bytes in
             ``own_nbytes``. "auto": only where rounds have shown that this is faster than all values. Whenever it is not certain that a
             worker holds what was sent last, as after a round that failed, all values are sent. Not for streams.
+        relay: engines of one site feed each other over tcp and tls: the trainer sends all values to the first one, and each sends them
+            on to the next while they come, so that a slow link carries them once. "auto": engines whose URLs have the same host are a
+            site, unless that is the trainer's own machine. A list of lists of engines' names says which engines are a site. A relay
+            that dies, stops or is cut off is given up after ``silence_s``, or a quarter of the time left, and the trainer sends what
+            has not come. Only workers with equal layouts that keep tensors in the type in which these are published, and trainers of
+            one rank. Not together with ``delta``.
         adapter: publish a LoRA adapter of a PEFT model by itself, under this name: the adapter that has the name in the model, or the
             model's only one. Requests for the name that start after ``publish`` run on the new version, and those in flight
             keep theirs; nothing pauses, so ``pause`` and ``clear_cache`` mean nothing, and ``mode`` is staged. Versions are counted for
@@ -129,6 +137,7 @@ class Settings:
     check_finite: CheckFinite = False
     hold: Hold = "always"
     delta: Delta = False
+    relay: Relay = False
     adapter: str | None = None
 
     def __post_init__(self) -> None:
@@ -139,6 +148,7 @@ class Settings:
         _require(is_choice, "check_finite", 'True, False or "count"', self)
         is_choice = isinstance(self.delta, bool) or self.delta == "auto"
         _require(is_choice, "delta", 'True, False or "auto"', self)
+        object.__setattr__(self, "relay", _checked_relay(self))
         if self.adapter is not None:
             check_name(self.adapter)
             _require(self.mode != "in_place", "mode", '"auto" or "staged" for an adapter', self)
@@ -171,6 +181,26 @@ class Settings:
     def shares(self) -> bool:
         """Whether engines may share transfers, by transports that can: where one breaks all do."""
         return self.require == "all"
+
+
+def _checked_relay(settings: Settings) -> Relay:
+    relay = settings.relay
+    if relay is False or relay == "auto":
+        sites: Relay = relay
+    else:
+        is_lists = isinstance(relay, list | tuple) and all(isinstance(names, list | tuple) for names in relay)
+        is_named = is_lists and all(isinstance(name, str) for names in relay for name in names)
+        _require(is_named, "relay", 'False, "auto" or a list of lists of engines\' names', settings)
+        sites = tuple(map(tuple, relay))
+        named = [name for names in sites for name in names]
+        _require(len(named) == len(set(named)), "relay", "a list in which each engine stands once", settings)
+    if sites and settings.delta:
+        raise InvalidInput(
+            "relay and delta cannot be combined: a relay sends all values on",
+            field="relay",
+            hint="Leave one of the two out",
+        )
+    return sites
 
 
 def _require(is_so: bool, name: str, wanted: str, settings: Settings) -> None:

@@ -207,6 +207,28 @@ class Transport(ABC):
             raise
         return ends
 
+    def relays(self, copies: Sequence[Copy]) -> bool:
+        """Whether workers that want these copies can feed each other, by ``relayed_ends``."""
+        return False
+
+    def relayed_ends(
+        self,
+        count: int,
+        copies: Sequence[Copy],
+        memory: Memory,
+        *,
+        bucket_nbytes: int = DEFAULT_BUCKET_NBYTES,
+        address: str = "",
+        patience_s: float = 5.0,
+    ) -> list[TrainerEnd]:
+        """Make the sending sides for the ``count`` workers of a chain. The trainer sends to the first one, and each feeds the next one
+        while its own bytes come.
+
+        The workers have equal plans and are in each round together. Each end lives for itself: what a worker does not get from the
+        one before it the trainer sends. A neighbour that is silent for ``patience_s`` is given up.
+        """
+        raise Unsupported(f"workers do not feed each other by {self.name}")
+
     @abstractmethod
     def worker_end(self, offer: bytes, copies: Sequence[Copy]) -> WorkerEnd:
         """Make the receiving side of one pair. Raises ProtocolError for a malformed offer."""

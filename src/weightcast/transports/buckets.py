@@ -63,7 +63,7 @@ def schedule(copies: Iterable[Copy], bucket_nbytes: int) -> tuple[Bucket, ...]:
     for copy in split(copies, bucket_nbytes):
         if copy.region.numel == 0:
             continue
-        piece = Piece(copy=copy, dtype=_travels_as(copy), offset=align(end))
+        piece = Piece(copy=copy, dtype=travels_as(copy), offset=align(end))
         if piece.offset + piece.nbytes > bucket_nbytes:
             buckets.append(Bucket(pieces=tuple(pieces), nbytes=end))
             pieces, piece = [], msgspec.structs.replace(piece, offset=0)
@@ -74,7 +74,7 @@ def schedule(copies: Iterable[Copy], bucket_nbytes: int) -> tuple[Bucket, ...]:
     return tuple(buckets)
 
 
-def _travels_as(copy: Copy) -> str:
+def travels_as(copy: Copy) -> str:
     """The narrower of the published type and the destination's. Where ``via`` is empty one cast is all there is, at whichever
     end: then it is the narrower of the holding's type and the destination's."""
     published = copy.via or copy.src_dtype

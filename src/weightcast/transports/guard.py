@@ -22,6 +22,11 @@ class EndGuard:
     def aborted(self) -> bool:
         return self._aborted.is_set()
 
+    @property
+    def is_well(self) -> bool:
+        """Whether the end can still be used."""
+        return not self.aborted and self._death is None
+
     def abort(self) -> None:
         self._aborted.set()
 

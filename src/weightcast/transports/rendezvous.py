@@ -45,8 +45,9 @@ _NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 class Listener:
     """The trainer's side. Listens at a free port of ``address`` until it is closed."""
 
-    def __init__(self, address: str, guard: EndGuard) -> None:
-        self.secret = secrets.token_bytes(SECRET_NBYTES)
+    def __init__(self, address: str, guard: EndGuard, secret: bytes = b"") -> None:
+        """``secret`` is made where none is given."""
+        self.secret = secret or secrets.token_bytes(SECRET_NBYTES)
         self._guard = guard
         try:
             family, _, _, _, target = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0]

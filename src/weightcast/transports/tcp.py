@@ -20,59 +20,18 @@ at their places before), then the bucket, or its changes.
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
-from typing import Annotated
+from collections.abc import Sequence
 
 import msgspec
-import numpy as np
-import numpy.typing as npt
 
-from weightcast.cuda.wait import DeviceWait
-from weightcast.deadline import Deadline
-from weightcast.delta import Form
-from weightcast.errors import InvalidInput, PlanMismatch, ProtocolError, TransportError
+from weightcast.errors import InvalidInput, PlanMismatch, ProtocolError
 from weightcast.layout.memory import Memory
-from weightcast.manifest import Manifest
-from weightcast.plan import Copy, copies_digest, nbytes_of, parts_of
+from weightcast.plan import Copy, copies_digest
 from weightcast.transports.base import Facts, TrainerEnd, Transport, WorkerEnd
-from weightcast.transports.buckets import check_bucket_nbytes, schedule
-from weightcast.transports.changed import Changing
-from weightcast.transports.connection import Connection
-from weightcast.transports.counted import Counted, Sums, counted
-from weightcast.transports.guard import EndGuard
-from weightcast.transports.kept import Kept, KeptBuckets, forms_of, shared_pieces
-from weightcast.transports.movers import Mover, mover_for
-from weightcast.transports.recent import Recent
-from weightcast.transports.rendezvous import SECRET_NBYTES, Listener, dial
-from weightcast.transports.spans import Loading, Unloading
-from weightcast.transports.told import CHANGES, CHECKED, VALUES, Told, told
+from weightcast.transports.buckets import check_bucket_nbytes
+from weightcast.transports.relays import RelayedWorkerEnd, can_relay, chain
+from weightcast.transports.tcp_ends import TcpOffer, TcpTrainerEnd, TcpWorkerEnd
 from weightcast.untrusted.known import known
-from weightcast.untrusted.secret import repr_without
-
-LANES = 2
-MAX_LANES = 16
-_HEADER = struct.Struct("!QQB")
-
-
-class TcpOffer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Where the trainer listens for this pair, and what the worker must agree on."""
-
-    address: str
-    port: int
-    secret: Annotated[bytes, msgspec.Meta(min_length=SECRET_NBYTES, max_length=SECRET_NBYTES)]
-    bucket_nbytes: int
-    lanes: Annotated[int, msgspec.Meta(ge=1, le=MAX_LANES)]
-    plan: str
-    """Digest of the copies."""
-    identity: bytes = b""
-    """Certificate and private key (PEM) of a pair that talks TLS."""
-    changes: bool = False
-    """Whether rounds may bring changes."""
-
-    __repr__ = repr_without("secret", "identity")
 
 
 class TcpTransport(Transport):
@@ -116,345 +75,24 @@ class TcpTransport(Transport):
             raise ProtocolError(f"malformed {self.name} offer: with a certificate or without one")
         if decoded.plan != copies_digest(copies):
             raise PlanMismatch("trainer and worker compiled different copies for this pair")
-        return TcpWorkerEnd(copies, decoded)
+        return TcpWorkerEnd(copies, decoded) if decoded.edge is None else RelayedWorkerEnd(copies, decoded)
 
+    def relays(self, copies: Sequence[Copy]) -> bool:
+        """Where what travels is what lands, so that a worker can send it on from where it landed."""
+        return can_relay(copies)
 
-class _Lanes:
-    """The connections of one end, and the threads that drive them. A failure of one lane ends all."""
-
-    def __init__(self, end: str) -> None:
-        self.guard = EndGuard(end)
-        self._connections: list[Connection] = []
-        self._pool: ThreadPoolExecutor | None = None
-        self._num_sent = 0
-
-    def add(self, *connections: Connection) -> None:
-        """Have these connections, too; they are closed with the end."""
-        self._connections += connections
-
-    def start_tls(self, identity: bytes, deadline: Deadline, *, server: bool) -> None:
-        """Go on encrypted where the pair has an identity."""
-        if identity:
-            from weightcast.transports.certificates import pinned
-
-            context = pinned(identity, server=server)
-            for connection in self._connections:
-                connection.start_tls(context, deadline, server=server)
-
-    def run(self, count: int, work: Callable[[int, int, Connection], None]) -> None:
-        """Call ``work(bucket, number on the wire, connection)`` for each of ``count`` buckets, those of a lane in order."""
-        if not self._connections:
-            raise TransportError("the pair is not connected", hint="Call connect() first")
-        first = self._num_sent
-        self._num_sent += count
-        self.share(count, lambda bucket, lane: work(bucket, first + bucket, self._connections[lane]))
-
-    def share(self, count: int, work: Callable[[int, int], None]) -> None:
-        """Call ``work(bucket, lane)`` for each of ``count`` buckets, those of a lane in order, on a thread of its own."""
-        lanes = min(len(self._connections), count)
-
-        def drive(lane: int) -> None:
-            try:
-                for bucket in range(lane, count, lanes):
-                    work(bucket, lane)
-            except BaseException:
-                self.hang_up()
-                raise
-
-        futures = [self._threads().submit(drive, lane) for lane in range(1, lanes)]
-        errors: list[BaseException] = []
-        if lanes:
-            _collect(errors, lambda: drive(0))
-        for future in futures:
-            _collect(errors, future.result)
-        if errors:
-            # What went wrong first is not what the lanes that were ended because of it say.
-            raise next((error for error in errors if not isinstance(error, TransportError)), errors[0])
-
-    def abort(self) -> None:
-        self.guard.abort()
-        self.hang_up()
-
-    def hang_up(self) -> None:
-        for connection in self._connections:
-            connection.hang_up()
-
-    def close(self) -> None:
-        self.guard.close()
-        self.hang_up()
-        if self._pool is not None:
-            self._pool.shutdown()
-        for connection in self._connections:
-            connection.close()
-        self._connections = []
-
-    def _threads(self) -> ThreadPoolExecutor:
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(len(self._connections) - 1, thread_name_prefix="weightcast-tcp")
-        return self._pool
-
-
-def _collect(errors: list[BaseException], call: Callable[[], None]) -> None:
-    try:
-        call()
-    except BaseException as error:  # noqa: BLE001 - raised by the caller once no lane runs any more
-        errors.append(error)
-
-
-class TcpTrainerEnd(TrainerEnd):
-    """Sends; listens on ``address`` from the start."""
-
-    def __init__(
-        self, copies: Sequence[Copy], memory: Memory, bucket_nbytes: int, address: str, identity: bytes = b""
-    ) -> None:
-        self._lanes = _Lanes("the trainer's end of a tcp pair")
-        self._parts = _Parts(copies, bucket_nbytes)
-        lanes = max(1, min(LANES, self._parts.most))
-        mover = mover_for(memory, copies, self._lanes.guard.check, is_source=True)
-        buffers = mover.buffers(self._parts.buckets, lanes)
-        self._loadings = {
-            part: [Loading(bucket, memory, buffers[i % len(buffers)], mover) for i, bucket in enumerate(buckets)]
-            for part, (buckets, _) in self._parts.of.items()
-        }
-        self._key = (memory.number, copies_digest(copies), bucket_nbytes)
-        self._kept: KeptBuckets | None = None
-        self._sent = 0
-        """The last round that was sent and kept."""
-        devices = {memory.storages[copy.src_storage].device for copy in copies}
-        self._waits = [DeviceWait(device) for device in devices if device.type == "cuda"]
-        self._listener = Listener(address, self._lanes.guard)
-        self._offer = TcpOffer(
-            address=address,
-            port=self._listener.port,
-            secret=self._listener.secret,
-            bucket_nbytes=bucket_nbytes,
-            lanes=lanes,
-            plan=self._key[1],
-            identity=identity,
-        )
-
-    def offer(self) -> bytes:
-        return msgspec.msgpack.encode(msgspec.structs.replace(self._offer, changes=self._kept is not None))
-
-    def connect(self, deadline: Deadline) -> None:
-        with self._lanes.guard.use("connect", deadline):
-            self._lanes.add(*self._listener.accept(deadline, self._offer.lanes))
-            self._lanes.start_tls(self._offer.identity, deadline, server=True)
-        self._listener.close()
-
-    def send(self, deadline: Deadline, part: int = 0) -> int:
-        with self._lanes.guard.use("send", deadline):
-            (buckets, nbytes), loadings = self._parts.of[part], self._loadings[part]
-            self._wait(deadline)
-
-            def work(bucket: int, number: int, connection: Connection) -> None:
-                loading = loadings[bucket]
-                loading.run(deadline)
-                header = _HEADER.pack(number, buckets[bucket].nbytes, VALUES)
-                connection.send([header, *loading.spans], deadline, "sending over tcp")
-
-            self._lanes.run(len(buckets), work)
-            return nbytes
-
-    def keep(self, kept: Kept, content: str, manifest: Manifest) -> None:
-        buckets = self._parts.of[0][0]
-        self._kept = kept.buckets(self._key, content, lambda: KeptBuckets(buckets, forms_of(buckets), manifest))
-
-    def look(self, number: int, deadline: Deadline) -> None:
-        kept, loadings = self._kept, self._loadings[0]
-        assert kept is not None
-        with self._lanes.guard.use("look for changes", deadline):
-            self._wait(deadline)
-
-            def work(bucket: int, lane: int) -> None:
-                kept.take(bucket, number, lambda: _fresh(loadings[bucket], deadline))
-
-            self._lanes.share(len(loadings), work)
-
-    def send_kept(self, number: int, deadline: Deadline, *, changes: bool) -> int:
-        kept, loadings, before = self._kept, self._loadings[0], self._sent if changes else 0
-        buckets, _ = self._parts.of[0]
-        assert kept is not None
-        with self._lanes.guard.use("send", deadline):
-            self._wait(deadline)
-            sent = [0] * len(loadings)
-
-            def work(bucket: int, place: int, connection: Connection) -> None:
-                change = kept.take(bucket, number, lambda: _fresh(loadings[bucket], deadline))
-                kind, data = told(change, before, buckets[bucket].nbytes) or (VALUES, kept.image(bucket))
-                sent[bucket] = len(data)
-                connection.send([_HEADER.pack(place, len(data), kind), data], deadline, "sending over tcp")
-
-            self._lanes.run(len(loadings), work)
-            self._sent = number
-            return sum(sent)
-
-    def _wait(self, deadline: Deadline) -> None:
-        for wait in self._waits:
-            wait.wait(deadline, "the work on the trainer's GPU", self._lanes.guard.check)
-
-    def abort(self) -> None:
-        self._lanes.abort()
-
-    def close(self) -> None:
-        self._lanes.close()
-        self._listener.close()
-        self._kept = None
-        for wait in self._waits:
-            wait.close()
-        self._loadings = {}
-
-
-def _fresh(loading: Loading, deadline: Deadline) -> list[npt.NDArray[np.uint8]]:
-    loading.run(deadline)
-    return loading.values()
-
-
-class TcpWorkerEnd(WorkerEnd):
-    """Receives."""
-
-    def __init__(self, copies: Sequence[Copy], offer: TcpOffer) -> None:
-        self._lanes = _Lanes("the worker's end of a tcp pair")
-        self._offer = offer
-        self._parts = _Parts(copies, offer.bucket_nbytes)
-        self._copies = tuple(copies)
-        self._sides: Recent[_Side] = Recent()
-        self._last: list[Told | None] = []
-        """The changes that the last round brought, by bucket; None for a bucket of which all values came."""
-        self.has_written = False
-
-    def connect(self, deadline: Deadline) -> None:
-        offer, lanes = self._offer, self._lanes
-        with lanes.guard.use("connect", deadline):
-            for lane in range(offer.lanes):
-                lanes.add(dial(offer.address, offer.port, offer.secret, deadline, lanes.guard, lane=lane))
-            lanes.start_tls(offer.identity, deadline, server=False)
-
-    def warm_up(self, memory: Memory, manifest: Manifest) -> None:
-        if self._offer.changes:
-            self._sides.get(memory.number, lambda: self._side_of(memory)).count(manifest)
-
-    def receive(self, memory: Memory, deadline: Deadline, part: int = 0) -> int:
-        return self._receive(memory, deadline, part)
-
-    @property
-    def can_repeat(self) -> bool:  # type: ignore[override]
-        return bool(self._last) and all(told is not None for told in self._last)
-
-    def receive_changes(
-        self, memory: Memory, manifest: Manifest, deadline: Deadline, *, is_behind: bool = False
-    ) -> tuple[int, int | None]:
-        side = self._sides.get(memory.number, lambda: self._side_of(memory))
-        side.count(manifest)
-        sums: list[Sums | None] = [None] * len(self._parts.of[0][0])
-        nbytes = self._receive(memory, deadline, 0, sums, is_behind=is_behind)
-        known = [some for some in sums if some is not None]
-        return nbytes, sum(some.change for some in known) if len(known) == len(sums) else None
-
-    def _receive(
+    def relayed_ends(
         self,
+        count: int,
+        copies: Sequence[Copy],
         memory: Memory,
-        deadline: Deadline,
-        part: int,
-        sums: list[Sums | None] | None = None,
         *,
-        is_behind: bool = False,
-    ) -> int:
-        """``sums``: changes may come, and this is where digests of what they change go, by bucket."""
-        with self._lanes.guard.use("receive", deadline):
-            self.has_written = False
-            buckets, nbytes = self._parts.of[part]
-            side = self._sides.get(memory.number, lambda: self._side_of(memory))
-            side.mover.begin()
-            last, self._last = self._last, [None] * len(buckets)
-            unloadings = side.unloadings(part)
-
-            def work(bucket: int, number: int, connection: Connection) -> None:
-                what, unloading = "receiving over tcp", unloadings[bucket]
-                came, size, kind = _HEADER.unpack(connection.receive_bytes(_HEADER.size, deadline, what))
-                is_told = came == number and kind in (CHANGES, CHECKED) and size < buckets[bucket].nbytes
-                if sums is not None and is_told:
-                    told = Told.of(kind, connection.receive_bytes(size, deadline, what))
-                    several = [each for each in (last[bucket] if is_behind else None, told) if each]
-                    changing = side.changing(bucket)
-                    read = [changing.read(each) for each in several]
-                    self.has_written = True
-                    sums[bucket] = changing.apply(read, lambda work: side.mover.run(work, deadline))
-                    self._last[bucket] = told
-                    return
-                if (came, size, kind) != (number, buckets[bucket].nbytes, VALUES):
-                    raise ProtocolError(f"bucket {came} of {size} bytes came where bucket {number} was due")
-                self.has_written = True
-                connection.receive(unloading.spans, deadline, what)
-                unloading.run(deadline)
-
-            self._lanes.run(len(buckets), work)
-            return nbytes
-
-    def abort(self) -> None:
-        self._lanes.abort()
-
-    def close(self) -> None:
-        self._lanes.close()
-        self._sides.clear()
-
-    def _side_of(self, memory: Memory) -> _Side:
-        mover = mover_for(memory, self._copies, self._lanes.guard.check, is_source=False)
-        return _Side(self._parts, memory, mover, self._offer.lanes)
-
-
-class _Side:
-    """How buckets get into one memory of the worker's. Buffers that nothing is packed into are never touched."""
-
-    def __init__(self, parts: _Parts, memory: Memory, mover: Mover, lanes: int) -> None:
-        self._parts, self._memory, self.mover = parts, memory, mover
-        self._buffers = mover.buffers(parts.buckets, lanes)
-        self._unloadings: dict[int, list[Unloading]] = {}
-        self._changing: dict[int, Changing] = {}
-        self._counted: list[Counted] | None = None
-        self._is_counted = False
-
-    @cached_property
-    def forms(self) -> list[Form]:
-        """Those of the buckets of weights that lie still."""
-        return forms_of(self._parts.of[0][0])
-
-    @cached_property
-    def shared(self) -> list[set[int]]:
-        """Pieces whose places others write, too, by bucket."""
-        return shared_pieces(self._parts.of[0][0])
-
-    def count(self, manifest: Manifest) -> None:
-        """Have digests taken of what changes, from now on, where that can be done. Compiled once."""
-        if not self._is_counted:
-            self._counted, self._is_counted = counted(self._parts.of[0][0], self.forms, manifest), True
-
-    def changing(self, bucket: int) -> Changing:
-        """What applies changes of a bucket, compiled once."""
-        if bucket not in self._changing:
-            count = None if self._counted is None else self._counted[bucket]
-            of = (self._parts.of[0][0][bucket], self.forms[bucket], self._memory, count, self.shared[bucket])
-            self._changing[bucket] = Changing(*of)
-        return self._changing[bucket]
-
-    def unloadings(self, part: int) -> list[Unloading]:
-        """Those of a part's buckets, compiled once."""
-        if part not in self._unloadings:
-            buffers, mover = self._buffers, self.mover
-            self._unloadings[part] = [
-                Unloading(bucket, buffers[i % len(buffers)], self._memory, mover)
-                for i, bucket in enumerate(self._parts.of[part][0])
-            ]
-        return self._unloadings[part]
-
-
-class _Parts:
-    """The buckets, and the bytes that land, of each part."""
-
-    def __init__(self, copies: Sequence[Copy], bucket_nbytes: int) -> None:
-        self.of = {part: (schedule(some, bucket_nbytes), nbytes_of(some)) for part, some in parts_of(copies).items()}
-        self.buckets = [bucket for buckets, _ in self.of.values() for bucket in buckets]
-        self.most = max(len(buckets) for buckets, _ in self.of.values())
+        bucket_nbytes: int = default_bucket_nbytes,
+        address: str = "",
+        patience_s: float = 5.0,
+    ) -> list[TrainerEnd]:
+        check_bucket_nbytes(bucket_nbytes)
+        return list(chain(count, copies, memory, bucket_nbytes, address or "127.0.0.1", self.identity(), patience_s))
 
 
 __all__ = ["TcpOffer", "TcpTransport"]

@@ -9,8 +9,9 @@ from weightcast.digest.formula import MASK
 from weightcast.errors import ProtocolError
 from weightcast.transports.kept import Change
 
-VALUES, CHANGES, CHECKED = range(3)
-"""What comes of a bucket: all values; changes; changes behind the digest of what they are told against, where these are differences."""
+VALUES, CHANGES, CHECKED, WAITING = range(4)
+"""What comes of a bucket: all values; changes; changes behind the digest of what they are told against, where these are differences;
+nothing yet, of workers that feed each other."""
 _BEFORE = struct.Struct("!Q")
 
 

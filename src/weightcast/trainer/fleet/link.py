@@ -64,6 +64,8 @@ class WorkerLink:
     reason: str = ""
     unusable: dict[str, str] = field(default_factory=dict)
     """Transports that were tried with this worker and cannot be used, and why."""
+    site: str = ""
+    """Where it and other workers feed each other, since its pairs were set up; empty where it gets its bytes from the trainer."""
     end: SendingEnd | None = None
     codec: Codec = field(default_factory=lambda: Codec(wish=False))
     """Whether its rounds bring all values or changes, since its pairs were set up."""

@@ -5,25 +5,31 @@ A worker whose round failed is set up again before the next round, because a tra
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from copy import copy
-from functools import partial
+from functools import cached_property, partial
 
 from weightcast.deadline import Deadline
 from weightcast.errors import DeadlineExceeded, GroupBroken, PeerLost, PlanMismatch, WeightcastError
+from weightcast.facts import Facts
 from weightcast.layout.table import LayoutTable
 from weightcast.manifest import ALIGNMENT
+from weightcast.manifest.names import shown
 from weightcast.messages import Message, Offer, Ready, Setup
 from weightcast.plan import Plan, compile_plan, parts_of, ranks_meet
 from weightcast.trainer.fleet.codec import Codec
 from weightcast.trainer.fleet.fleet import Fleet
-from weightcast.trainer.fleet.groups import TransferGroup, groups_of, mates_of
+from weightcast.trainer.fleet.groups import TransferGroup, feeds_itself, groups_of, mates_of
 from weightcast.trainer.fleet.link import EngineLink, SendingEnd, WorkerLink
+from weightcast.trainer.fleet.sites import site_of, unknown_names
 from weightcast.trainer.ranks import SharedEnd
 from weightcast.trainer.ranks.all_ranks import RANK_0
 from weightcast.transports.base import TrainerEnd, Transport
+
+logger = logging.getLogger(__name__)
 
 BUCKETS_A_WINDOW = 4
 """Buckets that a window of a stream is at least: each is packed while the one before it travels."""
@@ -57,6 +63,8 @@ class _SetUp:
         """By landings: workers whose layouts are equal have one plan."""
         self._meeting: set[LayoutTable] = set()
         """Landings in whose bytes values of several ranks meet."""
+        self._relays: dict[tuple[LayoutTable, str], bool] = {}
+        """By landings and transport: whether workers can feed each other."""
         self._cut_off: dict[str, WeightcastError] = {}
         """Engines whose pairs broke because of another engine."""
 
@@ -130,6 +138,7 @@ class _SetUp:
                     fleet.ties.check(engine, fleet.source.memory, self._deadline)
                 for worker in engine.workers:
                     self._compile(worker)
+                    worker.site = self._site_of(engine, worker)
 
     def _compile(self, worker: WorkerLink) -> None:
         """Compile the worker's plan, and be ready to digest what it gets."""
@@ -150,8 +159,26 @@ class _SetUp:
         worker.parts = tuple(parts_of(plan.get(RANK_0, ())))
         self._fleet.expect(worker.digest_key, plan, self._deadline)
 
+    def _site_of(self, engine: EngineLink, worker: WorkerLink) -> str:
+        """Where a worker is fed by others and feeds them; empty where nobody does."""
+        relay, transport = self._fleet.settings.relay, worker.transport
+        assert transport is not None
+        if not relay or not self._fleet.ranks.alone:
+            return ""
+        kind = (worker.landings.layout, transport.name)
+        if kind not in self._relays:
+            self._relays[kind] = transport.relays(_plan_of(worker).get(RANK_0, ()))
+        return site_of(relay, engine, worker, self._facts) if self._relays[kind] else ""
+
+    @cached_property
+    def _facts(self) -> Facts:
+        """Of this process."""
+        return self._fleet.ranks.facts()[RANK_0]
+
     def _offer_pairs(self) -> None:
         present = self._present()
+        if strangers := unknown_names(self._fleet.settings.relay, self._fleet.engines):
+            logger.warning("relay names engines that are not in the fleet: %s", shown(strangers))
         groups = groups_of(present, share=self._fleet.settings.shares)
         mates = mates_of(groups)
         for engine in present:
@@ -173,8 +200,12 @@ class _SetUp:
             for engine, worker in group:
                 self._blame(engine, worker, copy(error), by_trainer=True)
             return
-        for (_, worker), (end, offers) in zip(group, opened, strict=True):
+        before: tuple[EngineLink, WorkerLink] | None = None
+        for (engine, worker), (end, offers) in zip(group, opened, strict=True):
             worker.end = end
+            if before is not None and feeds_itself(group):
+                worker.reason += f"; fed by {before[0].name} worker {before[1].member.rank}"
+            before = engine, worker
             worker.codec = Codec(wish=self._fleet.settings.delta, refused=self._no_changes(transport, worker))
             holdings, epoch = _plan_of(worker).holdings, self._fleet.epoch
             setup = Setup(epoch=epoch, holdings=holdings, offers=offers, timeout_s=deadline.limit_s())
@@ -188,8 +219,11 @@ class _SetUp:
         bucket_nbytes = settings.bucket_nbytes or self._bucket_nbytes(transport)
         own: list[TrainerEnd] = []
         if RANK_0 in plan:
+            make = transport.trainer_ends
+            if feeds_itself(group):
+                make = partial(transport.relayed_ends, patience_s=settings.silence_s)
             memory, address = self._fleet.source.memory, settings.reached_at
-            own = transport.trainer_ends(count, plan[RANK_0], memory, bucket_nbytes=bucket_nbytes, address=address)
+            own = make(count, plan[RANK_0], memory, bucket_nbytes=bucket_nbytes, address=address)
         keeps = bool(settings.delta) and not all(self._no_changes(transport, worker) for _, worker in group)
         if keeps:
             for end in own:
