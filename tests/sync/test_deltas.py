@@ -18,7 +18,7 @@ from weightcast.errors import InvalidInput, RoundFailed
 from weightcast.receiver.staging import Target
 from weightcast.report.model import Report, WorkerReport
 from weightcast.testing.local_engine import DictModel, LocalEngine
-from weightcast.transports import kept, tcp
+from weightcast.transports import kept, tcp_ends
 
 Tensors = dict[str, torch.Tensor]
 DTYPES = (
@@ -257,7 +257,7 @@ def test_changes_of_an_earlier_round_are_not_taken_for_the_present_ones() -> Non
     source = {"w": (torch.randn(500, 400) * 0.02).to(torch.bfloat16)}
     model = DictModel({"w": torch.zeros(500, 400, dtype=torch.bfloat16)})
     sent: list[Any] = []
-    honest = tcp.KeptBuckets.take
+    honest = tcp_ends.KeptBuckets.take
 
     def remembering(self: Any, bucket: int, number: int, fresh: Any) -> Any:
         sent.append(honest(self, bucket, number, fresh))
@@ -266,7 +266,7 @@ def test_changes_of_an_earlier_round_are_not_taken_for_the_present_ones() -> Non
     with serving([model], source, bucket_nbytes=2**20) as publisher:
         publisher.publish()
         step(source)
-        with patch.object(tcp.KeptBuckets, "take", remembering):
+        with patch.object(tcp_ends.KeptBuckets, "take", remembering):
             publisher.publish()
         served = {"w": source["w"].clone()}
         step(source)
@@ -275,7 +275,10 @@ def test_changes_of_an_earlier_round_are_not_taken_for_the_present_ones() -> Non
             now = honest(self, bucket, number, fresh)
             return now._replace(data=sent[0].data)
 
-        with patch.object(tcp.KeptBuckets, "take", replaying), pytest.raises(RoundFailed, match=r"digest|round before"):
+        with (
+            patch.object(tcp_ends.KeptBuckets, "take", replaying),
+            pytest.raises(RoundFailed, match=r"digest|round before"),
+        ):
             publisher.publish()
         assert model.holds(served)
         publisher.publish()

@@ -21,7 +21,7 @@ from weightcast.plan import Copy, compile_plan, parts_of
 from weightcast.plan.replay import Replay
 from weightcast.testing.transport_cases import CASES, TransportCase
 from weightcast.testing.transport_sides import TrainerSide, WorkerSide
-from weightcast.transports import file_buckets, shm_cuda, tcp
+from weightcast.transports import file_buckets, shm_cuda, tcp_ends
 from weightcast.transports.gpu_pull import Reached
 from weightcast.transports.movers import HostMover, Mover
 from weightcast.transports.shm_cuda import ShmCudaTransport
@@ -128,7 +128,7 @@ def test_tcp_brings_all_bytes_through_buffers(name: str, far: str, monkeypatch: 
     def chosen(memory: Memory, copies: Sequence[Copy], check: Callable[[], None], *, is_source: bool) -> Mover:
         return FarMover() if far in ("both", "trainer" if is_source else "worker") else HostMover()
 
-    monkeypatch.setattr(tcp, "mover_for", chosen)
+    monkeypatch.setattr(tcp_ends, "mover_for", chosen)
     seed = random.SystemRandom().getrandbits(32)
     _rounds("tcp", CASES[name](random.Random(seed)), seed, 2**20 if name == "published" else 8192)
 
