@@ -23,6 +23,7 @@ from weightcast.trainer.ranks import all_ranks
 from weightcast.transports import relays
 from weightcast.transports.connection import Connection
 from weightcast.transports.edges import Feeder, Landed, Source
+from weightcast.transports.movers import HostMover
 from weightcast.transports.relays import RelayedWorkerEnd
 from weightcast.transports.spans import Loading
 
@@ -106,6 +107,22 @@ def test_the_trainer_sends_once_and_every_engine_has_every_byte(
             first, rest = sent(report)[:shards], sent(report)[shards:]
             assert all(first), report
             assert not any(rest), report
+
+
+@pytest.mark.parametrize("mode", ["staged", "in_place"])
+def test_weights_that_no_socket_reaches_are_fed_on_through_buffers(
+    mode: str, make: Callable[..., list[LocalEngine]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU."""
+    monkeypatch.setattr(HostMover, "reaches_weights", False)
+    engines, source = make(3, mode=mode), weights()
+    with publisher_of(source, engines) as publisher:
+        for _ in range(3):
+            step(source)
+            first, *rest = sent(publisher.publish())
+            assert all(engine.models[0].holds(source) for engine in engines)
+            assert first
+            assert not any(rest)
 
 
 def test_a_stream_is_fed_on_window_by_window(make: Callable[..., list[LocalEngine]]) -> None:
