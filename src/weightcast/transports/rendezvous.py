@@ -172,7 +172,7 @@ def dial(address: str, port: int, secret: bytes, deadline: Deadline, guard: EndG
         connection.wait(select.POLLOUT, deadline, what)
         code = connection.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if code:
-            raise PeerLost(f"no trainer at {address}:{port}: {os.strerror(code)}")
+            raise PeerLost(f"nobody listens at {address}:{port}: {os.strerror(code)}")
         mine = secrets.token_bytes(_NONCE_NBYTES)
         connection.send([_MAGIC + bytes([lane]) + mine], deadline, what)
         answer = connection.receive_bytes(_NONCE_NBYTES + _PROOF_NBYTES, deadline, what)
@@ -198,7 +198,7 @@ def _open(address: str, port: int) -> socket.socket:
     code = opened.connect_ex(target)
     if code not in (0, errno.EINPROGRESS):
         opened.close()
-        raise PeerLost(f"no trainer at {address}:{port}: {os.strerror(code)}")
+        raise PeerLost(f"nobody listens at {address}:{port}: {os.strerror(code)}")
     return opened
 
 
