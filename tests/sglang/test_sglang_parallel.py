@@ -71,6 +71,22 @@ def test_two_workers(launcher: Launcher, tmp_path: Path, option: str) -> None:
         assert_serves(server, Reference(model, weights), report.version)
 
 
+@pytest.mark.parametrize("arch", ["qwen3_tied", "qwen3_moe"])
+def test_a_pipeline_of_other_models(launcher: Launcher, tmp_path: Path, arch: str) -> None:
+    """The last stage has a head of its own where embedding and head are one tensor of the trainer's."""
+    model = build_tiny_model(tmp_path / "m", arch, dtype="float32")
+    weights = random_state_dict(model)
+    with launcher.server(model, "--pp-size", "2", env=TWO_CORES) as server:
+        for mode in ("staged", "in_place"):
+            with Publisher(weights, [server.url], token=server.token, timeout_s=60, mode=mode) as publisher:
+                for _ in range(2):
+                    replace(weights, model)
+                    report = publisher.publish()
+                    fresh = Reference(model, weights)
+                    assert_serves(server, fresh, report.version)
+                    assert comparison(server.url, server.token, fresh.checkpoint).proven
+
+
 def assert_serves(server: Server, fresh: Reference, version: str) -> None:
     """Requests go round the replicas: each of them answers some."""
     assert [server.answers(PROMPTS) for _ in range(2)] == [fresh.answers()] * 2

@@ -98,14 +98,14 @@ def _answering(scheduler: Any) -> Any:
     return lambda order: sender.send_output(scheduler.weightcast.handle(order), order)
 
 
-def _none_while_paused(next_batch: Any, scheduler: Any, **batches: Any) -> Any:
+def _none_while_paused(next_batch: Any, scheduler: Any, running_batch: Any, last_batch: Any) -> Any:
     """SGLang's loop for pipelines does not ask whether the scheduler is paused."""
     calls = getattr(scheduler, "weightcast", None)
     if calls is None or not calls.stands:
-        return next_batch(scheduler, **batches)
+        return next_batch(scheduler, running_batch=running_batch, last_batch=last_batch)
     from sglang.srt.managers.schedule_batch import NextBatchPlan
 
-    return NextBatchPlan(batch_to_run=None, running_batch=batches["running_batch"])
+    return NextBatchPlan(batch_to_run=None, running_batch=running_batch)
 
 
 def _not_while_held(go_on: Any, scheduler: Any, *arguments: Any, **named: Any) -> Any:
