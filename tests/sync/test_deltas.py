@@ -285,6 +285,35 @@ def test_changes_of_an_earlier_round_are_not_taken_for_the_present_ones() -> Non
         assert model.holds(source)
 
 
+@pytest.mark.usefixtures("finder")
+@pytest.mark.parametrize("mode", ["staged", "in_place"])
+def test_changes_of_other_buckets_are_not_taken_for_those_of_one(mode: str) -> None:
+    """Reordered: each two buckets of one form are sent each other's changes, under the right headers."""
+    source = {"w": (torch.randn(510, 384) * 0.02).to(torch.bfloat16)}
+    model = DictModel({"w": torch.zeros(510, 384, dtype=torch.bfloat16)})
+    take, send = tcp.KeptBuckets.take, tcp.TcpTrainerEnd.send_kept
+
+    def another(self: Any, bucket: int, number: int, fresh: Any) -> Any:
+        return take(self, bucket ^ 1, number, fresh)
+
+    def reordering(self: Any, number: int, deadline: Any, *, changes: bool) -> int:
+        self.look(number, deadline)
+        with patch.object(tcp.KeptBuckets, "take", another):
+            return send(self, number, deadline, changes=changes)
+
+    with serving([model], source, mode=mode) as publisher:
+        for _ in range(3):
+            publisher.publish()
+            served = {"w": source["w"].clone()}
+            step(source)
+        with patch.object(tcp.TcpTrainerEnd, "send_kept", reordering), pytest.raises(RoundFailed):
+            publisher.publish()
+        if mode == "staged":
+            assert model.holds(served)
+        assert codecs(publisher.publish()) == {"dense"}
+        assert model.holds(source)
+
+
 def test_a_round_in_which_everything_changes_is_no_longer_than_all_values() -> None:
     source = {"w": random_bits(torch.bfloat16, 300, 512)}
     model = DictModel({"w": torch.zeros(300, 512, dtype=torch.bfloat16)})
