@@ -291,14 +291,14 @@ def test_changes_of_other_buckets_are_not_taken_for_those_of_one(mode: str) -> N
     """Reordered: each two buckets of one form are sent each other's changes, under the right headers."""
     source = {"w": (torch.randn(510, 384) * 0.02).to(torch.bfloat16)}
     model = DictModel({"w": torch.zeros(510, 384, dtype=torch.bfloat16)})
-    take, send = tcp.KeptBuckets.take, tcp.TcpTrainerEnd.send_kept
+    take, send = tcp_ends.KeptBuckets.take, tcp_ends.TcpTrainerEnd.send_kept
 
     def another(self: Any, bucket: int, number: int, fresh: Any) -> Any:
         return take(self, bucket ^ 1, number, fresh)
 
     def reordering(self: Any, number: int, deadline: Any, *, changes: bool) -> int:
         self.look(number, deadline)
-        with patch.object(tcp.KeptBuckets, "take", another):
+        with patch.object(tcp_ends.KeptBuckets, "take", another):
             return send(self, number, deadline, changes=changes)
 
     with serving([model], source, mode=mode) as publisher:
@@ -306,7 +306,7 @@ def test_changes_of_other_buckets_are_not_taken_for_those_of_one(mode: str) -> N
             publisher.publish()
             served = {"w": source["w"].clone()}
             step(source)
-        with patch.object(tcp.TcpTrainerEnd, "send_kept", reordering), pytest.raises(RoundFailed):
+        with patch.object(tcp_ends.TcpTrainerEnd, "send_kept", reordering), pytest.raises(RoundFailed):
             publisher.publish()
         if mode == "staged":
             assert model.holds(served)
