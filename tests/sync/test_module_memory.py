@@ -279,6 +279,45 @@ def test_what_something_else_refers_to_is_not_moved_away_from_it(
     assert "copied in each round: 'first', 'second', 'embed.weight'." in told[0]
 
 
+@pytest.mark.parametrize("transport", ["shm", "tcp"])
+def test_tensors_that_were_moved_come_back_into_the_arena_unless_what_they_left_is_still_used(
+    engine: LocalEngine, transport: str
+) -> None:
+    """An average of weights is swapped in for a round and out again: nobody writes to the weights that were put aside."""
+    module = Odd()
+    alone = {name: value for name, value in module.state_dict(keep_vars=True).items() if value.numel()}
+    values = [value for name, value in alone.items() if name not in ("first", "second")]  # these two are one storage
+    randomise(module)
+    with Publisher(module, [engine], transport=transport, timeout_s=30) as publisher:
+        publisher.publish()
+        memory, places = publisher._part._source.memory, [value.data_ptr() for value in values]  # type: ignore[union-attr]
+        for number in range(3):
+            for value in values[number:]:
+                value.data = value.data.clone()
+            randomise(module)
+            expected = raw(module.state_dict())
+            assert publisher.publish().digests_match
+            assert raw(module.state_dict()) == expected
+            assert engine.models[0].holds(state(module))
+            assert publisher._part._source.memory is memory  # type: ignore[union-attr]
+            assert [value.data_ptr() for value in values] == places
+        trained = [value.data for value in values]
+        before = [value.clone() for value in trained]
+        for value in values:
+            value.data = value.data.clone()
+        randomise(module)
+        expected = raw(module.state_dict())
+        assert publisher.publish().digests_match
+        assert engine.models[0].holds(state(module))
+        assert raw(module.state_dict()) == expected
+        assert raw(dict(enumerate(trained))) == raw(dict(enumerate(before)))
+        for value, former in zip(values, trained, strict=True):
+            value.data = former
+        assert publisher.publish().digests_match
+        assert engine.models[0].holds(state(module))
+        assert raw(dict(enumerate(trained))) == raw(dict(enumerate(before)))
+
+
 def test_a_publisher_that_could_not_be_made_or_connected_leaves_the_module_as_it_was(
     engine: LocalEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

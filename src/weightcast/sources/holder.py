@@ -102,8 +102,9 @@ class Holder:
         try:
             self.source.check_form()
         except StateError as error:
+            before = self.source.memory
             if isinstance(error, WeightsMoved) and self._follow():
-                return True
+                return self.source.memory is not before
             former, made = self.source, self._make()
             if made is former or (isinstance(former, Snapshot) and made is former.inner):
                 error.hint = "Give Publisher the module or mapping itself, of which it makes a source anew; or make a new Publisher"
@@ -124,9 +125,11 @@ class Holder:
 
     def _follow(self) -> bool:
         """Have the source take up tensors of the user's that lie elsewhere."""
+        before = self.source.memory
         if not self.source.follow():
             return False
-        self._release_adopted()  # what was made of the former memory
+        if self.source.memory is not before:
+            self._release_adopted()  # what was made of the former memory
         return True
 
     def _follow_whatever_came(self) -> bool:

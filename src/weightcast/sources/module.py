@@ -65,6 +65,8 @@ class ModuleSource(Source):
         self._tree = Tree(module, self._values)
         self._starts: list[int] | None = None
         """Where in the one arena each storage of the user's begins, once there is an arena."""
+        self._tenant_sizes: tuple[int, ...] = ()
+        """The bytes of each of them."""
         self._note_places()
 
     def _find_bound(self, numbers: dict[int, int]) -> list[tuple[torch.Tensor, int]]:
@@ -117,6 +119,7 @@ class ModuleSource(Source):
         # This source has a tensor on each storage, too.
         self._move(arena, starts, references=1)
         self.memory, self._starts = memory, starts
+        self._tenant_sizes = self.layout.storage_nbytes
         self.layout = layout
         self._note_places()
 
@@ -169,24 +172,44 @@ class ModuleSource(Source):
         self.check()
 
     def follow(self) -> bool:
-        """Where tensors that shared storages still do, as they did, and no arena has them: into that they have to move anew."""
+        """Where tensors that shared storages still do, as they did. An arena that had them takes them up again, where nothing of the
+        user's refers to what they left there."""
         self._tree.check()
-        sizes = self.layout.storage_nbytes
-        if self._starts is not None or any(not self._tenants.of(number) for number in range(len(sizes))):
+        sizes = self.layout.storage_nbytes if self._starts is None else self._tenant_sizes
+        is_closed = self._starts is not None and not self.memory.storages
+        # What is empty has no place in an arena to be taken back to.
+        numbers = [number for number, size in enumerate(sizes) if size or self._starts is None]
+        if is_closed or not all(map(self._tenants.of, numbers)):
             return False
-        storages = [bytes_of(self._tenants.of(number)[0].detach()) for number in range(len(sizes))]
+        storages = {number: bytes_of(self._tenants.of(number)[0].detach()) for number in numbers}
         is_as_before = (
-            tuple(storage.numel() for storage in storages) == sizes
-            and all(storage.device == self.device for storage in storages)
+            all(storage.numel() == sizes[number] for number, storage in storages.items())
+            and all(storage.device == self.device for storage in storages.values())
             and list(map(torch.Tensor.storage_offset, self._values)) == self._offsets
-            and all(self._tenants.share_storage(number) for number in range(len(sizes)))
+            and all(map(self._tenants.share_storage, numbers))
             and not any(map(has_other_bytes, self._values))
         )
-        if is_as_before:
-            self._places.check_form()
-            self.memory = Memory(storages)
-            self._note_places()
-        return is_as_before
+        if not is_as_before:
+            return False
+        self._places.check_form()
+        if self._starts is None:
+            self.memory = Memory(list(storages.values()))
+        elif not self._take_back_in(self._starts, storages):
+            return False
+        self._note_places()
+        return True
+
+    def _take_back_in(self, starts: list[int], storages: Mapping[int, torch.Tensor]) -> bool:
+        """Have tensors that left the arena in it again, with the values that they have now."""
+        arena = self.memory.storages[0]
+        gone = [number for number in storages if not self._tenants.lie_at(number, arena, starts[number])]
+        if not all(self._tenants.left_nothing(number) for number in gone):
+            return False
+        for number in gone:
+            arena[starts[number] : starts[number] + storages[number].numel()].copy_(storages[number])
+        # This source has a tensor on each storage, too.
+        self._move(arena, starts, references=1)
+        return True
 
     def let_go(self) -> bool:
         if self._starts is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from weightcast.layout.memory import own_storage
 
@@ -23,6 +24,8 @@ class Tenants:
             self._groups.setdefault(number, []).append(value)
         self._moved: dict[int, int] = {}
         """Addresses of the storages that were moved, by number."""
+        self._left: dict[int, StorageWeakRef] = {}
+        """The same storages, which live for as long as a tensor refers to them."""
         self._copies: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
         self.staying: dict[int, torch.Tensor] = {}
         """The storages that stay where they are, by number."""
@@ -35,14 +38,24 @@ class Tenants:
         """Whether the module's tensors that shared a storage at connect still share one."""
         return len({value.untyped_storage().data_ptr() for value in self._groups[number]}) == 1
 
+    def lie_at(self, number: int, arena: torch.Tensor, start: int) -> bool:
+        """Whether the module's tensors in a storage lie at that byte of an arena."""
+        return self._groups[number][0].untyped_storage().data_ptr() == arena.data_ptr() + start
+
+    def left_nothing(self, number: int) -> bool:
+        """Whether no tensor refers to the place in the arena that the module's tensors in a storage were moved to."""
+        return number not in self._left or bool(self._left[number].expired())  # type: ignore[no-untyped-call]
+
     def move_into(self, arena: torch.Tensor, starts: Sequence[int], *, references: int) -> None:
-        """Go on in an arena that holds the same bytes: storage i begins at byte ``starts[i]``.
+        """Go on in an arena that holds the same bytes: storage i begins at byte ``starts[i]``. What lies there already stays as it is.
 
         ``references`` is the number of tensors that the caller has on each storage beside the module's.
         """
         self._copies, self.staying = ([], []), {}
         for number, values in self._groups.items():
             storage, start = values[0].untyped_storage(), starts[number]
+            if self.lie_at(number, arena, start):
+                continue
             if _is_shared_with_others(storage, len(values) + references):
                 self.staying[number] = _flat(storage)
                 self._copies[0].append(arena[start : start + storage.nbytes()])
@@ -50,7 +63,7 @@ class Tenants:
             else:
                 own = own_storage(arena, start, storage.nbytes())
                 _rebind(values, own)
-                self._moved[number] = own.data_ptr()
+                self._moved[number], self._left[number] = own.data_ptr(), StorageWeakRef(own)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def copy(self) -> None:
@@ -69,6 +82,7 @@ class Tenants:
                 private.copy_(_flat(storage))
                 _rebind(values, private.untyped_storage())
         self._moved.clear()
+        self._left.clear()
 
 
 def _flat(storage: torch.UntypedStorage) -> torch.Tensor:
