@@ -51,6 +51,12 @@ def greedy_on(model: Any, ids: list[int], length: int = LENGTH) -> list[int]:
     return tokens[len(ids) :]
 
 
+def base_tokens(trainer: Any, ids: list[int], length: int = LENGTH) -> list[int]:
+    """What the trainer's base model answers."""
+    with trainer.disable_adapter():
+        return greedy_on(trainer, ids, length)
+
+
 def asked(name: str) -> Any:
     """A request for an adapter by its name, or by a version's."""
     from vllm.lora.request import LoRARequest

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from tests.vllm import offline
 from tests.vllm.adapters import (
@@ -14,8 +15,8 @@ from tests.vllm.adapters import (
     PROMPTS,
     Stepped,
     assert_live,
+    base_tokens,
     greedy,
-    greedy_on,
     params,
     rebase,
     scatter,
@@ -40,11 +41,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def llm(model: Path) -> Iterator[Any]:
     with offline.engine(model, **LORA) as engine:
         yield engine
-
-
-def base_tokens(trainer: Any, ids: list[int]) -> list[int]:
-    with trainer.disable_adapter():
-        return greedy_on(trainer, ids)
 
 
 def test_two_versions_and_none_in_one_batch(llm: Any, model: Path) -> None:
@@ -102,6 +98,21 @@ def test_rounds_of_the_model_keep_adapters(llm: Any, model: Path, mode: str) -> 
             assert tokens_of(llm, PROMPTS[2]) == greedy(trainer, PROMPTS[2])
         fill(weights, initial)
         whole.publish()  # what other tests start from
+
+
+def test_keys_and_values_are_those_of_a_version(llm: Any, model: Path) -> None:
+    """A prompt that vLLM has in its prefix cache for one version is computed anew for the next one."""
+    trainer, ids = trainer_of(model), [int(token) for token in torch.randint(5, 300, (220,))]
+    with Publisher(trainer, [llm], adapter="policy", timeout_s=60) as publisher:
+        for number in range(3):
+            scatter(trainer)
+            publisher.publish()
+            running, truth = Stepped(llm), greedy(trainer, ids)
+            for again in range(2):
+                running.add(f"{number}-{again}", ids, "policy")
+                running.finish()
+                assert running.tokens(f"{number}-{again}") == truth
+                assert (running.done[f"{number}-{again}"].num_cached_tokens > 0) == (again > 0)
 
 
 def test_slots_are_counted_before_anything_is_registered(llm: Any, model: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from weightcast.commit.order import RoundOrder, Serving, Standing
 from weightcast.commit.stock import StockEngine, StockPort
 from weightcast.commit.updates import update_info
-from weightcast.commit.worker_outcome import WorkerOutcome, common_version, why_asleep
+from weightcast.commit.worker_outcome import WorkerOutcome, common_version
 from weightcast.deadline import Deadline
 from weightcast.manifest.adapters import version_label
 
@@ -24,8 +24,8 @@ class StockAdapterPort:
         self._engine, self._port, self._name = engine, StockPort(engine), name
 
     async def asleep(self, deadline: Deadline) -> str:
-        """Versions lie beside the weights, so they are unmapped with them."""
-        return why_asleep(await self.ask("status")) if self._engine.may_sleep() else ""
+        """Nothing: an engine that can sleep has no adapters."""
+        return ""
 
     async def standing(self, deadline: Deadline) -> Standing:
         """Whether the engine computes or is held is the model's affair alone."""

@@ -1,7 +1,7 @@
 """A plug-in of vLLM by which the loader of a served engine's worker can be made to raise half-way.
 
 A worker looks into the folder that the variable names whenever weights go through its loader: a file called like its rank says
-after how many tensors the loader raises, once.
+after how many tensors the loader raises, once. One called ``adapter-`` and the rank has the worker raise in the commit of an adapter.
 """
 
 import os
@@ -22,6 +22,7 @@ def register() -> None:
 
     def created(*args: Any) -> Any:
         _hook_loader()
+        _hook_adapters()
         return create(*args)
 
     WeightTransferEngineFactory.create_engine = created
@@ -41,6 +42,27 @@ def _hook_loader() -> None:
         load(model, tensors)
 
     VllmModel.load_weights = stumbling  # type: ignore[method-assign]
+
+
+def _hook_adapters() -> None:
+    from weightcast.engines.vllm.adapter_calls import AdapterWorker
+
+    update = AdapterWorker._round
+
+    def stumbling(worker: AdapterWorker, payload: Any) -> None:
+        fault = Path(os.environ[VARIABLE]) / f"adapter-{worker.rank}"
+        adapter: Any = worker._adapter
+        if fault.exists() and payload.get("action") == "commit":
+            fault.unlink()
+
+            def stumble(*_: object) -> None:
+                del adapter.prepare
+                raise ValueError("the worker stumbled")
+
+            adapter.prepare = stumble
+        update(worker, payload)
+
+    AdapterWorker._round = stumbling  # type: ignore[method-assign]
 
 
 def _some(tensors: Iterator[tuple[str, Any]], count: int) -> Iterator[tuple[str, Any]]:

@@ -9,7 +9,6 @@ import msgspec
 
 from weightcast.commit.worker_outcome import AdapterOutcome, WorkerOutcome
 from weightcast.engines.stock.worker import StockWorker, refusal
-from weightcast.engines.vllm import api
 from weightcast.engines.vllm.adapters import VllmAdapter, VllmAdapters
 from weightcast.errors import UnknownModel, WeightcastError
 from weightcast.manifest.adapters import check_name, version_label
@@ -24,7 +23,7 @@ class AdapterWorker(StockWorker):
     """One adapter's calls."""
 
     def __init__(self, rank: WorkerRank, adapter: VllmAdapter) -> None:
-        super().__init__(rank, lambda: adapter, api.sleeping_tags)
+        super().__init__(rank, lambda: adapter)
         self._adapter = adapter
         self._named: frozenset[int] = frozenset()
 
@@ -77,6 +76,11 @@ class AdapterCalls:
         except WeightcastError as error:
             record = refusal(self._rank.rank, error)
         return {**record, THERE: self._adapters.numbers}
+
+    def shutdown(self) -> None:
+        """Leave the trainers of all adapters. What is served stays. A second call does nothing."""
+        for worker in self.workers.values():
+            worker.shutdown()
 
     def served(self) -> dict[str, Any]:
         """What is served under each name, in builtin types."""

@@ -14,8 +14,6 @@ from typing import Any
 
 import torch
 
-from weightcast.commit.worker_outcome import WEIGHTS
-from weightcast.engines.vllm import api
 from weightcast.engines.vllm.lora import LoraManager
 from weightcast.errors import MERGED_HINT, PlanMismatch, StateError, Unsupported
 from weightcast.layout.memory import Memory
@@ -49,9 +47,6 @@ class VllmAdapter(AdapterModel[VllmVersion]):
         self._adapters = adapters
         self.registered: list[VllmVersion] = []
         """What vLLM has, in the order in which the versions came."""
-
-    def why_asleep(self) -> str:
-        return "vLLM has unmapped its weights" if WEIGHTS in api.sleeping_tags() else ""
 
     def check(self, factors: Mapping[str, Factors]) -> None:
         self._adapters.check(self.name, factors)

@@ -64,6 +64,8 @@ class VllmBackend(VllmEngine):  # type: ignore[misc]
                 return self._adapter_calls().call(name, action, payload)
         except WeightcastError as error:
             return refusal(self.calls.rank, error)
+        if action == "shutdown" and self._adapters is not None:
+            self._adapters.shutdown()
         record = self.calls.call(action, payload)
         return record if self._adapters is None else {**record, "adapters": self._adapters.served()}
 
@@ -72,11 +74,6 @@ class VllmBackend(VllmEngine):  # type: ignore[misc]
             require_lora(self.vllm_config)
             self._adapters = AdapterCalls(worker_rank(self.vllm_config), VllmAdapters(self._worker))
         return self._adapters
-
-    def before_sleep(self, *, loses: bool) -> None:
-        """See StockWorker.before_sleep."""
-        for calls in (self.calls, *(() if self._adapters is None else self._adapters.workers.values())):
-            calls.before_sleep(loses=loses)
 
     def parse_init_info(self, init_dict: dict[str, Any]) -> Any:
         return init_dict
@@ -101,6 +98,8 @@ class VllmBackend(VllmEngine):  # type: ignore[misc]
 
     def shutdown(self) -> None:
         self.calls.shutdown()
+        if self._adapters is not None:
+            self._adapters.shutdown()
 
     @staticmethod
     def trainer_send_weights(iterator: Any, trainer_args: Any) -> None:
@@ -154,7 +153,7 @@ def hear_sleep() -> None:
     def heard(worker: Any, level: int = 1) -> Any:
         backend = getattr(worker, "weight_transfer_engine", None)
         if isinstance(backend, VllmBackend):
-            backend.before_sleep(loses=level >= 2)
+            backend.calls.before_sleep(loses=level >= 2)
         return sleep(worker, level)
 
     @wraps(wake_up)

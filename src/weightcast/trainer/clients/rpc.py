@@ -220,8 +220,8 @@ class AdapterPort:
         self._client = client
 
     def asleep(self, deadline: Deadline) -> str:
-        """Versions lie beside the weights, so they are unmapped with them."""
-        return why_asleep(self._client.ask("status", {}, deadline)) if self._client.may_sleep() else ""
+        """Nothing: an engine that can sleep has no adapters."""
+        return ""
 
     def standing(self, deadline: Deadline) -> Standing:
         """Whether the engine computes or is held is the model's affair alone."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import (
     Mapping,
@@ -174,6 +175,8 @@ class OfflineEngine(ABC):
 
     def require_adapters(self) -> None:
         """Raise Unsupported where the engine cannot serve adapters of trainers beside its model."""
+        if not hasattr(sys.modules["vllm.v1.engine.core"].EngineCore, ADAPTER_CALL):
+            raise Unsupported(OLD, hint=MERGED_HINT)
         require_lora(self.config)
 
     def call_about_adapter(self, action: str, payload: Mapping[str, Any]) -> list[Any]:
@@ -230,6 +233,11 @@ def require_lora(config: Any) -> None:
         raise Unsupported(
             "this vLLM was started without LoRA, so it serves no adapters",
             hint=f"Start it with --enable-lora --max-loras 2 (enable_lora=True, max_loras=2). {MERGED_HINT}",
+        )
+    if may_sleep(config):
+        raise Unsupported(
+            "adapters of trainers and vLLM's sleep mode are not supported together",
+            hint=f"Start vLLM without --enable-sleep-mode. {MERGED_HINT}",
         )
     if parallel.pipeline_parallel_size > 1:
         raise Unsupported(
