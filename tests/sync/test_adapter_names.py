@@ -66,6 +66,12 @@ def test_a_request_is_taken_in_for_the_version_that_is_live_then(processor: Proc
     names.point("policy", "policy@3-c", {"policy@2-b": 72, "policy@3-c": 73})
     with pytest.raises(UnknownModel, match="retired"):
         taken("policy@1-a")
+    names.retire("policy", [names.standing("policy")])
+    assert taken("policy") == taken("policy@3-c")
+    with pytest.raises(UnknownModel, match="retired"):
+        taken("policy@2-b")
+    names.retire("policy", ["policy@3-c", "policy@4-d"])
+    assert taken("policy")[1] == 73
     names.point("policy", "", {"policy@2-b": 72})
     with pytest.raises(UnknownModel, match="policy@2-b"):
         taken("policy")

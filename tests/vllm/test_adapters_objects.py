@@ -18,7 +18,7 @@ from weightcast.testing.models import build_tiny_model
 from weightcast.testing.vllm_server import vllm_server
 
 FAULTY = Path(__file__).parent / "faulty"
-LONG = 150
+LONG = 400
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ async def async_llm(path: Path) -> AsyncIterator[Any]:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    usual = {"enforce_eager": True, "max_model_len": 256, "max_num_seqs": 8, "kv_cache_memory_bytes": 32 << 20}
+    usual = {"enforce_eager": True, "max_model_len": 1024, "max_num_seqs": 8, "kv_cache_memory_bytes": 32 << 20}
     llm = AsyncLLM.from_engine_args(
         AsyncEngineArgs(str(path), weight_transfer_config={"backend": "weightcast"}, **usual, **LORA)
     )
@@ -77,13 +77,21 @@ async def test_an_async_llm_computes_on_while_versions_change(model: Path) -> No
         first = (await asyncio.to_thread(publisher.publish)).version
         truth, begun = greedy(trainer, PROMPTS[0], LONG), threading.Event()
         running = asyncio.create_task(answer(llm, "old", {"prompt_token_ids": PROMPTS[0]}, LONG, begun))
-        await asyncio.to_thread(begun.wait, 60)
+        await asyncio.to_thread(begun.wait, 120)
+        await llm.engine_core.pause_scheduler_async(mode="keep", clear_cache=False)
+        assert not running.done(), (
+            "the pause is the test's: the request is in flight, and an adapter's commit leaves it so"
+        )
         scatter(trainer)
         second = (await asyncio.to_thread(publisher.publish)).version
-        assert not running.done(), "the request was to run through the commit"
-        new = await answer(llm, "new", {"prompt_token_ids": PROMPTS[1]}, 24)
-        text = await answer(llm, "text", "hello there", 24)
-        old = await running
+        assert await llm.is_paused()
+        others = [
+            asyncio.create_task(answer(llm, name, asked_for, 24))
+            for name, asked_for in (("new", {"prompt_token_ids": PROMPTS[1]}), ("text", "hello there"))
+        ]
+        await asyncio.sleep(0)
+        await llm.engine_core.resume_scheduler_async()
+        old, new, text = await asyncio.gather(running, *others)
         assert (old.lora_request.lora_name, list(old.outputs[0].token_ids)) == (f"policy@{first}", truth)
         assert new.lora_request.lora_name == f"policy@{second}"
         assert list(new.outputs[0].token_ids) == greedy(trainer, PROMPTS[1])

@@ -1,6 +1,7 @@
 """LoRA adapters of a trainer on a stock vLLM server: requests in flight keep their version, and no request, however late, ends the server."""
 
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from tests.vllm.adapters import PROMPTS, greedy, greedy_on, rebase, scatter, tra
 from tests.vllm.weights import replace
 
 from weightcast import Publisher
+from weightcast.deadline import Deadline
 from weightcast.errors import InvalidInput, RoundFailed
 from weightcast.testing.models import build_tiny_model, random_state_dict
 from weightcast.testing.vllm_server import Served, vllm_server
@@ -48,8 +50,10 @@ def test_a_stream_keeps_its_version_through_rounds(served: Served, model: Path) 
                 target=lambda: answers.append(complete(served, PROMPTS[0], max_tokens=LONG))  # noqa: B023 - ends in here
             )
             thread.start()
+            deadline = Deadline(120)
             while served.tokens_made() < before + 3:
-                assert thread.is_alive()
+                deadline.check("the first tokens")
+                time.sleep(0.02)
             scatter(trainer)
             report = publisher.publish()
             label = f"tuned@{report.version}"
@@ -110,6 +114,7 @@ def test_rounds_back_to_back_lose_no_request_and_the_server_lives(served: Served
                     failures.append(str(error))
                 while len(seen) == count:
                     assert all(thread.is_alive() for thread in threads)
+                    time.sleep(0.02)
         finally:
             over.set()
             for thread in threads:

@@ -13,6 +13,7 @@ import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import (
     Awaitable,
+    Collection,
     Mapping,
     Sequence,
 )
@@ -93,6 +94,10 @@ class StockEngine(ABC):
     def point(self, name: str, label: str, ids: Mapping[str, int]) -> None:
         """Have requests for an adapter that come from now on run on the version ``label``, and on none where that is empty. ``ids`` are
         the versions that a request may name, with the engine's own numbers of them."""
+        self.require_adapters()
+
+    def retire(self, name: str, there: Collection[str] | None) -> None:
+        """Take no request for a version of an adapter that is not ``there``; None: for none but that which its name stands for."""
         self.require_adapters()
 
     def num_requests_on(self, label: str) -> int:

@@ -35,6 +35,8 @@ class StockAdapterPort:
         """Nothing pauses."""
 
     async def apply(self, order: RoundOrder, deadline: Deadline) -> Serving:
+        """Older versions are refused first: the workers forget those that no request names when they hear of the update."""
+        self._engine.retire(self._name, None)
         return Serving.of(await self.ask("update", update_info(order, deadline)))
 
     async def take_back(self, order: RoundOrder, deadline: Deadline) -> Serving:
@@ -61,7 +63,9 @@ class StockAdapterPort:
         self._engine.require_backend()
         self._engine.require_adapters()
         call = self._engine.call_about_adapter(action, {**(payload or {}), "adapter": self._name})
-        return await self._port.outcomes(call)
+        outcomes = await self._port.outcomes(call)
+        self._engine.retire(self._name, ids_of(outcomes))
+        return outcomes
 
 
 def standing_for(name: str, outcomes: Sequence[WorkerOutcome]) -> tuple[str, dict[str, int]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import (
+    Collection,
     Mapping,
     Sequence,
 )
@@ -63,6 +64,10 @@ class RpcEngineClient(EngineClient):
 
     def point(self, name: str, label: str, ids: Mapping[str, int], deadline: Deadline) -> None:
         """Have requests for an adapter run on a version from now on; see commit.stock.StockEngine.point."""
+        raise Unsupported(f"an engine of kind {self.kind} has no adapters", engine=self.name, hint=MERGED_HINT)
+
+    def retire(self, name: str, there: Collection[str]) -> None:
+        """Take no request for a version of an adapter that is not ``there``. No request is taken while the client calls."""
         raise Unsupported(f"an engine of kind {self.kind} has no adapters", engine=self.name, hint=MERGED_HINT)
 
     @abstractmethod
@@ -140,6 +145,8 @@ class RpcEngineClient(EngineClient):
             answers = self.call_workers(action, dict(payload), deadline)
         outcomes = outcomes_from(answers)
         require_all(outcomes, self.num_workers(deadline))
+        if self.adapter:
+            self.retire(self.adapter, ids_of(outcomes))
         return outcomes
 
     def num_workers(self, deadline: Deadline) -> int:

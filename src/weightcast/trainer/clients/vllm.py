@@ -6,6 +6,7 @@ import asyncio
 import itertools
 from collections.abc import (
     Callable,
+    Collection,
     Mapping,
     Sequence,
 )
@@ -65,6 +66,9 @@ class VllmClient(RpcEngineClient):
 
     def point(self, name: str, label: str, ids: Mapping[str, int], deadline: Deadline) -> None:
         self._engine.point(name, label, ids)
+
+    def retire(self, name: str, there: Collection[str]) -> None:
+        self._engine.retire(name, there)
 
     def init(self, init_info: Mapping[str, Any], deadline: Deadline) -> None:
         require_backend(self._engine.config)

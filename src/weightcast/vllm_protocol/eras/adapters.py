@@ -7,7 +7,7 @@ for a version that is gone. vLLM keys its prefix cache by an adapter's name and 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from weightcast.errors import InvalidInput, UnknownModel
@@ -61,6 +61,18 @@ class AdapterNames:
             self._served.pop(gone, None)
         self._requests[name] = requests
         self._served.update(requests)
+
+    def retire(self, name: str, there: Collection[str]) -> None:
+        """Forget the versions of an adapter that are not ``there`` any more, before a request for one could be taken in."""
+        requests = self._requests.get(name, {})
+        for each in [key for key, request in requests.items() if request.lora_name not in there]:
+            del requests[each]
+            self._served.pop(each, None)
+
+    def standing(self, name: str) -> str:
+        """The version that a name stands for; empty for none."""
+        request = self._requests.get(name, {}).get(name)
+        return "" if request is None else str(request.lora_name)
 
     def resolved(self, request: Any) -> Any:
         """The LoRARequest of a version, for one that a user made of a name or a version; others as they are. UnknownModel where nothing

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import (
+    Collection,
     Mapping,
     Sequence,
 )
@@ -88,6 +89,10 @@ class ServedEngine(StockEngine):
 
     def point(self, name: str, label: str, ids: Mapping[str, int]) -> None:
         self.adapter_names().point(name, label, ids)
+
+    def retire(self, name: str, there: Collection[str] | None) -> None:
+        names = self.adapter_names()
+        names.retire(name, [names.standing(name)] if there is None else there)
 
     def adapter_names(self) -> AdapterNames:
         """The names of adapters in this process, alike for all that reach the engine's object."""
@@ -190,6 +195,10 @@ class OfflineEngine(ABC):
     def point(self, name: str, label: str, ids: Mapping[str, int]) -> None:
         """See StockEngine.point."""
         names_of(self.llm.llm_engine).point(name, label, ids)
+
+    def retire(self, name: str, there: Collection[str]) -> None:
+        """See StockEngine.retire."""
+        names_of(self.llm.llm_engine).retire(name, there)
 
     def wake_up(self, tags: Sequence[str]) -> None:
         """Map memory with these tags again; vLLM lets its scheduler go on once nothing sleeps any more."""
