@@ -120,7 +120,7 @@ def config(**parallel: int) -> Any:
     )
 
 
-def test_which_vllms_have_no_adapters() -> None:
+def test_which_vllms_have_no_adapters(processor: Processor) -> None:
     require_lora(config())
     plain = config()
     plain.lora_config = None
@@ -138,6 +138,8 @@ def test_which_vllms_have_no_adapters() -> None:
         assert "without adapter=" in str(refused.value)
         with pytest.raises(Unsupported):
             v0_32.Served(SimpleNamespace(vllm_config=without)).require_adapters()
-    v0_32.Served(SimpleNamespace(vllm_config=config())).require_adapters()
+    v0_32.Served(SimpleNamespace(vllm_config=config(), input_processor=processor)).require_adapters()
+    with pytest.raises(UnknownModel, match="never published"):
+        processor.process_inputs("r", lora_request=by("policy"))
     with pytest.raises(Unsupported, match=r"need vLLM 0\.32"):
         v0_27.Served(SimpleNamespace(vllm_config=config())).require_adapters()

@@ -183,6 +183,7 @@ class OfflineEngine(ABC):
         if not hasattr(sys.modules["vllm.v1.engine.core"].EngineCore, ADAPTER_CALL):
             raise Unsupported(OLD, hint=MERGED_HINT)
         require_lora(self.config)
+        names_of(self.llm.llm_engine)  # from now on requests by name are told from those for files
 
     def call_about_adapter(self, action: str, payload: Mapping[str, Any]) -> list[Any]:
         """``call_workers`` about an adapter, by way of the engine's core, which knows what requests name."""

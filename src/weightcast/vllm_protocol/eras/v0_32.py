@@ -19,6 +19,7 @@ class Served(base.ServedEngine):
 
     def require_adapters(self) -> None:
         base.require_lora(self.config)
+        self.adapter_names()  # from now on requests by name are told from those for files
 
     async def set_label(self, version: str) -> None:
         await self.client.update_weight_version(version)
