@@ -72,8 +72,9 @@ async def test_an_async_llm_computes_on_while_versions_change(model: Path) -> No
     trainer = trainer_of(model)
     async with async_llm(model) as llm:
         publisher = Publisher(trainer, [llm], adapter="policy", timeout_s=60)
-        with pytest.raises(UnknownModel, match="never published"):
+        with pytest.raises(Exception) as early:
             await answer(llm, "early", {"prompt_token_ids": PROMPTS[0]}, 4)
+        assert isinstance(early.value.__cause__ or early.value, UnknownModel)
         first = (await asyncio.to_thread(publisher.publish)).version
         truth, begun = greedy(trainer, PROMPTS[0], LONG), threading.Event()
         running = asyncio.create_task(answer(llm, "old", {"prompt_token_ids": PROMPTS[0]}, LONG, begun))
