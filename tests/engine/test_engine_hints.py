@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,9 @@ from weightcast.engines.embedded import LLM, EngineConfig, SamplingParams, atten
 from weightcast.engines.embedded.given import check_given, device_of
 from weightcast.engines.embedded.live_model import EmbeddedModel
 from weightcast.engines.embedded.support import check_config, check_model
-from weightcast.errors import InvalidInput, StateError, Unsupported
+from weightcast.errors import InvalidInput, PlanMismatch, StateError, Unsupported
+from weightcast.manifest import TensorSpec
+from weightcast.manifest.adapters import Factors
 from weightcast.testing.models import build_tiny_model
 from weightcast.weight_transfer.config import WeightTransferConfig
 from weightcast.weight_transfer.factory import WeightTransferEngineFactory
@@ -277,3 +280,27 @@ def test_an_engine_that_waits_for_its_first_weights(folder: Path) -> None:
         ).play()  # fmt: skip
     finally:
         engine.shutdown()
+
+
+def _factors(dtype: str, rows: int, columns: int) -> Factors:
+    a, b = (TensorSpec(name=name, dtype=dtype, shape=shape) for name, shape in (("a", (2, columns)), ("b", (rows, 2))))
+    return Factors(a=a, b=b)
+
+
+def test_adapters_that_this_engine_cannot_compute(llm: LLM) -> None:
+    adapters = llm.engine.core.adapters
+    module = "model.layers.0.mlp.down_proj"
+    rows, columns = llm.engine.model.get_submodule(module).weight.shape
+    (name,) = [each for each in adapters.linears.able if module.endswith(each)]
+
+    def check(module: str, dtype: str) -> None:
+        adapters.check("policy", {module: _factors(dtype, rows, columns)})
+
+    for bad, dtype, error, said in (
+        ("layers.7.nowhere", "float32", PlanMismatch, r"has no linear layers layers\.7\.nowhere"),
+        (name, "int8", Unsupported, "the adapter of .* is of type int8"),
+    ):
+        Mistake(
+            make=partial(check, bad, dtype), error=error, said=said, hint="Publish the merged weights",
+            follow=partial(check, name, "float32"),
+        ).play()  # fmt: skip

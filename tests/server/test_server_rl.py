@@ -106,6 +106,21 @@ async def test_finish_without_start_and_second_start(http: httpx.AsyncClient) ->
     await post(http, "/finish_weight_update")
 
 
+async def test_an_update_for_each_of_several_workers(engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def two(*, include_dp: bool = True) -> int:
+        return 2
+
+    monkeypatch.setattr(engine, "get_world_size", two)
+    async with client_for(engine) as http:
+        await post(http, "/init_weight_transfer_engine", INIT)
+        await post(http, "/start_weight_update")
+        each = {"update_info": [UPDATE["update_info"]] * 2}
+        told = (await post(http, "/update_weights", each, status=422))["error"]["message"]
+        assert "needs an engine of one worker. Send one object for all" in told
+        await post(http, "/update_weights", UPDATE)
+        await post(http, "/finish_weight_update")
+
+
 async def test_repeated_finish_is_harmless_only_when_equal(http: httpx.AsyncClient, engine: ScriptedEngine) -> None:
     version = secrets.token_hex(4)
     await post(http, "/init_weight_transfer_engine", INIT)

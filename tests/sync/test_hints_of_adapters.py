@@ -18,13 +18,17 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
+from weightcast import Publisher
+from weightcast.deadline import Deadline
 from weightcast.errors import InvalidInput, PlanMismatch, Unsupported
 from weightcast.manifest import Manifest, TensorSpec
 from weightcast.manifest.adapters import CONFIG_NAME, factor_names, factors_of
 from weightcast.sources import SafetensorsSource, make_source, safetensors
-from weightcast.sources.adapter import Adapter
+from weightcast.sources.adapter import Adapter, adapter_named
+from weightcast.testing.local_engine import DictModel, LocalEngine
 from weightcast.testing.models import build_tiny_model
 from weightcast.trainer.clients.making import make_client
+from weightcast.trainer.clients.vllm_dev import VllmDevClient
 
 MERGED = r"Publish the merged weights: Publisher\(peft_model, engines\) without adapter="
 MERGE = r"Publish what merge_and_unload\(\) returns"
@@ -134,7 +138,32 @@ def _no_plug_in() -> Mistake:
     )  # fmt: skip
 
 
-MISTAKES = [_attention, _parametrized, _eight_bits, _biased, _no_layers, _half, _no_plug_in]
+def _several() -> Mistake:
+    model = get_peft_model(Heads(), lora(target_modules=["bare"]))
+    model.add_adapter("other", lora(target_modules=["bare"]))
+    return Mistake(
+        make=lambda: adapter_named(model, "policy"), error=InvalidInput,
+        said="has several adapters, and none of them is named 'policy'", hint="one of them: default, other",
+        follow=lambda: make_source(model, adapter=adapter_named(model, "other")),
+    )  # fmt: skip
+
+
+def _replicas() -> Mistake:
+    client: Any = VllmDevClient("http://127.0.0.1:9")
+    sizes = {"true": 4, "false": 2}
+    client._call = lambda method, path, deadline, query: {"world_size": sizes[query["include_dp"]]}
+
+    def one_replica() -> None:
+        sizes["true"] = 2
+        assert client.world_size(Deadline(5)) == 2
+
+    return Mistake(
+        make=lambda: client.world_size(Deadline(5)), error=Unsupported, said="data-parallel replicas cannot be reached",
+        hint="serve weightcast's own routes .*or start each replica as a server", follow=one_replica,
+    )  # fmt: skip
+
+
+MISTAKES = [_several, _replicas, _attention, _parametrized, _eight_bits, _biased, _no_layers, _half, _no_plug_in]
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
@@ -201,3 +230,53 @@ def test_a_shard_that_is_not_what_its_tensor_says(mesh: DeviceMesh) -> None:
         hint=r"a state dict with full_tensor\(\)",
         follow=lambda: assert_same(_read({"w": right.full_tensor()}), {"w": local}),
     ).play()  # fmt: skip
+
+
+@pytest.fixture
+def engine() -> Iterator[LocalEngine]:
+    made = LocalEngine("e", [DictModel({"w": torch.zeros(3)})])
+    yield made
+    made.stop()
+
+
+def test_a_stream_of_shards(mesh: DeviceMesh, engine: LocalEngine) -> None:
+    shard = DTensor.from_local(torch.randn(3), mesh, [Shard(0)])
+
+    def publish(*, whole: bool) -> None:
+        with Publisher(
+            lambda: iter([("w", shard.full_tensor() if whole else shard)]), [engine], timeout_s=30
+        ) as publisher:
+            publisher.publish()
+        assert engine.models[0].holds({"w": shard.to_local()})
+
+    Mistake(
+        make=lambda: publish(whole=False), error=Unsupported, said="'w' is a DTensor, of which this rank has a part only",
+        hint=r"Yield whole tensors: full_tensor\(\), which all ranks call", follow=lambda: publish(whole=True),
+    ).play()  # fmt: skip
+
+
+def test_an_engine_that_cannot_sleep_is_not_woken(engine: LocalEngine) -> None:
+    with Publisher({"w": torch.randn(3)}, [engine], timeout_s=30) as publisher:
+        publisher.connect()
+        Mistake(
+            make=lambda: publisher.publish(wake=True), error=Unsupported, said="cannot sleep",
+            hint="Publish without wake=", follow=publisher.publish,
+        ).play()  # fmt: skip
+
+
+def test_an_adapter_for_an_engine_of_whole_weights() -> None:
+    model = get_peft_model(Heads(), lora(target_modules=["bare"], init_lora_weights=False))
+    engine = LocalEngine("e", [DictModel(merged(model))])
+
+    def publish(**options: Any) -> None:
+        with Publisher(model, [engine], timeout_s=30, **options) as publisher:
+            publisher.publish()
+
+    try:
+        Mistake(
+            make=lambda: publish(adapter="default"), error=Unsupported, said="takes whole weights, and no adapters",
+            hint=MERGED, follow=publish,
+        ).play()  # fmt: skip
+        assert engine.models[0].holds(merged(model))
+    finally:
+        engine.stop()
