@@ -1,11 +1,11 @@
 """Engine objects of the trainer's own process whose engines run in processes of their own, as vLLM has it by default."""
 
 import asyncio
-import concurrent.futures
+import contextlib
 import itertools
-import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,9 @@ from tests.vllm.offline import NUM_TOKENS, PROMPTS, FreshLoads
 from tests.vllm.weights import replace
 
 from weightcast import Publisher
-from weightcast.deadline import Deadline
+from weightcast.testing.engine_suite import AFTERWARDS, NEVER_ENDING
 from weightcast.testing.models import build_tiny_model, random_state_dict
-from weightcast.trainer.clients import AsyncVllmClient, CommitOrder, CommitReply
+from weightcast.trainer.clients import AsyncVllmClient
 
 LONG = 200
 _numbers = itertools.count()
@@ -25,7 +25,8 @@ _numbers = itertools.count()
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_tiny_model(tmp_path_factory.mktemp("objects") / "m", "qwen3", dtype="bfloat16", head_dim=32)
+    room = {"max_position_embeddings": NEVER_ENDING + 64}
+    return build_tiny_model(tmp_path_factory.mktemp("objects") / "m", "qwen3", dtype="bfloat16", head_dim=32, **room)
 
 
 def tokens_of(answers: list[tuple[list[int], list[float]]]) -> list[list[int]]:
@@ -54,7 +55,7 @@ async def async_llm(path: Path) -> AsyncIterator[Any]:
     arguments = AsyncEngineArgs(
         str(path),
         enforce_eager=True,
-        max_model_len=256,
+        max_model_len=NEVER_ENDING + 64,
         max_num_seqs=8,
         kv_cache_memory_bytes=32 << 20,
         weight_transfer_config={"backend": "weightcast"},
@@ -66,34 +67,41 @@ async def async_llm(path: Path) -> AsyncIterator[Any]:
         llm.shutdown()
 
 
-async def answer(llm: Any, ids: list[int], num_tokens: int = NUM_TOKENS, begun: threading.Event | None = None) -> Any:
-    """The finished output for one prompt; ``begun`` is set when its first tokens are there."""
+async def answer(llm: Any, ids: list[int], num_tokens: int = NUM_TOKENS, seen: list[int] | None = None) -> Any:
+    """The finished output for one prompt; ``seen`` has its tokens so far."""
     from vllm import SamplingParams
 
     params = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
     last = None
     async for output in llm.generate({"prompt_token_ids": ids}, params, f"request-{next(_numbers)}"):
         last = output.outputs[0]
-        if begun is not None:
-            begun.set()
+        if seen is not None:
+            seen[:] = last.token_ids
     assert last is not None
     return last
 
 
-class OrderedMidway(AsyncVllmClient):
-    """Orders a commit when a request has begun to answer with the version before."""
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(60):
+        while not condition():
+            await asyncio.sleep(0.02)
 
-    def __init__(self, engine: Any, loop: asyncio.AbstractEventLoop) -> None:
-        super().__init__(engine, loop)
-        self._llm, self._loop = engine, loop
-        self.request: concurrent.futures.Future[Any] | None = None
 
-    def commit(self, order: CommitOrder, deadline: Deadline) -> CommitReply:
-        if self.request is None:
-            begun = threading.Event()
-            self.request = asyncio.run_coroutine_threadsafe(answer(self._llm, PROMPTS[0], LONG, begun), self._loop)
-            assert begun.wait(deadline.remaining_s()), "no tokens"
-        return super().commit(order, deadline)
+async def ended(request: asyncio.Task[Any], pause: str, seen: list[int], before: list[int]) -> None:
+    """A request goes on after the commit until the test ends the request, or ends with the version before."""
+    assert seen[:1] == before[:1]
+    if pause == "keep":
+        wanted = len(seen) + AFTERWARDS
+        await until(lambda: len(seen) >= wanted)
+        request.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await request
+        return
+    output = await asyncio.wait_for(request, 60)
+    tokens = list(output.token_ids)
+    assert output.finish_reason == ("abort" if pause == "abort" else "length")
+    assert tokens[:LONG] == before[: len(tokens)]
+    assert len(tokens) == LONG or pause == "abort"
 
 
 async def test_an_async_llm(model: Path, fresh: FreshLoads) -> None:
@@ -103,22 +111,18 @@ async def test_an_async_llm(model: Path, fresh: FreshLoads) -> None:
         for pause in ("keep", "wait", "abort"):
             before = list((await answer(llm, PROMPTS[0], LONG)).token_ids)
             replace(weights, model)
-            client = OrderedMidway(llm, asyncio.get_running_loop())
+            seen: list[int] = []
+            client = AsyncVllmClient(llm, asyncio.get_running_loop())
             publisher = Publisher(weights, [client], pause=pause, timeout_s=60)
+            await asyncio.to_thread(publisher.connect)
+            num_tokens = LONG if pause == "wait" else NEVER_ENDING
+            request = asyncio.create_task(answer(llm, PROMPTS[0], num_tokens, seen))
+            await until(partial(bool, seen))
             report = await asyncio.to_thread(publisher.publish)
-            assert client.request is not None
-            output = await asyncio.wait_for(asyncio.wrap_future(client.request), 60)
+            await ended(request, pause, seen, before)
             await asyncio.to_thread(publisher.close)
             assert report.digests_match
             assert not await llm.is_paused()
             assert await llm.get_weight_version() == report.version
-            tokens = list(output.token_ids)
-            assert output.finish_reason == ("abort" if pause == "abort" else "length")
-            assert tokens[:1] == before[:1]
-            if pause == "keep":
-                assert tokens != before
-            else:
-                assert tokens == before[: len(tokens)]
-            assert len(tokens) == LONG or pause == "abort"
             got = [list((await answer(llm, ids)).token_ids) for ids in PROMPTS]
             assert got == tokens_of(fresh.answers(model, weights, PROMPTS))
