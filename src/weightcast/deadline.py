@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from datetime import timedelta
 from numbers import Real
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
@@ -79,13 +79,17 @@ class Deadline:
 
     def check(self, waiting_for: str) -> None:
         """Raise DeadlineExceeded when the moment has passed."""
-        if self.cancelled:
-            raise DeadlineExceeded(
-                f"{waiting_for} was called off",
-                hint=CALLED_OFF_HINT,
-            )
         if self.passed:
-            raise DeadlineExceeded(f"{waiting_for} took longer than {self.timeout_s:g} s")
+            raise self.exceeded(waiting_for)
+
+    def exceeded(
+        self, waiting_for: str, late: str | None = None, *, hint: str | None = None, **about: Any
+    ) -> DeadlineExceeded:
+        """What to raise where waiting ended before there was a result. ``late`` and ``hint`` are for what took too long, and say nothing of
+        what was called off; ``about`` says where that was, as errors have it."""
+        if self.cancelled:
+            return DeadlineExceeded(f"{waiting_for} was called off", hint=CALLED_OFF_HINT, **about)
+        return DeadlineExceeded(late or f"{waiting_for} took longer than {self.timeout_s:g} s", hint=hint, **about)
 
     # -- calling off
 

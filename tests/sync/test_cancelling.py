@@ -14,7 +14,7 @@ import torch
 
 from weightcast import Publisher
 from weightcast.control.coordinator import Coordinator
-from weightcast.deadline import Deadline
+from weightcast.deadline import CALLED_OFF_HINT, Deadline
 from weightcast.errors import DeadlineExceeded
 from weightcast.receiver.worker_round import RoundId, WorkerRound
 from weightcast.testing.local_engine import DictModel, LocalEngine
@@ -133,5 +133,6 @@ def test_waits_hear_that_they_are_called_off(
         assert silent[0].asked.wait(HANG_S)
         assert not waiting.done()
         whole.cancel()
-        with pytest.raises(DeadlineExceeded):
+        with pytest.raises(DeadlineExceeded, match="called off") as caught:
             waiting.result(HANG_S)
+        assert caught.value.hint == CALLED_OFF_HINT

@@ -21,7 +21,6 @@ from weightcast.control.strangers import ADMISSION_S, EVENTS, Strangers
 from weightcast.deadline import Deadline
 from weightcast.errors import (
     AuthError,
-    DeadlineExceeded,
     ErrorForm,
     InvalidInput,
     ProtocolError,
@@ -196,7 +195,8 @@ class Coordinator:
                     return sorted(present, key=lambda member: member.key)
                 self._came.wait(min(deadline.remaining_s(), LOOK_S))
                 if deadline.passed:
-                    raise DeadlineExceeded(
+                    raise deadline.exceeded(
+                        "waiting for workers",
                         f"{len(present)} of {world_size} workers joined in {deadline.timeout_s:g} s",
                         engine=engine,
                         phase="join",

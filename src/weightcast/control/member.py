@@ -9,8 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from weightcast.control.pieces import Joiner
-from weightcast.deadline import CALLED_OFF_HINT, Deadline
-from weightcast.errors import DeadlineExceeded, PeerLost, WeightcastError
+from weightcast.deadline import Deadline
+from weightcast.errors import PeerLost, WeightcastError
 from weightcast.messages import AnyMessage, Failed, Hello, Message, RankAnswer, Refused
 
 FRAME_NBYTES = 2**20
@@ -86,10 +86,8 @@ class Member:
         """What to say of it when the deadline has passed."""
         if not deadline.passed:
             return None
-        told, hint = f"no answer in {deadline.timeout_s:g} s", None
-        if deadline.cancelled:
-            told, hint = "waiting for its answer was called off", CALLED_OFF_HINT
-        return DeadlineExceeded(told, engine=self.engine, worker=self.rank, phase=phase, hint=hint)
+        told = f"no answer in {deadline.timeout_s:g} s"
+        return deadline.exceeded("waiting for its answer", told, engine=self.engine, worker=self.rank, phase=phase)
 
 
 def drained(news: queue.SimpleQueue[Member], timeout_s: float) -> list[Member]:

@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable
 
 from weightcast.deadline import Deadline
-from weightcast.errors import DeadlineExceeded
 from weightcast.receiver.worker_round import RoundId
 
 LOOK_S = 0.1
@@ -37,7 +36,10 @@ class FilledWindows:
             while self._round != id or self._last < window:
                 check()
                 if deadline.passed:
-                    raise DeadlineExceeded(f"window {window} of the stream did not come in {deadline.timeout_s:g} s")
+                    raise deadline.exceeded(
+                        "waiting for a window",
+                        f"window {window} of the stream did not come in {deadline.timeout_s:g} s",
+                    )
                 self._changed.wait(min(LOOK_S, deadline.remaining_s()))
 
     def wake(self) -> None:

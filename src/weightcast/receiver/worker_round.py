@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from weightcast.deadline import Deadline
-from weightcast.errors import DeadlineExceeded, StateError
+from weightcast.errors import StateError
 
 
 class Phase(Enum):
@@ -120,7 +120,9 @@ class WorkerRound:
                         self._to(Phase.COMMITTING)
                         return self._approval
                 if deadline.passed:
-                    raise DeadlineExceeded(f"no approval of round {id} in {deadline.timeout_s:g} s")
+                    raise deadline.exceeded(
+                        "waiting for an approval", f"no approval of round {id} in {deadline.timeout_s:g} s"
+                    )
                 self._changed.wait(deadline.remaining_s())
 
     def _wake(self) -> None:

@@ -37,8 +37,8 @@ class Helper:
 
         def late() -> DeadlineExceeded:
             began = not future.cancel()
-            return DeadlineExceeded(
-                f"the engine took longer than {deadline.timeout_s:g} s",
+            return deadline.exceeded(
+                "the call to the engine",
                 engine=self._engine,
                 hint=None if began else "It was not asked, as it has not answered the call before; wait until it has",
             )

@@ -46,8 +46,8 @@ class LoopCalls:
 
         def late() -> DeadlineExceeded:
             future.cancel()
-            return DeadlineExceeded(
-                f"the engine took longer than {deadline.timeout_s:g} s",
+            return deadline.exceeded(
+                "the call to the engine",
                 engine=self._name,
                 hint="Does something block its event loop? From a coroutine: await asyncio.to_thread(publisher.publish). If the engine is only slow, give more timeout_s",
             )

@@ -115,8 +115,8 @@ class RayEngineClient(EngineClient):
         return answer
 
     def _late(self, method: str, deadline: Deadline) -> DeadlineExceeded:
-        return DeadlineExceeded(
-            f"{method} took longer than {deadline.timeout_s:g} s",
+        return deadline.exceeded(
+            method,
             engine=self.name,
             hint="An actor does one thing at a time: is it still generating, or loading its model?",
         )
@@ -137,7 +137,7 @@ def answers_of(calls: Sequence[Any], deadline: Deadline) -> list[Any]:
     try:
         answers: list[Any] = ray.get(list(calls), timeout=deadline.limit_s())
     except ray.exceptions.GetTimeoutError:
-        raise DeadlineExceeded(f"actors took longer than {deadline.timeout_s:g} s to answer") from None
+        raise deadline.exceeded("the call to actors") from None
     return answers
 
 

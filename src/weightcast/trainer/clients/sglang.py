@@ -13,7 +13,7 @@ from typing import Any
 
 from weightcast.commit.stock import StockEngine
 from weightcast.deadline import Deadline
-from weightcast.errors import DeadlineExceeded, Unsupported
+from weightcast.errors import Unsupported
 from weightcast.trainer.clients.in_loop import LoopCalls, blocks_a_loop, running_loop
 from weightcast.trainer.clients.stock import StockClient
 
@@ -59,7 +59,7 @@ class _DrivenLoop(LoopCalls):
         while not future.done():
             if deadline.remaining_s() <= 0:
                 future.cancel()
-                raise DeadlineExceeded(f"the engine took longer than {deadline.timeout_s:g} s", engine=self._name)
+                raise deadline.exceeded("the call to the engine", engine=self._name)
             with suppress(WaitTimeout):
                 self._drive(future, deadline)
                 future.exception(timeout=LOOK_S)

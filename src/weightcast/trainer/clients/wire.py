@@ -124,7 +124,7 @@ def failure(error: Exception, call: str, engine: str, deadline: Deadline) -> Wei
     """What one of ``FAILURES`` is to a user: DeadlineExceeded, PeerLost where no connection was made, or AnswerLost. ``call``: its
     method and path."""
     if isinstance(error, httpcore.TimeoutException):
-        return DeadlineExceeded(f"{call} took longer than {deadline.timeout_s:g} s", engine=engine)
+        return deadline.exceeded(call, engine=engine)
     said = f"{call}: {quoted(str(error)) or type(error).__name__}"
     if isinstance(error, httpcore.ConnectError):
         hint = error.hint if isinstance(error, Unreachable) else "Is the server running?"

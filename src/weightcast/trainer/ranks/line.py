@@ -64,8 +64,11 @@ class Line:
         except DeadlineExceeded:
             present = {member.rank + 1 for member in self._coordinator.members(RANKS)}
             missing = sorted(set(range(1, self._size)) - present)
-            raise DeadlineExceeded(
-                f"trainer ranks {missing} did not come within {deadline.timeout_s:g} s", phase="join", hint=LATE_HINT
+            raise deadline.exceeded(
+                "waiting for trainer ranks",
+                f"trainer ranks {missing} did not come within {deadline.timeout_s:g} s",
+                phase="join",
+                hint=LATE_HINT,
             ) from None
         self._members = {member.rank + 1: member for member in members}
         for member in members:
@@ -119,8 +122,11 @@ class Line:
         except PeerLost:
             raise _loss(rank, member, phase) from None
         except DeadlineExceeded:
-            raise DeadlineExceeded(
-                f"trainer rank {rank} did not answer within {deadline.timeout_s:g} s", phase=phase, hint=LATE_HINT
+            raise deadline.exceeded(
+                "waiting for a trainer rank",
+                f"trainer rank {rank} did not answer within {deadline.timeout_s:g} s",
+                phase=phase,
+                hint=LATE_HINT,
             ) from None
         assert isinstance(message, RankAnswer)
         answer = decode_answer(message.body)

@@ -29,7 +29,6 @@ import torch
 
 from weightcast.deadline import Deadline
 from weightcast.errors import (
-    DeadlineExceeded,
     InvalidInput,
     StateError,
     Unsupported,
@@ -241,8 +240,11 @@ class Round:
         if self._outcomes.failed:
             raise Cancelled("the round failed elsewhere")
         if self._deadline.passed:
-            raise DeadlineExceeded(
-                f"the source was not digested within {self._deadline.timeout_s:g} s", phase="verify", hint=DIGEST_HINT
+            raise self._deadline.exceeded(
+                "digesting the source",
+                f"the source was not digested within {self._deadline.timeout_s:g} s",
+                phase="verify",
+                hint=DIGEST_HINT,
             )
 
     def _look(self, engine: EngineLink, worker: WorkerLink) -> None:

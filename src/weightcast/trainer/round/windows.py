@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 
 from weightcast.deadline import Deadline
-from weightcast.errors import DeadlineExceeded, WeightcastError
+from weightcast.errors import WeightcastError
 
 LOOK_S = 0.1
 """How often a wait looks whether it still has a purpose."""
@@ -75,5 +75,5 @@ class WindowTurns:
                 if (cause := cancelled()) is not None:
                     raise cause
                 if deadline.passed:
-                    raise DeadlineExceeded(f"waiting for {what} took longer than {deadline.timeout_s:g} s")
+                    raise deadline.exceeded(f"waiting for {what}")
                 self._changed.wait(min(LOOK_S, deadline.remaining_s()))
