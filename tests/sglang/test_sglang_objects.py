@@ -1,6 +1,8 @@
 """``sglang.Engine`` objects as engines of a Publisher, and what is refused by name."""
 
 import json
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -164,15 +166,29 @@ class Scheduled:
         return self.flushes
 
 
-def test_a_message_goes_through_both_encodings_of_sglang() -> None:
-    from sglang.srt.managers.io_struct import PauseGenerationReqInput, hook_custom_types, msgpack_decode, msgpack_encode
+def by_msgpack(message: Any) -> Any:
+    from sglang.srt.managers.io_struct import msgpack_decode, msgpack_encode
+
+    return msgpack_decode(msgpack_encode(message))
+
+
+def by_pickle(message: Any) -> Any:
+    from sglang.srt.environ import envs
+
+    assert envs.SGLANG_USE_PICKLE_IPC.get(), "the servers of all tests but the conformance suite go by pickle"
+    return pickle.loads(pickle.dumps(message, pickle.HIGHEST_PROTOCOL))
+
+
+@pytest.mark.parametrize("sent", [by_msgpack, by_pickle])
+def test_a_message_goes_through_both_encodings_of_sglang(sent: Callable[[Any], Any]) -> None:
+    from sglang.srt.managers.io_struct import PauseGenerationReqInput, hook_custom_types
 
     from weightcast.engines.sglang.messages import WeightcastAnswer, WeightcastOrder, packed, unpacked
 
     hook_custom_types(WeightcastOrder, WeightcastAnswer)
     order = WeightcastOrder(mode="in_place", number=7, action="update", payload=packed({"info": {"round": 1}}))
-    again = msgpack_decode(msgpack_encode(order))
+    again = sent(order)
     assert type(again) is WeightcastOrder
     assert isinstance(again, PauseGenerationReqInput), "an order waits for the end of a step, as a pause does"
     assert (again.number, again.action, unpacked(again.payload)) == (7, "update", {"info": {"round": 1}})
-    assert msgspec.to_builtins(msgpack_decode(msgpack_encode(WeightcastAnswer(number=3)))) is not None
+    assert msgspec.to_builtins(sent(WeightcastAnswer(number=3))) == msgspec.to_builtins(WeightcastAnswer(number=3))
