@@ -12,7 +12,7 @@ import zmq
 from tests.support.tables import holdings_of
 
 from weightcast.control import ControlLink, Coordinator, JoinInfo
-from weightcast.control.coordinator import TICKET_HINT
+from weightcast.control.tickets import TICKET_HINT
 from weightcast.deadline import Deadline
 from weightcast.errors import AuthError, DeadlineExceeded, ErrorForm, InvalidInput
 from weightcast.facts import Facts

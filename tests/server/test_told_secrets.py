@@ -132,10 +132,10 @@ def test_records_that_carry_a_secret_do_not_show_it() -> None:
         NcclOffer(unique_id=secret.encode(), rank=0, world_size=1, bucket_nbytes=1, cuts=(), **place),
         CudaIpcOffer(mapping=MappingOffer(process="p", segments=(), spans=(), is_arena=True), **place),
         ServerConfig(token=secret, api_key=secret),
-        coordinator._tickets[0],
+        coordinator._tickets._out[0],
     ]
     for record in records:
         assert secret not in repr(record) + str(record) + f"{[record]}"
-    assert coordinator._tickets[0].secret not in repr(coordinator._tickets)
+    assert coordinator._tickets._out[0].secret not in repr(coordinator._tickets._out)
     assert "engine='e'" in repr(records[1])
     coordinator.close()

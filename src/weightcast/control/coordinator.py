@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import logging
 import queue
-import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 
 import zmq
 
@@ -18,6 +16,7 @@ from weightcast.control.member import drained
 from weightcast.control.pieces import PIECE_NBYTES, Joiner, TooLong, cut
 from weightcast.control.pump import Pump, heartbeat_every, new_context, set_options
 from weightcast.control.strangers import ADMISSION_S, EVENTS, Strangers
+from weightcast.control.tickets import TICKET_LIFE_S, Tickets
 from weightcast.deadline import Deadline
 from weightcast.errors import (
     AuthError,
@@ -39,13 +38,10 @@ from weightcast.messages import (
     decode,
     encode,
 )
-from weightcast.untrusted.secret import same_secret
 from weightcast.untrusted.seldom import Seldom
 
 logger = logging.getLogger(__name__)
 
-TICKET_LIFE_S = 120.0
-TICKET_HINT = "Connect again: a ticket is good for one engine, once for each rank, and for two minutes"
 PROBE_S = 0.2
 (HEARTBEAT,) = cut(encode(Heartbeat()))
 LOOK_S = 0.1
@@ -54,17 +50,6 @@ GOODBYE_S = 2.0
 """How long a goodbye waits at most for those that are told of it."""
 MOST_MESSAGES = 256
 """Messages of one member that wait to be taken; no round and no set-up has as many."""
-
-
-@dataclass(slots=True)
-class _Ticket:
-    secret: str = field(repr=False)
-    engine: str
-    world_size: int
-    expires: float
-    large_nbytes: int
-    is_trusted: bool
-    used: set[int] = field(default_factory=set)
 
 
 class Coordinator:
@@ -77,7 +62,7 @@ class Coordinator:
         self._members: dict[bytes, Member] = {}
         self._leaving: set[bytes] = set()
         """Identities that were told goodbye and have not answered."""
-        self._tickets: list[_Ticket] = []
+        self._tickets = Tickets()
         self._lock = threading.RLock()
         self._came = threading.Condition(self._lock)
         """A member was admitted, or dropped."""
@@ -135,28 +120,11 @@ class Coordinator:
 
         Each may say one thing of up to ``large_nbytes`` bytes; those who are trusted, as ranks of the trainer itself, any number.
         """
-        secret = secrets.token_urlsafe(32)
         with self._lock:
-            self._tickets = [ticket for ticket in self._tickets if ticket.engine != engine]
-            self._tickets.append(
-                _Ticket(secret, engine, world_size, time.monotonic() + life_s, large_nbytes, is_trusted)
-            )
-        return secret
+            return self._tickets.issue(engine, world_size, life_s, large_nbytes=large_nbytes, is_trusted=is_trusted)
 
     def _admit(self, identity: bytes, hello: Hello) -> Member:
-        now = time.monotonic()
-        self._tickets = [ticket for ticket in self._tickets if ticket.expires > now]
-        found = None
-        for ticket in self._tickets:  # every ticket is compared, so the time does not tell which one was near
-            if same_secret(hello.ticket, ticket.secret):
-                found = ticket
-        if found is None or found.engine != hello.engine:
-            raise AuthError("the ticket is unknown, used or out of date", hint=TICKET_HINT)
-        if found.world_size != hello.world_size or not 0 <= hello.rank < found.world_size or hello.rank in found.used:
-            raise AuthError(f"the ticket does not admit rank {hello.rank} of {hello.world_size}", hint=TICKET_HINT)
-        found.used.add(hello.rank)
-        if len(found.used) == found.world_size:
-            self._tickets.remove(found)
+        ticket = self._tickets.redeem(hello)
         for member in self._members.values():
             if member.key == (hello.engine, hello.rank) and member.lost is None:
                 member.lose("replaced by a newer worker")
@@ -166,8 +134,8 @@ class Coordinator:
             identity,
             hello,
             threading.Condition(self._lock),
-            large_nbytes=found.large_nbytes,
-            is_trusted=found.is_trusted,
+            large_nbytes=ticket.large_nbytes,
+            is_trusted=ticket.is_trusted,
         )
 
     # -- talking
