@@ -41,17 +41,17 @@ def requests_go_on_meanwhile(served: Served, way: Way) -> None:
     """Have all workers join a trainer that does not answer, and look that requests do not wait for it."""
     size = served.get("/get_world_size").json()["world_size"]
     before = served.complete(STORY, 40)["token_ids"]
-    coordinator = Coordinator()  # admits, and does not say welcome
+    coordinator = Coordinator(silence_s=60)  # admits, and does not say welcome
     with ThreadPoolExecutor(1) as pool:
         try:
             joining = pool.submit(way, served, _invitation(coordinator, size))
-            members = coordinator.wait_members("e", size, Deadline(30))
+            members = coordinator.wait_members("e", size, Deadline(120))
             assert served.complete(STORY, 40)["token_ids"] == before
-            assert not joining.done()
+            assert not joining.done(), joining.result()
             for member in members:
                 refusal = StateError(f"worker {member.rank} came in vain")
                 coordinator.send(member, Refused(error=ErrorForm.of(refusal)))
-            assert "came in vain" in joining.result(60)
+            assert "came in vain" in joining.result(120)
         finally:
             coordinator.close()
     assert served.complete(STORY, 40)["token_ids"] == before
@@ -64,4 +64,5 @@ def _invitation(coordinator: Coordinator, world_size: int) -> dict[str, Any]:
         "ticket": coordinator.issue_ticket("e", world_size),
         "engine": "e",
         "world_size": world_size,
+        "silence_s": coordinator.silence_s,
     }

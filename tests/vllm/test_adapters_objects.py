@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from tests.vllm import offline
 from tests.vllm.adapters import LORA, PROMPTS, asked, base_tokens, greedy, params, scatter, tokens_of, trainer_of
+from tests.vllm.test_parallel import PATIENT
 
 from weightcast import Publisher
 from weightcast.errors import EngineError, RoundFailed, UnknownModel
@@ -105,14 +106,14 @@ def test_a_worker_that_fails_takes_the_round_back_on_all(model: Path) -> None:
     faults, trainer = model.parent / "faults", trainer_of(model, "tuned")
     faults.mkdir()
     env = {
-        "VLLM_CPU_OMP_THREADS_BIND": "0|1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "PYTHONPATH": os.pathsep.join([str(FAULTY), os.environ.get("PYTHONPATH", "")]),
         "WEIGHTCAST_FAULTY_FOLDER": str(faults),
     }
     options = ("--tensor-parallel-size", "2", "--enable-lora", "--max-loras", "3", "--dtype", "float32")
     with (
         vllm_server(model, *options, env=env) as served,
-        Publisher(trainer, [served.url], token=served.token, adapter="tuned", timeout_s=60) as publisher,
+        Publisher(trainer, [served.url], token=served.token, adapter="tuned", **PATIENT) as publisher,
     ):
 
         def asked_for() -> tuple[str, list[int]]:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from tests.vllm import offline
-from tests.vllm.test_parallel import PROMPTS, TWO_CORES
+from tests.vllm.test_parallel import PATIENT, PROMPTS, TWO_CORES
 from tests.vllm.weights import fill, replace
 from torch.distributed.fsdp import fully_shard
 
@@ -60,7 +60,7 @@ def test_a_loader_that_raises_half_way_leaves_version_n(
 ) -> None:
     """Until something was published the way back leads to the checkpoint, later to what was published last."""
     weights = random_state_dict(model)
-    with Publisher(weights, [served.url], token=served.token, timeout_s=60) as publisher:
+    with Publisher(weights, [served.url], token=served.token, **PATIENT) as publisher:
         if serving == "published":
             publisher.publish()
             replace(weights, model)
@@ -80,7 +80,7 @@ def test_a_loader_that_raises_half_way_leaves_version_n(
 def test_experts_are_those_of_a_fresh_load(served: Served, model: Path, start: Answers) -> None:
     """A fresh load of the checkpoint is the server's own start."""
     weights = random_state_dict(model)
-    with Publisher(weights, [served.url], token=served.token, timeout_s=60) as publisher:
+    with Publisher(weights, [served.url], token=served.token, **PATIENT) as publisher:
         assert publisher.publish().digests_match
         assert served.answers(PROMPTS) != start
         fill(weights, load_file(model / "model.safetensors"))
@@ -91,7 +91,7 @@ def test_experts_are_those_of_a_fresh_load(served: Served, model: Path, start: A
 
 def test_a_module_s_fused_experts_are_those_of_a_fresh_load(served: Served, model: Path, start: Answers) -> None:
     module = module_of(model)
-    with Publisher(module, [served.url], token=served.token, timeout_s=60) as publisher:
+    with Publisher(module, [served.url], token=served.token, **PATIENT) as publisher:
         for _ in range(2):
             fill(checkpoint_tensors(module), random_state_dict(model))
             assert publisher.publish().digests_match
@@ -124,7 +124,7 @@ def publish_shards(rank: int, size: int, folder: str, model: str, url: str, toke
     for layer in module.model.layers:
         fully_shard(layer)
     fully_shard(module)
-    with Publisher(module, [url], token=token, timeout_s=60) as publisher:
+    with Publisher(module, [url], token=token, **PATIENT) as publisher:
         for _ in range(2):
             with torch.no_grad():
                 for value in module.parameters() if is_random else ():
@@ -146,7 +146,7 @@ def test_whole_experts_go_to_the_worker_that_has_them(model: Path) -> None:
     weights = random_state_dict(model)
     with offline.engine(model, tensor_parallel_size=2, enable_expert_parallel=True) as llm:
         start = experts_of(llm)
-        with Publisher(weights, [llm], timeout_s=60) as publisher:
+        with Publisher(weights, [llm], **PATIENT) as publisher:
             assert publisher.publish().digests_match
             pushed = experts_of(llm)
             fill(weights, load_file(model / "model.safetensors"))

@@ -16,7 +16,9 @@ from weightcast.testing.models import build_tiny_model, random_state_dict
 from weightcast.testing.vllm_server import vllm_server
 
 PROMPTS = [[5, 17, 33, 2, 90], list(range(60, 100)), [7]]
-TWO_CORES = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+PATIENT: dict[str, float] = {"timeout_s": 240, "silence_s": 60}
+"""Two workers that wait for each other on two cores keep everything else from running for seconds."""
+TWO_CORES = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +38,7 @@ def test_two_workers(model: Path, fresh: FreshLoads, option: str) -> None:
         assert {name.partition(":")[0] for name in listed} == {"0", "1"}
         for way in WAYS if alike else ():
             requests_go_on_meanwhile(served, way)
-        with Publisher(weights, [served.url], token=served.token, timeout_s=60) as publisher:
+        with Publisher(weights, [served.url], token=served.token, **PATIENT) as publisher:
             for _ in range(2):
                 replace(weights, model)
                 want = fresh.answers(model, weights, PROMPTS, **alike)
@@ -48,13 +50,13 @@ def test_two_workers(model: Path, fresh: FreshLoads, option: str) -> None:
                 assert served.version == report.version
                 assert set(verified(served, model, weights).equal) == set(weights)
             check_shares(report, weights, sliced=bool(alike))
-        with Publisher(weights, [StockRoutes(served)], timeout_s=60) as stock:
+        with Publisher(weights, [StockRoutes(served)], **PATIENT) as stock:
             report = stock.publish()
             assert [worker.rank for worker in report.engines[0].workers] == [0, 1]
             assert [served.answers(PROMPTS) for _ in range(2)] == [want] * 2
         del weights["model.layers.1.mlp.up_proj.weight"]
         with (
-            Publisher(weights, [served.url], token=served.token, timeout_s=20) as half,
+            Publisher(weights, [served.url], token=served.token, **PATIENT) as half,
             pytest.raises(PlanMismatch, match="gate_up_proj"),
         ):
             half.publish()

@@ -25,7 +25,7 @@ BACKEND = ("--weight-transfer-config", '{"backend": "weightcast"}')
 
 # One client for all: making one reads every root certificate, and beside a server that spins on all cores that can take
 # seconds. Connections are not kept, since a server that ends an idle one could meet the next request.
-_HTTP = httpx.Client(timeout=60, trust_env=False, limits=httpx.Limits(max_keepalive_connections=0))
+_HTTP = httpx.Client(timeout=120, trust_env=False, limits=httpx.Limits(max_keepalive_connections=0))
 
 
 @dataclass(frozen=True)
