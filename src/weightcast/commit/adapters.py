@@ -13,7 +13,41 @@ from weightcast.deadline import Deadline
 from weightcast.errors import EngineError
 
 
-class AsyncAdapterPort:
+class AsyncUnpaused:
+    """The steps of an asynchronous port that are nothing where a commit points a name at another version."""
+
+    async def standing(self, deadline: Deadline) -> Standing:
+        """Whether the engine computes or is held is the model's affair alone."""
+        return Standing(paused=False)
+
+    async def pause(self, mode: str, clear_cache: bool, deadline: Deadline) -> None:
+        """Nothing pauses."""
+
+    async def forget(self, deadline: Deadline) -> None:
+        """Keys and values are those of the versions that requests run on."""
+
+    async def resume(self, was_held: bool, deadline: Deadline) -> None:
+        """Nothing was paused."""
+
+
+class Unpaused:
+    """The steps of a synchronous port that are nothing where a commit points a name at another version."""
+
+    def standing(self, deadline: Deadline) -> Standing:
+        """Whether the engine computes or is held is the model's affair alone."""
+        return Standing(paused=False)
+
+    def pause(self, mode: str, clear_cache: bool, deadline: Deadline) -> None:
+        """Nothing pauses."""
+
+    def forget(self, deadline: Deadline) -> None:
+        """Keys and values are those of the versions that requests run on."""
+
+    def resume(self, was_held: bool, deadline: Deadline) -> None:
+        """Nothing was paused."""
+
+
+class AsyncAdapterPort(AsyncUnpaused):
     """An adapter of an asynchronous engine that has ``update_adapter`` and tells of adapters in its status, such as ``AsyncLLM``."""
 
     def __init__(self, engine: Any, name: str) -> None:
@@ -22,12 +56,6 @@ class AsyncAdapterPort:
     async def asleep(self, deadline: Deadline) -> str:
         """Nothing: an engine of this kind does not sleep."""
         return ""
-
-    async def standing(self, deadline: Deadline) -> Standing:
-        return Standing(paused=False)
-
-    async def pause(self, mode: str, clear_cache: bool, deadline: Deadline) -> None:
-        """Nothing pauses."""
 
     async def apply(self, order: RoundOrder, deadline: Deadline) -> Serving:
         error = None
@@ -40,9 +68,6 @@ class AsyncAdapterPort:
     async def take_back(self, order: RoundOrder, deadline: Deadline) -> Serving:
         return await self.apply(order.way_back(), deadline)
 
-    async def forget(self, deadline: Deadline) -> None:
-        """Keys and values are those of the versions that requests run on."""
-
     async def name(self, version: str, deadline: Deadline) -> None:
         """Nothing: the update named it."""
 
@@ -52,11 +77,8 @@ class AsyncAdapterPort:
     async def hold(self, reason: str, deadline: Deadline) -> None:
         """Nothing: requests for the adapter are refused, and others go on."""
 
-    async def resume(self, was_held: bool, deadline: Deadline) -> None:
-        """Nothing was paused."""
 
-
-class AdapterPort:
+class AdapterPort(Unpaused):
     """An adapter of a synchronous engine, such as ``LLM``."""
 
     def __init__(self, engine: Any, name: str) -> None:
@@ -65,12 +87,6 @@ class AdapterPort:
     def asleep(self, deadline: Deadline) -> str:
         """Nothing: an engine of this kind does not sleep."""
         return ""
-
-    def standing(self, deadline: Deadline) -> Standing:
-        return Standing(paused=False)
-
-    def pause(self, mode: str, clear_cache: bool, deadline: Deadline) -> None:
-        """Nothing pauses."""
 
     def apply(self, order: RoundOrder, deadline: Deadline) -> Serving:
         error = None
@@ -83,9 +99,6 @@ class AdapterPort:
     def take_back(self, order: RoundOrder, deadline: Deadline) -> Serving:
         return self.apply(order.way_back(), deadline)
 
-    def forget(self, deadline: Deadline) -> None:
-        """Keys and values are those of the versions that requests run on."""
-
     def name(self, version: str, deadline: Deadline) -> None:
         """Nothing: the update named it."""
 
@@ -94,9 +107,6 @@ class AdapterPort:
 
     def hold(self, reason: str, deadline: Deadline) -> None:
         """Nothing: requests for the adapter are refused, and others go on."""
-
-    def resume(self, was_held: bool, deadline: Deadline) -> None:
-        """Nothing was paused."""
 
 
 def serving_of(status: Any, name: str, error: Exception | None) -> Serving:

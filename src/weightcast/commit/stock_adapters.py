@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from weightcast.commit.order import RoundOrder, Serving, Standing
+from weightcast.commit.adapters import AsyncUnpaused
+from weightcast.commit.order import RoundOrder, Serving
 from weightcast.commit.stock import StockEngine, StockPort
 from weightcast.commit.updates import update_info
 from weightcast.commit.worker_outcome import WorkerOutcome, common_version
@@ -17,7 +18,7 @@ from weightcast.deadline import Deadline
 from weightcast.manifest.adapters import version_label
 
 
-class StockAdapterPort:
+class StockAdapterPort(AsyncUnpaused):
     """The steps of an adapter's commit (see commit.machine) over a StockEngine's calls. For the engine's event loop."""
 
     def __init__(self, engine: StockEngine, name: str) -> None:
@@ -27,13 +28,6 @@ class StockAdapterPort:
         """Nothing: an engine that can sleep has no adapters."""
         return ""
 
-    async def standing(self, deadline: Deadline) -> Standing:
-        """Whether the engine computes or is held is the model's affair alone."""
-        return Standing(paused=False)
-
-    async def pause(self, mode: str, clear_cache: bool, deadline: Deadline) -> None:
-        """Nothing pauses."""
-
     async def apply(self, order: RoundOrder, deadline: Deadline) -> Serving:
         """Older versions are refused first: the workers forget those that no request names when they hear of the update."""
         self._engine.retire(self._name, None)
@@ -41,9 +35,6 @@ class StockAdapterPort:
 
     async def take_back(self, order: RoundOrder, deadline: Deadline) -> Serving:
         return await self.apply(order.way_back(), deadline)
-
-    async def forget(self, deadline: Deadline) -> None:
-        """Keys and values are those of the versions that requests run on."""
 
     async def name(self, version: str, deadline: Deadline) -> None:
         self._engine.point(self._name, *standing_for(self._name, await self.ask("status")))
@@ -54,9 +45,6 @@ class StockAdapterPort:
     async def hold(self, reason: str, deadline: Deadline) -> None:
         """The name stands for nothing; versions that are there can be named, and the model and other adapters go on."""
         self._engine.point(self._name, "", ids_of(await self.ask("status")))
-
-    async def resume(self, was_held: bool, deadline: Deadline) -> None:
-        """Nothing was paused."""
 
     async def ask(self, action: str, payload: Mapping[str, Any] | None = None) -> list[WorkerOutcome]:
         """A call about the adapter in all workers of all replicas. Unsupported unless every worker answers."""

@@ -37,6 +37,9 @@ class TransportSuite:
     bucket_sizes: tuple[int, ...] = (256, 8192, 2**20)
     """Tried one by one; a pull transport needs one only."""
 
+    worker_side: type[WorkerSide] = WorkerSide
+    trainer_side: type[TrainerSide] = TrainerSide
+
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         if "bucket_nbytes" in metafunc.fixturenames:
             metafunc.parametrize("bucket_nbytes", self.bucket_sizes)
@@ -47,17 +50,17 @@ class TransportSuite:
     @classmethod
     def shared_worker(cls) -> Iterator[Peer]:
         """A worker process for tests that leave it alive and in order."""
-        with Peer(WorkerSide) as peer:
+        with Peer(cls.worker_side) as peer:
             yield peer
 
     @pytest.fixture
     def worker(self) -> Iterator[Peer]:
-        with Peer(WorkerSide) as peer:
+        with Peer(self.worker_side) as peer:
             yield peer
 
     @pytest.fixture
     def trainer(self) -> Iterator[Peer]:
-        with Peer(TrainerSide, rank=0) as peer:
+        with Peer(self.trainer_side, rank=0) as peer:
             yield peer
 
     @property

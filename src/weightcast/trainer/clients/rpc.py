@@ -14,6 +14,7 @@ from collections.abc import (
 )
 from typing import Any
 
+from weightcast.commit.adapters import Unpaused
 from weightcast.commit.joining import join, joining
 from weightcast.commit.order import RoundAnswer, RoundOrder, Serving, Standing
 from weightcast.commit.shells import Committer
@@ -220,7 +221,7 @@ class WorkersPort:
             self._client.ask("hold", {"held": False}, deadline)
 
 
-class AdapterPort:
+class AdapterPort(Unpaused):
     """The steps of an adapter's commit over an RpcEngineClient's calls: the name moves when all workers have the version."""
 
     def __init__(self, client: RpcEngineClient) -> None:
@@ -230,21 +231,11 @@ class AdapterPort:
         """Nothing: an engine that can sleep has no adapters."""
         return ""
 
-    def standing(self, deadline: Deadline) -> Standing:
-        """Whether the engine computes or is held is the model's affair alone."""
-        return Standing(paused=False)
-
-    def pause(self, mode: str, clear_cache: bool, deadline: Deadline) -> None:
-        """Nothing pauses."""
-
     def apply(self, order: RoundOrder, deadline: Deadline) -> Serving:
         return Serving.of(self._client.ask("update", update_info(order, deadline), deadline))
 
     def take_back(self, order: RoundOrder, deadline: Deadline) -> Serving:
         return self.apply(order.way_back(), deadline)
-
-    def forget(self, deadline: Deadline) -> None:
-        """Keys and values are those of the versions that requests run on."""
 
     def name(self, version: str, deadline: Deadline) -> None:
         name = self._client.adapter
@@ -256,9 +247,6 @@ class AdapterPort:
     def hold(self, reason: str, deadline: Deadline) -> None:
         """The name stands for nothing; versions that are there can be named, and the model and other adapters go on."""
         self._client.point(self._client.adapter, "", ids_of(self._client.ask("status", {}, deadline)), deadline)
-
-    def resume(self, was_held: bool, deadline: Deadline) -> None:
-        """Nothing was paused."""
 
 
 def status_of(outcomes: list[WorkerOutcome]) -> Mapping[str, Any]:
