@@ -37,6 +37,7 @@ from weightcast.errors import (
     WakeFailed,
     WeightcastError,
     WeightsMoved,
+    WorkerLeft,
 )
 from weightcast.lazy import lazy_names
 
@@ -75,6 +76,7 @@ __all__ = [
     "NotShared",
     "GroupBroken",
     "PeerLost",
+    "WorkerLeft",
     "AnswerLost",
     "DeadlineExceeded",
     "EngineError",

@@ -212,6 +212,12 @@ class PeerLost(TransportError):
         """False when nothing listened at the address, so that the call was certainly not carried out."""
 
 
+class WorkerLeft(PeerLost):
+    """A worker said goodbye: its engine sleeps, ends, or serves another trainer."""
+
+    default_hint = "Publish again: an engine that is there joins anew"
+
+
 class NotShared(TransportError):
     """This process cannot open memory of another process of the same host, so transports that share memory cannot serve the pair."""
 
@@ -396,6 +402,7 @@ _BY_NAME = {
         NotShared,
         GroupBroken,
         PeerLost,
+        WorkerLeft,
         AnswerLost,
         DeadlineExceeded,
         EngineError,

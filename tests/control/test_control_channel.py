@@ -264,7 +264,7 @@ def test_many_members_are_heard_on_one_thread_as_they_speak(
         elif len(heard) == 5:
             deadline.cancel()
     assert heard[:3] == [(0, "before"), (1, "later"), (2, "TransportError")]
-    assert sorted(heard[3:5]) == [(3, "PeerLost"), (4, "AuthError")]
+    assert sorted(heard[3:5]) == [(3, "WorkerLeft"), (4, "AuthError")]
     assert heard[5:] == [(5, "DeadlineExceeded")]
     assert [getattr(said, "plan_digest", None) for said in members[1].inbox] == ["other"]
 

@@ -121,16 +121,21 @@ def with_a_spoiled_element(mode: str, *, changes: bool) -> Iterator[tuple[Publis
     """A fleet whose next round writes a memory in which an element is wrong that the round changes, or leaves alone."""
     source = {"w": (torch.randn(500, 400) * 0.02).to(torch.bfloat16), "f": torch.randn(300)}
     model = DictModel(empty(source))
+    bits = source["w"].view(torch.int16).view(-1)
+    kept_bits = bits[777].clone()
+
+    def other_steps() -> None:
+        step(source)
+        bits[777] = kept_bits  # rounds that write two steps' changes must not find it either
+
     with serving([model], source, mode=mode) as publisher:
         for _ in range(4):
             publisher.publish()
-            step(source)
+            other_steps()
             former = model.memory()
         assert digested(publisher.publish()) == {"changed"}
-        bits = source["w"].view(torch.int16).view(-1)
-        kept_bits = bits[777].clone()
-        step(source)
-        bits[777] = kept_bits + (1 if changes else 0)
+        other_steps()
+        bits[777] += 1 if changes else 0
         spoil(former, model, "w", 777)
         yield publisher, model, source
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -15,7 +16,9 @@ from tests.support.sleepy import SleepyEngine
 from torch import nn
 
 from weightcast import Publisher
+from weightcast.control.coordinator import Coordinator
 from weightcast.errors import InvalidInput, RoundFailed, Unsupported, WakeFailed
+from weightcast.messages import Begin
 from weightcast.testing.local_engine import DictModel, LocalEngine
 from weightcast.testing.ranks import run_ranks
 
@@ -186,6 +189,46 @@ def test_whatever_fails_what_is_awake_is_named_and_the_next_call_works(phase: st
             version = publisher.publish(wake=True, release=release).version
             assert engine.computes
             assert engine.models[0].holds(weights)
+
+
+@pytest.mark.parametrize("mode", ["staged", "in_place"])
+@pytest.mark.parametrize("level", [1, 2])
+def test_a_goodbye_that_is_heard_too_late_costs_another_round(
+    mode: str, level: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine slept and woke up, and the trainer's round begins before the trainer hears of it."""
+    late: list[Callable[[], None]] = []
+    lose, send = Coordinator._lose, Coordinator.send
+
+    def lose_late(self: Coordinator, member: Any, reason: str, **about: Any) -> None:
+        late.append(lambda: lose(self, member, reason, **about))
+
+    def send_first(self: Coordinator, member: Any, message: Any) -> None:
+        send(self, member, message)
+        while late and isinstance(message, Begin):
+            late.pop()()
+
+    monkeypatch.setattr(Coordinator, "_lose", lose_late)
+    monkeypatch.setattr(Coordinator, "send", send_first)
+    monkeypatch.setattr(Coordinator, "probe", lambda self, members: None)
+    monkeypatch.setattr(Coordinator, "_unsent", lambda self, parts: None)
+    weights = fresh()
+    first, second = SleepyEngine("first", weights, mode=mode), SleepyEngine("second", weights, mode=mode)
+    with Publisher(weights, [first, second], timeout_s=20) as publisher:
+        numbers = [publisher.publish().round]
+        for _ in range(3):
+            first.fall_asleep(level)
+            while not late:  # it travels
+                time.sleep(0.001)
+            first.wake([], SimpleNamespace()) if level == 1 else first.wake(["weights"], SimpleNamespace())  # type: ignore[arg-type]
+            refill(weights)
+            report = publisher.publish()
+            numbers.append(report.round)
+            for engine in (first, second):
+                assert engine.models[0].holds(weights)
+                assert (engine.workers[0].weight_version, engine.workers[0].dirty) == (report.version, False)
+            first.wake([], SimpleNamespace())  # type: ignore[arg-type]
+        assert numbers == [1, 3, 5, 7]
 
 
 def test_an_engine_without_the_new_version_sleeps_on() -> None:

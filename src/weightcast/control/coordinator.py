@@ -331,7 +331,7 @@ class Coordinator:
                 self._first(identity, message, int(parts[-1].get(zmq.SRCFD)))
             return
         if isinstance(message, Bye):
-            self._lose(member, f"it left: {message.reason}")
+            self._lose(member, f"it left: {message.reason}", said_goodbye=True)
         elif message is not None:
             self._keep(member, message)
 
@@ -350,9 +350,9 @@ class Coordinator:
                 member.on_trouble(message)
             member.tell()
 
-    def _lose(self, member: Member, reason: str) -> None:
+    def _lose(self, member: Member, reason: str, *, said_goodbye: bool = False) -> None:
         with self._lock:
-            member.lose(reason)
+            member.lose(reason, said_goodbye=said_goodbye)
 
     def _first(self, identity: bytes, message: AnyMessage, descriptor: int) -> None:
         if not isinstance(message, Hello):
@@ -384,6 +384,8 @@ class Coordinator:
             self._answered.notify_all()
 
     def _unsent(self, parts: list[bytes]) -> None:
+        while not self._pump.receive_all():  # what the member said before it left counts
+            pass
         self._note_goodbye(parts[0])
         with self._lock:
             member = self._members.get(parts[0])

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from weightcast.control.pieces import Joiner
 from weightcast.deadline import Deadline
-from weightcast.errors import PeerLost, WeightcastError
+from weightcast.errors import PeerLost, WeightcastError, WorkerLeft
 from weightcast.messages import AnyMessage, Failed, Hello, Message, RankAnswer, Refused
 
 FRAME_NBYTES = 2**20
@@ -28,6 +28,8 @@ class Member:
     changed: threading.Condition
     """Of the coordinator's lock, like everything that changes here."""
     lost: str | None = None
+    said_goodbye: bool = False
+    """Lost because it left, in an orderly way."""
     inbox: list[AnyMessage] = field(default_factory=list)
     large_nbytes: int = 0
     """Bytes that its next message may have beyond FRAME_NBYTES; used up by the first that does, unless ``is_trusted``."""
@@ -39,12 +41,17 @@ class Member:
     on_news: Callable[[Member], None] | None = None
     """Called with the member when it has said something or is lost: for one that waits for many members. Must not block."""
 
-    def lose(self, reason: str) -> None:
+    def lose(self, reason: str, *, said_goodbye: bool = False) -> None:
         if self.lost is None:
-            self.lost = reason
+            self.lost, self.said_goodbye = reason, said_goodbye
             if self.on_trouble is not None:
                 self.on_trouble(None)
             self.tell()
+
+    def gone(self, phase: str | None = None) -> PeerLost:
+        """The error of a worker that is lost."""
+        kind = WorkerLeft if self.said_goodbye else PeerLost
+        return kind(f"the worker is gone: {self.lost}", engine=self.engine, worker=self.rank, phase=phase)
 
     def tell(self) -> None:
         """Wake those that wait for this member, and nobody else: a fleet has thousands."""
@@ -78,9 +85,7 @@ class Member:
             if isinstance(message, wanted) and matches(message):
                 del self.inbox[i]
                 return message
-        if self.lost is None:
-            return None
-        return PeerLost(f"the worker is gone: {self.lost}", engine=self.engine, worker=self.rank, phase=phase)
+        return None if self.lost is None else self.gone(phase)
 
     def late(self, deadline: Deadline, phase: str) -> WeightcastError | None:
         """What to say of it when the deadline has passed."""

@@ -130,7 +130,8 @@ class Pump:
         self._put(list(parts))
 
     def flush(self, timeout_s: float) -> bool:
-        """Wait until everything queued before was handed to the socket; False when that took longer, or the pump ended."""
+        """Wait until everything queued before was handed to the socket, and what had arrived by then was handed over; False when that took
+        longer, or the pump ended."""
         passed = threading.Event()
         self._put(passed)
         return passed.wait(timeout_s)
@@ -172,12 +173,15 @@ class Pump:
             while True:
                 wait_s = max(0.0, last_tick + self._tick_s - time.monotonic())
                 ready = dict(poller.poll(int(wait_s * 1000) + 1))
-                if self._wake_reader in ready and not self._flush():
+                flushed: list[threading.Event] = []
+                if self._wake_reader in ready and not self._flush(flushed):
                     return
-                if self._socket in ready:
+                if self._socket in ready or flushed:
                     self.receive_all()
                 if self._monitor is not None and self._monitor in ready:
                     self.hear_events()
+                for passed in flushed:
+                    passed.set()
                 now = time.monotonic()
                 if now >= last_tick + self._tick_s:
                     last_tick = now
@@ -222,7 +226,8 @@ class Pump:
         except Exception:  # a handler's fault must not silence the channel: it would look like a dead peer
             logger.exception("control channel: a handler failed")
 
-    def _flush(self) -> bool:
+    def _flush(self, flushed: list[threading.Event]) -> bool:
+        """Send what is queued; False where the end is queued. ``flushed`` gets the events of those that wait for this."""
         while True:
             try:
                 self._wake_reader.recv(zmq.NOBLOCK)
@@ -236,7 +241,7 @@ class Pump:
             if item is None:
                 return False
             if isinstance(item, threading.Event):
-                item.set()
+                flushed.append(item)
                 continue
             try:
                 self._socket.send_multipart(item, zmq.NOBLOCK)

@@ -13,7 +13,7 @@ from weightcast.control.coordinator import GOODBYE_S, Coordinator
 from weightcast.control.link import JoinInfo
 from weightcast.deadline import Deadline
 from weightcast.digest.versions import version_name, version_number
-from weightcast.errors import BaseMismatch, RoundFailed, StateError, WeightcastError
+from weightcast.errors import BaseMismatch, RoundFailed, StateError, WeightcastError, WorkerLeft
 from weightcast.report.model import Report
 from weightcast.sources import Source
 from weightcast.sources.holder import Holder
@@ -268,11 +268,9 @@ class FirstRank:
         try:
             return self._round(engines, self.next_number(), deadline, timeline, absent, check, counted)
         except RoundFailed as failure:
-            mistaken = {name for name, cause in failure.causes.items() if isinstance(cause, BaseMismatch)}
-            if not mistaken or mistaken != set(failure.causes) or not mistaken <= asked or self._source.is_spent:
+            if self._source.is_spent or not _is_worth_another(failure, asked):
                 raise
-            # An order of the last round was carried out after the engine had said what it serves: it is asked once more.
-            if self._presence.bring_up(engines, deadline):
+            if self._presence.bring_up(engines, deadline, self._presence.patience(deadline)):
                 raise
         return self._round(
             engines, self.next_number(), deadline, Timeline(self._fleet.progress), absent, check, counted
@@ -344,3 +342,13 @@ class FirstRank:
         if failures:
             raise failures[engine.name]
         return self._round([engine], number, deadline, Timeline(self._fleet.progress), {})
+
+
+def _is_worth_another(failure: RoundFailed, asked: set[str]) -> bool:
+    """Whether a round failed only because the trainer did not know what had become of engines before it began: one had left, as it does
+    before it sleeps, and its goodbye was heard too late; or it had carried out an order of the last round after it, one of ``asked``, had
+    said what it serves."""
+    return bool(failure.causes) and all(
+        (isinstance(cause, WorkerLeft) and not failure.dirty) or (isinstance(cause, BaseMismatch) and name in asked)
+        for name, cause in failure.causes.items()
+    )

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from weightcast.control.coordinator import Member
 from weightcast.deadline import Deadline
 from weightcast.digest.versions import INITIAL_VERSION, version_number
-from weightcast.errors import DeadlineExceeded, EngineError, InvalidInput, PeerLost, ProtocolError, WeightcastError
+from weightcast.errors import DeadlineExceeded, EngineError, InvalidInput, ProtocolError, WeightcastError
 from weightcast.layout.table import DTYPE, TENSOR
 from weightcast.manifest import Manifest
 from weightcast.manifest.dtypes import DTYPE_NAMES, DTYPE_NUMBERS, ITEMSIZES, itemsize_of
@@ -95,7 +95,7 @@ class WorkerLink:
         """The error, or the loss of the worker where that is what broke the pair."""
         if self.member.lost is None or isinstance(error, DeadlineExceeded):
             return error
-        return PeerLost(f"the worker is gone: {self.member.lost}", engine=self.member.engine, worker=self.member.rank)
+        return self.member.gone()
 
     @property
     def in_place(self) -> bool:
@@ -203,10 +203,11 @@ class EngineLink:
                 part.cancel()
             yield part
         except DeadlineExceeded as error:
-            reason = self.lost()
-            if reason is None:
+            gone = next((worker.member.gone() for worker in self.workers if worker.member.lost), None)
+            if gone is None:
                 raise
-            raise PeerLost(f"the worker is gone: {reason}", engine=self.name, worker=self.suspect()) from error
+            gone.worker = self.suspect()
+            raise gone from error
         finally:
             for worker in self.workers:
                 worker.waiting = None
