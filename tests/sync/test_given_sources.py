@@ -5,14 +5,17 @@ from __future__ import annotations
 import gc
 import re
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from weightcast import Publisher
 from weightcast.errors import InvalidInput, StateError, Unsupported, WeightcastError
@@ -128,6 +131,64 @@ def test_a_parameter_that_becomes_such_a_view_is_refused_in_the_next_round(kind:
         publisher.publish()
         assert engine.models[0].holds({"w": values})
     engine.stop()
+
+
+WAYS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "conjugated": torch.Tensor.conj,
+    "negated": torch._neg_view,
+    "transposed": torch.Tensor.t,
+    "of another shape": lambda value: value.view(8, 2),
+    "of another type": lambda value: value.view(torch.int64),
+}
+
+
+def square(way: str) -> torch.nn.ParameterDict:
+    dtype = torch.complex64 if way == "conjugated" else torch.float64
+    return torch.nn.ParameterDict({"w": torch.nn.Parameter(torch.randn(4, 4, dtype=dtype), requires_grad=False)})
+
+
+@pytest.mark.parametrize("transport", ["shm", "tcp"])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_parameter_that_is_seen_in_another_way_where_it_lies_is_told(way: str, transport: str) -> None:
+    module = square(way)
+    engine = LocalEngine("local", [DictModel({"w": torch.zeros_like(module["w"])})])
+    with Publisher(module, [engine], timeout_s=20, transport=transport) as publisher:
+        publisher.publish()
+        live, seen = module["w"].clone(), module["w"].data
+        module["w"].data = WAYS[way](seen)
+        for _ in range(2):
+            with pytest.raises(StateError, match=r"'w'.* Call connect\(\)"):
+                publisher.publish()
+            assert engine.models[0].holds({"w": live})
+        module["w"].data = seen
+        module["w"].copy_(torch.randn(4, 4))
+        publisher.publish()
+        assert engine.models[0].holds({"w": module["w"].clone()})
+    engine.stop()
+
+
+@pytest.fixture
+def alone() -> Iterator[DeviceMesh]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_plain_parameter_beside_shards_that_is_seen_in_another_way_where_it_lies_is_told(
+    way: str, alone: DeviceMesh
+) -> None:
+    module = square(way)
+    module["shard"] = torch.nn.Parameter(distribute_tensor(torch.randn(4, 4), alone, [Shard(0)]))
+    source = make_source(module)
+    source.refresh()
+    seen = module["w"].data
+    module["w"].data = WAYS[way](seen)
+    for look in (source.refresh, source.check_form):
+        with pytest.raises(StateError, match=r"'w'.* Call connect\(\)"):
+            look()
+    module["w"].data = seen
+    source.refresh()
 
 
 @pytest.mark.parametrize("what", ["state dict", "stream"])

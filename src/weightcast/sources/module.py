@@ -91,7 +91,7 @@ class ModuleSource(Source):
 
     def _note_places(self) -> None:
         """What is there now is what later rounds compare with."""
-        self._places = Places(self._values, self._tree.names_of(self._values))
+        self._places = Places(lambda: self._values, self._tree.names_of(self._values))
         read = dict(enumerate(self.memory.storages)) if self._starts is None else self._tenants.staying
         self._read = list(read)
         self._untyped = [storage.untyped_storage() for storage in read.values()]

@@ -18,7 +18,7 @@ from weightcast.sources.conversions import Content, placed
 from weightcast.sources.forms import Forms
 from weightcast.sources.module import published_dtype
 from weightcast.sources.shards import Part, check_dense, is_distributed, local_of, part_of, shard_of
-from weightcast.sources.tree import Tree, moved_error
+from weightcast.sources.tree import Places, Tree
 
 
 class ShardedSource(Source):
@@ -132,9 +132,6 @@ class ShardedSource(Source):
         wait_for_stream(self.device)
 
 
-_Form = tuple[torch.dtype, torch.Size, tuple[int, ...], int | torch.SymInt]
-
-
 class _Owners:
     """The module's own parameters and buffers in a memory. A state dict shows aliases of them, which stay where they are when
     ``.to()`` or FSDP moves the parameters."""
@@ -154,24 +151,21 @@ class _Owners:
                 (self._sharded if is_distributed(value) else self._plain).append(value)
         owned = [*self._plain, *self._sharded]
         self._tree = Tree(module, owned)
-        self._names = self._tree.names_of(owned)
         self._numbers = [numbers[value.untyped_storage().data_ptr()] for value in self._locals()]
-        self._addresses, self._forms = self._current_addresses(), self._current_forms()
+        self._places = Places(self._locals, self._tree.names_of(owned))
+        self._offsets = self._current_offsets()
 
     def _locals(self) -> list[torch.Tensor]:
         return [*self._plain, *map(shard_of, self._sharded)]
 
-    def _current_addresses(self) -> list[int]:
-        return list(map(torch.Tensor.data_ptr, self._locals()))
-
-    def _current_forms(self) -> list[_Form]:
-        return [(value.dtype, value.shape, value.stride(), value.storage_offset()) for value in self._locals()]
+    def _current_offsets(self) -> list[int | torch.SymInt]:
+        return list(map(torch.Tensor.storage_offset, self._locals()))
 
     def storages(self, device: torch.device) -> list[torch.Tensor] | None:
         """The storages where they are now; None where they are not as before: on the device, as large, and as much shared."""
         found: dict[int, torch.Tensor] = {}
         self._tree.check()
-        if self._current_forms() != self._forms:
+        if not self._places.keep_form() or self._current_offsets() != self._offsets:
             return None
         for number, value in zip(self._numbers, self._locals(), strict=True):
             flat = bytes_of(value.detach())
@@ -184,7 +178,7 @@ class _Owners:
 
     def follow(self) -> None:
         """Where they are now is what later checks compare with."""
-        self._addresses = self._current_addresses()
+        self._places.follow()
 
     def check(self) -> None:
         """Raise WeightsMoved when one of them was moved, StateError when it was replaced or has another form.
@@ -192,11 +186,7 @@ class _Owners:
         FSDP puts gathered plain tensors in the place of shards for as long as it computes; the shards stay what they are.
         """
         self._tree.check()
-        now = self._current_addresses()
-        if now != self._addresses:
-            pairs = zip(self._names, now, self._addresses, strict=True)
-            names = [name for name, address, then in pairs if address != then]
-            raise moved_error(names, keeps_form=self._current_forms() == self._forms)
+        self._places.check()
 
 
 def _is_held(part: Part) -> bool:

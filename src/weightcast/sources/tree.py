@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, compress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain, compress, repeat
 from typing import Any
 
 import torch
@@ -95,32 +95,49 @@ class Places:
     """Where tensors lie and in what form. Each property is read by one ``map``, and strides are read of tensors that are not contiguous
     only."""
 
-    def __init__(self, values: Sequence[torch.Tensor], names: Sequence[str]) -> None:
+    def __init__(self, values: Callable[[], Sequence[torch.Tensor]], names: Sequence[str]) -> None:
+        """``values`` returns the tensors of these names, which may be other objects each time."""
         self._values, self._names = values, names
-        flags = [not value.is_contiguous() for value in values]
-        self._strided, self._strided_names = list(compress(values, flags)), list(compress(names, flags))
-        self._then, self._strides = self._current(), self._current_strides()
+        tensors = values()
+        self._strided = [not value.is_contiguous() for value in tensors]
+        self._complex = [value.is_complex() for value in tensors]
+        self._strided_names = list(compress(names, self._strided))
+        self._then, self._strides = self._current(tensors), self._current_strides(tensors)
 
-    def _current(self) -> list[list[Any]]:
+    def _current(self, tensors: Sequence[torch.Tensor]) -> list[list[Any]]:
         tensor = torch.Tensor
-        ways = (tensor.data_ptr, _dtype, tensor.numel, tensor.is_contiguous)
-        return [list(map(way, self._values)) for way in ways]
+        ways = (tensor.data_ptr, _dtype, tensor.size, tensor.is_contiguous, tensor.is_neg)
+        # Only complex tensors can be conjugated, and whether a tensor is complex is a matter of its type.
+        conjugated = repeat(False, len(tensors)) if True not in self._complex else map(tensor.is_conj, tensors)
+        return [*(list(map(way, tensors)) for way in ways), list(conjugated)]
 
-    def _current_strides(self) -> list[tuple[int, ...]]:
-        return list(map(torch.Tensor.stride, self._strided))
+    def _current_strides(self, tensors: Sequence[torch.Tensor]) -> list[tuple[int, ...]]:
+        return list(map(torch.Tensor.stride, compress(tensors, self._strided)))
+
+    def keep_form(self) -> bool:
+        """Whether element types, sizes, strides, and what torch makes of values when it reads them are what they were. The tensors may lie
+        anywhere."""
+        tensors = self._values()
+        return self._current(tensors)[1:] == self._then[1:] and self._current_strides(tensors) == self._strides
 
     def check_form(self) -> None:
-        """Raise StateError that names a tensor whose element type, size or strides changed. The tensor may lie anywhere."""
-        if self._current()[1:] != self._then[1:] or self._current_strides() != self._strides:
+        """Raise StateError that names a tensor whose form is not what it was. The tensor may lie anywhere."""
+        if not self.keep_form():
             self.check()
 
     def have_moved(self) -> bool:
         """Whether a tensor lies elsewhere now. This is the quick half of ``check``."""
-        return list(map(torch.Tensor.data_ptr, self._values)) != self._then[0]
+        return list(map(torch.Tensor.data_ptr, self._values())) != self._then[0]
+
+    def follow(self) -> None:
+        """Compare with what is now from here on."""
+        tensors = self._values()
+        self._then, self._strides = self._current(tensors), self._current_strides(tensors)
 
     def check(self) -> None:
         """Raise WeightsMoved that names a tensor which does not lie where it lay, or StateError where its form changed as well."""
-        now, strides = self._current(), self._current_strides()
+        tensors = self._values()
+        now, strides = self._current(tensors), self._current_strides(tensors)
         if now != self._then:
             pairs = zip(zip(*self._then, strict=True), zip(*now, strict=True), strict=True)
             names = [name for name, (then, value) in zip(self._names, pairs, strict=True) if then != value]
