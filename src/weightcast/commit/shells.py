@@ -89,6 +89,8 @@ class _Run:
         self._steps = steps
         self._advance: Callable[[], Do] = partial(next, steps)
         self._started = 0.0
+        self._waits: Do | None = None
+        """A step that lasts as long as requests want, unless it is done."""
         self.answer = RoundAnswer(version="", phases={})
 
     def next(self) -> Do | None:
@@ -100,15 +102,21 @@ class _Run:
             self._log()
             return None
         self._started = time.perf_counter()
+        self._waits = do if do.hint else self._waits
         return do
 
     def done(self, do: Do, result: Any) -> None:
         self._count(do)
+        self._waits = None if do is self._waits else self._waits
         self._advance = partial(self._steps.send, result)
 
     def failed(self, do: Do, error: BaseException) -> None:
         self._count(do)
         self._advance = partial(self._steps.throw, named(error) if isinstance(error, Exception) else error)
+
+    def late(self, deadline: Deadline) -> DeadlineExceeded | None:
+        """Why the order is late, where that is known. Until then it changed nothing, and nothing is left to be done but its way back."""
+        return None if self._waits is None else _too_long(self._waits, deadline)
 
     def _count(self, do: Do) -> None:
         phase = do.step.phase
@@ -172,13 +180,13 @@ class AsyncCommitter:
 
     async def carry_out(self, order: RoundOrder) -> RoundAnswer:
         """Bring the order's round live, or take it back, within the order's time. A repeated order is harmless."""
-        deadline = Deadline(order.timeout_s)
-        return await within(deadline, self._in_turn(order, deadline), f"the {order.action}", self._background)
+        deadline, run = Deadline(order.timeout_s), _Run(self.orders, order)
+        work = self._in_turn(run, order, deadline)
+        return await within(deadline, work, f"the {order.action}", self._background, run.late)
 
-    async def _in_turn(self, order: RoundOrder, deadline: Deadline) -> RoundAnswer:
+    async def _in_turn(self, run: _Run, order: RoundOrder, deadline: Deadline) -> RoundAnswer:
         async with self._one_at_a_time:
             deadline.check(f"waiting for the order before this {order.action}")
-            run = _Run(self.orders, order)
             while (do := run.next()) is not None:
                 try:
                     run.done(do, await self._step(do, deadline))
@@ -197,18 +205,28 @@ class AsyncCommitter:
         except TimeoutError:
             if not limit.expired():
                 raise
-            raise DeadlineExceeded(f"{do.what} took longer than {patience.timeout_s:g} s", hint=do.hint) from None
+            raise _too_long(do, patience) from None
 
 
-async def within(deadline: Deadline, work: Coroutine[Any, Any, T], what: str, background: set[asyncio.Task[Any]]) -> T:
-    """Wait for ``work`` until the deadline, then raise DeadlineExceeded and let it end in the background."""
+def _too_long(do: Do, patience: Deadline) -> DeadlineExceeded:
+    return DeadlineExceeded(f"{do.what} took longer than {patience.timeout_s:g} s", hint=do.hint)
+
+
+async def within(
+    deadline: Deadline,
+    work: Coroutine[Any, Any, T],
+    what: str,
+    background: set[asyncio.Task[Any]],
+    late: Callable[[Deadline], DeadlineExceeded | None] = lambda deadline: None,
+) -> T:
+    """Wait for ``work`` until the deadline, then raise DeadlineExceeded and let it end in the background. ``late`` may know a better error."""
     task = asyncio.create_task(work)
     background.add(task)
     task.add_done_callback(background.discard)
     task.add_done_callback(_log_late_failure)
     done, _ = await asyncio.wait({task}, timeout=deadline.remaining_s())
     if not done:
-        raise DeadlineExceeded(
+        raise late(deadline) or DeadlineExceeded(
             f"{what} took longer than {deadline.timeout_s:g} s and still runs",
             hint="The engine's status says which version is live once it has ended",
         )

@@ -73,7 +73,8 @@ class EngineCommitter:
 
     async def wake(self, tags: Sequence[str]) -> tuple[str, ...]:
         raise Unsupported(
-            "this engine cannot sleep", hint="Publish without wake=, or to vLLM engines with sleep mode only"
+            "this engine cannot sleep",
+            hint="Publish without wake=, or to engines that sleep only: vLLM with --enable-sleep-mode, SGLang with --enable-memory-saver",
         )
 
     async def status(self) -> EngineStatus:

@@ -178,13 +178,13 @@ class StockControl(Generic[FrontT]):
     @property
     def front(self) -> FrontT:
         if self._front is None:
-            raise EngineError("the engine is not up yet", hint="Ask again")
+            raise EngineError("the engine is not up yet", hint="Ask again when it is")
         return self._front
 
     @property
     def committer(self) -> AsyncCommitter:
         if self._committer is None:
-            raise EngineError("the engine is not up yet", hint="Ask again")
+            raise EngineError("the engine is not up yet", hint="Ask again when it is")
         return self._committer
 
     async def init(self, init_info: Mapping[str, Any]) -> None:

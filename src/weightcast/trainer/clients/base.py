@@ -24,7 +24,7 @@ from weightcast.untrusted.known import known
 if TYPE_CHECKING:
     from weightcast.trainer.clients.fan_out import Call
 
-CANNOT_SLEEP_HINT = "Publish without wake=, or to vLLM engines with sleep mode only"
+CANNOT_SLEEP_HINT = "Publish without wake=, or to engines that sleep only: vLLM with --enable-sleep-mode, SGLang with --enable-memory-saver"
 
 PhaseName = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
 

@@ -75,7 +75,7 @@ class VllmNativePublisher:
     ) -> None:
         devices = {tensor.device for tensor in tensors.values()}
         if len(devices) != 1 or any(device.type != "cuda" for device in devices):
-            raise Unsupported("vLLM's nccl backend needs all tensors on one GPU", hint="Gather them first")
+            raise Unsupported("vLLM's nccl backend needs all tensors on one GPU", hint="Gather them there first")
         self._tensors = dict(tensors)
         self._device = devices.pop()
         self._specs = [
