@@ -96,6 +96,33 @@ def test_two_tokens_are_one_too_many(command: str, tmp_path: Path) -> None:
     assert "two tokens" not in run_here(command, *words, *given).output
 
 
+@pytest.mark.parametrize("token", [None, "w" * 32])
+def test_a_token_that_is_missing_or_wrong_is_told_in_options(
+    engine: EngineProcess, token: str | None, tmp_path: Path
+) -> None:
+    checkpoint = checkpoint_of(4, tmp_path)
+    commands = (("verify", engine.url, "--checkpoint", checkpoint), ("push", checkpoint, "--to", engine.url))
+    for words in commands:
+        refused = run_here(*words, token=token)
+        said = " ".join(refused.output.split())
+        assert refused.exit_code == 1, said
+        assert "AuthError: wrong token" in said if token else "AuthError: this route needs the token" in said
+        assert "Give --token-file FILE, or set WEIGHTCAST_TOKEN" in said
+        assert "Bearer" not in said
+    (tmp_path / "token").write_text(TOKEN)
+    followed = run_here(*commands[1], "--token-file", tmp_path / "token", token=None)
+    assert followed.exit_code == 0, followed.output
+
+
+def test_a_demo_that_writes_no_folder(tmp_path: Path) -> None:
+    refused = run_here("demo", "smollm", tmp_path / "policy")
+    assert refused.exit_code == 1
+    assert f"the demo smollm writes no folder. Leave {tmp_path / 'policy'} out" in "".join(refused.output.split("\n"))
+    followed = run_here("demo", "model", tmp_path / "policy")
+    assert followed.exit_code == 0, followed.output
+    assert (tmp_path / "policy" / "config.json").is_file()
+
+
 def test_the_version_in_both_ways() -> None:
     assert run("--version").stdout == f"weightcast {weightcast.__version__}\n"
     script = Path(sys.executable).with_name("weightcast")

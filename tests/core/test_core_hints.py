@@ -23,6 +23,7 @@ from weightcast.errors import (
     DeadlineExceeded,
     EngineError,
     InvalidInput,
+    PeerLost,
     ProtocolError,
     ShadowError,
     StateError,
@@ -30,14 +31,25 @@ from weightcast.errors import (
     Unsupported,
 )
 from weightcast.facts import Facts
+from weightcast.layout.memory import Memory
 from weightcast.manifest import Manifest, TensorSpec
-from weightcast.messages import Heartbeat, decode, encode
+from weightcast.messages import Begin, Heartbeat, decode, encode
 from weightcast.receiver import place
+from weightcast.receiver.pairs import Pairs
+from weightcast.receiver.session import Session
+from weightcast.receiver.swap import _swapper
+from weightcast.receiver.worker_round import RoundId, WorkerRound
 from weightcast.trainer.fleet.numbers import Numbers
+from weightcast.trainer.ranks.meeting import _HEAD_NBYTES, FRAME_NBYTES, Meeting
+from weightcast.transports.arena import Arena
 from weightcast.transports.buckets import check_bucket_nbytes
 from weightcast.transports.guard import EndGuard
+from weightcast.transports.lanes import Lanes
+from weightcast.transports.nccl import NcclWorkerEnd
+from weightcast.transports.nccl_cut import NcclOffer
 from weightcast.transports.registry import registry
 from weightcast.transports.rendezvous import Listener
+from weightcast.transports.window_pipes import WindowPipes
 from weightcast.untrusted.plugins import VARIABLE
 from weightcast.untrusted.safetensors_format import open_regular, read_header
 from weightcast.untrusted.secret import usable_token
@@ -91,6 +103,82 @@ def _transport(name: str, *facts: str, others: str = "there") -> Callable[[], ob
     return lambda: registry().choose(_facts(*facts), _facts(*facts, host=others), name or None)
 
 
+def _on(device: str) -> Any:
+    """A tensor on a GPU, as far as its kind is asked for."""
+    return SimpleNamespace(device=torch.device(device), is_cuda=True)
+
+
+def _nccl_end(num_cuts: int) -> NcclWorkerEnd:
+    """A worker's end for a plan of nothing, of a trainer that cuts it into so many parts."""
+    about: dict[str, Any] = {
+        "unique_id": b"",
+        "rank": 1,
+        "world_size": 2,
+        "address": "127.0.0.1",
+        "port": 1,
+        "secret": b"",
+    }
+    return NcclWorkerEnd([], NcclOffer(bucket_nbytes=1 << 20, cuts=(256,) * num_cuts, **about))
+
+
+def _receive() -> object:
+    round: Any = WorkerRound()
+    assert round.begin(RoundId(epoch=1, round=1), Deadline(5))
+    pairs = Pairs(torch.device("cpu"), round, lambda message: None, lambda dead: None)
+    return pairs.receive(RoundId(epoch=1, round=1), Memory(()), Manifest.of(SPECS), Deadline(5))
+
+
+def _too_early() -> Mistake:
+    """A trainer begins the next round while the last one goes live."""
+    round, told = WorkerRound(), list[StateError]()
+    first, second = RoundId(epoch=1, round=1), RoundId(epoch=1, round=2)
+    approval: Any = SimpleNamespace(version="1-a")
+    assert round.begin(first)
+    assert round.verified(first, approval)
+    assert round.wait_for_approval(first, Deadline(5)) is approval
+    worker: Any = SimpleNamespace(
+        round=round, mode="in_place", _serves=lambda: "", send_failure=lambda id, phase, error: told.append(error)
+    )
+
+    def begin() -> None:
+        Session._open(worker, Begin(epoch=1, round=2, base=None, changes=False, timeout_s=5.0))
+        if told:
+            raise told.pop()
+
+    def when_that_is_done() -> None:
+        assert round.committed(first)
+        begin()
+        assert round.id == second
+
+    return Mistake(
+        make=begin, error=StateError, said=r"round .*1.* is still committing", hint="Publish again when that is done",
+        follow=when_that_is_done,
+    )  # fmt: skip
+
+
+def _met(said: bytes | Exception | None) -> bool:
+    """Two ranks meet; the other one says this, or as much as this one."""
+    meeting = Meeting.__new__(Meeting)
+    meeting.size, meeting._group, meeting._device = 2, None, torch.device("cpu")
+
+    def gather(received: list[torch.Tensor], sent: torch.Tensor, **_: object) -> Any:
+        if isinstance(said, Exception):
+            raise said
+        for tensor in received:
+            tensor.copy_(sent)
+        if said is not None:
+            received[1].copy_(torch.frombuffer(bytearray(_framed(said)), dtype=torch.uint8))
+        return SimpleNamespace(wait=lambda timeout: None)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("weightcast.trainer.ranks.meeting.dist.all_gather", gather)
+        return meeting.meet(Deadline(30))
+
+
+def _framed(said: bytes) -> bytes:
+    return len(said).to_bytes(_HEAD_NBYTES, "big") + said + bytes(FRAME_NBYTES - _HEAD_NBYTES - len(said))
+
+
 PLAIN: dict[str, Callable[[], Mistake]] = {
     "manifest out of order": lambda: Mistake(
         make=lambda: Manifest(tensors=tuple(SPECS)), error=InvalidInput, said="'a' comes after 'b'",
@@ -142,6 +230,34 @@ PLAIN: dict[str, Callable[[], Mistake]] = {
     "workers that differ": lambda: Mistake(
         make=lambda: common_version([_outcome(0, "1-a"), _outcome(1, "2-b")]), error=EngineError, said="do not agree",
         hint="Publish again", follow=lambda: common_version([_outcome(0, "3-c"), _outcome(1, "3-c")]),
+    ),
+    "memory of several GPUs": lambda: Mistake(
+        make=lambda: _swapper([(_on("cuda:0"), _on("cuda:1"))]), error=Unsupported, said="a swap between several GPUs",
+        hint="on the GPU of the parameters", follow=lambda: _swapper([(torch.empty(4), torch.empty(4))]),
+    ),
+    "host memory that is not pinned": lambda: Mistake(
+        make=lambda: _swapper([(_on("cuda:0"), torch.empty(4))]), error=InvalidInput, said="has to be page-locked",
+        hint="pin_memory=True",
+    ),
+    "a pair before it is connected": lambda: Mistake(
+        make=lambda: Lanes("the worker's end").first, error=TransportError, said="not connected", hint=r"connect\(\) first",
+    ),
+    "a plan that is cut otherwise": lambda: Mistake(
+        make=lambda: _nccl_end(3), error=ProtocolError, said="cuts the plan otherwise",
+        hint="same weightcast on both sides", follow=lambda: _nccl_end(0),
+    ),
+    "a round before the one before is over": _too_early,
+    "a round without an epoch": lambda: Mistake(
+        make=lambda: _receive(), error=StateError, said="no epoch is set up", hint="has to connect again",
+    ),
+    "ranks that speak otherwise": lambda: Mistake(
+        make=lambda: _met(b"\xc1"), error=ProtocolError, said="a trainer rank said something else",
+        hint="same weightcast on all ranks", follow=lambda: _met(None),
+    ),
+    "a rank that did not come": lambda: Mistake(
+        make=lambda: _met(RuntimeError("Connection closed by peer\nmore")), error=PeerLost,
+        said="could not meet over their process group: Connection closed by peer ",
+        hint="on every rank of the process group, or give process_group=None",
     ),
     "numbers": _used_up,
     "end after a fault": _dead_end,
@@ -221,3 +337,35 @@ def test_memory_for_a_staged_copy(monkeypatch: pytest.MonkeyPatch) -> None:
         make=lambda: place.choose_place(model, [], 1, host=False), error=ShadowError, said="takes 1000 bytes, 10 are free",
         hint="Ask for mode in_place",
     ).play()  # fmt: skip
+
+
+def test_no_descriptors_for_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[int] = []
+
+    def few(flags: int) -> tuple[int, int]:
+        if opened:
+            raise OSError(24, "Too many open files")
+        opened.extend(make(flags))
+        return opened[0], opened[1]
+
+    make = os.pipe2
+    with monkeypatch.context() as patch:
+        patch.setattr("weightcast.transports.window_pipes.os.pipe2", few)
+        Mistake(make=WindowPipes.make, error=TransportError, said="no pipe to a worker", hint="ulimit -n").play()
+    for descriptor in opened:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(descriptor)
+    WindowPipes.make()[0].close()
+
+
+def test_no_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("weightcast.transports.arena.os.posix_fallocate", full)
+        Mistake(
+            make=lambda: Arena(1 << 20), error=TransportError, said="no 1 MiB of shared memory for the weights",
+            hint="Raise the limits of the trainer .*or use another transport",
+        ).play()  # fmt: skip
+    Arena(1 << 20).close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -15,9 +16,11 @@ from torch import nn
 
 from weightcast import Publisher
 from weightcast.engines.embedded import LLM, EngineConfig, SamplingParams, attention, loading
+from weightcast.engines.embedded.core import EngineCore
 from weightcast.engines.embedded.given import check_given, device_of
 from weightcast.engines.embedded.live_model import EmbeddedModel
 from weightcast.engines.embedded.support import check_config, check_model
+from weightcast.engines.sampling import StructuredOutputs
 from weightcast.errors import InvalidInput, PlanMismatch, StateError, Unsupported
 from weightcast.manifest import TensorSpec
 from weightcast.manifest.adapters import Factors
@@ -304,3 +307,50 @@ def test_adapters_that_this_engine_cannot_compute(llm: LLM) -> None:
             make=partial(check, bad, dtype), error=error, said=said, hint="Publish the merged weights",
             follow=partial(check, name, "float32"),
         ).play()  # fmt: skip
+
+
+def test_adapters_for_parts_of_experts_and_more_of_them_than_fit(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapters = llm.engine.core.adapters
+    module = next(iter(adapters.linears.able))
+    rows, columns = adapters.linears.able[module].weight.shape
+    others = {"mlp.experts": object()}
+    monkeypatch.setattr(adapters, "linears", SimpleNamespace(able=adapters.linears.able, others=others))
+    Mistake(
+        make=lambda: adapters.check("policy", {"mlp.experts": _factors("float32", rows, columns)}), error=Unsupported,
+        said="mlp.experts: this engine computes adapters for layers that see every token", hint="Publish the merged weights",
+    ).play()  # fmt: skip
+    wanted = adapters.max_adapters + 3
+
+    def as_the_hint_says() -> None:
+        monkeypatch.setattr(adapters, "max_adapters", wanted)
+        adapters.check_room("policy", wanted)
+
+    Mistake(
+        make=lambda: adapters.check_room("policy", wanted), error=StateError,
+        said=f"no slot is free for 'policy': 0 of {adapters.max_adapters} are taken, {wanted} more are needed",
+        hint=f"max_adapters={wanted} or more", follow=as_the_hint_says,
+    ).play()  # fmt: skip
+
+
+def test_a_pause_that_waits_for_the_last_request_and_is_taken_back() -> None:
+    core: Any = EngineCore.__new__(EngineCore)
+    core.paused, core._draining, core._drained, core._arrivals = False, None, [], 1
+    core.requests = {"r": SimpleNamespace(arrival=0)}
+    core._settle_drain = lambda: None  # the request goes on
+    waiting = core.pause("wait", False)
+    core.resume()
+    Mistake(
+        make=lambda: waiting.result(0), error=StateError, said="resumed before all requests had finished", hint="Pause again",
+    ).play()  # fmt: skip
+
+
+def test_a_grammar_without_its_library(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask() -> None:
+        llm.generate("x", SamplingParams(structured_outputs=StructuredOutputs(regex="a"), max_tokens=2))
+
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "llguidance", None)
+        Mistake(
+            make=ask, error=Unsupported, said="answers of a given form need llguidance", hint=r"pip install 'weightcast\[grammar\]'",
+        ).play()  # fmt: skip
+    ask()

@@ -17,6 +17,7 @@ from weightcast import InvalidInput, Publisher, Unsupported, WeightcastError
 from weightcast.cli.wording import in_options
 from weightcast.deadline import Deadline
 from weightcast.errors import AuthError, PlanMismatch, StateError
+from weightcast.server.auth import TokenAuth
 from weightcast.trainer.clients import HttpEngineClient
 from weightcast.transports.tls import own_identity
 
@@ -159,7 +160,7 @@ def test_a_publisher_that_is_closed(call: str) -> None:
     ("error", "said"),
     [
         (
-            AuthError("this route needs the token", hint="Send ...: Publisher(token=...), or --token-file"),
+            AuthError("this route needs the token", hint=TokenAuth("t0ken")._hint),
             "this route needs the token. Give --token-file FILE, or set WEIGHTCAST_TOKEN",
         ),
         (

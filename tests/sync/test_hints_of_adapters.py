@@ -20,11 +20,12 @@ from torch.distributed.tensor import DTensor, Shard
 
 from weightcast import Publisher
 from weightcast.deadline import Deadline
-from weightcast.errors import InvalidInput, PlanMismatch, Unsupported
+from weightcast.errors import InvalidInput, PlanMismatch, StateError, Unsupported
 from weightcast.manifest import Manifest, TensorSpec
 from weightcast.manifest.adapters import CONFIG_NAME, factor_names, factors_of
 from weightcast.sources import SafetensorsSource, make_source, safetensors
 from weightcast.sources.adapter import Adapter, adapter_named
+from weightcast.sources.quantised import is_quantised, refuse_unknown
 from weightcast.testing.local_engine import DictModel, LocalEngine
 from weightcast.testing.models import build_tiny_model
 from weightcast.trainer.clients.making import make_client
@@ -163,7 +164,66 @@ def _replicas() -> Mistake:
     )  # fmt: skip
 
 
-MISTAKES = [_several, _replicas, _attention, _parametrized, _eight_bits, _biased, _no_layers, _half, _no_plug_in]
+class Int8Params(nn.Parameter):
+    """By the name of bitsandbytes' type."""
+
+
+def _packed_rows() -> Mistake:
+    table = nn.Embedding(4, 2)
+    table._parameters["weight"] = Int8Params(torch.zeros(4, 2, dtype=torch.int8), requires_grad=False)
+    assert is_quantised(table)
+    return Mistake(
+        make=lambda: refuse_unknown(table, "rows"), error=Unsupported, said="'rows' is a quantised Embedding",
+        hint="with its linear layers quantised only", follow=lambda: refuse_unknown(nn.Linear(2, 2), "rows"),
+    )  # fmt: skip
+
+
+def _moved_adapter() -> Mistake:
+    model = get_peft_model(base(), lora(init_lora_weights=False))
+    adapter = Adapter(model, "default")
+    path = next(iter(adapter.layers))
+    part = adapter.layers[path]
+    parent, _, key = next(name for name, module in model.named_modules() if module is part).rpartition(".")
+    setattr(model.get_submodule(parent), key, part.base_layer)
+
+    def connect_anew() -> None:
+        assert path not in Adapter(model, "default").layers
+
+    return Mistake(
+        make=adapter.check, error=StateError, said=f"the adapter 'default' is gone from '{path}' since connect",
+        hint=r"connect\(\)", follow=connect_anew,
+    )  # fmt: skip
+
+
+def _longer_config() -> Mistake:
+    model = get_peft_model(base(), lora(init_lora_weights=False))
+    source: Any = make_source(model, adapter="default")
+    for number, layer in enumerate(source._adapter.layers.values()):
+        layer.scaling["default"] = number + 1 / 3
+
+    def connect_anew() -> None:
+        make_source(model, adapter="default").refresh()
+
+    return Mistake(
+        make=source.refresh, error=StateError, said="the config of the adapter is longer than at connect",
+        hint=r"connect\(\)", follow=connect_anew,
+    )  # fmt: skip
+
+
+MISTAKES = [
+    _packed_rows,
+    _moved_adapter,
+    _longer_config,
+    _several,
+    _replicas,
+    _attention,
+    _parametrized,
+    _eight_bits,
+    _biased,
+    _no_layers,
+    _half,
+    _no_plug_in,
+]
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

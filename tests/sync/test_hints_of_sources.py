@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import random
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy
@@ -21,10 +23,18 @@ from weightcast.errors import InvalidInput, StateError, Unsupported
 from weightcast.integrations.deepspeed import gathered
 from weightcast.layout.memory import Memory
 from weightcast.sources import ModuleSource, SafetensorsSource, StreamSource, make_source
+from weightcast.sources.adapter import adapter_named
 from weightcast.sources.base import device_of
+from weightcast.sources.streamed import _device_of as stream_device
 from weightcast.testing.local_engine import DictModel, LocalEngine
+from weightcast.trainer.ranks.other_rank import OtherRank
+from weightcast.trainer.round.round import Round
 
 VALUES = {"w": torch.randn(6, 4), "v": torch.randn(3)}
+
+
+def _nested() -> torch.Tensor:
+    return torch.nested.nested_tensor([torch.randn(2), torch.randn(3)], layout=torch.jagged)
 
 
 class FullyShardedDataParallel(nn.Module):
@@ -135,6 +145,23 @@ SOURCES: dict[str, Callable[[], Mistake]] = {
         said="'x' lies in no parameter", hint="Give a state dict", follow=lambda: make_source({"x": torch.ones(2)}),
     ),
     "an arena that is not there": _memory,
+    "a nested tensor": lambda: Mistake(
+        make=lambda: make_source({"a": _nested()}), error=Unsupported, said="'a' is a nested tensor",
+        hint=r"one by one: unbind\(\)", follow=lambda: make_source({f"a.{i}": each for i, each in enumerate(_nested().unbind())}),
+    ),
+    "a stream on several GPUs": lambda: Mistake(
+        make=lambda: stream_device({torch.device("cuda:0"), torch.device("cuda:1"), torch.device("cpu")}), error=Unsupported,
+        said="lie on several GPUs: cuda:0, cuda:1", hint="Give device=, to which every tensor is copied",
+        follow=lambda: make_source(StreamSource(lambda: iter(VALUES.items()), device="cpu")),
+    ),
+    "a stream on another rank only": lambda: Mistake(
+        make=lambda: make_source(VALUES).exhaust(), error=StateError, said="this rank publishes no stream",
+        hint="every rank the same kind of source", follow=lambda: make_source(lambda: iter(VALUES.items())).exhaust(),
+    ),
+    "an adapter of a plain module": lambda: Mistake(
+        make=lambda: adapter_named(nn.Linear(2, 2), "policy"), error=InvalidInput, said="get_peft_model.* not for a Linear",
+        hint="publish whole weights without adapter=", follow=lambda: make_source(nn.Linear(2, 2)),
+    ),
 }  # fmt: skip
 
 
@@ -412,4 +439,41 @@ def test_values_of_a_stream_are_not_looked_at(publish: Callable[..., tuple[Publi
     Mistake(
         make=publisher.connect, error=Unsupported, said="check_finite for a stream", hint="before the stream yields them",
         follow=check_before,
+    ).play()  # fmt: skip
+
+
+def test_what_only_the_first_rank_knows() -> None:
+    publisher: Any = SimpleNamespace(_part=OtherRank.__new__(OtherRank))
+    Mistake(
+        make=lambda: Publisher._first_rank(publisher, "members"), error=StateError, said="this rank knows no members",
+        hint="Ask trainer rank 0",
+    ).play()  # fmt: skip
+
+
+def test_a_round_that_the_end_of_the_program_overtakes(
+    publish: Callable[..., tuple[Publisher, LocalEngine]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once the main thread has ended, Python begins no thread: what needs one fails."""
+    tensors = _fresh()
+    publisher, engine = publish(tensors)
+    publisher.publish()
+
+    def no_thread(*_: object, **__: object) -> None:
+        raise RuntimeError("can't start new thread at interpreter shutdown")
+
+    def overtaken() -> None:
+        ended = threading.Thread(target=lambda: None)
+        with monkeypatch.context() as patch:
+            patch.setattr("weightcast.trainer.publishing.threading.main_thread", lambda: ended)
+            patch.setattr(Round, "run", no_thread)
+            publisher.publish(wait=False).wait()
+
+    def waited_for() -> None:
+        tensors["w"].copy_(torch.randn(6, 4))
+        assert publisher.publish(wait=False).wait().digests_match
+        assert engine.models[0].holds(tensors)
+
+    Mistake(
+        make=overtaken, error=StateError, said="the program ended before the round",
+        hint=r"Call wait\(\) of what publish\(\) returned", follow=waited_for,
     ).play()  # fmt: skip

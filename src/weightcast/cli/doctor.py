@@ -21,7 +21,7 @@ from weightcast.errors import WeightcastError
 
 State = Literal["ok", "note", "no"]
 
-PACKAGES = ("weightcast", "torch", "transformers", "vllm", "ray", "nccl4py", "nixl-cu13", "pyzmq", "msgspec")
+PACKAGES = ("weightcast", "torch", "transformers", "vllm", "sglang", "ray", "nccl4py", "nixl-cu13", "pyzmq", "msgspec")
 MIN_OPEN_FILES = 1024
 
 
@@ -160,6 +160,7 @@ def _tried(name: str, timeout_s: float) -> Finding:
 def _engines() -> Iterator[Finding]:
     yield _importable("embedded", "transformers", "weightcast.engines.embedded", "pip install 'weightcast[server]'")
     yield _importable("vllm", "vllm", "weightcast.engines.vllm", "pip install 'weightcast[vllm]'")
+    yield _importable("sglang", "sglang", "weightcast.engines.sglang.plugin", "pip install 'weightcast[sglang]'")
 
 
 def _importable(engine: str, package: str, module: str, hint: str) -> Finding:

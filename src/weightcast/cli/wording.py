@@ -11,7 +11,7 @@ import re
 import shlex
 from collections.abc import Callable
 
-from weightcast.errors import AuthError, WeightcastError
+from weightcast.errors import WeightcastError
 
 TOKEN_WORDS = "Give --token-file FILE, or set WEIGHTCAST_TOKEN"
 
@@ -19,8 +19,6 @@ TOKEN_WORDS = "Give --token-file FILE, or set WEIGHTCAST_TOKEN"
 def in_options(error: WeightcastError) -> str:
     """The text of an error, with options in place of a program's settings."""
     text = str(error)
-    if isinstance(error, AuthError) and error.hint and "Publisher(token=" in error.hint:
-        text = text.replace(error.hint, TOKEN_WORDS)
     for pattern, say in _SAID:
         text = re.sub(pattern, say, text)
     return text
@@ -44,6 +42,11 @@ def _prefixes(found: re.Match[str]) -> str:
 
 
 _SAID: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
+    # In the hint, or in the message of a server that told its error as one text.
+    (
+        r"Send 'Authorization: Bearer \.\.\.': Publisher\(token=\.\.\.\), or --token-file or WEIGHTCAST_TOKEN of a command",
+        TOKEN_WORDS,
+    ),
     (r"""\bunused=(\[(?:'[^']*'|"[^"]*"|[^\]'"])*\])""", _patterns),
     (r"""\bunused=('[^']*'|"[^"]*")""", _patterns),
     (r"""\brename=(\{(?:'[^']*'|"[^"]*"|[^}'"])*\})""", _prefixes),
