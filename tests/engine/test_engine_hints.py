@@ -350,6 +350,7 @@ def test_a_grammar_without_its_library(llm: LLM, monkeypatch: pytest.MonkeyPatch
 
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "llguidance", None)
+        patch.setattr(llm.engine._grammars, "_loaded", None)
         Mistake(
             make=ask, error=Unsupported, said="answers of a given form need llguidance", hint=r"pip install 'weightcast\[grammar\]'",
         ).play()  # fmt: skip
