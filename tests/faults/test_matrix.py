@@ -25,9 +25,10 @@ TIMEOUT_S = 90.0
 def by_turns() -> list[Cell]:
     """One transport for each fault and mode."""
     every = cells(CPU_TRANSPORTS)
-    pairs = list(dict.fromkeys((cell.fault, cell.mode) for cell in every))
-    turn = {pair: CPU_TRANSPORTS[number % len(CPU_TRANSPORTS)] for number, pair in enumerate(pairs)}
-    return [cell for cell in every if cell.transport == turn[cell.fault, cell.mode]]
+    some: dict[tuple[str, str], list[Cell]] = {}
+    for cell in every:
+        some.setdefault((cell.fault, cell.mode), []).append(cell)
+    return [choices[number % len(choices)] for number, choices in enumerate(some.values())]
 
 
 class Background:

@@ -6,6 +6,9 @@
     transfer:start    a round's bytes are about to be received
     transfer:middle   some of them are there
     transfer:end      all of them are
+    feed:start        the next worker of a chain is about to be fed
+    feed:middle       two buckets have gone to it, and the third one has landed here
+    feed:end          all of them have gone to it
     loader            the engine's loader has written its first tensor
     commit:start      the order to commit arrived
     commit:worker     one worker of the engine has claimed the round and touched nothing yet; reached by one after the other
@@ -41,7 +44,8 @@ from weightcast.receiver.session import Session
 from weightcast.receiver.shadow import Shadow
 from weightcast.receiver.worker_round import RoundId
 from weightcast.transports.changed import Changing, Read
-from weightcast.transports.spans import Unloading
+from weightcast.transports.edges import Feeder
+from weightcast.transports.spans import Loading, Unloading
 
 POINTS = (
     "shadow",
@@ -50,6 +54,9 @@ POINTS = (
     "transfer:start",
     "transfer:middle",
     "transfer:end",
+    "feed:start",
+    "feed:middle",
+    "feed:end",
     "loader",
     "commit:start",
     "commit:worker",
@@ -85,8 +92,8 @@ class Faults:
     def disarm(self) -> None:
         self._armed.clear()
 
-    def hit(self, point: str, memory: Memory | None = None) -> Action | None:
-        """A point is reached: count it, do what was armed for it, say what that was."""
+    def hit(self, point: str, flat: torch.Tensor | None = None) -> Action | None:
+        """A point is reached: count it, do what was armed for it, say what that was. ``flat``: the bytes that may be corrupted."""
         self.reached[point] += 1
         action, seconds = self._due(point)
         if action == "kill":
@@ -102,9 +109,8 @@ class Faults:
         elif action == "no memory":
             raise MemoryError("injected: out of memory")
         elif action == "corrupt":
-            assert memory is not None
-            flat = memory.storages[0]
-            flat[int(torch.randint(flat.numel() // 2, ()))] ^= 1 << int(torch.randint(8, ()))
+            assert flat is not None
+            flat[int(torch.randint(flat.numel(), ()))] ^= 1 << int(torch.randint(8, ()))
         return action
 
     def _due(self, point: str) -> tuple[Action | None, float]:
@@ -121,6 +127,7 @@ class Faults:
         self._hook_receive()
         if gpu:
             self._hook_gpu_copies()
+        self._hook_feed()
         self._hook_setup()
         self._hook_commit()
         copy_of = Shadow._copy_of
@@ -137,13 +144,14 @@ class Faults:
         def received(
             session: Session, id: RoundId, memory: Memory, deadline: Deadline
         ) -> tuple[int, float, int | None]:
-            self.hit("transfer:start", memory)
+            self.hit("transfer:start")
             inside.copies = 0
             try:
                 result = receive(session, id, memory, deadline)
             finally:
                 inside.copies = None
-            if self.hit("transfer:end", memory) == "corrupt":
+            first = memory.storages[0]
+            if self.hit("transfer:end", first[: first.numel() // 2]) == "corrupt":
                 # A digest that was taken while the bytes were copied does not know what the fault did to them on their way.
                 return result[0], result[1], None
             return result
@@ -173,6 +181,28 @@ class Faults:
             return apply(changing, several, work)
 
         Changing.apply = changed  # type: ignore[method-assign, assignment]
+
+    def _hook_feed(self) -> None:
+        feed, hit = Feeder.feed, self.hit
+
+        class Third:
+            """The third bucket that is sent on; corrupted, it differs on the wire and not where it landed."""
+
+            def __init__(self, honest: Loading) -> None:
+                self._honest, self.spans = honest, honest.spans
+
+            def run(self, deadline: Deadline) -> None:
+                self._honest.run(deadline)
+                sent = bytearray(b"".join(self._honest.spans))
+                if hit("feed:middle", torch.frombuffer(sent, dtype=torch.uint8)) == "corrupt":
+                    self.spans = [memoryview(sent)]
+
+        def fed(feeder: Feeder, loadings: Sequence[Loading], *args: Any) -> None:
+            hit("feed:start")
+            feed(feeder, [*loadings[:2], *map(Third, loadings[2:3]), *loadings[3:]], *args)  # type: ignore[list-item]
+            hit("feed:end")
+
+        Feeder.feed = fed  # type: ignore[method-assign, assignment]
 
     def _hook_gpu_copies(self) -> None:
         """On a GPU the first kernel may do all copies: the middle is where it was queued and nobody waited for it yet."""

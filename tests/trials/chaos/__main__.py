@@ -18,7 +18,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=300)
     parser.add_argument("--seed", type=int, default=None, help="decides everything; a fresh one is drawn and printed")
     parser.add_argument("--servers", type=int, default=2, help="weightcast serve processes")
-    parser.add_argument("--engines", type=int, default=2, help="engines without a language model")
+    parser.add_argument("--engines", type=int, default=4, help="engines without a language model")
     parser.add_argument("--max-s", type=float, default=float("inf"), help="stop after so many seconds of rounds")
     parser.add_argument("--verbose", action="store_true")
     given = parser.parse_args()

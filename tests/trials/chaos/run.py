@@ -32,6 +32,8 @@ STARTING_S = 120.0
 ANSWERING_S = 30.0
 AFTER_FAILURE_S = 0.3
 """Without all engines a round may fail at once: others get the time to come back."""
+RELAYED_SHARE = 0.3
+"""Of trainers."""
 INITIAL_SEED = 0
 FIRST_WEIGHTS_SEED = 1000
 
@@ -223,7 +225,7 @@ class Chaos:
         self._stopped_engines.add(i)
 
     def _before_corrupt_engine(self) -> None:
-        self._arm("transfer:end", "corrupt")
+        self._arm(self._random.choice(["transfer:end", "transfer:end", "feed:middle"]), "corrupt")
 
     def _before_raise_in_engine(self) -> None:
         point, skip = self._random.choice(
@@ -291,8 +293,7 @@ class Chaos:
                 str(self._checkpoint),
                 self._urls(),
                 TOKEN,
-                transport=self._random.choice(["shm", "tcp", "auto"]),
-                delta=self._random.choice([False, True]),
+                **self._a_way_of_bytes(),
                 require=self._random.choice(["live", "live", "all"]),
                 timeout_s=DEADLINE_S,
                 bucket_nbytes=16 * 2**10,
@@ -302,6 +303,12 @@ class Chaos:
             self._trainer.call("ready", timeout_s=STARTING_S)
             self._troubled = True
         return self._trainer
+
+    def _a_way_of_bytes(self) -> dict[str, Any]:
+        """Settings of a trainer; with ``relay`` engines of equal layouts and modes feed each other."""
+        if self._random.random() < RELAYED_SHARE:
+            return {"transport": "tcp", "relay": [self._urls()]}
+        return {"transport": self._random.choice(["shm", "tcp", "auto"]), "delta": self._random.choice([False, True])}
 
     def _drop_trainer(self) -> None:
         if self._trainer is not None:

@@ -9,7 +9,7 @@ from functools import partial
 from tests.support.faults import Action
 from tests.trials.matrix.field import DELTA, Field
 from tests.trials.matrix.outcome import Finding
-from tests.trials.matrix.plays import engines, live, machines, traffic, trainers
+from tests.trials.matrix.plays import engines, live, machines, relays, traffic, trainers
 
 Play = Callable[..., Finding]
 CPU_TRANSPORTS = ("shm", "tcp", DELTA)
@@ -120,7 +120,21 @@ FAULTS: dict[str, tuple[Play, tuple[str, ...]]] = {
     "live: engine stopped in a transfer": (partial(live.without, point="transfer:middle", action="stop"), BOTH),
     "live: corrupted bytes": (partial(live.without, point="transfer:end", action="corrupt"), BOTH),
     "live: engine killed in the commit": (partial(live.without, point="commit:start", action="kill"), STAGED),
+    **{
+        f"relay killed at {point}": (
+            partial(relays.relay_lost, point=point, action="kill"),
+            BOTH if point == "feed:middle" else STAGED,
+        )
+        for point in ("setup", "feed:start", "feed:middle", "feed:end")
+    },
+    "relay stopped at setup": (partial(relays.relay_lost, point="setup", action="stop"), STAGED),
+    "relay stopped at feed:middle": (partial(relays.relay_lost, point="feed:middle", action="stop"), BOTH),
+    "relay sends other bytes on": (relays.relay_corrupts, BOTH),
+    "engine killed while it is fed": (partial(relays.fed_lost, action="kill"), STAGED),
+    "engine stopped while it is fed": (partial(relays.fed_lost, action="stop"), ("in_place",)),
 }
+RELAYING = ("tcp",)
+"""Transports by which engines feed each other."""
 
 
 def cells(transports: Sequence[str] = CPU_TRANSPORTS + EXTRA_TRANSPORTS + GPU_TRANSPORTS) -> list[Cell]:
@@ -132,4 +146,10 @@ def cells(transports: Sequence[str] = CPU_TRANSPORTS + EXTRA_TRANSPORTS + GPU_TR
         for transport in transports
         for mode in modes
         if not (fault.startswith("network") and transport in (*GPU_TRANSPORTS, *EXTRA_TRANSPORTS))
+        if transport in RELAYING or not _is_of_relays(play)
     ]
+
+
+def _is_of_relays(play: Play) -> bool:
+    whole = play.func if isinstance(play, partial) else play
+    return whole.__module__ == relays.__name__

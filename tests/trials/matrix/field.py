@@ -52,6 +52,7 @@ class Field:
         address: str | None = None,
         netns: str | None = None,
         silence_s: float = 5.0,
+        relay: bool = False,
     ) -> None:
         self.transport, self.mode, self.device = transport, mode, device
         self.healing_s = HEALING_S if device == "cpu" else GPU_HEALING_S
@@ -67,6 +68,8 @@ class Field:
             "silence_s": silence_s,
         }
         self._engine_options: dict[str, Any] = {"loader": loader, "relocatable": relocatable, "device": device}
+        self._relay = relay
+        """Whether the engines feed each other, in the order in which a trainer gets them."""
         self._only_a: dict[str, Any] = {"num_workers": num_workers, "host": host, "netns": netns}
         self._stack = contextlib.ExitStack()
         self.seed = SPARSE if transport == DELTA else 0
@@ -87,6 +90,7 @@ class Field:
             self.b = self._own(EngineProcess(self.mode, **self._engine_options))
             for engine in (self.a, self.b):
                 self._leaks.watch(engine)
+            self.options["relay"] = [[self.a.url, self.b.url]] if self._relay else False
         except BaseException:
             self._stack.close()
             raise
