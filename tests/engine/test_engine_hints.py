@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -21,7 +22,7 @@ from weightcast.engines.embedded.given import check_given, device_of
 from weightcast.engines.embedded.live_model import EmbeddedModel
 from weightcast.engines.embedded.support import check_config, check_model
 from weightcast.engines.sampling import StructuredOutputs
-from weightcast.errors import InvalidInput, PlanMismatch, StateError, Unsupported
+from weightcast.errors import InvalidInput, PlanMismatch, PromptTooLong, StateError, Unsupported
 from weightcast.manifest import TensorSpec
 from weightcast.manifest.adapters import Factors
 from weightcast.testing.models import build_tiny_model
@@ -237,6 +238,19 @@ def test_words_for_an_engine_that_knows_token_ids_only(wordless: LLM) -> None:
         make=lambda: wordless.generate([1, 2], SamplingParams(stop=["x"])), error=InvalidInput, said="stop strings need",
         hint="Use stop_token_ids", follow=lambda: wordless.generate([1, 2], SamplingParams(stop_token_ids=[3], max_tokens=1)),
     ).play()  # fmt: skip
+
+
+def test_a_prompt_that_is_too_long(llm: LLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """The error is all that is said of it: the tokenizer's library warns of indexing errors, which there are none of."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    monkeypatch.setattr(llm.engine.text.tokenizer, "model_max_length", 32)
+    monkeypatch.setattr(llm.engine.text.tokenizer, "deprecation_warnings", {})
+    one = SamplingParams(max_tokens=1)
+    Mistake(
+        make=lambda: llm.generate("q" * 50, one), error=PromptTooLong, said="maximum context length is 32 tokens. However",
+        hint="Please reduce the length of the prompt", follow=lambda: llm.generate("q" * 5, one),
+    ).play()  # fmt: skip
+    assert "indexing errors" not in caplog.text
 
 
 def test_a_conversation_without_a_template(llm: LLM) -> None:

@@ -67,7 +67,8 @@ class Text:
     def _encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         tokenizer = self._required()
         check_text_length(text, tokenizer, self._max_model_len)
-        return [int(t) for t in tokenizer.encode(text, add_special_tokens=add_special_tokens)]
+        # Not verbose: the library would warn of indexing errors, and this engine refuses what is too long for it.
+        return [int(t) for t in tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False)]
 
     def _required(self) -> Any:
         if self.tokenizer is None:
