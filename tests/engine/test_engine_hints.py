@@ -99,6 +99,11 @@ GIVEN: dict[str, Callable[[Path], Mistake]] = {
         said="max_num_batched_tokens 4 is less than max_num_seqs 8", hint="one token per step",
         follow=lambda: EngineConfig(model=folder, max_num_seqs=8, max_num_batched_tokens=8),
     ),
+    "a type that nobody computes in": lambda folder: Mistake(
+        make=lambda: EngineConfig(model=folder, dtype="float8_e4m3fn"), error=InvalidInput,
+        said="dtype is auto, float32 or .*, not 'float8_e4m3fn'", hint="Correct the value",
+        follow=lambda: EngineConfig(model=folder, dtype="bfloat16"),
+    ),
     "several workers": lambda folder: Mistake(
         make=lambda: EngineConfig(model=folder, tensor_parallel_size=2), error=Unsupported,
         said="tensor_parallel_size=2: the embedded engine runs one worker", hint="Start several engines",

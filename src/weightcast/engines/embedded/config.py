@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from weightcast.errors import InvalidInput, Unsupported
-from weightcast.manifest.dtypes import dtype_of
 from weightcast.weight_transfer.config import WeightTransferConfig
 
+_COMPUTED = ("float32", "bfloat16", "float16", "float64")
+"""Types that a model is computed in."""
 _POSITIVE = (
     *("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_tokens", "max_waiting", "num_threads"),
     *("max_adapters", "max_lora_rank"),
@@ -61,8 +62,8 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weight_transfer_config", WeightTransferConfig.of(self.weight_transfer_config))
-        if self.dtype != "auto":
-            dtype_of(self.dtype)
+        if self.dtype not in ("auto", *_COMPUTED):
+            raise InvalidInput(f"dtype is auto, {' or '.join(_COMPUTED)}, not {self.dtype!r}", field="dtype")
         if self.load_format not in ("auto", "dummy"):
             raise InvalidInput(f"load_format is auto or dummy, not {self.load_format!r}", field="load_format")
         for name in _POSITIVE:
