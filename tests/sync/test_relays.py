@@ -19,6 +19,7 @@ from weightcast.manifest.dtypes import name_of
 from weightcast.report.model import Report
 from weightcast.testing.local_engine import DictModel, LocalEngine
 from weightcast.testing.peer_engine import PeerEngine
+from weightcast.trainer.fleet.feeding import Feeding
 from weightcast.trainer.ranks import all_ranks
 from weightcast.transports import relays
 from weightcast.transports.connection import Connection
@@ -171,26 +172,75 @@ def test_workers_that_cast_and_workers_that_lay_out_otherwise_get_everything_fro
                 assert [bool(nbytes) for nbytes in sent(report)] == [True, True, True, False, True, True]
                 fed = [worker.reason for engine in report.engines for worker in engine.workers]
                 assert ["fed by" in reason for reason in fed] == [False, False, False, True, False, False]
+                assert ["values are cast" in reason for reason in fed] == [True, True, False, False, False, False]
+                assert ["nobody else of its site" in reason for reason in fed] == [False] * 4 + [True] * 2
     finally:
         for engine in engines:
             engine.stop()
 
 
-def test_auto_takes_engines_of_one_host_that_is_not_the_trainers(
-    make: Callable[..., list[LocalEngine]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engines, source = make(5), weights()
-    for engine, host in zip(engines, ("10.1.1.1", "10.1.1.2", "10.1.1.1", "10.1.1.2", "127.0.0.1"), strict=True):
+FAR, SLOW_S, QUICK_S = ("10.1.1.1", "10.1.2.1", "10.1.1.2", "2001:db8::1", "10.1.1.3"), 8.0, 1.0
+
+
+@pytest.fixture
+def times(monkeypatch: pytest.MonkeyPatch) -> dict[bool, float]:
+    """Seconds that rounds of a site are said to take, by whether its engines feed each other."""
+    took, note = {False: SLOW_S, True: QUICK_S}, Feeding.note
+
+    def noting(feeding: Feeding, nbytes: int, seconds: float) -> None:
+        assert nbytes > 0
+        assert seconds > 0
+        note(feeding, nbytes, took[feeding.is_on])
+
+    monkeypatch.setattr(Feeding, "note", noting)
+    return took
+
+
+@pytest.fixture
+def far(make: Callable[..., list[LocalEngine]], monkeypatch: pytest.MonkeyPatch) -> list[LocalEngine]:
+    """Engines of a network far away, the second and fourth one of other networks."""
+    engines, real = make(len(FAR)), all_ranks.local_facts
+    for engine, host in zip(engines, FAR, strict=True):
         engine.host = host
-    with publisher_of(source, engines, relay="auto", address="127.0.0.1") as publisher:
-        assert all(sent(publisher.publish()))  # their processes are on this machine, whatever their hosts
-    real = all_ranks.local_facts
     elsewhere = lambda *args, **more: msgspec.structs.replace(real(*args, **more), host="another")  # noqa: E731
     monkeypatch.setattr(all_ranks, "local_facts", elsewhere)
+    return engines
+
+
+def test_auto_has_engines_of_a_far_network_feed_each_other_where_that_is_faster(
+    far: list[LocalEngine], times: dict[bool, float]
+) -> None:
+    """First the trainer sends to all, then relays are tried, and what took less time goes on, until that changes."""
+    source, all_of_them, fed = weights(), [True] * 5, [True, True, False, True, False]
+    with publisher_of(source, far, relay="auto", address="127.0.0.1") as publisher:
+        said = []
+
+        def round_() -> list[bool]:
+            step(source)
+            report = publisher.publish()
+            assert all(engine.models[0].holds(source) for engine in far)
+            said[:] = [engine.workers[0].reason for engine in report.engines]
+            return [bool(nbytes) for nbytes in sent(report)]
+
+        assert [round_() for _ in range(5)] == [all_of_them, all_of_them, fed, fed, fed]
+        assert ["fed by e2 worker 0" in each for each in said] == [False] * 4 + [True]
+        assert ["the trainer takes 8 s" in each for each in said] == [True, False, True, False, True]
+        times[True] = 2 * SLOW_S
+        assert [round_() for _ in range(4)] == [fed, fed, all_of_them, all_of_them]
+        assert not any("fed by" in each for each in said)
+        assert "relays 16 s" in said[0]
+
+
+def test_auto_leaves_alone_engines_on_the_trainers_machine(make: Callable[..., list[LocalEngine]]) -> None:
+    engines, source = make(3), weights()
+    for engine, host in zip(engines, ("10.1.1.1", "10.1.1.2", "127.0.0.1"), strict=True):
+        engine.host = host
     with publisher_of(source, engines, relay="auto", address="127.0.0.1") as publisher:
-        step(source)
-        assert [bool(nbytes) for nbytes in sent(publisher.publish())] == [True, True, False, False, True]
-        assert all(engine.models[0].holds(source) for engine in engines)
+        for _ in range(4):
+            step(source)
+            report = publisher.publish()
+            assert all(sent(report))
+            assert not any("relays" in engine.workers[0].reason for engine in report.engines)
 
 
 @pytest.mark.parametrize("relay", [True, "all", ["e0"], [["e0", 1]], [["e0"], ["e0"]], None, 3, {"e0": ["e1"]}])
@@ -368,17 +418,21 @@ def test_a_relay_that_falls_silent_costs_only_bytes(
             assert all(engine.models[0].holds(source) for engine in engines)
 
 
+class Lying:
+    """Zeros in place of a bucket."""
+
+    def __init__(self, honest: Loading) -> None:
+        self.run, self.spans = honest.run, [bytes(len(span)) for span in honest.spans]
+
+
 @pytest.mark.parametrize("lie", ["other bytes", "another number"])
 def test_a_relay_that_lies_makes_nothing_live(
     lie: str, make: Callable[..., list[LocalEngine]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Wrong bytes end the round for all, and one that counts otherwise is not listened to."""
+    """Wrong bytes end the round for all, after which those that had to do with them are in no chain any more. One that counts otherwise
+    is not listened to."""
     engines, source = make(3), weights()
     feed = Feeder.feed
-
-    class Lying:
-        def __init__(self, honest: Loading) -> None:
-            self.run, self.spans = honest.run, [bytes(len(span)) for span in honest.spans]
 
     def lying(feeder: Feeder, loadings: Any, sizes: Any, landed: Landed, first: int, *args: Any) -> None:
         if lie == "other bytes":
@@ -395,7 +449,51 @@ def test_a_relay_that_lies_makes_nothing_live(
                 with pytest.raises(RoundFailed, match="digest"):
                     publisher.publish()
                 assert all(engine.models[0].holds(before) for engine in engines)
-            else:
-                assert all(sent(publisher.publish()))
+            report = publisher.publish()
+            assert all(sent(report))
+            assert all(engine.models[0].holds(source) for engine in engines)
+        reasons = [engine.workers[0].reason for engine in report.engines]
+        told = "no relay any more, as e1 worker 0 got wrong bytes from e0 worker 0"
+        assert [told in reason for reason in reasons] == [lie == "other bytes"] * 2 + [False]
+
+
+def test_those_who_only_got_what_was_wrong_already_go_on_feeding_each_other(
+    make: Callable[..., list[LocalEngine]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engines, source = make(4), weights()
+    feed = Feeder.feed
+
+    def lying(feeder: Feeder, loadings: Any, *args: Any) -> None:
+        feed(feeder, [*loadings[:-1], Lying(loadings[-1])], *args)
+
+    with publisher_of(source, engines, require="live") as publisher:
         publisher.publish()
+        step(source)
+        with monkeypatch.context() as patched:
+            patched.setattr(Feeder, "feed", lying)
+            assert [engine.ok for engine in publisher.publish().engines] == [True, False, False, False]
+        for _ in range(2):
+            step(source)
+            report = publisher.publish()
+            assert [bool(nbytes) for nbytes in sent(report)] == [True, True, True, False]
+            assert all(engine.models[0].holds(source) for engine in engines)
+
+
+def test_an_engine_that_joins_anew_is_not_what_its_predecessor_was_suspected_of(
+    make: Callable[..., list[LocalEngine]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engines, source = make(4), weights()
+    with publisher_of(source, engines, require="live") as publisher:
+        assert not any(sent(publisher.publish())[1:])
+        fed = [engine for engine in publisher._first_rank("test")._fleet.engines if engine.name in ("e1", "e2")]
+        for engine in fed:
+            engine.workers[0].suspicion, engine.workers[0].site = "it lied", ""
+        step(source)
+        report = publisher.publish()
+        assert [bool(nbytes) for nbytes in sent(report)] == [True, True, True, False]
+        assert ["it lied" in engine.workers[0].reason for engine in report.engines] == [False, True, True, False]
+        publisher.remove("e1")
+        publisher.add(engines[1])
+        step(source)
+        assert [bool(nbytes) for nbytes in sent(publisher.publish())] == [True, True, False, False]
         assert all(engine.models[0].holds(source) for engine in engines)

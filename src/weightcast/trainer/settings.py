@@ -106,11 +106,12 @@ class Settings:
             ``own_nbytes``. "auto": only where rounds have shown that this is faster than all values. Whenever it is not certain that a
             worker holds what was sent last, as after a round that failed, all values are sent. Not for streams.
         relay: engines of one site feed each other over tcp and tls: the trainer sends all values to the first one, and each sends them
-            on to the next while they come, so that a slow link carries them once. "auto": engines whose URLs have the same host are a
-            site, unless that is the trainer's own machine. A list of lists of engines' names says which engines are a site. A relay
+            on to the next while they come, so that a slow link carries them once. A list of lists of engines' names says which engines
+            are a site. "auto": engines whose URLs have addresses of one network (24 bits, of IPv6 64), or the same name, are a site, but
+            for those on the trainer's own machine; they feed each other where rounds have shown that this is faster. A relay
             that dies, stops or is cut off is given up after ``silence_s``, or a quarter of the time left, and the trainer sends what
-            has not come. Only workers with equal layouts that keep tensors in the type in which these are published, and trainers of
-            one rank. Not together with ``delta``.
+            has not come. Only workers with equal layouts that keep tensors in the type in which these are published. Not together
+            with ``delta``.
         adapter: publish a LoRA adapter of a PEFT model by itself, under this name: the adapter that has the name in the model, or the
             model's only one. Requests for the name that start after ``publish`` run on the new version, and those in flight
             keep theirs; nothing pauses, so ``pause`` and ``clear_cache`` mean nothing, and ``mode`` is staged. Versions are counted for

@@ -61,6 +61,10 @@ class TrainerEnd(ABC):
     def send(self, deadline: Deadline, part: int = 0) -> int:
         """Send one round's values of a part to the worker (push), or make them visible to the worker (pull). Returns the bytes sent."""
 
+    def feed(self, is_on: bool) -> None:  # noqa: B027 - most workers are in no chain
+        """Have workers of a chain feed each other in the rounds that follow, or have each get everything from the trainer. They do
+        until this is called. Called of ends of ``relayed_ends``, with the same for all of a chain."""
+
     def keep(self, kept: Kept, content: str, manifest: Manifest) -> None:
         """Have ``send_kept`` be called from now on, in place of ``send``. What is sent is kept in ``kept``, which ends of the same rank
         share, as ``content``. Called once, of ends whose transport ``carries_changes``."""
@@ -228,6 +232,23 @@ class Transport(ABC):
         one before it the trainer sends. A neighbour that is silent for ``patience_s`` is given up.
         """
         raise Unsupported(f"workers do not feed each other by {self.name}")
+
+    def ends_of(
+        self,
+        count: int,
+        copies: Sequence[Copy],
+        memory: Memory,
+        *,
+        bucket_nbytes: int = DEFAULT_BUCKET_NBYTES,
+        address: str = "",
+        patience_s: float = 0.0,
+    ) -> list[TrainerEnd]:
+        """Make ``relayed_ends`` where there is a patience, else ``trainer_ends``."""
+        if not patience_s:
+            return self.trainer_ends(count, copies, memory, bucket_nbytes=bucket_nbytes, address=address)
+        return self.relayed_ends(
+            count, copies, memory, bucket_nbytes=bucket_nbytes, address=address, patience_s=patience_s
+        )
 
     @abstractmethod
     def worker_end(self, offer: bytes, copies: Sequence[Copy]) -> WorkerEnd:

@@ -13,7 +13,7 @@ Load-bearing properties:
 - Nobody believes a relay. The digest that a worker has to show comes from the trainer, over the control channel.
 
 Wire. On lane 0, when a worker has connected: its ``PLACE``, where it listens for the worker after it. Then for each part: from the
-trainer the ``PLACE`` of the worker before it; from the worker ``WANTED``; and the buckets that it lacks, as in any pair. On an edge:
+trainer the ``PLACE`` of the worker before it and whether to feed the worker after it (``TOLD``); from the worker ``WANTED``; and the buckets that it lacks, as in any pair. On an edge:
 buckets as on a lane, in their order, and headers of the kind ``WAITING`` between them.
 """
 
@@ -46,6 +46,8 @@ logger = logging.getLogger(__name__)
 
 WANTED = struct.Struct("!QQ")
 """The number of the part's first bucket since the pair connected, and the first bucket of the part that has not come."""
+TOLD = struct.Struct(f"!{PLACE.size}s?")
+"""The place of the worker before this one, and whether this one feeds the one after it."""
 PATIENT_SHARE = 0.25
 """Share of the time left that waiting for a neighbour may take."""
 
@@ -95,6 +97,7 @@ class RelayedTrainerEnd(TcpTrainerEnd):
         super().__init__(copies, memory, bucket_nbytes, address, identity, edge)
         self._before = before
         self._place = NOWHERE
+        self._feeds = True
 
     @property
     def place(self) -> bytes:
@@ -106,11 +109,14 @@ class RelayedTrainerEnd(TcpTrainerEnd):
         with self._lanes.guard.use("connect", deadline):
             self._place = self._lanes.first.receive_bytes(PLACE.size, deadline, "hearing where a worker listens")
 
+    def feed(self, is_on: bool) -> None:
+        self._feeds = is_on
+
     def send(self, deadline: Deadline, part: int = 0) -> int:
         lanes, buckets = self._lanes, self._parts.of[part][0]
         with lanes.guard.use("send", deadline):
-            place = NOWHERE if self._before is None else self._before.place
-            lanes.first.send([place], deadline, "saying who feeds a worker")
+            place = self._before.place if self._before is not None and self._feeds else NOWHERE
+            lanes.first.send([TOLD.pack(place, self._feeds)], deadline, "saying who feeds a worker")
             wanted = lanes.first.receive_bytes(WANTED.size, deadline, "waiting for what a worker has got")
             number, start = WANTED.unpack(wanted)
             if number != lanes.num_sent or start > len(buckets):
@@ -173,9 +179,9 @@ class RelayedWorkerEnd(TcpWorkerEnd):
             side.mover.begin()
             unloadings, landed = side.unloadings(part), Landed()
             patience_s = min(self._edge.patience_s, deadline.part(PATIENT_SHARE).timeout_s)
-            wait_fed = self._feed(memory, part, landed, patience_s, deadline)
+            place, feeds = TOLD.unpack(lanes.first.receive_bytes(TOLD.size, deadline, "hearing who feeds this worker"))
+            wait_fed = self._feed(memory, part, landed, patience_s, deadline) if feeds else lambda: None
             try:
-                place = lanes.first.receive_bytes(PLACE.size, deadline, "hearing who feeds this worker")
                 start = self._fetch(place, buckets, unloadings, landed, patience_s, deadline)
                 lanes.first.send([WANTED.pack(lanes.num_sent, start)], deadline, "asking for what has not come")
 

@@ -20,6 +20,7 @@ from weightcast.plan import Plan
 from weightcast.quoted import quoted
 from weightcast.trainer.clients.base import EngineClient
 from weightcast.trainer.fleet.codec import Codec
+from weightcast.trainer.fleet.feeding import Feeding
 from weightcast.trainer.fleet.places import Places
 from weightcast.transports.base import Transport
 from weightcast.transports.window_pipes import WindowPipes
@@ -39,6 +40,8 @@ class SendingEnd(Protocol):
     def pipes(self) -> WindowPipes | None: ...
 
     def connect(self, deadline: Deadline) -> None: ...
+
+    def feed(self, is_on: bool) -> None: ...
 
     def send(self, deadline: Deadline, part: int = 0) -> int: ...
 
@@ -66,6 +69,14 @@ class WorkerLink:
     """Transports that were tried with this worker and cannot be used, and why."""
     site: str = ""
     """Where it and other workers feed each other, since its pairs were set up; empty where it gets its bytes from the trainer."""
+    suspicion: str = ""
+    """Why it shall be in no chain, since a round found that; empty where nothing speaks against it."""
+    no_relay: str = ""
+    """Why it is in no chain although it is in a site, since its pairs were set up."""
+    fed_by: str = ""
+    """The worker before it in its chain; empty for the first one, and in no chain."""
+    feeding: Feeding | None = None
+    """Whether its chain is used; None in no chain."""
     end: SendingEnd | None = None
     codec: Codec = field(default_factory=lambda: Codec(wish=False))
     """Whether its rounds bring all values or changes, since its pairs were set up."""
@@ -96,6 +107,15 @@ class WorkerLink:
         if self.member.lost is None or isinstance(error, DeadlineExceeded):
             return error
         return self.member.gone()
+
+    @property
+    def reasons(self) -> str:
+        """Why it has its transport, and why it gets its bytes from whom it does where relays were asked for."""
+        feeding, said = self.feeding, self.reason
+        if feeding is not None and feeding.is_on and self.fed_by:
+            said += f"; fed by {self.fed_by}"
+        why = self.no_relay if feeding is None else feeding.reason
+        return f"{said}; {why}" if why else said
 
     @property
     def in_place(self) -> bool:

@@ -20,6 +20,7 @@ from weightcast.manifest import ALIGNMENT
 from weightcast.manifest.names import shown
 from weightcast.messages import Message, Offer, Ready, Setup
 from weightcast.plan import Plan, compile_plan, parts_of, ranks_meet
+from weightcast.trainer.fleet.chains import chain_up
 from weightcast.trainer.fleet.codec import Codec
 from weightcast.trainer.fleet.fleet import Fleet
 from weightcast.trainer.fleet.groups import TransferGroup, feeds_itself, groups_of, mates_of
@@ -160,15 +161,20 @@ class _SetUp:
         self._fleet.expect(worker.digest_key, plan, self._deadline)
 
     def _site_of(self, engine: EngineLink, worker: WorkerLink) -> str:
-        """Where a worker is fed by others and feeds them; empty where nobody does."""
+        """Where a worker is fed by others and feeds them; empty where nobody does, and then ``no_relay`` says why if it is in a site."""
         relay, transport = self._fleet.settings.relay, worker.transport
         assert transport is not None
-        if not relay or not self._fleet.ranks.alone:
+        site = site_of(relay, engine, worker, self._facts) if relay else ""
+        worker.no_relay = worker.suspicion if site else ""
+        if not site or worker.suspicion:
             return ""
         kind = (worker.landings.layout, transport.name)
         if kind not in self._relays:
-            self._relays[kind] = transport.relays(_plan_of(worker).get(RANK_0, ()))
-        return site_of(relay, engine, worker, self._facts) if self._relays[kind] else ""
+            self._relays[kind] = all(map(transport.relays, _plan_of(worker).values()))
+        if not self._relays[kind]:
+            worker.no_relay = "no relay, as values are cast where they land or the transport has none"
+            return ""
+        return site
 
     @cached_property
     def _facts(self) -> Facts:
@@ -200,12 +206,9 @@ class _SetUp:
             for engine, worker in group:
                 self._blame(engine, worker, copy(error), by_trainer=True)
             return
-        before: tuple[EngineLink, WorkerLink] | None = None
-        for (engine, worker), (end, offers) in zip(group, opened, strict=True):
+        chain_up([worker for _, worker in group], self._fleet.settings.relay, feeds_itself(group))
+        for (_, worker), (end, offers) in zip(group, opened, strict=True):
             worker.end = end
-            if before is not None and feeds_itself(group):
-                worker.reason += f"; fed by {before[0].name} worker {before[1].member.rank}"
-            before = engine, worker
             worker.codec = Codec(wish=self._fleet.settings.delta, refused=self._no_changes(transport, worker))
             holdings, epoch = _plan_of(worker).holdings, self._fleet.epoch
             setup = Setup(epoch=epoch, holdings=holdings, offers=offers, timeout_s=deadline.limit_s())
@@ -217,13 +220,13 @@ class _SetUp:
         settings, ranks = self._fleet.settings, self._fleet.ranks
         plan, count = _plan_of(group[0][1]), len(group)
         bucket_nbytes = settings.bucket_nbytes or self._bucket_nbytes(transport)
+        patience_s = settings.silence_s if feeds_itself(group) else 0.0
         own: list[TrainerEnd] = []
         if RANK_0 in plan:
-            make = transport.trainer_ends
-            if feeds_itself(group):
-                make = partial(transport.relayed_ends, patience_s=settings.silence_s)
             memory, address = self._fleet.source.memory, settings.reached_at
-            own = make(count, plan[RANK_0], memory, bucket_nbytes=bucket_nbytes, address=address)
+            own = transport.ends_of(
+                count, plan[RANK_0], memory, bucket_nbytes=bucket_nbytes, address=address, patience_s=patience_s
+            )
         keeps = bool(settings.delta) and not all(self._no_changes(transport, worker) for _, worker in group)
         if keeps:
             for end in own:
@@ -234,7 +237,9 @@ class _SetUp:
         if ranks.alone and own:
             return list(zip(own, offered, strict=True))
         try:
-            pairs = ranks.pair(transport.name, plan, count, bucket_nbytes, self._deadline, keeps=keeps)
+            pairs = ranks.pair(
+                transport.name, plan, count, bucket_nbytes, self._deadline, keeps=keeps, patience_s=patience_s
+            )
         except WeightcastError:
             for end in own:
                 end.close()

@@ -229,10 +229,18 @@ class Ranks:
         self.line.post_all(Keep(keys=tuple(sorted(keys))))
 
     def pair(
-        self, transport: str, plan: Plan, count: int, bucket_nbytes: int, deadline: Deadline, *, keeps: bool = False
+        self,
+        transport: str,
+        plan: Plan,
+        count: int,
+        bucket_nbytes: int,
+        deadline: Deadline,
+        *,
+        keeps: bool = False,
+        patience_s: float = 0.0,
     ) -> list[tuple[dict[int, int], list[Offer]]]:
         """Have the other ranks make their ends of the pairs with a group of ``count`` workers that want what the plan says; for
-        each worker the pair numbers by rank, and the offers. ``keeps``: they keep what they send."""
+        each worker the pair numbers by rank, and the offers. ``keeps``: they keep what they send. ``patience_s``: the workers feed each other (see ``Transport.ends_of``)."""
         made: list[tuple[dict[int, int], list[Offer]]] = [({}, []) for _ in range(count)]
         posted: dict[int, int] = {}
         for rank in plan:
@@ -245,6 +253,7 @@ class Ranks:
                     copies=CopyColumns.of(plan[rank], self.manifest),
                     bucket_nbytes=bucket_nbytes,
                     keeps=plan.key if keeps else "",
+                    patience_s=patience_s,
                 )
                 posted[rank] = self.line.post(rank, order)
         try:

@@ -23,6 +23,7 @@ class SharedEnd:
         self._aborted = False
         self._closed = False
         self._first_failure: int | None = None
+        self._feeds = True
         line.keep(self)
 
     @property
@@ -39,6 +40,11 @@ class SharedEnd:
 
         self._everywhere(lambda pair: Connect(pair=pair, timeout_s=deadline.limit_s()), connect_own, deadline, "setup")
 
+    def feed(self, is_on: bool) -> None:
+        self._feeds = is_on
+        if self._own is not None:
+            self._own.feed(is_on)
+
     def send(self, deadline: Deadline, part: int = 0) -> int:
         """``part`` is this rank's: others hold no streams, so that all of theirs is one."""
         own, sent = self._own, [0]
@@ -48,7 +54,10 @@ class SharedEnd:
                 sent.append(own.send(deadline, part))
 
         others = self._everywhere(
-            lambda pair: Send(pair=pair, timeout_s=deadline.limit_s()), send_own, deadline, "transfer"
+            lambda pair: Send(pair=pair, timeout_s=deadline.limit_s(), feeds=self._feeds),
+            send_own,
+            deadline,
+            "transfer",
         )
         return sum(sent) + others
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
 
+from weightcast.deadline import MOST_S
 from weightcast.errors import (
     ErrorForm,
     ProtocolError,
@@ -65,13 +68,15 @@ class Keep(Order, frozen=True, kw_only=True, tag="keep"):
 
 class Pair(Order, frozen=True, kw_only=True, tag="pair"):
     """Make your ends of the pairs with a group of workers that want these copies; their offers in the order of the pairs'
-    numbers in the answer's ``offers``. ``keeps``: keep what you send, as this content; nothing where it is empty."""
+    numbers in the answer's ``offers``. ``keeps``: keep what you send, as this content; nothing where it is empty. ``patience_s``: the
+    workers are a chain and feed each other, and give up who is silent for so long; 0 where they are none."""
 
     pairs: tuple[int, ...]
     transport: str
     copies: CopyColumns
     bucket_nbytes: int
     keeps: str = ""
+    patience_s: Annotated[float, msgspec.Meta(ge=0, le=MOST_S)] = 0.0
 
 
 class Connect(Order, frozen=True, kw_only=True, tag="connect"):
@@ -82,12 +87,14 @@ class Connect(Order, frozen=True, kw_only=True, tag="connect"):
 
 
 class Send(Order, frozen=True, kw_only=True, tag="send"):
-    """Send a pair's bytes; how many in the answer's ``value``. ``number``: that of the round, where you keep what you send."""
+    """Send a pair's bytes; how many in the answer's ``value``. ``number``: that of the round, where you keep what you send.
+    ``feeds``: whether workers that are a chain feed each other."""
 
     pair: int
     timeout_s: float
     number: int | None = None
     changes: bool = False
+    feeds: bool = True
 
 
 class Refresh(Order, frozen=True, kw_only=True, tag="refresh"):

@@ -321,16 +321,14 @@ class OtherRank:
         return Answer()
 
     def _open(self, order: Pair) -> tuple[bytes, ...]:
-        ends = (
-            registry()
-            .get(order.transport)
-            .trainer_ends(
-                len(order.pairs),
-                order.copies.copies(self._manifest),
-                self._source.memory,
-                bucket_nbytes=order.bucket_nbytes,
-                address=self._address,
-            )
+        transport = registry().get(order.transport)
+        ends = transport.ends_of(
+            len(order.pairs),
+            order.copies.copies(self._manifest),
+            self._source.memory,
+            bucket_nbytes=order.bucket_nbytes,
+            address=self._address,
+            patience_s=order.patience_s,
         )
         if order.keeps:
             for end in ends:
@@ -380,6 +378,7 @@ class OtherRank:
 def _sent(end: TrainerEnd, order: Send) -> int:
     deadline = Deadline(order.timeout_s)
     if order.number is None:
+        end.feed(order.feeds)
         return end.send(deadline)
     return end.send_kept(order.number, deadline, changes=order.changes)
 

@@ -96,7 +96,7 @@ class Account:
                 WorkerReport(
                     rank=worker.member.rank,
                     transport=worker.transport.name if worker.transport is not None else "none",
-                    reason=worker.reason,
+                    reason=worker.reasons,
                     nbytes=progress.nbytes,
                     seconds=progress.seconds,
                     # What was staged and did not go live is nothing that the engine holds.

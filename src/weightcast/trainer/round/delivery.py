@@ -14,6 +14,7 @@ from weightcast.control.coordinator import Member
 from weightcast.deadline import Deadline
 from weightcast.errors import GroupBroken, TransportError, WeightcastError
 from weightcast.messages import Begin, Committed, Filled, Message, Read, Staged
+from weightcast.trainer.fleet.chains import choose_feeding
 from weightcast.trainer.fleet.fleet import Fleet
 from weightcast.trainer.fleet.link import EngineLink, WorkerLink
 from weightcast.trainer.fleet.round_book import Cancelled, RoundBook
@@ -111,9 +112,10 @@ class Delivery:
     # -- messages
 
     def choose(self, pairs: Sequence[Pair]) -> None:
-        """Choose for each worker whether it gets all values or what changed."""
+        """Choose for each worker whether it gets all values or what changed, and whether chains are used."""
         for _, worker in pairs:
             worker.codec.choose()
+        choose_feeding([worker for _, worker in pairs])
 
     def begin(self, pairs: Sequence[Pair]) -> None:
         """Open the round in these workers."""

@@ -36,6 +36,7 @@ from weightcast.errors import (
 )
 from weightcast.messages import Message, Staged
 from weightcast.report.model import Report
+from weightcast.trainer.fleet.chains import settle_feeding
 from weightcast.trainer.fleet.fleet import Fleet
 from weightcast.trainer.fleet.link import EngineLink, WorkerLink
 from weightcast.trainer.fleet.round_book import Cancelled, RoundBook
@@ -108,7 +109,10 @@ class Round:
         """Run the round; raises RoundFailed after everything that could be undone was, or what ``check`` raised."""
         # The caller's mode is for its own tensors: those made here, for later rounds, too, are plain ones.
         with torch.inference_mode(False):
-            return self._run()
+            try:
+                return self._run()
+            finally:
+                settle_feeding(self._engines, self._outcomes)
 
     def _run(self) -> Report:
         workers = [(engine, worker) for engine in self._engines for worker in engine.workers]

@@ -45,13 +45,15 @@ def fed_lost(make: MakeField, *, action: Action) -> Finding:
 
 
 def relay_corrupts(make: MakeField) -> Finding:
-    """The victim holds the right bytes, and sends others on."""
+    """The victim holds the right bytes, and sends others on; it would do so again."""
     with make(require="live", relay=True) as field:
         field.start()
         struck(field, "feed:middle", "corrupt", lost=field.b, spared=field.a)
         seconds = field.seconds
+        field.a.arm("feed:middle", "corrupt")
         comes_back(field)
-        return Finding("the digest of the engine that was fed differs, and that engine is left out once", seconds)
+        expect(_sent_to(field.b, field.succeed()), "an engine that sends other bytes on feeds others")
+        return Finding("the digest of the engine that was fed differs; neither engine is in a chain any more", seconds)
 
 
 def _set_up_again(field: Field) -> None:
