@@ -124,6 +124,11 @@ class FirstRank:
             rest.callback(self._fleet.close, settled=settled)
             self._presence.close()
 
+    def check_caller(self) -> None:
+        """Raise StateError on a thread that an engine needs, such as that of its event loop."""
+        for engine in list(self._fleet.engines):
+            engine.client.check_caller()
+
     def leave(self) -> None:
         """Leave all engines, and nothing else."""
         self._coordinator.close()

@@ -192,14 +192,27 @@ class Publisher:
     def close(self) -> None:
         """Leave all engines and free memory and sockets. A second call does nothing. The source's tensors stay valid. A round that was
         begun with ``wait=False`` is waited for; leaving the context with an error calls it off. A call that runs is called off, takes its
-        round back and raises; where ``close`` comes from within that call, as from a signal's handler, the call closes on its way out.
+        round back and raises. Where ``close`` comes from within that call, as from a signal's handler, or on the event loop that an engine
+        runs on, which the round needs, ``close`` returns at once, and the call or round closes on its way out.
 
         With several ranks each rank closes its own Publisher, in any order; no rank waits for another.
         """
-        self._turns.end(self._close)
+        self._turns.end(self._close, waits=not self._would_hold_up_an_engine())
+
+    def _would_hold_up_an_engine(self) -> bool:
+        """Whether an engine, and with it a round, stands still while this thread waits."""
+        try:
+            self._part.check_caller()
+        except StateError:
+            return True
+        return False
 
     def _close(self, *, settled: bool) -> None:
         """``settled``: no call runs."""
+        beside = self._publishing
+        if beside is not None and not beside.done and self._would_hold_up_an_engine():
+            beside.when_over(partial(self._close, settled=settled))
+            return
         if not self._dropped.detach():
             return  # the process ends, and all engines were left
         try:
@@ -339,7 +352,7 @@ class Publisher:
             finally:
                 holder.put_down()
 
-        self._publishing = Publishing(run, deadline, source.device, held_s)
+        self._publishing = Publishing(run, deadline, source.device, held_s, self._part.check_caller)
         self._publishing.start()
         return self._publishing
 

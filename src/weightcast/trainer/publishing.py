@@ -27,8 +27,17 @@ class Publishing:
     The round ends by its own deadline, whether somebody waits or not. An error is logged, too, as it may be that nobody waits.
     """
 
-    def __init__(self, run: Callable[[], Report], deadline: Deadline, device: torch.device, held_s: float) -> None:
+    def __init__(
+        self,
+        run: Callable[[], Report],
+        deadline: Deadline,
+        device: torch.device,
+        held_s: float,
+        check_caller: Callable[[], None] = lambda: None,
+    ) -> None:
+        """``check_caller`` raises StateError on a thread that the round needs."""
         self._deadline, self._device, self._held_s = deadline, device, held_s
+        self._check_caller = check_caller
         self._result: Future[Report] = Future()
         self._thread = threading.Thread(target=self._run, args=(run,), name="weightcast-publishing", daemon=True)
         self._forget = at_exit(self._end)
@@ -77,18 +86,36 @@ class Publishing:
         """Return the report of the round, or raise its error: that of ``publish``, every time.
 
         Raises DeadlineExceeded when the round is not over after ``timeout_s`` seconds; the round goes on. None: as long as the round may
-        take.
+        take. On the event loop that an engine runs on, StateError before the round is over: it needs the loop.
         """
+        self._refuse_to_hold_up()
         deadline = Deadline(_GRACE_S + self._deadline.limit_s() if timeout_s is None else timeout_s)
         return result_within(self._result, deadline, lambda: self._late(deadline))
 
     def settle(self, deadline: Deadline) -> None:
         """Return when the round is over and its thread has ended; DeadlineExceeded where that takes longer."""
-        if self._is_started:
+        self._refuse_to_hold_up()
+        if self._is_started and threading.current_thread() is not self._thread:
             self._thread.join(deadline.limit_s())
-        if self._thread.is_alive():
-            raise self._late(deadline)
+            if self._thread.is_alive():
+                raise self._late(deadline)
         self._forget()
+
+    def when_over(self, call: Callable[[], object]) -> None:
+        """Have the round's thread make a call when the round is over; this thread, where it is over already."""
+        self._result.add_done_callback(lambda _: call())
+
+    def _refuse_to_hold_up(self) -> None:
+        if self.done:
+            return
+        try:
+            self._check_caller()
+        except StateError as error:
+            error.message = "the round that was begun with wait=False needs the event loop that this would block"
+            error.hint = (
+                "await asyncio.to_thread(publishing.wait), where publishing is what publish(wait=False) returned"
+            )
+            raise
 
     def close(self) -> None:
         """Return when the round is over, by its deadline and the grace of its way back. What interrupts the wait calls the round off."""

@@ -40,8 +40,8 @@ class Turns:
         """The thread of the call that runs, and by when that call ends."""
         self._deadline: Deadline | None = None
         self._finish: Finish | None = None
-        self._is_deferred = False
-        """Whether the call that runs does ``_finish`` when it is over."""
+        self._owed: list[Finish] = []
+        """What the call that runs does when it is over. Taken out by one ``pop``, so that it is done once."""
 
     @property
     def is_child(self) -> bool:
@@ -59,12 +59,12 @@ class Turns:
         if self.are_over:
             deadline.cancel()
 
-    def end(self, finish: Finish) -> None:
+    def end(self, finish: Finish, *, waits: bool = True) -> None:
         """Let in no call any more, call off the one that runs, and ``finish`` when it is over, or is not in ``CALLED_OFF_S``. A second
         time does nothing, and so does a forked child.
 
         Inside a call, as in a signal's handler, this returns at once, and the call finishes on its way out: what was interrupted may
-        hold any lock.
+        hold any lock. The same where ``waits`` is False: the call that runs needs this thread.
         """
         if self.are_over:
             return
@@ -72,12 +72,18 @@ class Turns:
         if self.is_child:
             return
         if self._thread == threading.get_ident():
-            self._is_deferred = True
+            self._owed.append(finish)
             if self._deadline is not None:
                 _thread.start_new_thread(self._deadline.cancel, ())
             return
         if self._deadline is not None:
             self._deadline.cancel()
+        if not waits:
+            self._owed.append(finish)
+            if self._lock.acquire(blocking=False):  # no call runs, or it is over
+                self._lock.release()
+                self._pay()
+            return
         is_over = False
         try:
             is_over = self._lock.acquire(timeout=CALLED_OFF_S)
@@ -109,9 +115,15 @@ class Turns:
         finally:
             self._thread = self._deadline = None
             self._lock.release()
-            if self._is_deferred and self._finish is not None:
-                self._is_deferred = False
-                self._finish(settled=True)
+            self._pay()
+
+    def _pay(self) -> None:
+        """Do what is owed, once no call runs."""
+        try:
+            finish = self._owed.pop()
+        except IndexError:
+            return
+        finish(settled=True)
 
     @contextmanager
     def _told_apart(self, what: str) -> Iterator[None]:

@@ -135,6 +135,9 @@ class OtherRank:
         self.expected.clear()
         self._holder.release()
 
+    def check_caller(self) -> None:
+        """Engines are rank 0's: none of them needs a thread of this process."""
+
     def leave(self) -> None:
         """Leave rank 0, and nothing else."""
         self._link.close("its publisher is gone")
