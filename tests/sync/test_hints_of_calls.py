@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,17 +15,26 @@ from tests.support.mistakes import Mistake
 from torch import nn
 
 from weightcast import Publisher
-from weightcast.errors import InvalidInput, PlanMismatch, StateError, TransportError, Unsupported
+from weightcast.commit.stock import StockEngine
+from weightcast.deadline import Deadline
+from weightcast.errors import InvalidInput, PlanMismatch, ProtocolError, StateError, TransportError, Unsupported
 from weightcast.manifest import Manifest, TensorSpec
 from weightcast.manifest.adapters import factors_of
-from weightcast.sources import make_source
+from weightcast.sources import StreamSource, make_source
 from weightcast.sources.adapters import _chosen
+from weightcast.sources.holder import GivenUp
 from weightcast.testing.local_engine import DictModel, LocalEngine
 from weightcast.testing.scripted_engine import ScriptedEngine
-from weightcast.trainer.clients import RayEngineClient
+from weightcast.trainer.clients import EngineClient, RayEngineClient
 from weightcast.trainer.clients.making import make_client
 from weightcast.trainer.clients.ray import _engine_of
+from weightcast.trainer.clients.rpc import RpcEngineClient
+from weightcast.trainer.clients.urls import endpoint_of
+from weightcast.trainer.fleet.link import _believed
+from weightcast.trainer.fleet.rejoin import Rejoiner
+from weightcast.trainer.turns import Turns, undisturbed
 from weightcast.transports.files import CHECKPOINT_ROOT, OpenFile, file_ref
+from weightcast.transports.shm import ShmWorkerEnd
 
 MERGED = r"Publish the merged weights: Publisher\(peft_model, engines\) without adapter="
 AGAIN = r"connect\(\)"
@@ -65,6 +75,25 @@ def _saved(*active: str) -> SimpleNamespace:
 
 
 ACTOR = SimpleNamespace(policy=object())
+OTHER: Any = SimpleNamespace(name="e", kind="another", product="Another")
+NOBODY: Any = SimpleNamespace(_attempts={}, _source=None, are_over=True)
+
+
+def _raised(error: Exception | None) -> None:
+    assert error is not None
+    raise error
+
+
+def _closed_meanwhile() -> None:
+    with Turns._told_apart(NOBODY, "publish"):
+        raise ZeroDivisionError("what a closed source leads to")
+
+
+def _too_many_files() -> None:
+    with undisturbed():
+        raise OSError(24, "Too many open files")
+
+
 CALLS: dict[str, Callable[[LocalEngine], Mistake]] = {
     "an engine of an event loop, without one": lambda engine: Mistake(
         make=lambda: make_client(ScriptedEngine()), error=InvalidInput, said="belongs to an event loop, and none runs here",
@@ -98,6 +127,37 @@ CALLS: dict[str, Callable[[LocalEngine], Mistake]] = {
     "two active copies of a module": lambda engine: Mistake(
         make=lambda: _chosen(_saved("a", "b"), "head"), error=StateError, said=r"several active modules_to_save \(a, b\)",
         hint=r"Activate one of them with set_adapter\(\)", follow=lambda: _chosen(_saved("b"), "head"),
+    ),
+    "a relative path of a socket": lambda engine: Mistake(
+        make=lambda: endpoint_of("unix://run/engine.sock"), error=InvalidInput, said="an engine is .*not 'unix://run",
+        hint="The path is absolute", follow=lambda: endpoint_of("unix:///run/engine.sock"),
+    ),
+    "no stream for a round": lambda engine: Mistake(
+        make=StreamSource(metadata=[("w", torch.float32, (2,))]).new_pass, error=StateError, said="no stream to read",
+        hint=r"publish\(stream\)", follow=lambda: StreamSource(stream).new_pass(),
+    ),
+    "a number that an engine cannot have": lambda engine: Mistake(
+        make=lambda: _believed(10**12, 3), error=ProtocolError, said="version number 1000000000000, and 3 is the highest",
+        hint="Restart the engine, .*or give the Publisher the log=", follow=lambda: _believed(4, 3),
+    ),
+    "a publisher that another thread closed while it joined": lambda engine: Mistake(
+        make=lambda: _raised(Rejoiner._outcome(NOBODY, OTHER)), error=StateError, said="joining was called off .*engine e",
+        hint="closed on another thread: make a new one", follow=_published(engine),
+    ),
+    "a publisher that another thread closed while it published": lambda engine: Mistake(
+        make=_closed_meanwhile, error=StateError, said=r"publish\(\) was called off: the publisher was closed",
+        hint="Make a new Publisher", follow=_published(engine),
+    ),
+    "too many open files": lambda engine: Mistake(
+        make=_too_many_files, error=TransportError, said="may open no more files and sockets: .*Too many open files",
+        hint=r"Raise the limit \(ulimit -n\)", follow=_published(engine),
+    ),
+    "a pair of shm that is not connected": lambda engine: Mistake(
+        make=lambda: ShmWorkerEnd._connected(NOBODY), error=TransportError, said="not connected", hint=r"connect\(\) first",
+    ),
+    "a source after its end": lambda engine: Mistake(
+        make=GivenUp().refresh, error=StateError, said="the publisher is closed", hint="Make a new Publisher",
+        follow=_published(engine),
     ),
     "new names of an adapter": lambda engine: Mistake(
         make=lambda: make_source(nn.Linear(2, 2), adapter="a", rename=str.upper), error=InvalidInput,
@@ -185,3 +245,42 @@ def test_adapters_whose_parts_were_replaced() -> None:
 
         Mistake(make=replaced, error=StateError, said="was replaced", hint=AGAIN, follow=again).play()
     engine.stop()
+
+
+def test_engines_that_have_no_adapters_and_cannot_sleep(engine: LocalEngine) -> None:
+    deadline = Deadline(5)
+    for call in (
+        lambda: RpcEngineClient.call_about_adapter(OTHER, "status", {}, deadline),
+        lambda: RpcEngineClient.point(OTHER, "policy", "", {}, deadline),
+        lambda: RpcEngineClient.retire(OTHER, "policy", []),
+        lambda: StockEngine.require_adapters(OTHER),
+    ):
+        Mistake(make=call, error=Unsupported, said="no adapters", hint=MERGED).play()
+    for call in (
+        lambda: RpcEngineClient.wake_up(OTHER, [], deadline),
+        lambda: EngineClient.wake(OTHER, [], deadline),
+        lambda: EngineClient.shutdown(OTHER, deadline),
+    ):
+        Mistake(
+            make=call, error=Unsupported, said="cannot sleep",
+            hint="Publish without wake=, or to engines that sleep only: .*--enable-sleep-mode, .*--enable-memory-saver",
+        ).play()  # fmt: skip
+    _published(engine)()
+
+
+def test_shared_memory_that_cannot_be_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    from weightcast.transports import arena
+
+    made = arena.Arena(64)
+
+    def few(*_: object) -> int:
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(arena.os, "open", few)
+        Mistake(
+            make=lambda: arena.map_arena(made.ref), error=TransportError, said="cannot open the shared memory of trainer process",
+            hint="Ask for tcp",
+        ).play()  # fmt: skip
+    assert arena.map_arena(made.ref).numel() == 64
+    made.close()
