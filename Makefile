@@ -56,7 +56,7 @@ type: $(STAMP) ## mypy, strict
 
 # Tests wait for processes and deadlines half of their time: four files at once keep two cores busy.
 pytest: $(STAMP) ## the test suite alone, JOBS files at once; PYTEST_ARGS="-k name", JOBS=0 for one process
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -p tests.support.workers $(PYTEST_ARGS)
 
 matrix: $(STAMP) ## every fault under every transport (five minutes); MATRIX_ARGS="--transports cuda_ipc,nccl --out DIR"
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.trials.matrix $(MATRIX_ARGS)

@@ -45,7 +45,7 @@ class Warm:
     def __init__(self, folder: Path, modules: Sequence[str] = MODULES) -> None:
         self._clients, self._log = folder / "bin", folder / "warm.log"
         address = folder / "socket"
-        self._client = [sys.executable, "-IS", str(CLIENT), str(address)]
+        self._client = client(address)
         self._clients.mkdir()
         for name in PYTHONS:
             program = self._clients / name
@@ -70,11 +70,7 @@ class Warm:
             self._process = subprocess.Popen(
                 command, cwd=Path(__file__).parents[2], env=self._environment, stdout=log, stderr=log
             )
-        end = time.monotonic() + 120
-        while not address.exists():
-            assert self._process.poll() is None, self._log.read_text()
-            assert time.monotonic() < end, "the warm process did not start"
-            time.sleep(0.05)
+        wait_until_warm(self._process, address, self._log)
 
     def run(self, *command: str, folder: Path, timeout_s: float) -> str:
         """Run a command in a folder, end whatever it left, and return all that was printed. AssertionError when the command fails."""
@@ -100,6 +96,20 @@ class Warm:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._process.kill()
         self._process.wait()
+
+
+def client(address: Path) -> list[str]:
+    """The command that has the warm process at an address run the command that follows."""
+    return [sys.executable, "-IS", str(CLIENT), str(address)]
+
+
+def wait_until_warm(process: subprocess.Popen[bytes], address: Path, log: Path, timeout_s: float = 120.0) -> None:
+    """Return once a warm process serves. AssertionError with its log when it ends instead, or takes too long."""
+    end = time.monotonic() + timeout_s
+    while not address.exists():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < end, "the warm process did not start"
+        time.sleep(0.05)
 
 
 def own_network() -> list[str]:
@@ -178,6 +188,7 @@ class _Commands:
 
     def _clear(self) -> None:
         """End everything in this tree of processes, and return once it is gone."""
+        assert os.getpid() == 1, "it ends all processes that it sees"
         with suppress(ProcessLookupError):
             os.kill(-1, signal.SIGKILL)
         with suppress(ChildProcessError):
@@ -220,7 +231,8 @@ def _become(argv: list[str], folder: str, environment: Mapping[str, str]) -> Non
 
 def _run(code: str, file: str, arguments: list[str], path: str) -> None:
     main = types.ModuleType("__main__")
-    main.__file__ = file
+    if not file.startswith("<"):  # multiprocessing runs the file of __main__ again in what it starts
+        main.__file__ = file
     sys.modules["__main__"] = main
     sys.argv, sys.path[0] = arguments, path
     exec(compile(code, file, "exec"), main.__dict__)
@@ -229,12 +241,16 @@ def _run(code: str, file: str, arguments: list[str], path: str) -> None:
 def main() -> Callable[[], None]:
     """Import everything, serve, and return in forks."""
     address, clients, *modules = sys.argv[1:]
-    assert os.getpid() == 1, "it ends all processes that it sees"
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
     for module in modules:
         importlib.import_module(module)
-    assert len(os.listdir("/proc/self/task")) == 1, "a thread of the warm process would be missing in its forks"
     sys.executable = os.path.join(clients, "python")
+    return serve(address)
+
+
+def serve(address: str) -> Callable[[], None]:
+    """Be the warm process at an address of its own. Returns in forks only, with what the fork has to run."""
+    assert len(os.listdir("/proc/self/task")) == 1, "a thread of the warm process would be missing in its forks"
     gc.collect()
     gc.freeze()
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
