@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -105,7 +106,8 @@ def package_of(parts: tuple[str, ...]) -> str:
     )
 
 
-def imports_of(path: Path) -> set[str]:
+@functools.cache
+def imports_of(path: Path) -> frozenset[str]:
     """Dotted names that a module imports, wherever in its text."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -113,7 +115,7 @@ def imports_of(path: Path) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+    return frozenset(found)
 
 
 def modules() -> list[Path]:

@@ -221,11 +221,14 @@ async def test_any_json_object(serve: Start) -> None:
     tokenizer = build_tokenizer()
     bias = {token: -100.0 for token in range(len(tokenizer)) if tokenizer.decode([token])[:1].isspace()}
     bias |= {int(tokenizer.convert_tokens_to_ids(mark)): 8.0 for mark in '"]}'}
-    ended = 0
-    for seed in range(6):
-        form = StructuredOutputs(json_object=True)
+    form, ended = StructuredOutputs(json_object=True), 0
+
+    async def ask(seed: int) -> RequestOutput:
         params = SamplingParams(structured_outputs=form, max_tokens=250, seed=seed, logit_bias=bias)
-        output = [each async for each in llm.generate("give me", params)][-1].outputs[0]
+        return [each async for each in llm.generate("give me", params)][-1]
+
+    for answer in await asyncio.gather(*map(ask, range(6))):
+        output = answer.outputs[0]
         assert output.text.startswith("{")
         if output.finish_reason == "stop":
             ended += 1
