@@ -82,6 +82,7 @@ def _fork(path: str, arguments: Sequence[bytes | str], descriptors: Sequence[int
         if number > 2 and number not in descriptors:
             with suppress(OSError):  # of the listing itself
                 os.close(number)
+    vars(resource_tracker._resource_tracker).update(_fd=None, _pid=None)  # told to each child anew
     try:
         exec(arguments[-1], {"__name__": "__main__"})
     finally:
