@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 import httpcore
 import pytest
+from tests.support.ports import HeldPort
 
 from weightcast.deadline import Deadline
 from weightcast.trainer.clients import wire
@@ -88,8 +89,8 @@ def test_each_answer_is_heard_as_a_call_alone_hears_it(
 
 
 def test_one_that_does_not_answer_holds_up_nobody(serve: Serve) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        nobody = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    port = HeldPort()  # a port that was let go of may become that of a server below
+    nobody = f"http://127.0.0.1:{port.number}"
     silent, late = call_to(serve(None), 30), call_to(serve(None), 0.5)
     well = [call_to(serve(OK)) for _ in range(20)]
     heard = []
@@ -97,6 +98,7 @@ def test_one_that_does_not_answer_holds_up_nobody(serve: Serve) -> None:
         heard.append(outcome_of(call.response)[0])
         if call is late:
             silent.deadline.cancel()
+    port.close()
     assert heard.count(200) == len(well)
     assert heard.count(httpcore.ReadTimeout) == 2
     assert sum(isinstance(kind, type) and issubclass(kind, httpcore.ConnectError) for kind in heard) == 2

@@ -14,6 +14,7 @@ from pathlib import Path
 import httpcore
 import pytest
 import torch
+from tests.support.ports import HeldPort
 
 from weightcast import Publisher
 from weightcast.deadline import Deadline
@@ -113,11 +114,15 @@ def test_resolving_ends_with_the_deadline(monkeypatch: pytest.MonkeyPatch, take:
 
 
 def test_nobody_there_is_a_connect_error(take: Take) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    for url in (f"http://127.0.0.1:{port}/", f"http://localhost:{port}/", "http://no.such.host.invalid:1/"):
+    held = HeldPort()
+    for url in (
+        f"http://127.0.0.1:{held.number}/",
+        f"http://localhost:{held.number}/",
+        "http://no.such.host.invalid:1/",
+    ):
         with pytest.raises(httpcore.ConnectError):
             take(url, Deadline(10))
+    held.close()
 
 
 def test_a_long_body_goes_out_whole_and_one_that_nobody_reads_ends_with_the_deadline(take: Take) -> None:
