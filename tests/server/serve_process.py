@@ -28,7 +28,7 @@ class Served:
     process: subprocess.Popen[str] | Forked
     ready_file: Path
 
-    def stop(self, signal_number: int, timeout_s: float = 20.0) -> tuple[int, str]:
+    def stop(self, signal_number: int, timeout_s: float = 60.0) -> tuple[int, str]:
         """Send a signal and wait; the exit status and everything that was printed."""
         self.process.send_signal(signal_number)
         output, _ = self.process.communicate(timeout=timeout_s)
