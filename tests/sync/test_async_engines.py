@@ -13,6 +13,7 @@ from weightcast.engines.base import SamplingParams
 from weightcast.engines.embedded import AsyncLLM
 from weightcast.errors import InvalidInput, StateError, WeightcastError
 from weightcast.report.model import Report
+from weightcast.sources.holder import GivenUp
 from weightcast.testing.models import build_tiny_model, random_state_dict
 
 
@@ -114,6 +115,9 @@ async def test_a_publisher_that_is_closed_on_the_loop_closes_behind_its_round(
         assert not await engine.is_paused()
         control = publisher._part._coordinator._pump._thread  # type: ignore[union-attr]
         await asyncio.to_thread(control.join)  # it is freed, by whoever was the last
+        async with asyncio.timeout(30):
+            while not isinstance(publisher._holder.source, GivenUp):
+                await asyncio.sleep(0.01)
         with Publisher(weights, [engine], timeout_s=30, takeover=True) as successor:
             assert (await asyncio.to_thread(successor.publish)).digests_match
             await asyncio.to_thread(successor.close)
