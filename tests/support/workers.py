@@ -14,8 +14,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker, util
 from pathlib import Path
 from typing import Any
@@ -67,9 +67,23 @@ def fork_the_server_of_ranks() -> None:
     """Have multiprocessing fork its fork server from this process. It would start a Python that imports everything again."""
     from weightcast.testing import ranks
 
-    resource_tracker.ensure_running()
-    with patch.object(util, "spawnv_passfds", _fork):
-        ranks.start_fork_server()
+    with _unheard():
+        resource_tracker.ensure_running()
+        with patch.object(util, "spawnv_passfds", _fork):
+            ranks.start_fork_server()
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """What processes that are started inside print to stderr goes nowhere: ranks of all tests would print between the dots of pytest."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _fork(path: str, arguments: Sequence[bytes | str], descriptors: Sequence[int]) -> int:
