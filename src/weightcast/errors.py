@@ -215,7 +215,7 @@ class PeerLost(TransportError):
 class WorkerLeft(PeerLost):
     """A worker said goodbye: its engine sleeps, ends, or serves another trainer."""
 
-    default_hint = "Publish again: an engine that is there joins anew"
+    default_hint = "Restart the engine if it has ended, then publish again: it joins anew"
 
 
 class NotShared(TransportError):
