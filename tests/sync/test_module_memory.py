@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import io
+import os
 import pickle
+import signal
 import tempfile
 import threading
 import time
@@ -277,6 +279,89 @@ def test_what_something_else_refers_to_is_not_moved_away_from_it(
     told = [text for text in caplog.messages if "not moved" in text]
     assert len(told) == 1
     assert "copied in each round: 'first', 'second', 'embed.weight'." in told[0]
+
+
+def test_what_another_process_writes_is_published(caplog: pytest.LogCaptureFixture) -> None:
+    """share_memory() before a Publisher, as actors that share a policy do."""
+    module = nn.Linear(20, 33)
+    module.share_memory()
+    engine = LocalEngine("a", [DictModel(state(module))], mode="staged")
+    told, tells = os.pipe()
+    if not (child := os.fork()):
+        try:
+            while number := os.read(told, 1):
+                module.weight.data.copy_(torch.full((33, 20), float(number[0])))
+                module.bias.data.add_(1)
+                os.kill(os.getpid(), signal.SIGSTOP)
+        finally:
+            os._exit(0)
+    try:
+        with Publisher(module, [engine], timeout_s=30) as publisher:
+            for number in (3, 7, 9):
+                publisher.publish()
+                before = module.bias.detach().clone()
+                os.write(tells, bytes([number]))
+                os.waitpid(child, os.WUNTRACED)
+                assert bool((module.weight == number).all())
+                assert torch.equal(module.bias, before + 1)
+                os.kill(child, signal.SIGCONT)
+                publisher.publish()
+                assert engine.models[0].holds(state(module))
+            assert module.weight.is_shared()
+        assert module.weight.is_shared()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(told)
+        os.close(tells)
+        engine.stop()
+    assert "copied in each round: 'weight', 'bias'." in caplog.text
+
+
+def test_a_file_that_others_map_goes_on_being_the_parameter(tmp_path: Path) -> None:
+    path = str(tmp_path / "weights")
+    module = nn.Linear(20, 33, bias=False)
+    torch.from_file(path, shared=True, size=660).copy_(module.weight.detach().flatten())
+    module.weight.data = torch.from_file(path, shared=True, size=660).view(33, 20)
+    engine = LocalEngine("a", [DictModel(state(module))], mode="staged")
+    with Publisher(module, [engine], timeout_s=30) as publisher:
+        for _ in range(3):
+            publisher.publish()
+            torch.from_file(path, shared=True, size=660).copy_(torch.randn(660))
+            publisher.publish()
+            assert engine.models[0].holds({"weight": torch.from_file(path, shared=True, size=660).view(33, 20)})
+    engine.stop()
+
+
+def test_private_mappings_of_checkpoints_move(tmp_path: Path) -> None:
+    """As transformers and torch.load(mmap=True) leave them: nobody else sees what is written there."""
+    path = tmp_path / "weights.pt"
+    torch.save({"weight": torch.randn(33, 20)}, path)
+    module = nn.Linear(20, 33, bias=False)
+    module.load_state_dict(torch.load(path, mmap=True), assign=True)
+    engine = LocalEngine("a", [DictModel(state(module))], mode="staged")
+    with Publisher(module, [engine], timeout_s=30) as publisher:
+        assert publisher.publish().own_nbytes == 0
+        randomise(module)
+        publisher.publish()
+        assert engine.models[0].holds(state(module))
+    engine.stop()
+
+
+def test_connecting_anew_leaves_nothing_behind(caplog: pytest.LogCaptureFixture) -> None:
+    """The source that was before, and the one that was made to be looked at, refer to no tensor that moves."""
+    module = nn.Sequential(nn.Linear(33, 65), nn.Linear(65, 7), nn.Linear(7, 3))
+    engine = LocalEngine("a", [DictModel(state(module))], mode="staged")
+    with Publisher(module, [engine], timeout_s=30) as publisher:
+        publisher.publish()
+        for number in range(3):
+            module[number] = nn.Linear(*reversed(module[number].weight.shape))
+            publisher.connect()
+            randomise(module)
+            assert publisher.publish().own_nbytes == 0
+            assert engine.models[0].holds(state(module))
+    engine.stop()
+    assert "not moved" not in caplog.text
 
 
 @pytest.mark.parametrize("transport", ["shm", "tcp"])

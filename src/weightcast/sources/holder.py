@@ -109,9 +109,11 @@ class Holder:
             if made is former or (isinstance(former, Snapshot) and made is former.inner):
                 error.hint = "Give Publisher the module or mapping itself, of which it makes a source anew; or make a new Publisher"
                 raise
-            # Tensors that are still in the former one's memory move back first.
+            is_streamed = made.layout.is_streamed
+            if not is_streamed:
+                made.close()  # it refers to tensors in the former one's memory, which move back first where nothing else does
             with self._remaking():
-                self.source = made if made.layout.is_streamed else self._made()
+                self.source = made if is_streamed else self._made()
             return True
         return False
 

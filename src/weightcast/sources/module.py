@@ -138,7 +138,7 @@ class ModuleSource(Source):
         if news := [number for number in self._tenants.staying if number not in known]:
             logger.warning(
                 "not moved, but copied in each round: %s. Something beside the module refers to their memory, such as a state dict "
-                "that is kept or a loss whose backward() is to come",
+                "that is kept, a loss whose backward() is to come, or another process",
                 named(self._names_in(news)),
             )
 

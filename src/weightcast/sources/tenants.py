@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -14,8 +15,9 @@ class Tenants:
     """The parameters and buffers of a module, grouped by the storage that they share. Moves each storage into an arena and out again.
 
     A storage is moved only when nothing but these tensors refers to it. Another reference (a state dict that is kept, a flat buffer
-    that an optimizer writes to) would stay behind with the old memory. A storage with another reference stays where it is, and ``copy``
-    copies it into the arena. Parameter objects stay, and ``param.data`` is rebound.
+    that an optimizer writes to, another process after ``share_memory()``) would stay behind with the old memory. A storage with another
+    reference stays where it is, and ``copy`` copies it into the arena. Of an array whose memory a tensor was made of, as by
+    ``torch.from_numpy``, nothing can be known. Parameter objects stay, and ``param.data`` is rebound.
     """
 
     def __init__(self, values: Iterable[torch.Tensor], numbers: Iterable[int]) -> None:
@@ -56,7 +58,7 @@ class Tenants:
             storage, start = values[0].untyped_storage(), starts[number]
             if self.lie_at(number, arena, start):
                 continue
-            if _is_shared_with_others(storage, len(values) + references):
+            if _is_shared_with_others(storage, len(values) + references) or _is_mapped_shared(storage):
                 self.staying[number] = _flat(storage)
                 self._copies[0].append(arena[start : start + storage.nbytes()])
                 self._copies[1].append(self.staying[number])
@@ -94,6 +96,19 @@ def _flat(storage: torch.UntypedStorage) -> torch.Tensor:
 def _is_shared_with_others(storage: torch.UntypedStorage, known: int) -> bool:
     """Whether more tensors than those ``known`` refer to a storage. Torch counts the Python object of it as well."""
     return int(torch._C._storage_Use_Count(storage._cdata)) - 1 > known
+
+
+def _is_mapped_shared(storage: torch.UntypedStorage) -> bool:
+    """Whether a storage in host memory is mapped so that other processes may read and write it, as after ``share_memory()``. Linux."""
+    if not storage.is_shared():
+        return False
+    address = storage.data_ptr()
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, permissions, *_ = line.split(maxsplit=2)
+        first, end = (int(number, 16) for number in span.split("-"))
+        if first <= address < end:
+            return permissions.endswith("s")
+    return True
 
 
 @torch.no_grad()
