@@ -173,7 +173,7 @@ class PlanMismatch(WeightcastError):
     """Trainer and engine describe different models, or compiled different plans."""
 
     http_status = 409
-    default_hint = "Publish the model that the engine serves"
+    default_hint = "Give the model that the engine serves"
 
 
 class LoadError(WeightcastError):
@@ -281,6 +281,15 @@ class RoundFailed(WeightcastError):
         lines += [f"  {name} is DIRTY" for name in self.dirty]
         lines += [f"  {said}" for said in said_of_sleep(self.asleep)]
         return "\n".join(lines)
+
+
+def hint_of(causes: Mapping[str, WeightcastError], otherwise: str) -> str:
+    """What to do about a round with these causes: ``otherwise``, where a repetition may help, else what the causes themselves say. One
+    that only follows from another worker's says nothing of that."""
+    own = [cause for cause in causes.values() if not isinstance(cause, GroupBroken)]
+    if not own or not all(isinstance(cause, PlanMismatch | Unsupported | InvalidInput) for cause in own):
+        return otherwise
+    return ". ".join(dict.fromkeys(cause.hint for cause in own if cause.hint)) or otherwise
 
 
 class WakeFailed(WeightcastError):

@@ -297,7 +297,7 @@ def test_a_tensor_without_a_place_is_told_in_options(engine: EngineProcess, tmp_
     assert "--unused 'v_head.*'" in pushed.stderr
     assert "unused=" not in pushed.stderr
     again = run_here("push", tmp_path, "--to", engine.url, "--quiet", "--unused", "v_head.*")
-    assert "1 tensors were left out: v_head.weight" in again.stdout, again.stderr
+    assert "1 tensor left out: v_head.weight" in again.stdout, again.stderr
     mistyped = run_here("push", tmp_path, "--to", engine.url, "--quiet", "--unused", "head.*")
     assert "--unused 'head.*' matches none" in mistyped.stderr
 

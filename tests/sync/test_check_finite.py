@@ -61,7 +61,7 @@ def test_they_are_counted_and_published(policy: nn.Module, engine: LocalEngine, 
         report = publisher.publish()
         assert report.non_finite == wanted
         assert Report.from_json(report.to_json()).non_finite == wanted
-        assert "9 values in 3 tensors are NaN or infinite" in str(report)
+        assert "NaN or infinite: 9 values in 3 tensors" in str(report)
         assert engine.models[0].holds(policy.state_dict()), "every bit of them"
         renew(policy)
         assert publisher.publish().non_finite == {}

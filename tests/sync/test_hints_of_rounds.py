@@ -19,6 +19,7 @@ from weightcast.deadline import Deadline
 from weightcast.errors import (
     AuthError,
     DeadlineExceeded,
+    GroupBroken,
     InvalidInput,
     LoadError,
     PeerLost,
@@ -28,6 +29,7 @@ from weightcast.errors import (
     Unsupported,
     WakeFailed,
     WeightcastError,
+    hint_of,
 )
 from weightcast.facts import Facts
 from weightcast.manifest import Manifest, TensorSpec
@@ -123,6 +125,38 @@ def test_a_model_of_another_kind(engine: LocalEngine, weights: dict[str, torch.T
         make=lambda: Publisher(weights, [engine], unused=["haed"]), error=InvalidInput, said="'haed' matches none of the 2",
         hint="Leave out what matches nothing", follow=_publishes(engine, weights),
     ).play()  # fmt: skip
+
+
+def test_models_of_another_kind_are_told_what_to_do_and_not_to_try_again(weights: dict[str, torch.Tensor]) -> None:
+    engines = [LocalEngine(name, [DictModel({k: torch.zeros_like(v) for k, v in weights.items()})]) for name in "ab"]
+    more = {**weights, "head": torch.randn(2)}
+    try:
+        with Publisher(more, engines, timeout_s=20) as publisher:
+            for call in (publisher.connect, publisher.publish):
+                with pytest.raises(RoundFailed) as caught:
+                    call()
+                assert {type(cause) for cause in caught.value.causes.values()} == {PlanMismatch}
+                assert 'unused=["head"]' in str(caught.value.hint)
+                assert "publish() again" not in str(caught.value)
+    finally:
+        for engine in engines:
+            engine.stop()
+
+
+@pytest.mark.parametrize(
+    ("causes", "hint"),
+    [
+        ([PlanMismatch("no", hint="Tie them")], "Tie them"),
+        ([PlanMismatch("no", hint="Tie them"), Unsupported("no", hint="Leave it"), GroupBroken("no")], "Tie them. Leave it"),
+        ([InvalidInput("no", hint="Tie them"), PeerLost("gone")], "again"),
+        ([GroupBroken("no")], "again"),
+        ([], "again"),
+    ],
+)  # fmt: skip
+def test_only_where_no_cause_ends_by_itself_is_a_round_not_tried_again(
+    causes: list[WeightcastError], hint: str
+) -> None:
+    assert hint_of({str(number): cause for number, cause in enumerate(causes)}, "again") == hint
 
 
 def test_a_loader_that_raises(weights: dict[str, torch.Tensor]) -> None:

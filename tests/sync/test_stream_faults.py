@@ -231,6 +231,8 @@ def test_tensors_that_an_engine_keeps_as_one_are_compared_as_they_come(request: 
     with pytest.raises(RoundFailed) as caught:
         run.publisher.publish()
     assert isinstance(caught.value.causes["tied"], PlanMismatch)
+    assert caught.value.hint == caught.value.causes["tied"].hint
+    assert "publish() again" not in str(caught.value), "the same again fails again"
     assert engine.models[0].holds(served)
     run.values[NAMES[-1]] = run.values[NAMES[0]]
     run.publisher.publish()

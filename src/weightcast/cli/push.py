@@ -165,20 +165,14 @@ def print_report(report: Report, out: Console) -> None:
 
     out.print(str(report), highlight=False, soft_wrap=True)
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("engine", "worker", "transport", "bytes", "seconds", "digest"):
+    for name in ("engine", "worker", "transport", "bytes", "seconds"):
         table.add_column(name, justify="right" if name in ("bytes", "seconds") else "left")
     for engine in report.engines:
         for worker in engine.workers:
-            table.add_row(
-                engine.name,
-                str(worker.rank),
-                worker.transport,
-                format_bytes(worker.nbytes),
-                f"{worker.seconds:.3f}",
-                worker.digest,
-            )
+            sent, seconds = format_bytes(worker.nbytes), f"{worker.seconds:.3f}"
+            table.add_row(engine.name, str(worker.rank), worker.transport, sent, seconds)
         if engine.error is not None:
-            table.add_row(engine.name, "", "", "", "", Text(f"failed: {engine.error}"), style="red")
+            table.add_row(engine.name, "", "", "", Text(f"failed: {engine.error}"), style="red")
     print_table(out, table)
     for reason in dict.fromkeys(w.reason for e in report.engines for w in e.workers if _is_news(w)):
         out.print(f"transport {reason}", highlight=False, markup=False, soft_wrap=True)
@@ -194,11 +188,11 @@ def _is_news(worker: WorkerReport) -> bool:
 
 def _proof(report: Report) -> str:
     """How what is live compares with what was published."""
-    from weightcast.manifest.names import shown
+    from weightcast.manifest.names import number_of, shown
 
     if not report.digests_match:
         return f"published digest {report.digest} DOES NOT MATCH what is live"
     if report.unused:
-        count, names = len(report.unused), shown(report.unused, SHOWN)
-        return f"what is live was proven, of published digest {report.digest}; {count} tensors were left out: {names}"
+        left_out = f"{number_of(len(report.unused), 'tensor')} left out: {shown(report.unused, SHOWN)}"
+        return f"what is live was proven, of published digest {report.digest}; {left_out}"
     return f"published digest {report.digest} matches what is live"

@@ -78,6 +78,7 @@ def fields_of(engine: str, comparison: Comparison) -> dict[str, Any]:
         "engine": engine,
         "version": comparison.version,
         "proven": comparison.proven,
+        "digest": comparison.content,
         "live_digest": live,
         "checkpoint_digest": checkpointed,
         "equal": comparison.equal,
@@ -90,18 +91,22 @@ def fields_of(engine: str, comparison: Comparison) -> dict[str, Any]:
 
 
 def _print(engine: str, comparison: Comparison, out: Console) -> None:
+    from weightcast.manifest.names import number_of
+
     out.print(f"{engine} serves {comparison.version}", highlight=False, soft_wrap=True)
-    live, checkpointed = comparison.digests
-    out.print(f"digest of what is live {live}, of the checkpoint {checkpointed}", highlight=False, soft_wrap=True)
+    out.print(f"digest of the checkpoint {comparison.content}", highlight=False, soft_wrap=True)
     _print_tensors(comparison, out)
-    left_out = f", but for {len(comparison.unused)} tensors that the engine does without" if comparison.unused else ""
-    out.print(f"[green]equal[/green]{left_out}" if comparison.proven else "[bold red]not proven equal[/bold red]")
+    unused = number_of(len(comparison.unused), "tensor")
+    left_out = f", but for {unused} that the engine does without" if comparison.unused else ""
+    cast = ", in the engine's types" if comparison.is_cast else ""
+    out.print(f"[green]equal[/green]{cast}{left_out}" if comparison.proven else "[bold red]not proven equal[/bold red]")
 
 
 def _print_tensors(comparison: Comparison, out: Console) -> None:
-    from weightcast.manifest.names import patterns_for
+    from weightcast.manifest.names import number_of, patterns_for
 
-    out.print(f"{len(comparison.equal)} tensors equal, {len(comparison.different)} different", highlight=False)
+    equal, different = number_of(len(comparison.equal), "tensor"), len(comparison.different)
+    out.print(f"{equal} equal, {different} different", highlight=False)
     unproven = [f"{name} ({reason})" for name, reason in comparison.unproven.items()]
     for title, names in (
         ("different", comparison.different),

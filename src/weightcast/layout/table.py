@@ -18,6 +18,7 @@ from weightcast.layout.columns import Numbers, pack, unpack
 from weightcast.layout.layout import TIMES_A_TENSOR, Layout, Placement, Region, most_placements
 from weightcast.manifest import MAX_DIMS, Manifest
 from weightcast.manifest.dtypes import DTYPE_NAMES, DTYPE_NUMBERS, ITEMSIZES
+from weightcast.manifest.names import number_of
 
 TENSOR, DTYPE, STORAGE, OFFSET, BOX = range(5)
 """Columns of a table of placements. From BOX on: offsets in the tensor, sizes, strides, each by dimension."""
@@ -161,10 +162,14 @@ class LayoutTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         """
         table, most = self.placements, most_placements(manifest)
         if table.count > most or table.dims > len(manifest.shapes):
-            raise InvalidInput(f"{table.count} placements of {len(manifest)} tensors; at most {most} are taken")
+            raise InvalidInput(
+                f"{table.count} placements of {number_of(len(manifest), 'tensor')}; at most {most} are taken"
+            )
         strangers = [name for name in self.through_loader if name not in manifest]
         if strangers or len(self.through_loader) > len(manifest):
-            raise InvalidInput(f"{len(self.through_loader)} tensors through the loader, of {len(manifest)}")
+            raise InvalidInput(
+                f"{number_of(len(self.through_loader), 'tensor')} through the loader, of {len(manifest)}"
+            )
         self.check(manifest)
         wanted = table.shares(manifest)
         if bool((wanted > TIMES_A_TENSOR).any()):

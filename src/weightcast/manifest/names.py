@@ -18,6 +18,11 @@ def shown(names: Sequence[str], most: int = SHOWN, *, between: str = ", ") -> st
     return between.join(names[:most]) + more
 
 
+def number_of(count: int, noun: str) -> str:
+    """A count with its noun: "1 tensor", "2 tensors"."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def kind_of(name: str) -> str:
     """The name without its numbers: tensors of one kind have the same role in different layers or experts."""
     return re.sub(r"\d+", "#", name)
@@ -96,7 +101,4 @@ def renaming_hint(given: Iterable[str], wanted: Sequence[str]) -> str | None:
     if found is None or kind_of(found[2]) == kind_of(found[3]):
         return None
     other, name, old, new = found
-    return (
-        f"{other!r} is published and {name!r} is wanted: "
-        f"publish with rename={{{old!r}: {new!r}}} if these are the same tensor"
-    )
+    return f"{other!r} is given and {name!r} is wanted: give rename={{{old!r}: {new!r}}} if these are the same tensor"

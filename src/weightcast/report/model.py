@@ -168,10 +168,14 @@ class Report:
             raise InvalidInput(f"not a report: {error}", field="report") from None
 
     def __str__(self) -> str:
+        # A command that only asks brings reports, and does without numpy.
+        from weightcast.manifest.names import number_of
+
         well = sum(engine.ok for engine in self.engines)
         count = sum((self.non_finite or {}).values())
-        bad = f", {count} values in {len(self.non_finite or {})} tensors are NaN or infinite" if count else ""
-        left_out = f", without {len(self.unused)} unused tensors" if self.unused else ""
+        places = number_of(len(self.non_finite or {}), "tensor")
+        bad = f", NaN or infinite: {number_of(count, 'value')} in {places}" if count else ""
+        left_out = f", without {number_of(len(self.unused), 'unused tensor')}" if self.unused else ""
         return (
             f"{self.outcome} {self.version} on {well}/{len(self.engines)} engines, {self.mode}: "
             f"{format_bytes(self.nbytes)} in {self.total_s * 1e3:.1f} ms ({self.rate_gb_s:.2f} GB/s){left_out}{bad}"

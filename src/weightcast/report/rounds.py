@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from weightcast.manifest.names import shown
+from weightcast.manifest.names import number_of, shown
 from weightcast.quoted import NAME_CHARACTERS, TEXT_CHARACTERS, quoted
 from weightcast.report.model import EngineReport, Phase, Report, format_bytes
 from weightcast.report.tables import Cell, Table
@@ -77,7 +77,9 @@ def trainer_of(reports: Sequence[Report]) -> dict[str, Any]:
     if len(reports) > KEPT:
         notes.append(f"The newest {KEPT} of {len(reports)} rounds.")
     if left_out:
-        notes.append(f"{len(left_out)} tensors were left out of the last round: {shown(left_out, SHOWN_NAMES)}.")
+        notes.append(
+            f"{number_of(len(left_out), 'tensor')} left out of the last round: {shown(left_out, SHOWN_NAMES)}."
+        )
     served = _served(reports)
     return {
         "name": "trainer",

@@ -16,6 +16,7 @@ import torch
 from weightcast.errors import InvalidInput, StateError, Unsupported
 from weightcast.manifest import TensorSpec
 from weightcast.manifest.dtypes import dtype_of, name_of
+from weightcast.manifest.names import number_of
 from weightcast.sources.shards import check_dense, is_distributed
 
 Stream = Iterable[tuple[str, torch.Tensor]]
@@ -188,7 +189,7 @@ class Agreement:
         """Note that the stream ended. StateError names the first tensor that did not come."""
         if self._came < len(self._expected):
             due = self._expected[self._came].form.name
-            text = f"the stream ended before {due!r}, after {self._came} of {len(self._expected)} tensors"
+            text = f"the stream ended before {due!r}, after {self._came} of {number_of(len(self._expected), 'tensor')}"
             raise StateError(text, hint=AGAIN_HINT)
 
 

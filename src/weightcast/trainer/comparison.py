@@ -9,6 +9,7 @@ from typing import Any
 
 from weightcast.content.layout_digest import digest_tensor
 from weightcast.deadline import Deadline
+from weightcast.digest.formula import combine
 from weightcast.errors import EngineError, InvalidInput, Unsupported
 from weightcast.manifest.dtypes import dtype_of
 from weightcast.manifest.names import matching
@@ -30,6 +31,10 @@ class Comparison:
     """The checkpoint's tensors that the engine does not hold and should."""
     unused: tuple[str, ...] = ()
     """Those that it does not hold and rightly does without."""
+    content: str = ""
+    """The digest of the whole checkpoint in its own types: that of a report of its publication."""
+    is_cast: bool = False
+    """Whether the engine holds a tensor in another type than the checkpoint."""
     live: Mapping[str, str] = field(default_factory=dict)
     """Type and digest of each live tensor, by the checkpoint's names."""
     checkpoint: Mapping[str, str] = field(default_factory=dict)
@@ -122,6 +127,8 @@ def _with_the_rest(
         unused=tuple(spec.name for spec in missing if spec.name in left_out),
         live={**found.live, **{name: checkpoint[name] for name in equal if name not in found.live}},
         checkpoint=checkpoint,
+        content=_content(source, deadline),
+        is_cast=any(said.split()[0] != source.manifest[name].dtype for name, said in checkpoint.items()),
     )
 
 
@@ -147,6 +154,15 @@ def _digest(source: SafetensorsSource, name: str, dtype: str, deadline: Deadline
         return f"{dtype} {digest_tensor(values.to(dtype_of(dtype))):016x}"
     except InvalidInput:
         raise EngineError(f"the engine holds {name} in an unknown type, {dtype[:40]!r}") from None
+
+
+def _content(source: SafetensorsSource, deadline: Deadline) -> str:
+    """Hex digest of all of the checkpoint, as it is published."""
+    parts = []
+    for name, position in source.manifest.positions.items():
+        deadline.check("digesting the checkpoint")
+        parts.append(digest_tensor(source.tensor(name), position))
+    return f"{combine(parts):016x}"
 
 
 def _digest_of(tensors: Mapping[str, str]) -> str:

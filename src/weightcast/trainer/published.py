@@ -9,7 +9,7 @@ from functools import partial
 from weightcast.deadline import Deadline
 from weightcast.errors import StateError, Unsupported, WeightcastError, WeightsMoved
 from weightcast.manifest.dtypes import name_of
-from weightcast.manifest.names import shown
+from weightcast.manifest.names import number_of, shown
 from weightcast.sources import Source
 from weightcast.sources.holder import Holder
 from weightcast.trainer.fleet.fleet import Fleet
@@ -87,7 +87,7 @@ class Published:
         if counted and self._settings.check_finite is True:
             told = [f"{name} ({count})" for name, count in counted.items()]
             raise StateError(
-                f"{len(counted)} of {len(self._ranks.manifest)} tensors have values that are NaN or infinite: {shown(told)}",
+                f"{len(counted)} of {number_of(len(self._ranks.manifest), 'tensor')} {'has' if len(counted) == 1 else 'have'} values that are NaN or infinite: {shown(told)}",
                 phase="check",
                 hint='Find out where they come from; check_finite="count" publishes them and counts them in the report',
             )

@@ -20,7 +20,7 @@ from weightcast.layout import Layout, contiguous_strides, is_padded
 from weightcast.layout.memory import Memory
 from weightcast.manifest import Manifest, align
 from weightcast.manifest.dtypes import itemsize_of, name_of
-from weightcast.manifest.names import renaming_hint, shown
+from weightcast.manifest.names import number_of, renaming_hint, shown
 from weightcast.receiver.base import LiveModel
 from weightcast.record import Recording, record_layout
 
@@ -131,9 +131,9 @@ class EmbeddedModel(LiveModel):
         if missing:
             names = self._loader.checkpoint_names(missing)
             raise PlanMismatch(
-                f"the model needs {len(names)} tensors that the manifest lacks: {shown(names)}",
+                f"the model needs {number_of(len(names), 'tensor')} that the manifest lacks: {shown(names)}",
                 hint=renaming_hint(recording.unused, names)
-                or "Publish the whole model, of the architecture that the engine serves",
+                or "Give the whole model, of the architecture that the engine serves",
             )
 
     def _in_order(self, layout: Layout, manifest: Manifest) -> Layout:

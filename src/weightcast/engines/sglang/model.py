@@ -25,6 +25,7 @@ from weightcast.errors import LoadError, PlanMismatch, Unsupported
 from weightcast.layout import Layout
 from weightcast.layout.memory import Memory
 from weightcast.manifest import Manifest
+from weightcast.manifest.names import number_of
 from weightcast.record import Recording, record_layout
 
 logger = logging.getLogger(__name__)
@@ -84,7 +85,7 @@ class SglangModel(StockModel):
         if recording.reasons:
             name, reason = next(iter(recording.reasons.items()))
             raise Unsupported(
-                f"SGLang's loader does more than copy {len(recording.reasons)} tensors of this model, such as {name}: {reason}",
+                f"SGLang's loader does more than copy {number_of(len(recording.reasons), 'tensor')} of this model, such as {name}: {reason}",
                 hint="Serve this model with vLLM or with weightcast serve",
             )
         if recording.foreign_writes:
@@ -116,7 +117,7 @@ class SglangModel(StockModel):
             differ = names_that_differ(self._load, manifest, stand_ins, recording)
         if differ:
             raise Unsupported(
-                f"SGLang's loader writes {len(differ)} tensors elsewhere than its record says: {shown(sorted(differ))}",
+                f"SGLang's loader writes {number_of(len(differ), 'tensor')} elsewhere than its record says: {shown(sorted(differ))}",
                 hint="Serve this model with vLLM or with weightcast serve",
             )
 

@@ -17,7 +17,7 @@ from weightcast.content.layout_digest import digest_tensor
 from weightcast.errors import PlanMismatch
 from weightcast.layout import Placement
 from weightcast.layout.memory import Memory, bytes_of
-from weightcast.manifest.names import renaming_hint
+from weightcast.manifest.names import number_of, renaming_hint
 from weightcast.record import Recording
 
 SHOWN = 6
@@ -127,9 +127,9 @@ def check_complete(
     if missing:
         wanted = [name.split(" (")[0] for name in missing]
         raise PlanMismatch(
-            f"the manifest does not fill {len(missing)} parameters of the engine's model: {shown(missing)}",
+            f"the manifest does not fill {number_of(len(missing), 'parameter')} of the engine's model: {shown(missing)}",
             hint=renaming_hint(recording.unused, wanted)
-            or "Publish the whole model, of the architecture that the engine serves",
+            or "Give the whole model, of the architecture that the engine serves",
         )
 
 

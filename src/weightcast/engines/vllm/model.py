@@ -43,6 +43,7 @@ from weightcast.errors import LoadError, ShadowError, Unsupported, WeightcastErr
 from weightcast.layout import Layout, Placement
 from weightcast.layout.memory import Memory
 from weightcast.manifest import Manifest
+from weightcast.manifest.names import number_of
 from weightcast.receiver.base import LiveModel
 from weightcast.record import Recording, record_layout
 
@@ -330,7 +331,7 @@ class VllmModel(StockModel):
             raise _RuledOut
         if found.stale:
             raise Unsupported(
-                f"after an update {len(found.stale)} tensors of this model would differ from those of a fresh load: "
+                f"after an update {number_of(len(found.stale), 'tensor')} of this model would differ from those of a fresh load: "
                 f"{shown(found.stale)}",
                 hint="Restart the engine with each checkpoint, or serve the model with weightcast's own engine",
             )

@@ -18,7 +18,7 @@ from weightcast.layout import Layout, Placement, Region, contiguous_strides
 from weightcast.layout.table import TENSOR
 from weightcast.manifest import Manifest, TensorSpec
 from weightcast.manifest.dtypes import itemsize_of
-from weightcast.manifest.names import kind_of, matching, patterns_for, shown
+from weightcast.manifest.names import kind_of, matching, number_of, patterns_for, shown
 from weightcast.plan import Holdings, Plan, compile_plan
 from weightcast.record.coverage import overlapping
 
@@ -107,14 +107,14 @@ class Places:
 
 
 def refuse_idle(patterns: Sequence[str], manifest: Manifest) -> None:
-    """Raise InvalidInput that names a pattern which matches no published tensor: it may be misspelt."""
+    """Raise InvalidInput that names a pattern which matches no tensor: it may be misspelt."""
     if not patterns:
         return
     names = [spec.name for spec in manifest.tensors]
     idle = [pattern for pattern in patterns if not matching([pattern], names)]
     if idle:
         raise InvalidInput(
-            f"unused={idle[0]!r} matches none of the {len(names)} published tensors, {shown(names, 2)}",
+            f"unused={idle[0]!r} matches none of the {number_of(len(names), 'tensor')}, {shown(names, 2)}",
             field="unused",
             hint="Patterns are those of a shell: * stands for any letters, dots too. Leave out what matches nothing",
         )
@@ -187,7 +187,7 @@ def _no_place(names: Sequence[str], manifest: Manifest, placed: set[str]) -> Pla
     more = f" and {len(patterns) - MOST_PATTERNS} more patterns" if len(patterns) > MOST_PATTERNS else ""
     listed = ", ".join(f'"{pattern}"' for pattern in patterns[:MOST_PATTERNS])
     return PlanMismatch(
-        f"the engine has no place for {len(names)} of {len(manifest)} published tensors: {shown(names)}",
+        f"the engine has no place for {len(names)} of {number_of(len(manifest), 'published tensor')}: {shown(names)}",
         hint="Publish the model that the engine serves. "
         f"Where the engine rightly does without them, name them: unused=[{listed}]{more}",
     )
@@ -199,7 +199,7 @@ def _only_in_part(taken: Mapping[str, int], manifest: Manifest) -> PlanMismatch:
         for name, count in sorted(taken.items())
     ]
     return PlanMismatch(
-        f"the engine's model is smaller: {len(told)} of {len(manifest)} published tensors land only in part: {shown(told)}",
+        f"the engine's model is smaller: {len(told)} of {number_of(len(manifest), 'published tensor')} land only in part: {shown(told)}",
         hint="Publish the model that the engine serves",
     )
 

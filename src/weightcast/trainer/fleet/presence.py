@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from weightcast.deadline import LEAST_S, Deadline
-from weightcast.errors import RoundFailed, StateError, WeightcastError
+from weightcast.errors import RoundFailed, StateError, WeightcastError, hint_of
 from weightcast.trainer.fleet.fleet import Fleet
 from weightcast.trainer.fleet.link import UNKNOWN, EngineLink
 from weightcast.trainer.fleet.rejoin import Rejoiner
 from weightcast.trainer.fleet.set_up import set_up
 from weightcast.trainer.settings import Settings
+
+AGAIN_HINT = "Call publish() again"
 
 REJOIN_PATIENCE_S = 2.0
 """How long a round waits for absent engines where it can go on without them."""
@@ -68,7 +70,7 @@ class Presence:
                 continue
             if not engine.joined or engine.broken is not None:
                 failures[engine.name] = StateError(
-                    f"not connected: {engine.broken}", phase="join", engine=engine.name, hint="Call publish() again"
+                    f"not connected: {engine.broken}", phase="join", engine=engine.name, hint=AGAIN_HINT
                 )
             elif engine.version == UNKNOWN:
                 self._ask(engine, deadline, failures)
@@ -115,7 +117,9 @@ def join_error(failures: dict[str, WeightcastError]) -> WeightcastError:
     """What to raise when engines could not be connected: the error of the one, or of all by name."""
     if len(failures) == 1:
         return next(iter(failures.values()))
-    return RoundFailed("engines could not be connected", phase="join", causes=failures)
+    return RoundFailed(
+        "engines could not be connected", phase="join", causes=failures, hint=hint_of(failures, AGAIN_HINT)
+    )
 
 
 def not_connected(fleet: Fleet, number: int, failures: dict[str, WeightcastError]) -> RoundFailed:
@@ -126,5 +130,5 @@ def not_connected(fleet: Fleet, number: int, failures: dict[str, WeightcastError
         causes=failures,
         serving={engine.name: engine.version for engine in fleet.engines if not engine.dirty},
         dirty=tuple(engine.name for engine in fleet.engines if engine.dirty),
-        hint="Call publish() again when they are back, or remove() them",
+        hint=f"{hint_of(failures, f'{AGAIN_HINT} when they are back')}, or remove() these engines",
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from weightcast.errors import PeerLost, RoundFailed, WeightcastError
+from weightcast.errors import PeerLost, RoundFailed, WeightcastError, hint_of
 from weightcast.report.model import EngineReport, Report, WorkerReport
 from weightcast.report.model import Outcome as ReportOutcome
 from weightcast.trainer.fleet.link import EngineLink
@@ -33,7 +33,9 @@ class Account:
             causes=every,
             serving={engine.name: engine.version for engine in fleet if not engine.dirty},
             dirty=tuple(engine.name for engine in fleet if engine.dirty),
-            hint=next((c.hint for c in causes.values() if isinstance(c, PeerLost) and c.hint), AGAIN_HINT),
+            hint=next(
+                (c.hint for c in causes.values() if isinstance(c, PeerLost) and c.hint), hint_of(every, AGAIN_HINT)
+            ),
         )
 
     def report(

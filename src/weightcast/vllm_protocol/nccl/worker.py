@@ -19,7 +19,7 @@ from weightcast.digest.versions import INITIAL_VERSION
 from weightcast.errors import InvalidInput, PlanMismatch, StateError, Unsupported, WeightcastError
 from weightcast.manifest import TensorSpec
 from weightcast.manifest.dtypes import dtype_of
-from weightcast.manifest.names import shown
+from weightcast.manifest.names import number_of, shown
 from weightcast.receiver.base import LiveModel
 from weightcast.vllm_protocol.nccl.wire import (
     DEFAULT_BUFFER_NBYTES,
@@ -153,7 +153,9 @@ class VllmNcclEngine(WeightTransferEngine[VllmNcclInitInfo, VllmNcclUpdateInfo])
         if lost:
             self._open = False
             arrivals.drain()  # the trainer sends all of it, and would wait for whoever does not receive
-            raise PlanMismatch(f"the engine has no place for {len(lost)} of {len(specs)} tensors: {shown(lost)}")
+            raise PlanMismatch(
+                f"the engine has no place for {len(lost)} of {number_of(len(specs), 'tensor')}: {shown(lost)}"
+            )
         self._dirty = self._failed = True
         try:
             self.model.load_weights(iter(arrivals))
