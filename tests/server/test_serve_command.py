@@ -34,16 +34,16 @@ def test_ends_cleanly_with_requests_in_flight(model: Path, tmp_path: Path, numbe
         def stream() -> None:
             body = {"prompt": "x", "max_tokens": 2000, "ignore_eos": True, "stream": True}
             with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=30) as answer:
-                started.set()
+                started.release()
                 for line in answer.iter_lines():
                     if line.startswith("data: {"):
                         reasons.append(json.loads(line[6:])["choices"][0]["finish_reason"])
 
-        started = threading.Event()
+        started = threading.Semaphore(0)
         threads = [threading.Thread(target=stream) for _ in range(2)]
         for thread in threads:
             thread.start()
-        assert started.wait(30)
+        assert all(started.acquire(timeout=30) for _ in threads)
         # A paused engine with frozen requests must not keep the process from ending.
         assert httpx.post(f"{server.url}/pause", params={"mode": "keep"}, timeout=30).status_code == 200
         status, output = server.stop(number)
