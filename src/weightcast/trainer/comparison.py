@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
-from weightcast.content.layout_digest import digest_tensor
+from weightcast.content.layout_digest import LayoutDigest, digest_tensor
 from weightcast.deadline import Deadline
-from weightcast.digest.formula import combine
 from weightcast.errors import EngineError, InvalidInput, Unsupported
 from weightcast.manifest.dtypes import dtype_of
 from weightcast.manifest.names import matching
@@ -158,11 +158,8 @@ def _digest(source: SafetensorsSource, name: str, dtype: str, deadline: Deadline
 
 def _content(source: SafetensorsSource, deadline: Deadline) -> str:
     """Hex digest of all of the checkpoint, as it is published."""
-    parts = []
-    for name, position in source.manifest.positions.items():
-        deadline.check("digesting the checkpoint")
-        parts.append(digest_tensor(source.tensor(name), position))
-    return f"{combine(parts):016x}"
+    check = partial(deadline.check, "digesting the checkpoint")
+    return f"{LayoutDigest(source.manifest, source.layout).of(source.memory, check):016x}"
 
 
 def _digest_of(tensors: Mapping[str, str]) -> str:
